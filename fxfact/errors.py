@@ -1,0 +1,59 @@
+"""The errors of fxfact. Each one says where, what was expected, what was found and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class FxfactError(Exception):
+    """What every error of fxfact derives from."""
+
+
+class ArgumentError(FxfactError, ValueError):
+    """An argument has a value that the call cannot use."""
+
+
+class ArgumentTypeError(FxfactError, TypeError):
+    """An argument has a type that the call cannot use."""
+
+
+class SpecError(FxfactError, ValueError):
+    """The numbers do not describe a convolution, or tensors do not fit their description."""
+
+
+class RankError(FxfactError, ValueError):
+    """A rank is not one that the factorization can have on this convolution."""
+
+
+class WeightError(FxfactError, ValueError):
+    """A weight holds no values that can be decomposed (NaN, Inf, meta device, not a float)."""
+
+
+class RefusedError(FxfactError, ValueError):
+    """A single convolution was asked to be factorized in a way that it cannot be."""
+
+
+class CaptureError(FxfactError, ValueError):
+    """A model has no graph that fxfact can rewrite."""
+
+
+class PlanError(FxfactError, ValueError):
+    """A plan is damaged, or made for another model."""
+
+
+class ContractError(FxfactError, ValueError):
+    """A graph does not meet the contract that every pass relies on."""
+
+
+class VerificationError(FxfactError, ValueError):
+    """A rewritten network does not compute what its own kernels say."""
+
+
+@contextmanager
+def place(path: str) -> Iterator[None]:
+    """Name the place, in front of the message of any error of ours raised inside."""
+    try:
+        yield
+    except FxfactError as error:
+        raise type(error)(f"{path}: {error}") from error

@@ -1,0 +1,220 @@
+"""The contract of a factorization, and what every one of them inherits from it.
+
+A factorization is a frozen value that knows two things of one convolution without groups: the shapes of the stages
+for a rank (``_stages``) and their weights (``_weights``). Groups, biases, precisions and ranks by fraction are the
+same for all and live here. Laws, each tested for every factorization:
+
+- ``layout(spec, rank)`` equals the specs of ``decompose(layer, rank)``, which it needs no tensor for;
+- ``layout`` maps any input size to the output size of ``spec``;
+- at ``max_rank`` the chain composes to the kernel itself (CP: begun at singular components, its default).
+"""
+
+from __future__ import annotations
+
+import bisect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from fxfact.conv import ConvChain, ConvLayer, ConvSpec, Sizes
+from fxfact.errors import RankError, RefusedError, WeightError
+from fxfact.skip import Skip
+
+Rank = tuple[int, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorization(ABC):
+    """How a convolution becomes a chain of convolutions. The options of one are its (JSON-able) dataclass fields."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def _rejects(self, block: ConvSpec) -> str | None:
+        """Why one group's convolution cannot be factorized, or None."""
+
+    @abstractmethod
+    def _max_rank(self, block: ConvSpec) -> Rank:
+        """The largest useful rank, entry by entry."""
+
+    @abstractmethod
+    def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
+        """The stages for one group, all without bias."""
+
+    @abstractmethod
+    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
+        """The stages' weights, in single or double precision, for a weight (out, in, *kernel)."""
+
+    def _feasible(self, block: ConvSpec, rank: Rank) -> Rank:
+        """``rank``, already within ``_max_rank``, lowered where its entries bound each other."""
+        return rank
+
+    def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
+        """The rank that TensorLy's rule gives for a fraction; our own rule where TensorLy has none."""
+        return self.rank_within(block, fraction) or self.smallest_rank(block)
+
+    @final
+    def rejects(self, spec: ConvSpec) -> Skip | None:
+        """Why this convolution cannot be factorized this way, or None."""
+        if spec.transposed:
+            return Skip(f"{self.name} does not factorize transposed convolutions")
+        reason = self._rejects(spec.block)
+        return Skip(reason) if reason else None
+
+    @final
+    def max_rank(self, spec: ConvSpec) -> Rank:
+        """The largest useful rank, of each group. Raises RefusedError where ``rejects`` gives a reason."""
+        if refused := self.rejects(spec):
+            raise RefusedError(f"{refused.reason} ({spec})")
+        return self._max_rank(spec.block)
+
+    @final
+    def smallest_rank(self, spec: ConvSpec) -> Rank:
+        """All ones."""
+        return (1,) * len(self.max_rank(spec))
+
+    @final
+    def clip(self, spec: ConvSpec, rank: Rank) -> Rank:
+        """The nearest rank below that this convolution can have."""
+        lowered = tuple(min(r, most) for r, most in zip(rank, self.max_rank(spec), strict=True))
+        return self._feasible(spec.block, lowered)
+
+    @final
+    def layout(self, spec: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
+        """The stages' shapes. Raises RankError for a rank that this convolution cannot have."""
+        self._check_rank(spec, rank)
+        groups = spec.groups
+        stages = [
+            replace(
+                stage,
+                in_channels=stage.in_channels * groups,
+                out_channels=stage.out_channels * groups,
+                groups=stage.groups * groups,
+            )
+            for stage in self._stages(replace(spec.block, bias=False), rank)
+        ]
+        return (*stages[:-1], replace(stages[-1], bias=spec.bias))
+
+    @final
+    def decompose(self, layer: ConvLayer, rank: Rank, *, generator: torch.Generator | None = None) -> ConvChain:
+        """The chain of this rank that comes nearest to ``layer`` in the Frobenius norm (CP: that is found).
+
+        The stages have the weight's dtype and device; half precision is decomposed in single precision. ``generator``
+        is used where the factorization begins at random. Raises RankError, RefusedError, WeightError.
+        """
+        specs = self.layout(layer.spec, rank)
+        check_weight(layer.weight)
+        weight = layer.weight.detach()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
+        block = layer.spec.block
+        by_group = [self._weights(block, part, rank, generator) for part in weight.chunk(layer.spec.groups)]
+        joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
+        weights = [part.to(layer.weight.dtype).reshape(s.weight_shape) for part, s in zip(joined, specs, strict=True)]
+        biases = [None] * (len(specs) - 1) + [layer.bias]
+        return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
+
+    @final
+    def ranks(self, spec: ConvSpec) -> tuple[Rank, ...]:
+        """Every rank proportional to the largest one (entries rounded down, at least 1), ascending.
+
+        Where the largest rank drops all stages but one, and so is the convolution itself, it is left out.
+        """
+        most = self.max_rank(spec)
+        steps = sorted({(j / n, j, n) for n in set(most) for j in range(1, n + 1)})
+        family = [self._feasible(spec.block, tuple(max(1, j * m // n) for m in most)) for _, j, n in steps]
+        distinct = list(dict.fromkeys(family))
+        if len(distinct) > 1 and len(self.layout(spec, distinct[-1])) == 1:
+            distinct.pop()
+        return tuple(distinct)
+
+    @final
+    def rank_within(self, spec: ConvSpec, fraction: float) -> Rank | None:
+        """The largest of ``ranks`` whose layout has at most that fraction of the parameters; None if none has."""
+        ranks = self.ranks(spec)
+        allowed = fraction * spec.params
+        fitting = bisect.bisect_right(ranks, allowed, key=lambda rank: sum(s.params for s in self.layout(spec, rank)))
+        return ranks[fitting - 1] if fitting else None
+
+    @final
+    def tensorly_rank(self, spec: ConvSpec, fraction: float) -> Rank:
+        """The rank that TensorLy's rule gives for a fraction of the parameters, clipped to what is feasible."""
+        self.max_rank(spec)
+        return self.clip(spec, tuple(max(1, r) for r in self._tensorly_rank(spec.block, fraction)))
+
+    @final
+    def _check_rank(self, spec: ConvSpec, rank: Rank) -> None:
+        most = self.max_rank(spec)
+        if len(rank) != len(most):
+            raise RankError(f"{self.name} has {len(most)} ranks on {spec}, got {rank}. Pass an int, or {len(most)}.")
+        if min(rank) < 1 or any(r > m for r, m in zip(rank, most, strict=True)):
+            raise RankError(
+                f"{self.name} rank must be within {_show(self.smallest_rank(spec))} and {_show(most)} on {spec}, "
+                f"got {_show(rank)}. Pass a smaller rank, or a fraction of the parameters."
+            )
+        if (feasible := self._feasible(spec.block, rank)) != rank:
+            raise RankError(f"{self.name} ranks bound each other: {rank} can be {feasible} at most on {spec}")
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise WeightError unless the weight holds finite floating-point numbers."""
+    if not weight.dtype.is_floating_point:
+        raise WeightError(f"the weight must be floating-point, got {weight.dtype}. Convert the model to a float type.")
+    if weight.is_meta:
+        raise WeightError("the weight is on the meta device and has no values. Materialise it, or use weights='empty'.")
+    if not bool(torch.isfinite(weight).all()):
+        count = int((~torch.isfinite(weight)).sum())
+        raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Repair or exclude it.")
+
+
+def no_channel_modes(block: ConvSpec) -> str | None:
+    """Why a factorization over channels and space has nothing to work on, or None."""
+    if set(block.kernel_size) == {1}:
+        return "a 1×1 kernel is a matrix: pointwise_svd factorizes it"
+    if block.in_channels == block.out_channels == 1:
+        return "a depthwise kernel has no channel modes: spatial_svd may split it"
+    return None
+
+
+def pointwise(block: ConvSpec, in_channels: int, out_channels: int) -> ConvSpec:
+    """A 1×1 stage that keeps sizes."""
+    return ConvSpec.parse(in_channels, out_channels, 1, order=block.order)
+
+
+def spatial(block: ConvSpec, axes: Sizes, in_channels: int, out_channels: int, *, groups: int = 1) -> ConvSpec:
+    """A stage that does on ``axes`` what ``block`` does there, and nothing on the other axes."""
+
+    def on_axes(values: Sequence[T], neutral: T) -> tuple[T, ...]:
+        return tuple(value if axis in axes else neutral for axis, value in enumerate(values))
+
+    padding = on_axes(block.padding, (0, 0))
+    return replace(
+        block,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        groups=groups,
+        kernel_size=on_axes(block.kernel_size, 1),
+        stride=on_axes(block.stride, 1),
+        padding=padding,
+        padding_mode=block.padding_mode if any(map(any, padding)) else "zeros",
+        dilation=on_axes(block.dilation, 1),
+    )
+
+
+def spatial_axes(block: ConvSpec) -> tuple[Sizes, ...]:
+    """The axes by stage where they are split: an axis of kernel size 1 rides the next stage, or the last."""
+    stages: list[Sizes] = []
+    riding: Sizes = ()
+    for axis, size in enumerate(block.kernel_size):
+        riding = (*riding, axis)
+        if size > 1:
+            stages, riding = [*stages, riding], ()
+    return (*stages[:-1], stages[-1] + riding) if stages else ()
+
+
+def _show(rank: Rank) -> str:
+    return str(rank[0]) if len(rank) == 1 else str(rank)

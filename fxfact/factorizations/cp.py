@@ -1,0 +1,93 @@
+"""CP: pointwise into ``rank`` channels, depthwise over space, pointwise out.
+
+W[o, i, a, b] = Σ_r O[o, r] I[i, r] A[a, r] B[b, r] for ``cp_factorized`` (Lebedev et al. 2015), whose spatial stages are
+1-D; ``cp_mobilenet`` keeps space as one mode, W[o, i, ab] = Σ_r O[o, r] I[i, r] S[ab, r], which at equal rank is nearer.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from tensorly.cp_tensor import validate_cp_rank
+from torch import Tensor
+
+from fxfact.conv import ConvSpec, Sizes
+from fxfact.errors import ArgumentError
+from fxfact.factorizations.base import Factorization, Rank, no_channel_modes, pointwise, spatial, spatial_axes
+from fxfact.tensor import cp
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CP(Factorization):
+    """``init`` 'svd' begins at singular components and needs no generator; 'random' draws from the generator given.
+
+    ``sweeps`` and ``tolerance`` (in relative error, by sweep) end the alternating least squares.
+    """
+
+    init: Literal["svd", "random"] = "svd"
+    sweeps: int = 50
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.init not in ("svd", "random") or self.sweeps < 1 or not self.tolerance >= 0:
+            raise ArgumentError(f"init is 'svd' or 'random', sweeps at least 1, tolerance at least 0, got {self}")
+
+    @abstractmethod
+    def _modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
+        """The spatial axes of each spatial stage."""
+
+    @final
+    def _sizes(self, block: ConvSpec) -> Sizes:
+        sizes = (math.prod(block.kernel_size[axis] for axis in axes) for axes in self._modes(block))
+        return (block.out_channels, block.in_channels, *sizes)
+
+    def _rejects(self, block: ConvSpec) -> str | None:
+        return no_channel_modes(block)
+
+    def _max_rank(self, block: ConvSpec) -> Rank:
+        sizes = self._sizes(block)
+        return (math.prod(sizes) // max(sizes),)
+
+    def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
+        (r,) = rank
+        depthwise = [spatial(block, axes, r, r, groups=r) for axes in self._modes(block)]
+        return (pointwise(block, block.in_channels, r), *depthwise, pointwise(block, r, block.out_channels))
+
+    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
+        if self.init == "random" and random is None:
+            raise ArgumentError(f"{self.name} with init='random' needs generator=torch.Generator()")
+        start = random if self.init == "random" else None
+        tensor = weight.reshape(self._sizes(block))
+        out, into, *space = cp(tensor, *rank, sweeps=self.sweeps, tolerance=self.tolerance, random=start)
+        return (into.T, *(factor.T for factor in space), out)
+
+    def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
+        shape = (block.out_channels, block.in_channels, *block.kernel_size)
+        return (int(validate_cp_rank(shape, fraction)),)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CPFactorized(_CP):
+    """1×1 → depthwise k×1 → depthwise 1×k → 1×1, rank (R,)."""
+
+    name = "cp_factorized"
+
+    def _modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
+        return spatial_axes(block)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CPMobilenet(_CP):
+    """1×1 → depthwise k×k → 1×1, rank (R,)."""
+
+    name = "cp_mobilenet"
+
+    def _modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
+        return (tuple(range(block.order)),)

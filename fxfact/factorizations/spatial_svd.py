@@ -1,0 +1,55 @@
+"""Spatial SVD: a convolution along one axis, then one along the others.
+
+W[o, i, a, b] = Σ_r U[i, a, r] V[r, o, b] (Jaderberg, Vedaldi and Zisserman 2014; Tai et al. 2016 by SVD).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fxfact.conv import ConvSpec, Sizes
+from fxfact.factorizations.base import Factorization, Rank, spatial, spatial_axes
+from fxfact.tensor import truncated_svd
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SpatialSVD(Factorization):
+    """k×1 → 1×k, rank (R,); with ``last_axes_first`` 1×k → k×1. In 3-D k×1×1 → 1×k×k."""
+
+    name = "spatial_svd"
+
+    last_axes_first: bool = False
+
+    def _rejects(self, block: ConvSpec) -> str | None:
+        if len(spatial_axes(block)) < 2:
+            return "a kernel with fewer than two axes longer than 1 cannot be split over space"
+        return None
+
+    def _axes(self, block: ConvSpec) -> tuple[Sizes, Sizes]:
+        """The axes of the first stage and of the second."""
+        first, *others = spatial_axes(block)
+        rest = tuple(axis for axes in others for axis in axes)
+        return (rest, first) if self.last_axes_first else (first, rest)
+
+    def _max_rank(self, block: ConvSpec) -> Rank:
+        first, second = (math.prod(block.kernel_size[axis] for axis in axes) for axes in self._axes(block))
+        return (min(block.in_channels * first, block.out_channels * second),)
+
+    def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
+        (r,) = rank
+        first, second = self._axes(block)
+        return (spatial(block, first, block.in_channels, r), spatial(block, second, r, block.out_channels))
+
+    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
+        first, second = (tuple(axis + 2 for axis in axes) for axes in self._axes(block))
+        matrix = weight.permute(1, *first, 0, *second)
+        rows = math.prod(matrix.shape[: 1 + len(first)])
+        left, right = truncated_svd(matrix.reshape(rows, -1), *rank)
+        return (left.T, right.reshape(-1, block.out_channels, right.shape[1] // block.out_channels).transpose(0, 1))

@@ -1,0 +1,58 @@
+"""Tensor train over (in, *kernel, out): pointwise in, one full 1-D convolution per spatial axis, pointwise out.
+
+W[o, i, a, b] = Σ I[i, r1] A[r1, a, r2] B[r2, b, r3] O[r3, o], summed over r1, r2, r3 (Oseledets 2011).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import final
+
+import torch
+from tensorly.tt_tensor import validate_tt_rank
+from torch import Tensor
+
+from fxfact.conv import ConvSpec, Sizes
+from fxfact.factorizations.base import Factorization, Rank, no_channel_modes, pointwise, spatial, spatial_axes
+from fxfact.tensor import tt
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TT(Factorization):
+    """1×1 → k×1 → 1×k → 1×1, rank (r_1, …): one more entry than there are axes with a kernel size above 1."""
+
+    name = "tt"
+
+    def _rejects(self, block: ConvSpec) -> str | None:
+        return no_channel_modes(block)
+
+    def _max_rank(self, block: ConvSpec) -> Rank:
+        sizes = _sizes(block)
+        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+
+    def _feasible(self, block: ConvSpec, rank: Rank) -> Rank:
+        sizes = _sizes(block)
+        forward = list(accumulate(zip(rank, sizes, strict=False), lambda r, n: min(n[0], r * n[1]), initial=1))[1:]
+        backward = zip(reversed(forward), reversed(sizes), strict=False)
+        return tuple(reversed(list(accumulate(backward, lambda r, n: min(n[0], r * n[1]), initial=1))[1:]))
+
+    def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
+        axes = spatial_axes(block)
+        full = [spatial(block, on, rank[k], rank[k + 1]) for k, on in enumerate(axes)]
+        return (pointwise(block, block.in_channels, rank[0]), *full, pointwise(block, rank[-1], block.out_channels))
+
+    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
+        first, *middle, last = tt(weight.movedim(0, -1).reshape(_sizes(block)), rank)
+        return (first[0].T, *(core.permute(2, 0, 1) for core in middle), last[..., 0].T)
+
+    def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
+        inner = validate_tt_rank(_sizes(block), fraction)[1:-1]
+        return tuple(int(r) for r in inner)
+
+
+def _sizes(block: ConvSpec) -> Sizes:
+    return (block.in_channels, *(size for size in block.kernel_size if size > 1), block.out_channels)
