@@ -123,7 +123,7 @@ def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -
 
 
 def to_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
-    """Our weight (out, in / groups, *kernel) in PyTorch's layout, which for a transposed one is (in, out / groups, …)."""
+    """Our weight (out, in / groups, *kernel) in PyTorch's layout: for a transposed one, (in, out / groups, *kernel)."""
     return _swap_channels(weight, spec.groups) if spec.transposed else weight
 
 
@@ -135,6 +135,31 @@ def from_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
 def compose(chain: ConvChain) -> Tensor:
     """The dense kernel (out, in / groups, *kernel) that the chain equals."""
     return compose_weights(chain.specs, [layer.weight for layer in chain.layers])
+
+
+def composed_spec(stages: Sequence[ConvSpec]) -> ConvSpec:
+    """The one convolution that the stages of a chain are, its kernel being ``compose_weights``.
+
+    On every axis the stages but one do nothing, so that strides and kernel sizes multiply and paddings add up.
+    """
+    check_stages(stages)
+    modes = [spec.padding_mode for spec in stages if spec.padding_mode != "zeros"]
+    axes = range(stages[0].order)
+    return ConvSpec(
+        in_channels=stages[0].in_channels,
+        out_channels=stages[-1].out_channels,
+        kernel_size=tuple(math.prod(spec.kernel_size[axis] for spec in stages) for axis in axes),
+        stride=tuple(math.prod(spec.stride[axis] for spec in stages) for axis in axes),
+        padding=tuple(
+            (sum(s.padding[axis][0] for s in stages), sum(s.padding[axis][1] for s in stages)) for axis in axes
+        ),
+        dilation=tuple(math.prod(spec.dilation[axis] for spec in stages) for axis in axes),
+        groups=math.gcd(*(spec.groups for spec in stages)),
+        padding_mode=modes[0] if modes else "zeros",
+        transposed=stages[0].transposed,
+        output_padding=tuple(sum(spec.output_padding[axis] for spec in stages) for axis in axes),
+        bias=stages[-1].bias,
+    )
 
 
 def compose_weights(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """CP: pointwise into ``rank`` channels, depthwise over space, pointwise out.
 
-W[o, i, a, b] = Σ_r O[o, r] I[i, r] A[a, r] B[b, r] for ``cp_factorized`` (Lebedev et al. 2015), whose spatial stages are
-1-D; ``cp_mobilenet`` keeps space as one mode, W[o, i, ab] = Σ_r O[o, r] I[i, r] S[ab, r], which at equal rank is nearer.
+``cp_factorized`` has 1-D spatial stages: W[o, i, a, b] = Σ_r O[o, r] I[i, r] A[a, r] B[b, r] (Lebedev et al. 2015);
+``cp_mobilenet`` keeps space as one mode: W[o, i, ab] = Σ_r O[o, r] I[i, r] S[ab, r], which at equal rank is nearer.
 """
 
 from __future__ import annotations

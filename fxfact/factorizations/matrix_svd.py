@@ -1,7 +1,7 @@
 """SVD of the kernel as a matrix: a thinner convolution, then pointwise out.
 
-W[o, iab] = Σ_r O[o, r] S[r, iab] (Zhang et al. 2016); for a 1×1 kernel both stages are pointwise. Stride and padding sit
-on the first stage.
+W[o, iab] = Σ_r O[o, r] S[r, iab] (Zhang et al. 2016); for a 1×1 kernel both stages are pointwise. Stride and padding
+sit on the first stage.
 """
 
 from __future__ import annotations

@@ -60,5 +60,7 @@ def resolve_rank(
         return rank or Skip(f"even at rank 1 {factorization.name} has more than {request:.4g} of the parameters")
     rank = (request,) * len(most) if isinstance(request, int) else request
     if len(rank) != len(most):
-        raise RankError(f"{factorization.name} has {len(most)} ranks on {spec}, got {rank}. Pass {len(most)}, or an int.")
-    return factorization.clip(spec, rank) if clip or isinstance(request, int) and len(most) > 1 else rank
+        raise RankError(
+            f"{factorization.name} has {len(most)} ranks on {spec}, got {rank}. Pass {len(most)}, or an int."
+        )
+    return factorization.clip(spec, rank) if clip or (isinstance(request, int) and len(most) > 1) else rank

@@ -17,12 +17,14 @@ def leading_basis(matrix: Tensor, rank: int) -> Tensor:
     """
     rows = len(matrix)
     double = matrix.double()
+    vectors: Tensor
     eigenvalues, vectors = torch.linalg.eigh(double @ double.T)
     coarse = torch.finfo(matrix.dtype).eps > math.sqrt(torch.finfo(torch.float64).eps)
     if rank == rows or coarse or eigenvalues[-rank] > 1e-6 * eigenvalues[-1]:
         return vectors[:, rows - rank :].flip(1).to(matrix.dtype).contiguous()
     complete = rank > matrix.shape[1]
-    return torch.linalg.svd(matrix, full_matrices=complete).U[:, :rank].contiguous()
+    left: Tensor = torch.linalg.svd(matrix, full_matrices=complete).U
+    return left[:, :rank].contiguous()
 
 
 def tiny(tensor: Tensor) -> float:

@@ -115,8 +115,8 @@ def _begin_at_slices(tensor: Tensor, rank: int) -> list[Tensor]:
     for k, basis in enumerate(bases, start=2):
         ordered = (ordered.movedim(k, -1) @ basis).movedim(-1, k)
     pairs = []
-    for index in product(*(range(size) for size in ordered.shape[2:])):
-        matrix = ordered[(slice(None), slice(None), *index)]
+    for flat, index in enumerate(product(*(range(size) for size in ordered.shape[2:]))):
+        matrix = ordered.flatten(2)[..., flat]
         right = leading_basis(matrix.T, matrix.shape[1])
         left = matrix @ right
         pairs += [(size, index, j, left, right) for j, size in enumerate(left.norm(dim=0).tolist())]

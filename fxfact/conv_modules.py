@@ -1,0 +1,131 @@
+"""``nn.Conv1d/2d/3d`` to ConvLayer and back: the only place that knows what PyTorch's modules take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fxfact.conv import ConvChain, ConvLayer, ConvSpec, from_torch
+from fxfact.skip import Skip
+
+CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PADS: dict[str, tuple[type[nn.Module], ...]] = {
+    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether the module is a convolution of PyTorch or a subclass of one, transposed or not."""
+    return isinstance(module, CONV_TYPES + TRANSPOSED_TYPES)
+
+
+def read_conv(module: nn.Module) -> ConvLayer | Skip:
+    """The convolution that the module is, sharing its tensors; a Skip where its type or its hooks do more."""
+    kind = type(module)
+    if not is_conv(module):
+        return Skip(f"{kind.__name__} is not a convolution")
+    if hasattr(module, "parametrizations"):
+        return Skip("its weight is computed by a parametrization: torch.nn.utils.parametrize.remove_parametrizations")
+    if kind not in CONV_TYPES + TRANSPOSED_TYPES:
+        return Skip(f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else")
+    if any(getattr(module, f"_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks")):
+        return Skip("it has hooks, which a factorized convolution would lose")
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    return layer_of(
+        ConvSpec.parse(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+            transposed=kind in TRANSPOSED_TYPES,
+            output_padding=module.output_padding,
+            bias=module.bias is not None,
+        ),
+        module.weight,
+        module.bias,
+    )
+
+
+def layer_of(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> ConvLayer | Skip:
+    """The layer for tensors in PyTorch's layout; a Skip where the weight is of a kind that cannot be decomposed."""
+    if not weight.dtype.is_floating_point or weight.is_quantized:
+        return Skip(f"its weight is {weight.dtype}, not a real floating-point type")
+    if weight.layout != torch.strided:
+        return Skip(f"its weight is {weight.layout}, not strided")
+    return ConvLayer(spec, from_torch(spec, weight), bias)
+
+
+def write_conv(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None = None, *, requires_grad: bool = True
+) -> list[nn.Module]:
+    """Ordinary modules for an ordinary (not transposed) convolution, holding these tensors.
+
+    A parameter is kept as it is, another tensor becomes one that shares its memory.
+
+    ``padding`` becomes ints where it is symmetric, ``'same'`` where it says the same, else a pad module in front.
+    """
+    before: list[nn.Module] = []
+    padding: str | int | tuple[int, ...] = tuple(pair[0] for pair in spec.padding)
+    mode = spec.padding_mode
+    if any(first != last for first, last in spec.padding):
+        same = tuple(d * (k - 1) for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
+        if set(spec.stride) == {1} and spec.padding == tuple((t // 2, t - t // 2) for t in same):
+            padding = "same"
+        else:
+            amounts = [amount for pair in reversed(spec.padding) for amount in pair]
+            pad = _PADS[mode][spec.order - 1]
+            before, padding, mode = [pad(amounts[0] if len(set(amounts)) == 1 else tuple(amounts))], 0, "zeros"
+    kind: type = CONV_TYPES[spec.order - 1]
+    module = kind(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        stride=spec.stride,
+        padding=padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        bias=bias is not None,
+        padding_mode=mode,
+        device="meta",
+    )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            kept = isinstance(tensor, nn.Parameter)
+            setattr(module, name, tensor if kept else nn.Parameter(tensor, requires_grad=requires_grad))
+    return [*before, module]
+
+
+def write_chain(
+    specs: Sequence[ConvSpec], weights: Sequence[Tensor], bias: Tensor | None, *, like: Tensor
+) -> list[nn.Module]:
+    """``write_conv`` for every stage, the bias on the last; new parameters have the memory format and requires_grad of
+    the dense weight ``like``.
+    """
+    modules: list[nn.Module] = []
+    for spec, weight, own_bias in zip(specs, weights, [None] * (len(specs) - 1) + [bias], strict=True):
+        kept = weight if isinstance(weight, nn.Parameter) else weight.contiguous(memory_format=_format(like))
+        modules += write_conv(spec, kept, own_bias, requires_grad=like.requires_grad)
+    return modules
+
+
+def read_stages(modules: Sequence[nn.Module]) -> ConvChain:
+    """The chain that ``write_conv`` wrote stage by stage; its pad modules, which move no kernel, are passed over."""
+    layers = [read_conv(module) for module in modules if is_conv(module)]
+    return ConvChain(tuple(layer for layer in layers if isinstance(layer, ConvLayer)))
+
+
+def _format(weight: Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(weight.ndim, torch.contiguous_format)
+    channels_last = weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
+    return last if channels_last else torch.contiguous_format

@@ -1,0 +1,138 @@
+"""A model becomes a graph that meets the graph contract, without the model noticing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from fxfact.conv_modules import is_conv
+from fxfact.errors import ArgumentTypeError, CaptureError
+from fxfact.graph.base import Captured, shape_of
+from fxfact.graph.contract import check_contract
+from fxfact.graph.match import match
+from fxfact.graph.shapes import record_shapes
+from fxfact.skip import Skip
+
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+class _Tracer(fx.Tracer):
+    """Records stack traces; modules whose weight a parametrization computes stay whole, and so recognisable."""
+
+    record_stack_traces = True
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return hasattr(module, "parametrizations") or super().is_leaf_module(module, qualified_name)
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Captured:
+    """Trace ``model`` symbolically; a GraphModule is taken as it is.
+
+    ``example_inputs`` (a tuple is the arguments, a mapping the keyword arguments, a tensor one argument) give the
+    graph its shapes. Nothing is computed on them, and the model is not touched: its structure is copied and its
+    tensors shared. Raises ArgumentTypeError, CaptureError.
+    """
+    check_model(model)
+    own = copy_sharing(model, set(map(id, _tensors(model))))
+    traced = own if isinstance(own, fx.GraphModule) else _trace(own, type(model).__name__)
+    for name, module in traced.named_modules():
+        with contextlib.suppress(AttributeError):
+            module.training = own.get_submodule(name).training
+    macs: int | None = None
+    samples = 1
+    if example_inputs is not None:
+        values = bind_inputs(traced, model, example_inputs)
+        total = record_shapes(traced, values)
+        samples = _samples(traced, values)
+        macs = total // samples
+    check_contract(traced, f"behind the capture of {type(model).__name__}")
+    return Captured(traced, macs, samples, _unreached(own, traced))
+
+
+def check_model(model: object) -> None:
+    """Raise ArgumentTypeError unless it is a module, CaptureError where it is one without parameters yet."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a ScriptModule has no graph that torch.fx can read. Pass the nn.Module it was made from.")
+    for name, tensor in model.named_parameters():
+        if is_lazy(tensor):
+            raise CaptureError(f"{name}: the parameter is lazy and has no shape. Run the model once on an input first.")
+
+
+def copy_sharing(module: nn.Module, shared: set[int]) -> nn.Module:
+    """A deep copy that keeps, and does not copy, the tensors whose ``id`` is in ``shared``. Raises CaptureError."""
+    memo = {id(tensor): tensor for tensor in _tensors(module) if id(tensor) in shared}
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(module).__name__} cannot be copied: {error}. Make it support copy.deepcopy."
+        ) from error
+
+
+def bind_inputs(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:
+    """The values for the graph's placeholders, in their order. Raises CaptureError where the inputs do not fit."""
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = example_inputs
+    else:
+        args = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit {type(model).__name__}.forward: {error}. A tuple is the arguments, a dict the "
+            "keyword arguments, a tensor one argument."
+        ) from error
+    bound.apply_defaults()
+    return [
+        bound.arguments[str(node.target).lstrip("*")] for node in graph_module.graph.nodes if node.op == "placeholder"
+    ]
+
+
+def _trace(model: nn.Module, name: str) -> fx.GraphModule:
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+        return fx.GraphModule(tracer.root, graph, name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"{name}: torch.fx cannot trace its forward: {reason}. Remove the control flow that depends on values or "
+            "shapes, or factorize the submodules that trace."
+        ) from error
+
+
+def _samples(graph_module: fx.GraphModule, values: list[Any]) -> int:
+    """How many samples the example inputs hold: their first size, unless a convolution sees no batch."""
+    calls = [(site.layer.spec.order, node) for site in match(graph_module).sites for node in site.nodes]
+    batched = all(len(shape_of(node) or ()) == order + 2 for order, node in calls)
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0]
+    return max(1, sizes[0]) if batched and sizes else 1
+
+
+def _unreached(model: nn.Module, traced: fx.GraphModule) -> tuple[Skip, ...]:
+    reached = set(map(id, traced.modules())) | set(map(id, traced.parameters()))
+    return tuple(
+        Skip("forward does not call it", name)
+        for name, module in model.named_modules()
+        if is_conv(module) and id(module) not in reached and not reached & set(map(id, module.parameters()))
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers and tensors that are plain attributes."""
+    for child in module.modules():
+        yield from (tensor for tensor in (*child._parameters.values(), *child._buffers.values()) if tensor is not None)
+        yield from (value for value in vars(child).values() if isinstance(value, Tensor))

@@ -1,0 +1,67 @@
+"""Shapes in the nodes' meta: recorded on fake tensors, counted in MACs, and never stale behind a rewrite."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxfact.errors import CaptureError
+
+
+def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any]) -> int:
+    """Record ``tensor_meta`` for these placeholder values in every node; returns the multiply-accumulates.
+
+    Nothing is computed: the values and the network become fake tensors. Raises CaptureError where the network cannot
+    run on them.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in values]
+    try:
+        with _quiet():
+            propagation = ShapeProp(graph_module, mode)
+            propagation.propagate(*values)
+        with mode, FlopCounterMode(display=False) as counter:
+            fx.Interpreter(propagation.fake_module).run(*fakes)
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise CaptureError(
+            f"the network cannot run on example_inputs: {reason}. Pass inputs that it accepts."
+        ) from error
+    return int(counter.get_total_flops()) // 2
+
+
+def refresh_shapes(graph_module: fx.GraphModule) -> None:
+    """Record anew what the placeholders have: ``tensor_meta``, ``val``, or both. A rewrite leaves its nodes without."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if placeholders and all("tensor_meta" in node.meta for node in placeholders):
+        device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            fakes = [_empty(node.meta["tensor_meta"], device) for node in placeholders]
+        with _quiet():
+            ShapeProp(graph_module, mode).propagate(*fakes)
+    values = [node.meta.get("val") for node in placeholders]
+    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
+    if modes and all(value is not None for value in values):
+        modes[0].allow_non_fake_inputs = True
+        FakeTensorProp(graph_module, modes[0]).propagate_dont_convert_inputs(*values)
+
+
+def _empty(recorded: Any, device: torch.device) -> Tensor:
+    return torch.empty_strided(recorded.shape, recorded.stride, dtype=recorded.dtype, device=device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ShapeProp prints the traceback of every error that it raises."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

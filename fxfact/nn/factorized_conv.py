@@ -1,0 +1,214 @@
+"""Factorized convolutions as layers, for those who come from TensorLy-Torch: ordinary modules, traceable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fxfact.conv import ConvSpec, Sizes, compose_weights, run_weight
+from fxfact.conv_modules import is_conv, read_conv, write_chain, write_conv
+from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
+from fxfact.factorizations import Factorization, Rank, RankRequest
+from fxfact.nn.base import Implementation, Structure
+from fxfact.skip import Skip
+
+
+class FactorizedConv(nn.Module):
+    """A convolution of any order (1 to 3) held as the stages of a factorization; takes what ``nn.Conv2d`` takes, and
+
+    order: the number of spatial axes, needed where kernel_size is an int.
+    factorization: 'cp' (over all modes), 'tucker' (both pointwise stages kept at any rank), 'tt', or any other name or
+        object of ``fxfact.factorizations``.
+    rank: an int, a tuple, or a fraction of the dense parameters ('same' is 1.0), which becomes a rank by TensorLy's
+        rules (``tensorly.cp_tensor.validate_cp_rank`` and its siblings), the spatial modes of Tucker kept whole,
+        clipped to what is feasible.
+    implementation: 'factorized' runs the stages one after the other; 'mobilenet', for 'cp', with one depthwise
+        k×k stage; 'reconstructed' composes the dense kernel in every forward and runs one dense convolution.
+    generator: draws the initial values, whose output variance is that of the dense layer's own initialisation.
+
+    Input (batch, in, *size) or (in, *size), output as of the dense convolution. Raises SpecError, ArgumentError,
+    RankError, and RefusedError where this convolution cannot be factorized so.
+    """
+
+    default_factorization: ClassVar[str | None] = None
+
+    def __init__(  # noqa: PLR0917 (the positions of nn.Conv2d)
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        order: int | None = None,
+        factorization: str | Factorization | None = None,
+        rank: RankRequest = "same",
+        implementation: str = "factorized",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        spec = ConvSpec.parse(
+            in_channels,
+            out_channels,
+            kernel_size,
+            order=order,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+            bias=bias,
+        )
+        structure = Structure.parse(spec, self._method(factorization), rank, implementation)
+        like = torch.empty(0, device=device, dtype=dtype).requires_grad_()
+        self._assemble(structure, like, like.new_empty(out_channels) if bias else None)
+        self.reset_parameters(generator)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Module,
+        rank: RankRequest = "same",
+        *,
+        factorization: str | Factorization | None = None,
+        implementation: str = "factorized",
+        decompose_weights: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """The layer for an ``nn.Conv1d/2d/3d``, with its device, dtype, mode and every attribute; the convolution and
+        its bias are copied from, not shared. ``decompose_weights=False`` gives it the initial values of a new layer.
+
+        Raises ArgumentTypeError for a module that is no convolution, RefusedError, RankError, WeightError.
+        """
+        if not isinstance(conv, nn.Module) or not is_conv(conv):
+            raise ArgumentTypeError(f"conv must be a torch.nn.Conv1d, Conv2d or Conv3d, got {type(conv).__name__}")
+        layer = read_conv(conv)
+        if isinstance(layer, Skip):
+            raise RefusedError(f"{type(conv).__name__}: {layer.reason}")
+        structure = Structure.parse(layer.spec, cls._method(factorization), rank, implementation)
+        weights = None
+        if decompose_weights:
+            chain = structure.factorization.decompose(layer, structure.rank, generator=generator)
+            weights = structure.merged([stage.weight for stage in chain.layers])
+        new = cls.__new__(cls)
+        new._assemble(structure, layer.weight, None if layer.bias is None else layer.bias.detach().clone(), weights)
+        if not decompose_weights:
+            new.reset_parameters(generator)
+        return new.train(conv.training)
+
+    @classmethod
+    def _method(cls, factorization: str | Factorization | None) -> str | Factorization:
+        method = cls.default_factorization if factorization is None else factorization
+        if method is None:
+            raise ArgumentError("factorization= is needed: 'cp', 'tucker', 'tt', or CPConv, TuckerConv, TTConv instead")
+        return method
+
+    def _assemble(
+        self, structure: Structure, like: Tensor, bias: Tensor | None, weights: Sequence[Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self._structure = structure
+        values = weights or [like.new_empty(spec.weight_shape) for spec in structure.stages]
+        modules = write_chain(structure.stages, [v.detach() for v in values], bias, like=like)
+        self.stages = nn.Sequential(*modules)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new values: every stage keeps the variance of its input, but the last, which lowers it to a third, as
+        PyTorch's own initialisation of the dense convolution does (He et al. 2015 with a = √5).
+        """
+        convs = self._convs()
+        with torch.no_grad():
+            for conv, spec in zip(convs, self._structure.stages, strict=True):
+                fan_in = math.prod(spec.weight_shape[1:])
+                bound = math.sqrt((1.0 if conv is convs[-1] else 3.0) / fan_in)
+                conv.weight.uniform_(-bound, bound, generator=generator)
+            if (bias := convs[-1].bias) is not None:
+                bound = 1 / math.sqrt(math.prod(self._structure.spec.weight_shape[1:]))
+                bias.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
+        if self.implementation == "reconstructed":
+            return run_weight(self._structure.spec, self.weight, self.bias, x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def to_conv(self) -> nn.Module:
+        """A new dense ``nn.Conv1d/2d/3d`` that computes the same, with the device, dtype and mode of this layer."""
+        with torch.no_grad():
+            weight = self.weight.contiguous()
+            bias = None if self.bias is None else self.bias.detach().clone()
+        (conv,) = write_conv(self._structure.spec, weight, bias, requires_grad=self._convs()[0].weight.requires_grad)
+        return conv.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel (out, in / groups, *kernel), composed at every access."""
+        return compose_weights(self._structure.stages, [conv.weight for conv in self._convs()])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), which the last stage holds."""
+        bias: Tensor | None = self._convs()[-1].bias
+        return bias
+
+    @property
+    def factorization(self) -> Factorization:
+        """How the kernel is factorized."""
+        return self._structure.factorization
+
+    @property
+    def rank(self) -> Rank:
+        """The rank, as the factorization counts it."""
+        return self._structure.rank
+
+    @property
+    def implementation(self) -> Implementation:
+        """'factorized', 'mobilenet' or 'reconstructed'."""
+        return self._structure.implementation
+
+    @property
+    def spec(self) -> ConvSpec:
+        """The dense convolution that this layer stands for."""
+        return self._structure.spec
+
+    @property
+    def kernel_size(self) -> Sizes:
+        """Of the dense convolution."""
+        return self._structure.spec.kernel_size
+
+    def extra_repr(self) -> str:
+        """The dense convolution, the factorization, the rank."""
+        return f"{self.spec}, {self.factorization.name}, rank={self.rank}, implementation={self.implementation!r}"
+
+    def _convs(self) -> list[Any]:
+        """The stages without the pad modules between them."""
+        return [stage for stage in self.stages if is_conv(stage)]
+
+
+class CPConv(FactorizedConv):
+    """``FactorizedConv`` with factorization='cp'."""
+
+    default_factorization = "cp"
+
+
+class TuckerConv(FactorizedConv):
+    """``FactorizedConv`` with factorization='tucker'."""
+
+    default_factorization = "tucker"
+
+
+class TTConv(FactorizedConv):
+    """``FactorizedConv`` with factorization='tt'."""
+
+    default_factorization = "tt"

@@ -1,0 +1,34 @@
+"""What the passes leave behind on a graph module for whoever inspects it later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxfact.planning import Plan
+
+_KEY = "fxfact"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A plan that was carried out; ``relative_error`` ‖W − Ŵ‖_F / ‖W‖_F by path, None where weights were left empty."""
+
+    plan: Plan
+    relative_error: Mapping[str, float | None]
+
+
+def applied(module: nn.Module) -> tuple[Applied, ...]:
+    """Every plan carried out on this module, oldest first; they survive copying and pickling."""
+    meta = getattr(module, "meta", {})
+    found: tuple[Applied, ...] | None = meta.get(_KEY)
+    return found or getattr(module, f"_{_KEY}", ())
+
+
+def record(graph_module: fx.GraphModule, done: Applied) -> None:
+    """Add to what ``applied`` gives."""
+    history = (*applied(graph_module), done)
+    graph_module.meta[_KEY] = history  # what copy.deepcopy keeps
+    setattr(graph_module, f"_{_KEY}", history)  # what pickling keeps

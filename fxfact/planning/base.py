@@ -1,0 +1,260 @@
+"""A plan: what is to become of every convolution of a network. A value to print, edit, save and carry out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxfact.conv import ConvSpec, Sizes
+from fxfact.cost import Cost, cost_of
+from fxfact.errors import PlanError, place
+from fxfact.factorizations import (
+    FACTORIZATIONS,
+    Factorization,
+    Rank,
+    RankRequest,
+    parse_factorization,
+    parse_rank_request,
+    resolve_rank,
+)
+from fxfact.skip import Skip
+
+_FORMAT = {"format": "fxfact plan", "version": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One convolution: factorized at a rank, or left as it is for a ``reason``.
+
+    ``spec`` is None where the convolution could not be parsed, ``input_sizes`` where no example inputs were given.
+    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters.
+    """
+
+    path: str
+    spec: ConvSpec | None
+    input_sizes: tuple[Sizes, ...] | None = None
+    tied_to: str | None = None
+    factorization: Factorization | None = None
+    rank: Rank | None = None
+    reason: str = ""
+    note: str = ""
+
+    @property
+    def stages(self) -> tuple[ConvSpec, ...]:
+        """The convolutions that will stand here: those of the chain, or the one that is there."""
+        if self.spec is None:
+            return ()
+        if self.factorization is None or self.rank is None:
+            return (self.spec,)
+        return self.factorization.layout(self.spec, self.rank)
+
+    @property
+    def before(self) -> Cost:
+        """The cost of the convolution as it is."""
+        return self._cost((self.spec,) if self.spec else ())
+
+    @property
+    def after(self) -> Cost:
+        """The cost of what will stand here."""
+        return self._cost(self.stages)
+
+    def _cost(self, stages: Sequence[ConvSpec]) -> Cost:
+        cost = cost_of(stages, self.input_sizes)
+        biases = sum(spec.out_channels for spec in stages if spec.bias)
+        return Cost(biases, cost.macs) if self.tied_to else cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The decisions for the convolutions of one model, in the order of its graph. ``print(plan)`` is a table.
+
+    ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample.
+    """
+
+    model: str
+    network: Cost
+    decisions: tuple[Decision, ...]
+
+    @cached_property
+    def rewrites(self) -> tuple[Decision, ...]:
+        """The decisions that change something."""
+        return tuple(decision for decision in self.decisions if decision.factorization is not None)
+
+    @property
+    def after(self) -> Cost:
+        """The cost of the whole network with the plan carried out."""
+        cost = self.network
+        for decision in self.rewrites:
+            cost = cost + decision.after - decision.before
+        return cost
+
+    def __getitem__(self, path: str) -> Decision:
+        """The decision for a path. Raises PlanError where the plan has none."""
+        for decision in self.decisions:
+            if decision.path == path:
+                return decision
+        raise PlanError(
+            f"the plan has no convolution at {path!r}. It has: {', '.join(d.path for d in self.decisions)}."
+        )
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    def edited(
+        self,
+        path: str,
+        *,
+        rank: RankRequest | None = None,
+        factorization: str | Factorization | None = None,
+        skip: str | None = None,
+    ) -> Plan:
+        """The plan with another decision for ``path`` and what shares its weight: another rank, or ``skip``, the reason
+        to leave it as it is. Raises PlanError, RankError, RefusedError.
+        """
+        old = self[path]
+        if skip is not None:
+            new = replace(old, factorization=None, rank=None, reason=skip, note="")
+        else:
+            with place(path):
+                new = _chosen(old, rank, factorization)
+        together = {path, old.tied_to or path}
+        changed = [
+            replace(d, factorization=new.factorization, rank=new.rank, reason=new.reason, note=new.note)
+            if d.path in together or d.tied_to in together
+            else d
+            for d in self.decisions
+        ]
+        return replace(self, decisions=tuple(changed))
+
+    def check_fits(self, specs: Mapping[str, ConvSpec]) -> None:
+        """Raise PlanError, naming the first differences, unless the plan was made for these convolutions."""
+        planned = {decision.path: decision.spec for decision in self.decisions if decision.spec is not None}
+        if planned == specs:
+            return
+        different = [path for path in planned | dict(specs) if planned.get(path) != specs.get(path)]
+        lines = [
+            f"{p}: the plan has {planned.get(p, 'nothing')}, the model {specs.get(p, 'nothing')}" for p in different
+        ]
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise PlanError(
+            f"the plan was made for another model ({self.model}). {'; '.join(lines[:3])}{more}. Make a new one."
+        )
+
+    def __str__(self) -> str:
+        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "remark"]
+        rows = [_row(decision) for decision in self.decisions]
+        total = ["network", self.model, f"{len(self.rewrites)} of {len(self)} rewritten", "", *_change(self), ""]
+        return tabulate([*rows, total], headers, disable_numparse=True, maxcolwidths=[None] * 6 + [60])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
+        """Read a saved plan; ``factorizations`` are classes of your own that it names. Raises PlanError."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{os.fspath(path)}: not a plan that can be read: {error}") from error
+        with place(os.fspath(path)):
+            return cls.from_json(data, factorizations=factorizations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: numbers, strings, lists and dicts."""
+        decisions = [_decision_to_json(decision) for decision in self.decisions]
+        return {**_FORMAT, "model": self.model, "network": asdict(self.network), "decisions": decisions}
+
+    @classmethod
+    def from_json(cls, data: Any, *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
+        """The inverse of ``to_json``. Raises PlanError where the data is damaged or of another version."""
+        found = {key: data.get(key) for key in _FORMAT} if isinstance(data, dict) else type(data).__name__
+        if found != _FORMAT:
+            raise PlanError(f"expected a plan with {_FORMAT}, found {found}. Save it with Plan.save.")
+        known = {kind.name: kind for kind in (*FACTORIZATIONS, *factorizations)}
+        try:
+            decisions = tuple(_decision_from_json(entry, known) for entry in data["decisions"])
+            plan = cls(model=data["model"], network=Cost(**data["network"]), decisions=decisions)
+            assert str(plan)  # every layout can be computed
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+        return plan
+
+
+def _chosen(old: Decision, request: RankRequest | None, factorization: str | Factorization | None) -> Decision:
+    method = old.factorization if factorization is None else parse_factorization(factorization)
+    asked: object = old.rank if request is None else request
+    if old.spec is None or method is None or asked is None:
+        raise PlanError(
+            f"there is nothing to edit: {old.reason}. Pass a factorization and a rank to a parsed convolution."
+        )
+    rank = resolve_rank(method, old.spec, parse_rank_request(asked), clip=False)
+    if isinstance(rank, Skip):
+        raise PlanError(rank.reason)
+    method.layout(old.spec, rank)
+    return replace(old, factorization=method, rank=rank, reason="", note="")
+
+
+def _row(decision: Decision) -> list[str]:
+    method, rank = decision.factorization, decision.rank
+    remark = decision.note or decision.reason
+    if decision.tied_to:
+        remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
+    shown = "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
+    costs = ["", ""] if decision.spec is None else _change(decision)
+    return [decision.path, str(decision.spec or ""), method.name if method else "-", shown, *costs, remark]
+
+
+def _change(what: Decision | Plan) -> list[str]:
+    before = what.before if isinstance(what, Decision) else what.network
+    after = what.after
+    pairs = [(before.params, after.params), (before.macs, after.macs)]
+    return [_arrow(old, new) for old, new in pairs]
+
+
+def _arrow(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return ""
+    if before == after:
+        return f"{before:,}"
+    return f"{before:,} → {after:,} ({after / before:.2f})" if before else f"{before:,} → {after:,}"
+
+
+def _decision_to_json(decision: Decision) -> dict[str, Any]:
+    data = asdict(replace(decision, factorization=None))
+    if method := decision.factorization:
+        data["factorization"] = {
+            "name": method.name,
+            "options": {field.name: getattr(method, field.name) for field in fields(method)},
+        }
+    return data
+
+
+def _decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Decision:
+    values = dict(data)
+    spec, method = values["spec"], values["factorization"]
+    if spec is not None:
+        values["spec"] = ConvSpec(**{key: _tuples(value) for key, value in spec.items()})
+    if method is not None:
+        if method["name"] not in known:
+            raise PlanError(f"unknown factorization {method['name']!r}. Pass its class as factorizations=[...].")
+        values["factorization"] = known[method["name"]](**method["options"])
+    for name in ("input_sizes", "rank"):
+        values[name] = _tuples(values[name])
+    return Decision(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

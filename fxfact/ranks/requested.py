@@ -1,0 +1,106 @@
+"""Ranks as the caller states them: one for all, or by path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Generic, TypeVar, final
+
+from fxfact.errors import ArgumentError, place
+from fxfact.factorizations import Factorization, ParsedRank, parse_factorization, parse_rank_request, resolve_rank
+from fxfact.ranks.base import Candidate, Choice, RankStrategy
+from fxfact.skip import Skip
+
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True)
+class ByPath(Generic[T]):
+    """A value for every path, or one by path or glob: the path itself first, then the globs in their order."""
+
+    everywhere: T | None
+    by_pattern: Mapping[str, T]
+
+    @classmethod
+    def parse(cls, request: object, parse: Callable[[object], T]) -> ByPath[T]:
+        """``request`` is a value, or a mapping from path or glob to values, each understood by ``parse``."""
+        if not isinstance(request, Mapping):
+            return cls(parse(request), {})
+        parsed = {}
+        for pattern, value in request.items():
+            with place(str(pattern)):
+                parsed[str(pattern)] = parse(value)
+        return cls(None, parsed)
+
+    def get(self, path: str) -> tuple[T | None, bool]:
+        """The value for a path (None: none is given), and whether the path itself was named."""
+        if path in self.by_pattern:
+            return self.by_pattern[path], True
+        matching = (value for pattern, value in self.by_pattern.items() if fnmatchcase(path, pattern))
+        return next(matching, self.everywhere), False
+
+    def check(self, paths: Sequence[str], argument: str) -> None:
+        """Raise ArgumentError for a pattern that fits no path."""
+        for pattern in self.by_pattern:
+            if not any(path == pattern or fnmatchcase(path, pattern) for path in paths):
+                near = difflib.get_close_matches(pattern, paths, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ArgumentError(f"{argument}: no convolution at {pattern!r}.{hint} There are: {_some(paths)}.")
+
+
+@final
+@dataclass(frozen=True)
+class Requested(RankStrategy):
+    """The first factorization listed for a convolution that takes it, at the rank asked for.
+
+    A rank that is too large is lowered to what is feasible, with a note, unless its path was named: then RankError.
+    """
+
+    factorizations: ByPath[tuple[Factorization, ...]]
+    ranks: ByPath[ParsedRank]
+
+    @classmethod
+    def parse(cls, factorization: object, rank: object) -> Requested:
+        """From what ``fxfact.factorize`` takes. Raises ArgumentError, ArgumentTypeError, RankError."""
+        return cls(ByPath.parse(factorization, _parse_several), ByPath.parse(rank, parse_rank_request))
+
+    def choose(self, candidates: Sequence[Candidate]) -> tuple[Choice | Skip, ...]:
+        """One by one: nothing is traded between convolutions."""
+        paths = [candidate.path for candidate in candidates]
+        self.factorizations.check(paths, "factorization")
+        self.ranks.check(paths, "rank")
+        return tuple(self._choose(candidate) for candidate in candidates)
+
+    def _choose(self, candidate: Candidate) -> Choice | Skip:
+        methods, _ = self.factorizations.get(candidate.path)
+        request, named = self.ranks.get(candidate.path)
+        if methods is None or request is None:
+            return Skip(f"no {'factorization' if methods is None else 'rank'} is given for it")
+        refusals = []
+        for method in methods:
+            with place(candidate.path):
+                rank = resolve_rank(method, candidate.spec, request, clip=not named)
+            if isinstance(rank, Skip):
+                refusals.append(rank.reason)
+                continue
+            with place(candidate.path):
+                method.layout(candidate.spec, rank)
+            asked = (request,) * len(rank) if isinstance(request, int) else request
+            lowered = not isinstance(request, float) and asked != rank
+            return Choice(method, rank, f"rank {request} lowered to what is feasible" if lowered else "")
+        return Skip("; ".join(dict.fromkeys(refusals)))
+
+
+def _parse_several(request: object) -> tuple[Factorization, ...]:
+    if isinstance(request, Sequence) and not isinstance(request, str):
+        if not request:
+            raise ArgumentError("factorization: the list is empty. Name at least one.")
+        return tuple(parse_factorization(one) for one in request)
+    return (parse_factorization(request),)
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "") if paths else "none at all"

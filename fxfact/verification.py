@@ -1,0 +1,70 @@
+"""Graph and mathematics told apart: does a rewritten network compute what its own kernels say?"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxfact.conv import compose
+from fxfact.conv_modules import read_stages
+from fxfact.errors import VerificationError
+from fxfact.graph import match
+from fxfact.passes import applied
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_HALF_TOLERANCE = 5e-2
+
+
+def composed(original: fx.GraphModule, factorized: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``original`` with the kernel of every site that the last plan rewrote replaced by ``compose(chain)``.
+
+    The chains are read back from the modules of ``factorized``, not from what was decomposed.
+    """
+    result = copy.deepcopy(original)
+    paths = {decision.path for decision in applied(factorized)[-1].plan.rewrites}
+    with torch.no_grad():
+        for site in match(result).sites:
+            if site.path in paths:
+                kernel = compose(read_stages(list(factorized.get_submodule(site.path).children())))
+                site.layer.weight.copy_(kernel)
+    return result
+
+
+def relative_error(expected: Any, found: Any) -> float:
+    """‖found − expected‖ / ‖expected‖ over all floating tensors of two outputs of one structure."""
+    pairs = list(zip(_floats(expected), _floats(found), strict=True))
+    missed = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
+    total = sum(float(a.double().square().sum()) for a, _ in pairs)
+    return math.sqrt(missed / total if total else missed)
+
+
+def check_rewrite(original: fx.GraphModule, factorized: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Raise VerificationError unless ``factorized`` equals ``composed(original, factorized)`` on these inputs.
+
+    Both run in evaluation mode, on copies. The tolerance is relative: 1e-10 in double, 1e-4 in single precision.
+    """
+    expected = _run(composed(original, factorized), inputs)
+    found = _run(copy.deepcopy(factorized), inputs)
+    error = relative_error(expected, found)
+    dtypes = {tensor.dtype for tensor in _floats(expected)}
+    tolerance = max((_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes), default=0.0)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"the rewritten network differs from the original with the same kernels by {error:.2e} (relative), more "
+            f"than {tolerance:.0e}: its graph is wrong. Please report it; exclude= leaves convolutions as they are."
+        )
+
+
+def _run(module: nn.Module, inputs: Sequence[Any]) -> Any:
+    with torch.no_grad():
+        return module.eval()(*copy.deepcopy(inputs))
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
