@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError
 from fxfact.factorizations import Factorization, RankRequest
 from fxfact.graph import Captured, ExampleInputs, bind_inputs, capture
-from fxfact.passes import FactorizeConvs, Weights, applied
+from fxfact.passes import Applied, FactorizeConvs, Weights, applied, record
 from fxfact.planning import Plan, Selection, make_plan
 from fxfact.ranks import Requested
 from fxfact.verification import check_rewrite
@@ -124,7 +124,12 @@ def _capture(model: nn.Module, example_inputs: ExampleInputs | None) -> Captured
 def _apply(plan: Plan, captured: Captured, weights: Weights, generator: torch.Generator | None) -> fx.GraphModule:
     result = FactorizeConvs(plan, weights=weights, generator=generator)(captured.graph_module)
     assert result is not None
-    return result.graph_module if result.modified else copy.deepcopy(captured.graph_module)
+    if result.modified:
+        factorized: fx.GraphModule = result.graph_module
+        return factorized
+    unchanged = copy.deepcopy(captured.graph_module)
+    record(unchanged, Applied(plan, {}))
+    return unchanged
 
 
 def _strategy(factorization: object, rank: object, budget: object, calibration: object, capture: object) -> Requested:

@@ -52,18 +52,17 @@ def match(graph_module: fx.GraphModule) -> Match:
     readers = _readers(graph_module)
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph_module.graph.nodes:
-        verdicts[node] = verdict = _parse(graph_module, node)
+        verdict = _parse(graph_module, node)
+        verdicts[node] = verdict
         if isinstance(verdict, ConvSite):
             if others := readers[id(verdict.layer.weight)]:
                 verdicts[node] = Skip(f"its weight is also read by {', '.join(sorted(others))}", verdict.path)
             else:
                 calls[verdict.path].append(node)
-    sites = [_joined(path, nodes, verdicts) for path, nodes in calls.items()]
-    for site in _tie([site for site in sites if isinstance(site, ConvSite)]):
-        verdicts |= dict.fromkeys(site.nodes, site)
-    for site in sites:
-        if isinstance(site, Skip):
-            verdicts |= dict.fromkeys(calls[site.subject], site)
+    joined = {path: _joined(path, nodes, verdicts) for path, nodes in calls.items()}
+    joined |= {site.path: site for site in _tie([site for site in joined.values() if isinstance(site, ConvSite)])}
+    for path, found in joined.items():
+        verdicts |= dict.fromkeys(calls[path], found)
     return Match(verdicts)
 
 

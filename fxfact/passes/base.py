@@ -22,9 +22,8 @@ class Applied:
 
 def applied(module: nn.Module) -> tuple[Applied, ...]:
     """Every plan carried out on this module, oldest first; they survive copying and pickling."""
-    meta = getattr(module, "meta", {})
-    found: tuple[Applied, ...] | None = meta.get(_KEY)
-    return found or getattr(module, f"_{_KEY}", ())
+    found: tuple[Applied, ...] | None = getattr(module, "meta", {}).get(_KEY)
+    return found if found is not None else tuple(getattr(module, f"_{_KEY}", ()))
 
 
 def record(graph_module: fx.GraphModule, done: Applied) -> None:

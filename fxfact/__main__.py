@@ -1,0 +1,7 @@
+"""``python -m fxfact``."""
+
+import sys
+
+from fxfact.cli import main
+
+sys.exit(main())
