@@ -25,16 +25,21 @@ def cp(
     other; between sweeps the factors are extrapolated, and a sweep that does not lower the error is undone and the
     extrapolation shortened (after Ang, Cohen, Gillis and Hien 2020). It ends when an accepted sweep lowers the relative
     error by less than ``tolerance``, or after ``sweeps`` of them. Begins at the largest singular components of the
-    slices that hold the two largest modes, which is exact at the largest useful rank, numel / largest mode; with
-    ``random``, at normal values drawn from that generator. The largest temporary is one (rank, numel / n_0).
+    slices that hold the two largest modes, which is exact at the largest useful rank, numel / largest mode, or, where
+    that is nearer after a sweep, at the eigenvectors of a matrix pencil, which are exact for a tensor that has this
+    rank, if it is no larger than the second largest mode; with ``random``, at normal values drawn from that generator. The largest temporary is one (rank, numel / n_0).
     """
     norm = float(tensor.double().norm())
     if norm == 0:
         return [tensor.new_zeros(size, rank) for size in tensor.shape]
     unit = tensor / norm
-    factors = _balanced(_begin_at_slices(unit, rank) if random is None else _begin_random(unit, rank, random))
+    starts = [_begin_at_slices(unit, rank)] if random is None else [_begin_random(unit, rank, random)]
+    factors = _balanced(starts[0])
     if random is not None or rank < unit.numel() // max(unit.shape):
-        factors = _minimise(lambda start: _sweep(unit, start), factors, sweeps, tolerance)
+        starts += [start] if random is None and (start := _begin_at_pencil(unit, rank)) else []
+        swept = [_sweep(unit, _balanced(start)) for start in starts]
+        factors, _ = min(swept, key=lambda found: found[1] if math.isfinite(found[1]) else math.inf)
+        factors = _minimise(lambda start: _sweep(unit, start), factors, sweeps - 1, tolerance)
     return [factor * norm ** (1 / tensor.ndim) for factor in factors]
 
 
@@ -129,3 +134,36 @@ def _begin_at_slices(tensor: Tensor, rank: int) -> list[Tensor]:
     missing = rank - len(pairs)
     columns = [torch.cat([column, column.new_zeros(len(column), missing)], dim=1) for column in columns]
     return [columns[modes.index(mode)] for mode in range(tensor.ndim)]
+
+
+def _begin_at_pencil(tensor: Tensor, rank: int) -> list[Tensor] | None:
+    """Simultaneous diagonalisation (Harshman 1970, Jennrich): two mixtures of the slices share their eigenvectors.
+
+    None where the rank is larger than the second largest mode, or the mixtures are singular.
+    """
+    modes = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode], reverse=True)
+    ordered = tensor.permute(modes).double()
+    slices = ordered.flatten(2)
+    if not 1 < rank <= ordered.shape[1] or slices.shape[2] < 2:
+        return None
+    left = leading_basis(slices.flatten(1), rank)
+    right = leading_basis(slices.transpose(0, 1).flatten(1), rank)
+    mixing = leading_basis(slices.flatten(0, 1).T, 2)
+    one, other = (left.T @ (slices @ mixing[:, k]) @ right for k in (0, 1))
+    quotient, singular = torch.linalg.solve_ex(one.T, other.T)
+    if singular or not quotient.isfinite().all():
+        return None
+    first = left @ torch.linalg.eig(quotient.T).eigenvectors.real
+    rest = (torch.linalg.pinv(first) @ ordered.flatten(1)).reshape(rank, *ordered.shape[1:])
+    columns = [first, *_rank_one(rest)]
+    return [columns[modes.index(mode)].to(tensor.dtype) for mode in range(tensor.ndim)]
+
+
+def _rank_one(blocks: Tensor) -> list[Tensor]:
+    """For each of the tensors (count, n, …), vectors (n, count) per mode whose outer product is near it."""
+    vectors = []
+    while blocks.ndim > 2:
+        left, size, right = torch.linalg.svd(blocks.flatten(2), full_matrices=False)
+        vectors.append(left[:, :, 0].T)
+        blocks = (size[:, :1] * right[:, 0]).reshape(len(blocks), *blocks.shape[2:])
+    return [*vectors, blocks.T]
