@@ -27,7 +27,9 @@ def by_name(factorization: Factorization) -> str:
 
 def quick(factorization: Factorization) -> Factorization:
     """The same with few sweeps, where the quality of the approximation does not matter."""
-    return replace(factorization, **QUICK_CP) if isinstance(factorization, CPFactorized | CPMobilenet) else factorization
+    return (
+        replace(factorization, **QUICK_CP) if isinstance(factorization, CPFactorized | CPMobilenet) else factorization
+    )
 
 
 SPECS = {

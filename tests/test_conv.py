@@ -75,7 +75,9 @@ def test_a_chain_equals_the_convolution_it_composes_to(chain: ConvChain) -> None
     whole = ConvLayer(composed_spec(chain.specs), compose(chain), chain.bias)
     x = random_input(whole.spec)
     assert apart(run(whole, x), run(chain, x)) < 1e-13
-    assert run(chain, x).shape[2:] == chain.output_size(tuple(x.shape[2:])) == whole.spec.output_size(tuple(x.shape[2:]))
+    assert (
+        run(chain, x).shape[2:] == chain.output_size(tuple(x.shape[2:])) == whole.spec.output_size(tuple(x.shape[2:]))
+    )
     assert chain.params == sum(layer.weight.numel() for layer in chain.layers) + (6 if chain.bias is not None else 0)
 
 

@@ -53,7 +53,9 @@ def imports_of(path: Path) -> list[tuple[str, int]]:
             names = [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
             found += [(name if name in MODULES else base, node.col_offset) for name in names]
         if isinstance(node, ast.Import):
-            found += [(a.name.removeprefix("fxfact").lstrip("."), node.col_offset) for a in node.names if "fxfact" in a.name]
+            found += [
+                (a.name.removeprefix("fxfact").lstrip("."), node.col_offset) for a in node.names if "fxfact" in a.name
+            ]
     return found
 
 
@@ -67,7 +69,9 @@ def test_imports_go_strictly_down_or_to_the_own_base(module: str) -> None:
         own_room = folder != "" and imported.startswith(f"{folder}.")
         if own_room and (path.name == "__init__.py" or imported == f"{folder}.base"):
             continue
-        assert floor_of(imported) < floor_of(module), f"fxfact.{module} imports fxfact.{imported}, which is not below it"
+        assert floor_of(imported) < floor_of(module), (
+            f"fxfact.{module} imports fxfact.{imported}, which is not below it"
+        )
 
 
 def test_mathematics_and_graphs_do_not_know_each_other() -> None:

@@ -67,8 +67,7 @@ class _CP(Factorization):
         return (into.T, *(factor.T for factor in space), out)
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
-        shape = (block.out_channels, block.in_channels, *block.kernel_size)
-        return (int(validate_cp_rank(shape, fraction)),)
+        return (int(validate_cp_rank(self._sizes(block), fraction)),)
 
 
 @final

@@ -105,6 +105,9 @@ def _trace(model: nn.Module, name: str) -> fx.GraphModule:
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # a postponed annotation, which torch.fx cannot pickle
+                node.type = None
         return fx.GraphModule(tracer.root, graph, name)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -91,7 +91,7 @@ _Predicate = Callable[[str, ConvSpec], bool] | None
 def _predicate(argument: str, selection: Selection | None) -> _Predicate:
     if selection is None or callable(selection):
         return selection
-    patterns = [selection] if isinstance(selection, str) else list(selection)
-    if not all(isinstance(pattern, str) for pattern in patterns):
+    patterns = [selection] if isinstance(selection, str) else selection
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ArgumentTypeError(f"{argument} must be a glob, a list of globs or a predicate, got {selection!r}")
     return lambda path, spec: any(fnmatchcase(path, pattern) for pattern in patterns)

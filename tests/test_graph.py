@@ -1,0 +1,340 @@
+"""Capture, match, splice and the pass: what they find, what they leave alone, and what they keep."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.fx.passes.shape_prop import ShapeProp
+
+import fxfact
+from fxfact.errors import CaptureError, ContractError, PlanError
+from fxfact.graph import ConvSite, capture, check_contract, match
+from fxfact.passes import FactorizeConvs
+from fxfact.skip import Skip
+from tests.conftest import Small, apart
+
+
+def verdicts(model: nn.Module) -> dict[str, ConvSite | Skip]:
+    captured = capture(model)
+    found = (*match(captured.graph_module).found, *captured.unreached)
+    return {item.path if isinstance(item, ConvSite) else item.subject: item for item in found}
+
+
+class Scaled(nn.Conv2d):
+    """A subclass that computes its weight, as weight standardisation does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * 2, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Plainly(nn.Conv2d):
+    """A subclass whose forward is the convolution itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias)
+
+
+class Zoo(nn.Module):
+    """A convolution of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Conv2d(8, 8, 3, padding=1)
+        self.subclass = Plainly(8, 8, 3, padding=1)
+        self.scaled = Scaled(8, 8, 3, padding=1)
+        self.hooked = nn.Conv2d(8, 8, 3, padding=1)
+        self.hooked.register_forward_pre_hook(lambda module, args: None)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+        self.transposed = nn.ConvTranspose2d(8, 8, 3, padding=1)
+        self.read = nn.Conv2d(8, 8, 3, padding=1)
+        self.never = nn.Conv2d(8, 8, 3, padding=1)
+        self.kernel = nn.Parameter(torch.randn(8, 8, 3, 3) / 9)
+        self.register_buffer("constant", torch.randn(8, 8, 3, 3) / 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transposed(self.hooked(self.scaled(self.subclass(self.module(x)))))
+        x = self.read(self.normed(x)) * self.read.weight.mean()
+        x = torch.conv2d(x, self.kernel, padding="same")
+        x = F.conv2d(input=x, weight=self.constant, padding=1)
+        x = F.conv_transpose2d(x, self.kernel, padding=1)
+        return F.conv2d(x, x.mean((0, 2, 3)).reshape(1, 8, 1, 1))
+
+
+def test_every_convolution_is_found_or_listed_with_its_reason() -> None:
+    found = verdicts(Zoo())
+    reasons = {path: item.reason for path, item in found.items() if isinstance(item, Skip)}
+    sites = {path for path, item in found.items() if isinstance(item, ConvSite)}
+    assert sites == {"module", "subclass", "constant"}
+    expected = {
+        "scaled": None,  # traced through: its call is functional, on a computed weight
+        "hooked": "hooks",
+        "normed": "parametrization",
+        "transposed": "transposed",
+        "read": "also read by mean",
+        "never": "does not call",
+        "kernel": "also read by conv_transpose2d",
+    }
+    for path, word in expected.items():
+        if word is not None:
+            assert word in reasons.pop(path)
+    assert sorted(reasons) == ["conv2d_1", "conv2d_4", "conv_transpose2d"] or len(reasons) == 3
+    assert sum("computed in the graph" in reason for reason in reasons.values()) == 2
+
+
+def test_every_node_has_a_verdict() -> None:
+    captured = capture(Zoo())
+    found = match(captured.graph_module).verdicts
+    assert list(found) == list(captured.graph_module.graph.nodes)
+    assert all(item.reason for item in found.values() if isinstance(item, Skip))
+
+
+def test_what_can_be_rewritten_in_the_zoo_is_rewritten_right() -> None:
+    torch.manual_seed(0)
+    model, x = Zoo().eval(), torch.randn(2, 8, 12, 12)
+    result = fxfact.factorize(model, "spatial_svd", rank=10**6, example_inputs=x, allow_growth=True, verify=True)
+    assert {d.path for d in fxfact.plan_of(result).rewrites} == {"module", "subclass", "constant"}
+    assert apart(model(x), result(x)) < 1e-4
+    names = set(dict(result.named_parameters()))
+    assert {"module.0.weight", "module.1.bias", "subclass.0.weight", "constant.1.weight", "kernel"} <= names
+    assert not any(name in names for name in ("module.weight", "subclass.weight", "subclass.bias"))
+    assert "constant" not in dict(result.named_buffers())
+    trained = {name for name, p in result.named_parameters() if p.requires_grad}
+    assert "constant.0.weight" not in trained
+    assert "module.0.weight" in trained
+
+
+def test_names_stand_under_the_sites_own_path(small: Small) -> None:
+    result = fxfact.factorize(small)
+    assert [n for n in dict(result.named_parameters()) if "second" in n] == [f"second.{k}.weight" for k in range(3)]
+    targets = [node.target for node in result.graph.nodes if node.op == "call_module"]
+    assert targets[:4] == ["first.0", "first.1", "first.2", "norm"]
+
+
+def test_meta_is_kept_and_provenance_recorded(small: Small, image: Tensor) -> None:
+    traced = capture(small, image).graph_module
+    before = next(node for node in traced.graph.nodes if node.target == "second")
+    result = fxfact.factorize(small, example_inputs=image)
+    stages = [node for node in result.graph.nodes if str(node.target).startswith("second.")]
+    assert len(stages) == 3
+    for node in stages:
+        assert node.meta["nn_module_stack"] == before.meta["nn_module_stack"]
+        assert "conftest.py" in node.meta["stack_trace"]
+        (source,) = node.meta["from_node"]
+        assert (source.name, source.pass_name) == ("second", "fxfact.FactorizeConvs")
+    assert stages[-1].meta["tensor_meta"].shape == before.meta["tensor_meta"].shape
+
+
+def test_recorded_shapes_are_never_stale(small: Small, image: Tensor) -> None:
+    for kind in ("tensor_meta", "val", "both"):
+        traced = fx.symbolic_trace(small)
+        if kind != "val":
+            ShapeProp(traced).propagate(image)
+        if kind != "tensor_meta":
+            FakeTensorProp(traced, FakeTensorMode(allow_non_fake_inputs=True)).propagate(image)
+        result = FactorizeConvs(fxfact.plan(small))(traced).graph_module
+        truth = copy.deepcopy(result)
+        ShapeProp(truth).propagate(image)
+        for node, real in zip(result.graph.nodes, truth.graph.nodes, strict=True):
+            for key in ("tensor_meta", "val"):
+                assert (key in node.meta) == (kind in (key, "both")) or node.op in ("get_attr", "output")
+                if key in node.meta and node.op != "output":
+                    assert tuple(node.meta[key].shape) == tuple(real.meta["tensor_meta"].shape)
+
+
+def test_without_shapes_none_are_invented(small: Small) -> None:
+    result = fxfact.factorize(small)
+    assert not any("tensor_meta" in node.meta or "val" in node.meta for node in result.graph.nodes)
+
+
+def test_the_pass_runs_in_torchs_pass_manager(small: Small, image: Tensor) -> None:
+    plan, traced = fxfact.plan(small, "tt"), fx.symbolic_trace(small)
+    code = traced.code
+    manager = PassManager(passes=[FactorizeConvs(plan)], constraints=[], steps=5)
+    result = manager(traced)
+    assert result.modified
+    assert traced.code == code
+    assert result.graph_module(image).equal(fxfact.apply(plan, small)(image))
+    again = FactorizeConvs(plan)(result.graph_module)
+    assert not again.modified
+    assert again.graph_module is result.graph_module
+
+
+def test_a_plan_that_rewrites_nothing_modifies_nothing(small: Small) -> None:
+    traced = fx.symbolic_trace(small)
+    result = FactorizeConvs(fxfact.plan(small, exclude="*"))(traced)
+    assert not result.modified
+    assert result.graph_module is traced
+    left = fxfact.factorize(small, exclude="*")
+    assert fxfact.plan_of(left).rewrites == ()
+    assert left.first.weight.data_ptr() != small.first.weight.data_ptr()
+
+
+def test_a_convolution_called_twice_stays_shared(image: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(torch.relu(self.conv(x)))
+
+    model = Twice()
+    result = fxfact.factorize(model, "tt", rank=10**6, allow_growth=True, example_inputs=image)
+    assert sum(node.op == "call_module" for node in result.graph.nodes) == 8
+    assert len(list(result.parameters())) == 5
+    assert apart(model(image), result(image)) < 1e-5
+    assert fxfact.plan_of(result)["conv"].before.macs == 2 * 4 * 4 * 9 * 100
+
+
+def test_a_weight_of_two_convolutions_stays_shared(image: Tensor) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(4, 4, 3, padding=1)
+            self.other = nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False)
+            self.other.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(torch.relu(self.one(x)))
+
+    model = Tied()
+    result = fxfact.factorize(model, "tt", rank=0.9, example_inputs=image, verify=True)
+    assert [d.tied_to for d in fxfact.plan_of(result)] == [None, "one"]
+    for k in range(4):
+        assert result.get_submodule(f"one.{k}").weight is result.get_submodule(f"other.{k}").weight
+    assert result.get_submodule("other.1").dilation == (2, 1)
+    assert fxfact.plan_of(result).after.params == sum(p.numel() for p in result.parameters())
+    assert fxfact.plan(model, exclude="other").rewrites == ()
+    empty = fxfact.apply(fxfact.plan_of(result), model, weights="empty")
+    empty.load_state_dict(result.state_dict())
+    assert empty.get_submodule("one.1").weight is empty.get_submodule("other.1").weight
+    assert empty(image).equal(result(image))
+
+
+def test_calls_with_different_settings_of_one_weight_are_left_alone(image: Tensor) -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight, padding=1) + F.conv2d(x, self.weight, padding=2, dilation=2)
+
+    (decision,) = fxfact.plan(Pyramid())
+    assert "different settings" in decision.reason
+    assert fxfact.factorize(Pyramid())(image).shape == image.shape
+
+
+def test_training_mode_and_requires_grad_carry_over(small: Small) -> None:
+    small.train()
+    small.norm.eval()
+    small.second.weight.requires_grad_(False)
+    result = fxfact.factorize(small)
+    modes = {name: module.training for name, module in result.named_modules()}
+    assert modes.pop("norm") is False
+    assert all(modes.values())
+    assert not any(p.requires_grad for name, p in result.named_parameters() if name.startswith("second."))
+    assert all(p.requires_grad for name, p in result.named_parameters() if name.startswith("first."))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_and_memory_format_carry_over(small: Small, image: Tensor, dtype: torch.dtype) -> None:
+    model = small.to(dtype).to(memory_format=torch.channels_last)
+    result = fxfact.factorize(model)
+    assert {p.dtype for p in result.parameters()} == {dtype}
+    core = result.get_submodule("second.1").weight
+    assert core.is_contiguous(memory_format=torch.channels_last)
+    x = image.to(dtype).to(memory_format=torch.channels_last)
+    assert result(x).shape == model(x).shape
+
+
+def test_result_and_original_share_no_memory(small: Small, image: Tensor) -> None:
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    result = fxfact.factorize(small, rank=0.4, example_inputs=image)
+    with torch.no_grad():
+        for tensor in (*result.parameters(), *result.buffers()):
+            tensor.zero_()
+    assert all(value.equal(before[name]) for name, value in small.state_dict().items())
+
+
+def test_tracing_leaves_no_trace_on_the_model(image: Tensor) -> None:
+    class Counting(Small):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting().train()
+    mean = model.norm.running_mean.clone()
+    fxfact.factorize(model, example_inputs=image)
+    assert model.calls == 0
+    assert model.norm.running_mean.equal(mean)
+
+
+def test_it_survives_copying_and_pickling(small: Small, image: Tensor) -> None:
+    result = fxfact.factorize(small, "cp", example_inputs=image)
+    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert other(image).equal(result(image))
+        assert fxfact.plan_of(other) == fxfact.plan_of(result)
+
+
+def test_a_factorized_network_can_be_factorized_again(small: Small, image: Tensor) -> None:
+    once = fxfact.factorize(small, "tucker", rank=0.6)
+    twice = fxfact.factorize(once, "spatial_svd", include="*.1", allow_growth=True, example_inputs=image, verify=True)
+    assert {d.path for d in fxfact.plan_of(twice).rewrites} == {"first.1", "second.1"}
+    assert twice(image).shape == once(image).shape
+    (source,) = next(n for n in twice.graph.nodes if n.target == "second.1.0").meta["from_node"]
+    assert [earlier.name for earlier in source.from_node] == ["second"]
+
+
+def test_the_contract_is_checked(small: Small, image: Tensor) -> None:
+    traced = capture(small, image).graph_module
+    node = next(node for node in traced.graph.nodes if node.target == "second")
+    node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=torch.Size([3, 12, 9, 9]))
+    with pytest.raises(ContractError, match="second records shape"):
+        FactorizeConvs(fxfact.plan(small))(traced)
+    traced = capture(small).graph_module
+    traced.graph.erase_node(traced.graph.output_node())
+    traced.graph.output(next(iter(traced.graph.nodes)))
+    with pytest.raises(ContractError, match="recompile"):
+        check_contract(traced, "here")
+    traced = capture(small).graph_module
+    next(node for node in traced.graph.nodes if node.target == "second").target = "third"
+    with pytest.raises(ContractError, match="here: .*third"):
+        check_contract(traced, "here")
+
+
+def test_the_pass_refuses_a_graph_that_the_plan_was_not_made_for(small: Small) -> None:
+    other = nn.Sequential(nn.Conv2d(4, 8, 3))
+    with pytest.raises(PlanError, match=r"first: the plan has Conv2d\(4→8"):
+        FactorizeConvs(fxfact.plan(small))(fx.symbolic_trace(other))
+
+
+def test_macs_of_the_network_are_for_one_sample(small: Small, image: Tensor) -> None:
+    expected = 4 * 8 * 9 * 100 + 8 * 12 * 9 * 25 + 12 * 5
+    assert capture(small, image).macs == expected
+    assert capture(small, image[:1]).macs == expected
+    assert capture(nn.Conv2d(4, 8, 3, padding=1), image[0]).macs == 4 * 8 * 9 * 100
+    assert capture(small, {"x": image}).macs == capture(small, (image,)).macs == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.zeros(1, 3, 8, 8), "cannot run on example_inputs"),
+        ({"y": torch.zeros(1)}, "do not fit"),
+        ((torch.zeros(1), torch.zeros(1)), "do not fit"),
+    ],
+)
+def test_example_inputs_that_do_not_fit_are_refused(small: Small, inputs: object, words: str) -> None:
+    with pytest.raises(CaptureError, match=words):
+        fxfact.plan(small, example_inputs=inputs)  # type: ignore[arg-type]
