@@ -309,7 +309,7 @@ def test_the_contract_is_checked(small: Small, image: Tensor) -> None:
         check_contract(traced, "here")
     traced = capture(small).graph_module
     next(node for node in traced.graph.nodes if node.target == "second").target = "third"
-    with pytest.raises(ContractError, match="here: .*third"):
+    with pytest.raises(ContractError, match=r"here: .*third"):
         check_contract(traced, "here")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
+from fxfact import api
 from fxfact.conv import ConvSpec
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, RankError
 from fxfact.factorizations import CPMobilenet, Tucker
@@ -102,7 +103,7 @@ def test_a_plan_for_another_model_is_refused_with_the_differences(small: Small) 
     with pytest.raises(PlanError, match=r"second: the plan has Conv2d\(8→12, .*the model Conv2d\(8→16"):
         fxfact.apply(plan, other)
     assert all(value.equal(before[name]) for name, value in other.state_dict().items())
-    with pytest.raises(PlanError, match="first: the plan has Conv2d.* the model nothing"):
+    with pytest.raises(PlanError, match=r"first: the plan has Conv2d.* the model nothing"):
         fxfact.apply(plan, nn.Linear(2, 2))
     many = fxfact.plan(nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(6))))
     with pytest.raises(PlanError, match="and 5 more"):
@@ -272,7 +273,7 @@ def test_bad_weights_are_refused_by_name_and_nothing_is_half_changed(small: Smal
     else:
         small.second.weight.data[3, 1, 0, 2] = bad
     before = {name: value.clone() for name, value in small.state_dict().items()}
-    with pytest.raises(fxfact.FxfactError, match="^second: the weight"):
+    with pytest.raises(fxfact.FxfactError, match=r"^second: the weight"):
         fxfact.factorize(small)
     assert {name for name, _ in small.named_modules()} == {name for name, _ in Small().named_modules()}
     assert all(v.is_meta or v.nan_to_num().equal(before[k].nan_to_num()) for k, v in small.state_dict().items())
@@ -292,8 +293,6 @@ def test_other_bad_calls_are_refused(small: Small) -> None:
 
 
 def test_verification_finds_a_wrong_graph(small: Small, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxfact import api
-
     def broken(plan, captured, weights, generator):  # type: ignore[no-untyped-def]
         result = sound(plan, captured, weights, generator)
         result.get_submodule("second.1").stride = (1, 1)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import tensorly
 import torch
-from tensorly.decomposition import parafac, partial_tucker as tensorly_tucker
+from tensorly.decomposition import parafac
+from tensorly.decomposition import partial_tucker as tensorly_tucker
 
 from fxfact.tensor import cp, partial_tucker, truncated_svd, tt
 from tests.conftest import apart

@@ -31,7 +31,7 @@ class Tucker(Factorization):
 
     keep_full_sides: bool = False
     sweeps: int = 10
-    tolerance: float = 1e-4
+    tolerance: float = 5e-4
 
     def __post_init__(self) -> None:
         if self.sweeps < 0 or not self.tolerance >= 0:

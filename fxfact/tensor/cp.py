@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import reduce
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from fxfact.tensor.base import leading_basis, tiny
+from fxfact.tensor.base import descend, leading_basis, tiny
 
 _RIDGE = 1e-6  # times the squared norm of the tensor's scale: keeps every factor bounded, biases by about as much
 
@@ -22,12 +21,12 @@ def cp(
 
     Minimises ½‖T − T̂‖² + ½ρ Σ‖A_k‖² with ‖T‖ = 1 and ρ = 1e-6, the factors of a component having equal norms, so
     that no component can run away (the degeneracy of De Silva and Lim 2008). A sweep solves for one factor after the
-    other; between sweeps the factors are extrapolated, and a sweep that does not lower the error is undone and the
-    extrapolation shortened (after Ang, Cohen, Gillis and Hien 2020). It ends when an accepted sweep lowers the relative
-    error by less than ``tolerance``, or after ``sweeps`` of them. Begins at the largest singular components of the
-    slices that hold the two largest modes, which is exact at the largest useful rank, numel / largest mode, or, where
-    that is nearer after a sweep, at the eigenvectors of a matrix pencil, which are exact for a tensor that has this
-    rank, if it is no larger than the second largest mode; with ``random``, at normal values drawn from that generator. The largest temporary is one (rank, numel / n_0).
+    other; the factors are extrapolated between sweeps and the end is decided as ``descend`` says.
+
+    It begins at the nearer, after a sweep, of two: the largest singular components of the slices that hold the two
+    largest modes, exact at the largest useful rank, numel / largest mode; and the eigenvectors of a matrix pencil,
+    exact for a tensor of this rank, if that is no larger than the second largest mode. With ``random`` it begins at
+    normal values drawn from that generator. The largest temporaries are two of (rank, numel / n_0).
     """
     norm = float(tensor.double().norm())
     if norm == 0:
@@ -39,28 +38,16 @@ def cp(
         starts += [start] if random is None and (start := _begin_at_pencil(unit, rank)) else []
         swept = [_sweep(unit, _balanced(start)) for start in starts]
         factors, _ = min(swept, key=lambda found: found[1] if math.isfinite(found[1]) else math.inf)
-        factors = _minimise(lambda start: _sweep(unit, start), factors, sweeps - 1, tolerance)
+        factors = descend(
+            lambda start: _sweep(unit, start),
+            _extrapolate,
+            factors,
+            sweeps=sweeps - 1,
+            tolerance=tolerance,
+            step=0.5,
+            longest=2.0,
+        )
     return [factor * norm ** (1 / tensor.ndim) for factor in factors]
-
-
-def _minimise(
-    sweep: Callable[[list[Tensor]], tuple[list[Tensor], float]], start: list[Tensor], sweeps: int, tolerance: float
-) -> list[Tensor]:
-    best, error, step = start, math.inf, 0.5
-    for _ in range(sweeps):
-        found, found_error = sweep(start)
-        if not found_error < error:  # also where extrapolation led to NaN
-            if start is best:
-                break
-            start, step = best, step / 2
-            continue
-        gain, previous = error - found_error, best
-        best, error = found, found_error
-        if gain < tolerance:
-            break
-        start = best if math.isinf(gain) else [a + step * (a - b) for a, b in zip(best, previous, strict=True)]
-        step = min(step * 1.1, 2.0)
-    return best
 
 
 def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
@@ -81,6 +68,10 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
     gram = reduce(torch.mul, (factor.T @ factor for factor in factors)).double().sum()
     square = 1 - 2 * (moment * factors[-1]).double().sum() + gram
     return _balanced(factors), float(square.clamp_min(0).sqrt())
+
+
+def _extrapolate(factors: list[Tensor], before: list[Tensor], step: float) -> list[Tensor]:
+    return [now + step * (now - earlier) for now, earlier in zip(factors, before, strict=True)]
 
 
 def _solve(moment: Tensor, factors: list[Tensor], mode: int) -> Tensor:
@@ -116,13 +107,13 @@ def _begin_at_slices(tensor: Tensor, rank: int) -> list[Tensor]:
     """Rotate the smaller modes to their singular bases, decompose each slice, keep the largest components of all."""
     modes = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode], reverse=True)
     ordered = tensor.permute(modes)
-    bases = [leading_basis(ordered.movedim(k, 0).flatten(1), ordered.shape[k]) for k in range(2, tensor.ndim)]
+    bases = [leading_basis(ordered.movedim(k, 0).flatten(1), ordered.shape[k]).columns for k in range(2, tensor.ndim)]
     for k, basis in enumerate(bases, start=2):
         ordered = (ordered.movedim(k, -1) @ basis).movedim(-1, k)
     pairs = []
     for flat, index in enumerate(product(*(range(size) for size in ordered.shape[2:]))):
         matrix = ordered.flatten(2)[..., flat]
-        right = leading_basis(matrix.T, matrix.shape[1])
+        right = leading_basis(matrix.T, matrix.shape[1]).columns
         left = matrix @ right
         pairs += [(size, index, j, left, right) for j, size in enumerate(left.norm(dim=0).tolist())]
     pairs = sorted(pairs, key=lambda pair: pair[0], reverse=True)[:rank]
@@ -146,9 +137,9 @@ def _begin_at_pencil(tensor: Tensor, rank: int) -> list[Tensor] | None:
     slices = ordered.flatten(2)
     if not 1 < rank <= ordered.shape[1] or slices.shape[2] < 2:
         return None
-    left = leading_basis(slices.flatten(1), rank)
-    right = leading_basis(slices.transpose(0, 1).flatten(1), rank)
-    mixing = leading_basis(slices.flatten(0, 1).T, 2)
+    left = leading_basis(slices.flatten(1), rank).columns
+    right = leading_basis(slices.transpose(0, 1).flatten(1), rank).columns
+    mixing = leading_basis(slices.flatten(0, 1).T, 2).columns
     one, other = (left.T @ (slices @ mixing[:, k]) @ right for k in (0, 1))
     quotient, singular = torch.linalg.solve_ex(one.T, other.T)
     if singular or not quotient.isfinite().all():

@@ -17,7 +17,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rows > columns:
         right, left = truncated_svd(matrix.T, rank)
         return left.T, right.T
-    basis = leading_basis(matrix, rank)
+    basis = leading_basis(matrix, rank).columns
     projected = basis.T @ matrix
     scale = projected.norm(dim=1).sqrt()
     return basis * scale, projected / scale.clamp_min(tiny(matrix) ** 0.5)[:, None]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fxfact.tensor.base import leading_basis
+from fxfact.tensor.base import descend, leading_basis
 
 
 def partial_tucker(
@@ -14,34 +16,36 @@ def partial_tucker(
     """``first`` (n_0, r_0), ``second`` (n_1, r_1), orthonormal, and ``core`` (r_0, r_1, *rest).
 
     Higher-order orthogonal iteration (De Lathauwer, De Moor and Vandewalle 2000) on Gram matrices, begun at the
-    sequentially truncated higher-order SVD. A sweep replaces both bases and never raises the error; the iteration
-    ends when a sweep lowers the relative error by less than ``tolerance``, or after ``sweeps`` of them. Exact at full
-    ranks.
+    sequentially truncated higher-order SVD. A sweep finds the first basis for the second and the second for the first;
+    the second is extrapolated between sweeps, and the end is decided as ``descend`` says. Exact at full ranks.
     """
-    whole = tensor.flatten(2)
-    first = leading_basis(whole.flatten(1), ranks[0])
-    second = leading_basis(_project_first(whole, first).transpose(0, 1).flatten(1), ranks[1])
-    error = _relative_error(whole, first, second)
-    for _ in range(sweeps if ranks[0] < len(first) and ranks[1] < len(second) else 0):
-        first = leading_basis(_project_second(whole, second).flatten(1), ranks[0])
-        second = leading_basis(_project_first(whole, first).transpose(0, 1).flatten(1), ranks[1])
-        previous, error = error, _relative_error(whole, first, second)
-        if previous - error < tolerance:
-            break
-    core = _project_second(_project_first(whole, first), second)
+    rest = tensor[0, 0].numel()
+    middle = tensor.flatten(2).transpose(1, 2).contiguous()  # (n_0, rest, n_1), so that no product below copies
+    rows, columns = middle.flatten(1), middle.flatten(0, 1)
+    total = float(rows.square().sum())
+
+    def with_second(second: Tensor) -> Tensor:
+        return (columns @ second).reshape(len(rows), -1)
+
+    def with_first(first: Tensor) -> Tensor:
+        return (first.T @ rows).reshape(-1, columns.shape[1]).T
+
+    def sweep(second: Tensor) -> tuple[Tensor, float]:
+        first = leading_basis(with_second(second), ranks[0]).columns
+        better, held = leading_basis(with_first(first), ranks[1])
+        return better, math.sqrt(max(0.0, 1 - held / total))
+
+    second = leading_basis(with_first(leading_basis(rows, ranks[0]).columns), ranks[1]).columns
+    if total > 0 and ranks[0] < len(rows) and ranks[1] < columns.shape[1]:
+        second = descend(sweep, _extrapolate, second, sweeps=sweeps, tolerance=tolerance, step=1.0, longest=1.0)
+    joined = with_second(second)
+    first = leading_basis(joined, ranks[0]).columns
+    core = (first.T @ joined).reshape(ranks[0], rest, ranks[1]).transpose(1, 2)
     return first, second, core.reshape(*ranks, *tensor.shape[2:])
 
 
-def _project_first(whole: Tensor, first: Tensor) -> Tensor:
-    return (first.T @ whole.flatten(1)).reshape(first.shape[1], *whole.shape[1:])
-
-
-def _project_second(whole: Tensor, second: Tensor) -> Tensor:
-    return torch.einsum("oik,ir->ork", whole, second)
-
-
-def _relative_error(whole: Tensor, first: Tensor, second: Tensor) -> float:
-    """By Pythagoras: the bases are orthonormal, so what the core holds and what it misses are orthogonal."""
-    total = whole.double().pow(2).sum()
-    held = _project_second(_project_first(whole, first), second).double().pow(2).sum()
-    return float((1 - held / total).clamp_min(0).sqrt()) if total > 0 else 0.0
+def _extrapolate(second: Tensor, before: Tensor, step: float) -> Tensor:
+    """Beyond a subspace, on the way to it from the one before."""
+    moved = second - before @ (before.T @ second)
+    ahead: Tensor = torch.linalg.qr(second + step * moved).Q
+    return ahead

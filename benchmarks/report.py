@@ -1,0 +1,53 @@
+"""What the benchmarks share: turns taken in one process, a table printed, JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every call, each called once before, then taking turns."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]], floatfmt: str = ".3g") -> None:
+    print(f"\n{title}\n\n{tabulate(rows, headers='keys', floatfmt=floatfmt)}", flush=True)
+
+
+def save(name: str, content: Mapping[str, Any]) -> None:
+    """Write ``results/<name>.json`` with a description of the machine."""
+    machine = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine, **content}, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{path}")
