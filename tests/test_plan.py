@@ -227,7 +227,7 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
         ({"factorization": []}, ArgumentError, "empty"),
         ({"factorization": 3}, ArgumentTypeError, "name"),
         ({"factorization": Tucker}, ArgumentTypeError, "name"),
-        ({"factorization": {"third": "cp"}}, ArgumentError, "no convolution at 'third'"),
+        ({"factorization": {"third": "cp"}}, ArgumentError, "nothing to factorize at 'third'"),
         ({"budget": 0.5}, ArgumentError, "not in this version"),
         ({"calibration": [torch.zeros(1)]}, ArgumentError, "not in this version"),
         ({"capture": "dynamo"}, ArgumentError, "'auto' or 'trace'"),

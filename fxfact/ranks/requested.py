@@ -48,7 +48,9 @@ class ByPath(Generic[T]):
             if not any(path == pattern or fnmatchcase(path, pattern) for path in paths):
                 near = difflib.get_close_matches(pattern, paths, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ArgumentError(f"{argument}: no convolution at {pattern!r}.{hint} There are: {_some(paths)}.")
+                raise ArgumentError(
+                    f"{argument}: nothing to factorize at {pattern!r}.{hint} There are: {_some(paths)}."
+                )
 
 
 @final

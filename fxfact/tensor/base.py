@@ -22,9 +22,10 @@ class Basis(NamedTuple):
 def leading_basis(matrix: Tensor, rank: int) -> Basis:
     """The leading left singular vectors of a matrix (rows, columns).
 
-    They are eigenvectors of its (rows, rows) Gram matrix. Rounding moves the eigenvalues by about eps · √rows of the largest, which is harmless while what the projection
-    misses is a thousand times as much, or nothing can be missed because ``rank == rows``. Else the Gram matrix is
-    summed in double precision, and where even that is coarser than the matrix's own precision, a full SVD decides.
+    They are the eigenvectors of its (rows, rows) Gram matrix. Rounding moves the eigenvalues by about eps · √rows of
+    the largest, which is harmless while what the projection misses is a thousand times as much, or nothing can be
+    missed because ``rank == rows``. Else the Gram matrix is summed in double precision, and where even that is coarser
+    than the matrix's own precision, a full SVD decides.
     """
     rows, own_eps = len(matrix), torch.finfo(matrix.dtype).eps
     for dtype in dict.fromkeys((matrix.dtype, torch.float64)):

@@ -32,22 +32,29 @@ def cp(
     if norm == 0:
         return [tensor.new_zeros(size, rank) for size in tensor.shape]
     unit = tensor / norm
-    starts = [_begin_at_slices(unit, rank)] if random is None else [_begin_random(unit, rank, random)]
-    factors = _balanced(starts[0])
+    factors = _begin(unit, rank, random)
     if random is not None or rank < unit.numel() // max(unit.shape):
-        starts += [start] if random is None and (start := _begin_at_pencil(unit, rank)) else []
-        swept = [_sweep(unit, _balanced(start)) for start in starts]
-        factors, _ = min(swept, key=lambda found: found[1] if math.isfinite(found[1]) else math.inf)
         factors = descend(
             lambda start: _sweep(unit, start),
             _extrapolate,
             factors,
-            sweeps=sweeps - 1,
+            sweeps=sweeps,
             tolerance=tolerance,
             step=0.5,
             longest=2.0,
         )
     return [factor * norm ** (1 / tensor.ndim) for factor in factors]
+
+
+def _begin(tensor: Tensor, rank: int, random: torch.Generator | None) -> list[Tensor]:
+    """The start that is nearer after a sweep, before that sweep."""
+    if random is not None:
+        return _balanced(_begin_random(tensor, rank, random))
+    slices, pencil = _balanced(_begin_at_slices(tensor, rank)), _begin_at_pencil(tensor, rank)
+    if pencil is None or rank == tensor.numel() // max(tensor.shape):
+        return slices
+    pencil = _balanced(pencil)
+    return pencil if _sweep(tensor, pencil)[1] < _sweep(tensor, slices)[1] else slices
 
 
 def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
@@ -58,16 +65,28 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
     contracted = (flat.T @ factors[0]).reshape(*tensor.shape[1:], rank)
     moment = contracted
     for mode in range(1, tensor.ndim):
-        moment = contracted
-        for other in reversed(range(1, tensor.ndim)):
-            if other != mode:
-                shape = [1] * (other - 1) + [-1] + [1] * (moment.ndim - 1 - other) + [rank]
-                moment = (moment * factors[other].reshape(shape)).sum(other - 1, keepdim=True)
-        moment = moment.reshape(-1, rank)
+        moment = _moment(contracted, factors, mode)
         factors[mode] = _solve(moment, factors, mode)
-    gram = reduce(torch.mul, (factor.T @ factor for factor in factors)).double().sum()
+    del contracted
+    gram = reduce(Tensor.mul_, (factor.T @ factor for factor in factors)).double().sum()
     square = 1 - 2 * (moment * factors[-1]).double().sum() + gram
     return _balanced(factors), float(square.clamp_min(0).sqrt())
+
+
+def _moment(contracted: Tensor, factors: list[Tensor], mode: int, strip: int = 128) -> Tensor:
+    """(n_mode, rank): the tensor times all factors but one; ``contracted`` (n_1, …, rank) is its product with the first.
+
+    In strips of the rank, whose temporaries are small.
+    """
+    moments = []
+    for parts in zip(*(torch.split(x, strip, -1) for x in (contracted, *factors[1:])), strict=True):
+        moment = parts[0]
+        for other in reversed(range(1, len(factors))):
+            if other != mode:
+                alone = [1] * (other - 1) + [-1] + [1] * (moment.ndim - 1 - other) + [moment.shape[-1]]
+                moment = (moment * parts[other].reshape(alone)).sum(other - 1, keepdim=True)
+        moments.append(moment.reshape(-1, moment.shape[-1]))
+    return torch.cat(moments, dim=1)
 
 
 def _extrapolate(factors: list[Tensor], before: list[Tensor], step: float) -> list[Tensor]:
@@ -76,7 +95,7 @@ def _extrapolate(factors: list[Tensor], before: list[Tensor], step: float) -> li
 
 def _solve(moment: Tensor, factors: list[Tensor], mode: int) -> Tensor:
     """The ridge least squares for one factor: moment (n, rank) times the inverse of the others' Gram matrix."""
-    gram = reduce(torch.mul, (factor.T @ factor for k, factor in enumerate(factors) if k != mode))
+    gram = reduce(Tensor.mul_, (factor.T @ factor for k, factor in enumerate(factors) if k != mode))
     ridge = _RIDGE
     while True:
         gram.diagonal().add_(ridge)
@@ -133,10 +152,10 @@ def _begin_at_pencil(tensor: Tensor, rank: int) -> list[Tensor] | None:
     None where the rank is larger than the second largest mode, or the mixtures are singular.
     """
     modes = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode], reverse=True)
+    if not 1 < rank <= tensor.shape[modes[1]] or tensor.numel() == tensor.shape[modes[0]] * tensor.shape[modes[1]]:
+        return None
     ordered = tensor.permute(modes).double()
     slices = ordered.flatten(2)
-    if not 1 < rank <= ordered.shape[1] or slices.shape[2] < 2:
-        return None
     left = leading_basis(slices.flatten(1), rank).columns
     right = leading_basis(slices.transpose(0, 1).flatten(1), rank).columns
     mixing = leading_basis(slices.flatten(0, 1).T, 2).columns
