@@ -1,13 +1,12 @@
 """The networks that fxfact is measured on: their definitions, trained weights, and what they are good for.
 
-The trained ones read weights and data from the folder named by FXFACT_DATA (or ``../shared/data``), whose README says
-where they come from; ResNet-18 and ResNet-50 (He et al. 2016) have random weights.
+The trained ones read weights from the folder named by FXFACT_DATA (or ``../shared/data``), whose README says where they
+come from; ResNet-18 and ResNet-50 (He et al. 2016) have random weights.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +125,8 @@ class DnCNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-        def conv(into: int, out: int) -> nn.Module:
-            return nn.Conv2d(into, out, 3, padding=1, bias=False)
-
-        inner = [layer for _ in range(15) for layer in (conv(64, 64), nn.BatchNorm2d(64), nn.ReLU())]
-        self.dncnn = nn.Sequential(conv(1, 64), nn.ReLU(), *inner, conv(64, 1))
+        inner = [layer for _ in range(15) for layer in (_conv(2, 64, 64, 3), nn.BatchNorm2d(64), nn.ReLU())]
+        self.dncnn = nn.Sequential(_conv(2, 1, 64, 3), nn.ReLU(), *inner, _conv(2, 64, 1, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dncnn(x)
@@ -141,7 +137,7 @@ class LapBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        convs = [m for _ in range(10) for m in (nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.LeakyReLU(0.2))]
+        convs = [layer for _ in range(10) for layer in (_conv(2, 64, 64, 3), nn.LeakyReLU(0.2))]
         up = nn.ConvTranspose2d(64, 64, 4, 2, 1, bias=False)
         self.cov_block = nn.Sequential(*convs, up, nn.LeakyReLU(0.2))
 
@@ -288,16 +284,16 @@ class Network:
         return network.eval()
 
 
-NETWORKS: OrderedDict[str, Network] = OrderedDict(
-    resnet20=Network(lambda: CifarResNet(3), (3, 32, 32), "resnet20_cifar10"),
-    resnet56=Network(lambda: CifarResNet(9), (3, 32, 32), "resnet56_cifar10"),
-    wide_resnet8=Network(WideResNet8, (3, 32, 32), "wide_resnet8_cifar10"),
-    squeezenet=Network(SqueezeNet, (3, 224, 224), "squeezenet1_1_imagenet"),
-    dncnn=Network(DnCNN, (1, 64, 64), "dncnn_s25"),
-    lapsrn=Network(LapSRN, (1, 32, 32), "lapsrn_x4"),
-    fashion_cnn=Network(fashion_cnn, (1, 28, 28), "fashion_cnn"),
-    fsdd_conv1d=Network(fsdd_conv1d, (1, 8000), "fsdd_conv1d"),
-    adrenal_conv3d=Network(adrenal_conv3d, (1, 32, 32, 32), "adrenal_conv3d"),
-    resnet18=Network(lambda: ResNet(BasicBlock, (2, 2, 2, 2)), (3, 224, 224)),
-    resnet50=Network(lambda: ResNet(Bottleneck, (3, 4, 6, 3)), (3, 224, 224)),
-)
+NETWORKS: dict[str, Network] = {
+    "resnet20": Network(lambda: CifarResNet(3), (3, 32, 32), "resnet20_cifar10"),
+    "resnet56": Network(lambda: CifarResNet(9), (3, 32, 32), "resnet56_cifar10"),
+    "wide_resnet8": Network(WideResNet8, (3, 32, 32), "wide_resnet8_cifar10"),
+    "squeezenet": Network(SqueezeNet, (3, 224, 224), "squeezenet1_1_imagenet"),
+    "dncnn": Network(DnCNN, (1, 64, 64), "dncnn_s25"),
+    "lapsrn": Network(LapSRN, (1, 32, 32), "lapsrn_x4"),
+    "fashion_cnn": Network(fashion_cnn, (1, 28, 28), "fashion_cnn"),
+    "fsdd_conv1d": Network(fsdd_conv1d, (1, 8000), "fsdd_conv1d"),
+    "adrenal_conv3d": Network(adrenal_conv3d, (1, 32, 32, 32), "adrenal_conv3d"),
+    "resnet18": Network(lambda: ResNet(BasicBlock, (2, 2, 2, 2)), (3, 224, 224)),
+    "resnet50": Network(lambda: ResNet(Bottleneck, (3, 4, 6, 3)), (3, 224, 224)),
+}

@@ -1,4 +1,19 @@
-"""fxfact factorizes the convolutions of a trained network, by a compiler pass on its torch.fx graph."""
+"""fxfact factorizes the convolutions of a trained network, by a compiler pass on its torch.fx graph.
+
+The way of the data, top down, which is also the way of the imports::
+
+    api, cli, demo       what a user calls
+    inspection           graphs, shown
+    verification         is a rewritten graph right?
+    passes               a plan carried out on a graph
+    planning             what is to be done: values to print, edit and save
+    ranks, nn            which rank for which convolution; factorized layers
+    graph                torch.fx only: capture, match, splice
+    factorizations       (convolution, rank) -> chain; knows no graph
+    conv_modules, cost   nn.Conv1d/2d/3d <-> conv; parameters and MACs
+    conv, tensor         convolutions and chains as values; decompositions of plain tensors
+    errors, skip         how "no" is said
+"""
 
 from fxfact import factorizations, nn, passes
 from fxfact.api import apply, factorize, plan, plan_of

@@ -74,9 +74,9 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
 
 
 def _moment(contracted: Tensor, factors: list[Tensor], mode: int, strip: int = 128) -> Tensor:
-    """(n_mode, rank): the tensor times all factors but one; ``contracted`` (n_1, …, rank) is its product with the first.
+    """The tensor, whose product with the first factor is ``contracted`` (n_1, …, rank), times all others but one.
 
-    In strips of the rank, whose temporaries are small.
+    Gives (n_mode, rank). In strips of the rank, whose temporaries are small.
     """
     moments = []
     for parts in zip(*(torch.split(x, strip, -1) for x in (contracted, *factors[1:])), strict=True):
