@@ -78,7 +78,7 @@ def test_every_convolution_is_found_or_listed_with_its_reason() -> None:
         "hooked": "hooks",
         "normed": "parametrization",
         "transposed": "transposed",
-        "read": "also read by mean",
+        "read": "weight or bias is also read by mean",
         "never": "does not call",
         "kernel": "also read by conv_transpose2d",
     }
@@ -87,6 +87,35 @@ def test_every_convolution_is_found_or_listed_with_its_reason() -> None:
             assert word in reasons.pop(path)
     assert sorted(reasons) == ["conv2d_1", "conv2d_4", "conv_transpose2d"] or len(reasons) == 3
     assert sum("computed in the graph" in reason for reason in reasons.values()) == 2
+
+
+def test_a_call_by_keywords_is_spliced_at_its_input(image: Tensor) -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(weight=self.kernel, padding=1, input=torch.relu(self.conv(input=x)))
+
+    result = fxfact.factorize(Keywords(), "tt", rank=10**6, allow_growth=True, example_inputs=image, verify=True)
+    assert len(fxfact.plan_of(result).rewrites) == 2
+
+
+def test_a_bias_that_is_read_elsewhere_is_kept(image: Tensor) -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) - self.conv.bias.reshape(-1, 1, 1)
+
+    model = Reading()
+    result = fxfact.factorize(model, example_inputs=image)
+    assert "bias is also read by reshape" in fxfact.plan_of(result)["conv"].reason
+    assert result(image).equal(model(image))
 
 
 def test_every_node_has_a_verdict() -> None:

@@ -42,13 +42,19 @@ class ConvSite:
         """The spatial size at every call, once per sample; None where the graph carries no shapes."""
         order, sizes = self.layer.spec.order, []
         for node in self.nodes:
-            source = node.args[0] if node.args else node.kwargs["input"]
-            shape = shape_of(source) if isinstance(source, fx.Node) else None
+            shape = shape_of(input_of(node))
             if shape is None:
                 return None
             batch = shape[0] if len(shape) == order + 2 else 1
             sizes += [shape[-order:]] * max(1, batch // samples)
         return tuple(sizes)
+
+
+def input_of(call: fx.Node) -> fx.Node:
+    """What a convolution is called on: its first argument, which may be given as ``input=``."""
+    source = call.args[0] if call.args else call.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def shape_of(node: fx.Node) -> Sizes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxfact.errors import ContractError
-from fxfact.graph.base import shape_of
+from fxfact.graph.base import input_of, shape_of
 from fxfact.graph.match import match
 
 
@@ -25,7 +25,7 @@ def check_contract(graph_module: fx.GraphModule, when: str) -> None:
     for site in match(graph_module).sites:
         spec = site.layer.spec
         for node in site.nodes:
-            before, after = (shape_of(n) for n in (node.all_input_nodes[0], node))
+            before, after = shape_of(input_of(node)), shape_of(node)
             if before is None or after is None:
                 continue
             expected = (*before[: -spec.order - 1], spec.out_channels, *spec.output_size(before[-spec.order :]))

@@ -55,8 +55,10 @@ def match(graph_module: fx.GraphModule) -> Match:
         verdict = _parse(graph_module, node)
         verdicts[node] = verdict
         if isinstance(verdict, ConvSite):
-            if others := readers[id(verdict.layer.weight)]:
-                verdicts[node] = Skip(f"its weight is also read by {', '.join(sorted(others))}", verdict.path)
+            layer = verdict.layer
+            bias = [] if verdict.attributes or layer.bias is None else [layer.bias]
+            if others := set().union(*(readers[id(tensor)] for tensor in (layer.weight, *bias))):
+                verdicts[node] = Skip(f"its weight or bias is also read by {', '.join(sorted(others))}", verdict.path)
             else:
                 calls[verdict.path].append(node)
     joined = {path: _joined(path, nodes, verdicts) for path, nodes in calls.items()}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx, nn
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from fxfact.graph.base import ConvSite
+from fxfact.graph.base import ConvSite, input_of
 
 _STALE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "type")
 
@@ -20,7 +20,7 @@ def splice(graph_module: fx.GraphModule, site: ConvSite, stages: Sequence[nn.Mod
     """
     _install(graph_module, site, stages)
     for node in site.nodes:
-        value = node.all_input_nodes[0]
+        value = input_of(node)
         with graph_module.graph.inserting_before(node):
             for index in range(len(stages)):
                 value = graph_module.graph.call_module(f"{site.path}.{index}", (value,))
