@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import fxfact
 from benchmarks.networks import NETWORKS, data_folder
 from fxfact.conv import ConvSpec
-from fxfact.factorizations import TT, Factorization
+from fxfact.factorizations import Factorization
 from fxfact.graph import capture
 from fxfact.verification import composed, relative_error
 from tests.conftest import ALL, EVERY_STAGE, by_name, params_of, quick
@@ -98,8 +98,6 @@ def check_a_step_lowers_the_loss(result: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("factorization", EVERY_STAGE, ids=by_name)
 def test_at_full_rank_the_network_is_the_original(name: str, factorization: Factorization) -> None:
     model, x = load(name)
-    if name == "resnet50" and isinstance(factorization, TT):
-        pytest.skip("full TT ranks of 512 channels are gigabytes")
     chosen = fxfact.plan(model, factorization, rank=10**6, allow_growth=True, include=small_enough)
     result = fxfact.apply(chosen, model)
     with torch.no_grad():

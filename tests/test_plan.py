@@ -105,6 +105,8 @@ def test_a_plan_for_another_model_is_refused_with_the_differences(small: Small) 
     assert all(value.equal(before[name]) for name, value in other.state_dict().items())
     with pytest.raises(PlanError, match=r"first: the plan has Conv2d.* the model nothing"):
         fxfact.apply(plan, nn.Linear(2, 2))
+    with pytest.raises(PlanError, match=r"0: the plan has .* with bias, the model .* without bias"):
+        fxfact.apply(fxfact.plan(nn.Sequential(nn.Conv2d(4, 4, 3))), nn.Sequential(nn.Conv2d(4, 4, 3, bias=False)))
     many = fxfact.plan(nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(6))))
     with pytest.raises(PlanError, match="and 5 more"):
         fxfact.apply(many, small)

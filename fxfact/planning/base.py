@@ -142,9 +142,7 @@ class Plan:
         if planned == specs:
             return
         different = [path for path in planned | dict(specs) if planned.get(path) != specs.get(path)]
-        lines = [
-            f"{p}: the plan has {planned.get(p, 'nothing')}, the model {specs.get(p, 'nothing')}" for p in different
-        ]
+        lines = [f"{p}: the plan has {_known(planned.get(p))}, the model {_known(specs.get(p))}" for p in different]
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         raise PlanError(
             f"the plan was made for another model ({self.model}). {'; '.join(lines[:3])}{more}. Make a new one."
@@ -205,6 +203,10 @@ def _chosen(old: Decision, request: RankRequest | None, factorization: str | Fac
         raise PlanError(rank.reason)
     method.layout(old.spec, rank)
     return replace(old, factorization=method, rank=rank, reason="", note="")
+
+
+def _known(spec: ConvSpec | None) -> str:
+    return f"{spec} {'with' if spec.bias else 'without'} bias" if spec else "nothing"
 
 
 def _row(decision: Decision) -> list[str]:
