@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError
 from fxfact.factorizations import Factorization, RankRequest
-from fxfact.graph import Captured, ExampleInputs, bind_inputs, capture
+from fxfact.graph import Captured, ExampleInputs, capture
 from fxfact.passes import Applied, FactorizeConvs, Weights, applied, record
 from fxfact.planning import Plan, Selection, make_plan
 from fxfact.ranks import Requested
@@ -42,8 +42,8 @@ def factorize(
 
     The arguments are those of ``plan``, and:
 
-    verify: compare the result, on ``example_inputs``, with the original whose kernels are what the chains compose to,
-        and raise VerificationError rather than return a network whose graph is wrong.
+    verify: compare the result, on ``example_inputs`` in evaluation mode, with the model itself, its kernels replaced
+        by what the chains compose to, and raise VerificationError rather than return a network whose graph is wrong.
     generator: for factorizations that begin at random (``CPMobilenet(init='random')``); no other randomness is used.
 
     The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises
@@ -58,8 +58,7 @@ def factorize(
     )
     result = _apply(decided, captured, "decompose", generator)
     if verify and example_inputs is not None and decided.rewrites:
-        inputs = bind_inputs(captured.graph_module, model, example_inputs)
-        check_rewrite(captured.graph_module, result, inputs)
+        check_rewrite(model, result, example_inputs)
     return result
 
 

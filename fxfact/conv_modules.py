@@ -25,6 +25,12 @@ def is_conv(module: nn.Module) -> bool:
     return isinstance(module, CONV_TYPES + TRANSPOSED_TYPES)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
+
+
 def read_conv(module: nn.Module) -> ConvLayer | Skip:
     """The convolution that the module is, sharing its tensors; a Skip where its type or its hooks do more."""
     kind = type(module)
@@ -34,7 +40,7 @@ def read_conv(module: nn.Module) -> ConvLayer | Skip:
         return Skip("its weight is computed by a parametrization: torch.nn.utils.parametrize.remove_parametrizations")
     if kind not in CONV_TYPES + TRANSPOSED_TYPES:
         return Skip(f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else")
-    if any(getattr(module, f"_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks")):
+    if has_hooks(module):
         return Skip("it has hooks, which a factorized convolution would lose")
     assert isinstance(module, nn.modules.conv._ConvNd)
     return layer_of(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from fxfact.api import FactorizationRequest, factorize, plan_of
+from fxfact.api import plan as prepare
 from fxfact.errors import FxfactError
 from fxfact.factorizations import RankRequest
 from fxfact.inspection import diff
@@ -71,6 +72,7 @@ def run_demo(
     factorization: FactorizationRequest, rank: RankRequest, *, seed: int, epochs: int, say: Say, progress: Say
 ) -> None:
     """Everything, printed through ``say``; what is under way through ``progress``. Raises DemoError, FxfactError."""
+    prepare(DigitNet(), factorization, rank=rank)  # refuses a bad request before anyone waits for the training
     digits = load_digits(seed)
     images, labels = digits.train
     say(f"scikit-learn's handwritten digits: {len(labels)} images to train on, {len(digits.test[1])} held out.\n")

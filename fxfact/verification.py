@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,25 +13,27 @@ from torch.utils._pytree import tree_leaves
 from fxfact.conv import compose
 from fxfact.conv_modules import read_stages
 from fxfact.errors import VerificationError
-from fxfact.graph import match
+from fxfact.graph import ExampleInputs, arguments_of, capture, match
 from fxfact.passes import applied
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
 
-def composed(original: fx.GraphModule, factorized: fx.GraphModule) -> fx.GraphModule:
+def composed(original: nn.Module, factorized: fx.GraphModule) -> nn.Module:
     """A copy of ``original`` with the kernel of every site that the last plan rewrote replaced by ``compose(chain)``.
 
-    The chains are read back from the modules of ``factorized``, not from what was decomposed.
+    The copy keeps its own Python, so that tracing is checked too; the chains are read back from the modules of
+    ``factorized``, not from what was decomposed.
     """
     result = copy.deepcopy(original)
+    weights = {id(tensor): tensor for tensor in (*result.parameters(), *result.buffers())}
     paths = {decision.path for decision in applied(factorized)[-1].plan.rewrites}
     with torch.no_grad():
-        for site in match(result).sites:
+        for site in match(capture(result).graph_module).sites:  # the capture shares the tensors of the copy
             if site.path in paths:
                 kernel = compose(read_stages(list(factorized.get_submodule(site.path).children())))
-                site.layer.weight.copy_(kernel)
+                weights[id(site.layer.weight)].copy_(kernel)
     return result
 
 
@@ -44,26 +45,28 @@ def relative_error(expected: Any, found: Any) -> float:
     return math.sqrt(missed / total if total else missed)
 
 
-def check_rewrite(original: fx.GraphModule, factorized: fx.GraphModule, inputs: Sequence[Any]) -> None:
+def check_rewrite(original: nn.Module, factorized: fx.GraphModule, example_inputs: ExampleInputs) -> None:
     """Raise VerificationError unless ``factorized`` equals ``composed(original, factorized)`` on these inputs.
 
     Both run in evaluation mode, on copies. The tolerance is relative: 1e-10 in double, 1e-4 in single precision.
     """
-    expected = _run(composed(original, factorized), inputs)
-    found = _run(copy.deepcopy(factorized), inputs)
+    expected = _run(composed(original, factorized), example_inputs)
+    found = _run(copy.deepcopy(factorized), example_inputs)
     error = relative_error(expected, found)
     dtypes = {tensor.dtype for tensor in _floats(expected)}
     tolerance = max((_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes), default=0.0)
     if not error <= tolerance:
         raise VerificationError(
             f"the rewritten network differs from the original with the same kernels by {error:.2e} (relative), more "
-            f"than {tolerance:.0e}: its graph is wrong. Please report it; exclude= leaves convolutions as they are."
+            f"than {tolerance:.0e}: its graph is wrong. Either tracing lost some of the model's Python (a branch on "
+            "self.training or on values), or this is a bug to report."
         )
 
 
-def _run(module: nn.Module, inputs: Sequence[Any]) -> Any:
+def _run(module: nn.Module, example_inputs: ExampleInputs) -> Any:
+    args, kwargs = arguments_of(copy.deepcopy(example_inputs))
     with torch.no_grad():
-        return module.eval()(*copy.deepcopy(inputs))
+        return module.eval()(*args, **kwargs)
 
 
 def _floats(output: Any) -> list[Tensor]:

@@ -24,6 +24,8 @@ def test_an_error_of_ours_is_a_message_and_an_exit_code(
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["demo"]) == 1
     assert "pip install 'fxfact[demo]'" in capsys.readouterr().err
+    assert main(["demo", "--rank", "0"]) == 1
+    assert "positive" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--epochs", "0"], ["demo", "--rank", "much"]])

@@ -118,6 +118,17 @@ def test_a_bias_that_is_read_elsewhere_is_kept(image: Tensor) -> None:
     assert result(image).equal(model(image))
 
 
+def test_hooks_that_tracing_would_lose_are_refused(small: Small, image: Tensor) -> None:
+    block = nn.Sequential(small)
+    handle = small.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(CaptureError, match="0: it has hooks"):
+        fxfact.factorize(block)
+    handle.remove()
+    small.norm.register_forward_hook(lambda module, args, output: output + 1)
+    result = fxfact.factorize(block, example_inputs=image, verify=True)
+    assert len(fxfact.plan_of(result).rewrites) == 2
+
+
 def test_every_node_has_a_verdict() -> None:
     captured = capture(Zoo())
     found = match(captured.graph_module).verdicts

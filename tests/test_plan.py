@@ -307,6 +307,18 @@ def test_verification_finds_a_wrong_graph(small: Small, image: Tensor, monkeypat
         fxfact.factorize(small, example_inputs=image, verify=True)
 
 
+def test_verification_finds_what_tracing_lost(image: Tensor) -> None:
+    class Forgetful(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2.0 if self.training else 1.0)
+
+    model = Forgetful().train()
+    with pytest.raises(fxfact.FxfactError, match=r"self\.training"):
+        fxfact.factorize(model, example_inputs=image, verify=True)
+    assert model.training
+    assert fxfact.factorize(model.eval(), example_inputs=image, verify=True) is not None
+
+
 def test_a_factorization_of_ones_own_is_loaded_by_its_class(small: Small, tmp_path: Path) -> None:
     plan = fxfact.plan(small, "cp")
     data = plan.to_json()

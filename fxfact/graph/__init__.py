@@ -1,7 +1,7 @@
 """torch.fx, and nothing of the mathematics: capture a graph, find its convolutions, put chains in their place."""
 
 from fxfact.graph.base import Captured, ConvSite, shape_of
-from fxfact.graph.capture import ExampleInputs, bind_inputs, capture, copy_sharing
+from fxfact.graph.capture import ExampleInputs, arguments_of, bind_inputs, capture, copy_sharing
 from fxfact.graph.contract import check_contract
 from fxfact.graph.match import Match, match
 from fxfact.graph.shapes import refresh_shapes
@@ -12,6 +12,7 @@ __all__ = [
     "ConvSite",
     "ExampleInputs",
     "Match",
+    "arguments_of",
     "bind_inputs",
     "capture",
     "check_contract",

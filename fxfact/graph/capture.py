@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxfact.conv_modules import is_conv
+from fxfact.conv_modules import has_hooks, is_conv
 from fxfact.errors import ArgumentTypeError, CaptureError
 from fxfact.graph.base import Captured, shape_of
 from fxfact.graph.contract import check_contract
@@ -80,14 +80,16 @@ def copy_sharing(module: nn.Module, shared: set[int]) -> nn.Module:
         ) from error
 
 
+def arguments_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a tuple is the former, a mapping the latter, a tensor one argument."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
 def bind_inputs(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:
     """The values for the graph's placeholders, in their order. Raises CaptureError where the inputs do not fit."""
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = example_inputs
-    else:
-        args = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    args, kwargs = arguments_of(example_inputs)
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -105,16 +107,31 @@ def _trace(model: nn.Module, name: str) -> fx.GraphModule:
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
+        _check_hooks(tracer, model)
         for node in graph.nodes:
             if isinstance(node.type, str):  # a postponed annotation, which torch.fx cannot pickle
                 node.type = None
         return fx.GraphModule(tracer.root, graph, name)
+    except CaptureError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
             f"{name}: torch.fx cannot trace its forward: {reason}. Remove the control flow that depends on values or "
             "shapes, or factorize the submodules that trace."
         ) from error
+
+
+def _check_hooks(tracer: fx.Tracer, model: nn.Module) -> None:
+    """Raise CaptureError for a hook on a module that was traced through: the graph would not run it."""
+    leaves = {name for name, module in model.named_modules() if name and tracer.is_leaf_module(module, name)}
+    for name, module in model.named_modules():
+        inside_a_leaf = any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves)
+        if not inside_a_leaf and has_hooks(module):
+            raise CaptureError(
+                f"{name or type(model).__name__}: it has hooks, which torch.fx loses where it traces through a module. "
+                "Remove them before, or factorize the submodules without hooks."
+            )
 
 
 def _samples(graph_module: fx.GraphModule, values: list[Any]) -> int:
