@@ -71,12 +71,10 @@ def layer_of(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> ConvLayer |
     return ConvLayer(spec, from_torch(spec, weight), bias)
 
 
-def write_conv(
-    spec: ConvSpec, weight: Tensor, bias: Tensor | None = None, *, requires_grad: bool = True
-) -> list[nn.Module]:
+def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> list[nn.Module]:
     """Ordinary modules for an ordinary (not transposed) convolution, holding these tensors.
 
-    A parameter is kept as it is, another tensor becomes one that shares its memory.
+    A parameter is kept as it is, another tensor becomes one that shares its memory and keeps its requires_grad.
 
     ``padding`` becomes ints where it is symmetric, ``'same'`` where it says the same, else a pad module in front.
     """
@@ -107,7 +105,7 @@ def write_conv(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             kept = isinstance(tensor, nn.Parameter)
-            setattr(module, name, tensor if kept else nn.Parameter(tensor, requires_grad=requires_grad))
+            setattr(module, name, tensor if kept else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
     return [*before, module]
 
 
@@ -119,8 +117,8 @@ def write_chain(
     """
     modules: list[nn.Module] = []
     for spec, weight, own_bias in zip(specs, weights, [None] * (len(specs) - 1) + [bias], strict=True):
-        kept = weight if isinstance(weight, nn.Parameter) else weight.contiguous(memory_format=_format(like))
-        modules += write_conv(spec, kept, own_bias, requires_grad=like.requires_grad)
+        kept = isinstance(weight, nn.Parameter)
+        modules += write_conv(spec, weight if kept else _formatted(weight, like), own_bias)
     return modules
 
 
@@ -128,6 +126,10 @@ def read_stages(modules: Sequence[nn.Module]) -> ConvChain:
     """The chain that ``write_conv`` wrote stage by stage; its pad modules, which move no kernel, are passed over."""
     layers = [read_conv(module) for module in modules if is_conv(module)]
     return ConvChain(tuple(layer for layer in layers if isinstance(layer, ConvLayer)))
+
+
+def _formatted(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.detach().contiguous(memory_format=_format(like)).requires_grad_(like.requires_grad)
 
 
 def _format(weight: Tensor) -> torch.memory_format:

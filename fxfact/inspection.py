@@ -21,7 +21,9 @@ from fxfact.skip import Skip
 
 @dataclass(frozen=True, kw_only=True)
 class ConvRow:
-    """One convolution as it stands in the graph. ``relative_error`` is ‖W − Ŵ‖_F / ‖W‖_F, None where unknown."""
+    """One convolution as it stands in the graph. ``relative_error`` is ‖W − Ŵ‖_F / ‖W‖_F, None where unknown, or
+    where a stage was factorized once more.
+    """
 
     path: str
     origin: str
@@ -61,7 +63,8 @@ def inspect(model: nn.Module, *, example_inputs: ExampleInputs | None = None, no
         name = item.path if isinstance(item, ConvSite) else item.subject
         whole = next((path for path in history if name.startswith(f"{path}.")), name)
         parts.setdefault(whole, []).append(item)
-    rows = tuple(_row(path, items, history.get(path), captured) for path, items in parts.items())
+    again = {path: any(other.startswith(f"{path}.") for other in history) for path in parts}
+    rows = tuple(_row(path, items, history.get(path), captured, again[path]) for path, items in parts.items())
     verdicts = tuple((node.name, _verdict(item)) for node, item in found.verdicts.items()) if nodes else ()
     return Inspection(rows=rows, nodes=verdicts)
 
@@ -82,7 +85,9 @@ def diff(before: nn.Module, after: nn.Module, *, context: int = 2, width: int = 
     return "\n".join(rows)
 
 
-def _row(path: str, items: list[ConvSite | Skip], done: Applied | None, captured: Captured) -> ConvRow:
+def _row(
+    path: str, items: list[ConvSite | Skip], done: Applied | None, captured: Captured, rewritten_again: bool
+) -> ConvRow:
     sites = [item for item in items if isinstance(item, ConvSite)]
     costs = [cost_of([site.layer.spec], site.input_sizes(captured.samples)) for site in sites]
     decision = done.plan[path] if done else None
@@ -96,7 +101,7 @@ def _row(path: str, items: list[ConvSite | Skip], done: Applied | None, captured
         rank="" if rank is None else ",".join(map(str, rank)),
         stages=tuple(site.layer.spec for site in sites),
         cost=sum(costs[1:], costs[0]) if costs else Cost(0, None),
-        relative_error=done.relative_error[path] if done else None,
+        relative_error=None if done is None or rewritten_again else done.relative_error[path],
         remark="; ".join(remarks),
     )
 

@@ -237,7 +237,21 @@ def test_tt_ranks_that_bound_each_other_are_refused_or_lowered() -> None:
     assert tt.clip(spec, (100, 100, 1)) == (6, 3, 1)
 
 
-@pytest.mark.parametrize("options", [{"init": "ones"}, {"sweeps": 0}, {"tolerance": -1.0}])
+@pytest.mark.parametrize("factorization", EVERY_STAGE, ids=by_name)
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_no_scale_is_too_small_or_too_large(factorization: Factorization, size: float) -> None:
+    spec = ConvSpec.parse(6, 8, (1, 1) if factorization.name == "pointwise_svd" else (3, 3))
+    layer = random_layer(spec, torch.float32)
+    scaled = replace(layer, weight=layer.weight * size)
+    rank = factorization.ranks(spec)[2]
+    expected, found = (compose(factorization.decompose(one, rank)) for one in (layer, scaled))
+    assert apart(expected, found.double() / size) < 1e-3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = factorization.decompose(layer, rank)
+    assert apart(expected, compose(under_autocast)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"init": "ones"}, {"sweeps": 0}, {"sweeps": "9"}, {"tolerance": -1.0}])
 def test_options_are_checked(options: dict[str, object]) -> None:
     with pytest.raises(ArgumentError):
         CPMobilenet(**options)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import prune
 
 import fxfact
 from fxfact.errors import CaptureError, ContractError, PlanError
@@ -116,6 +117,116 @@ def test_a_bias_that_is_read_elsewhere_is_kept(image: Tensor) -> None:
     result = fxfact.factorize(model, example_inputs=image)
     assert "bias is also read by reshape" in fxfact.plan_of(result)["conv"].reason
     assert result(image).equal(model(image))
+
+
+def test_what_another_convolution_holds_is_left_with_it(image: Tensor) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Conv2d(4, 4, 3, padding=1)
+            self.up = nn.ConvTranspose2d(4, 4, 3, padding=1)
+            self.up.weight = self.down.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x))
+
+    class BothWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + F.conv2d(x, self.conv.weight, self.conv.bias, padding=1)
+
+    class TwoGroups(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(2, 4, 3, padding=1)
+            self.other = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+            self.other.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(x[:, :2]))
+
+    for model in (Tied(), BothWays(), TwoGroups()):
+        result = fxfact.factorize(model, rank=0.5, example_inputs=image, verify=True)
+        assert fxfact.plan_of(result).rewrites == ()
+        assert not {id(p) for p in model.parameters()} & {id(p) for p in result.parameters()}
+        assert result(image).equal(model(image))
+
+
+def test_a_plan_for_untied_weights_is_refused_by_tied_ones() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+
+    tied = model()
+    tied[1].weight = tied[0].weight
+    with pytest.raises(PlanError, match="and the weight of 0"):
+        fxfact.apply(fxfact.plan(model(), exclude="0"), tied)
+
+
+def test_a_buffer_that_forward_changes_is_refused(image: Tensor) -> None:
+    class Counting(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x)
+
+    model = Counting()
+    with pytest.raises(CaptureError, match="count: forward changes this buffer"):
+        fxfact.factorize(model)
+    assert float(model.count) == 0
+
+
+def test_other_spellings_are_listed(small: Small, image: Tensor) -> None:
+    class Spelled(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.ops.aten.conv2d.default(x, self.first.weight)
+            return torch.convolution(x, self.second.weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+    reasons = [d.reason for d in fxfact.plan(Spelled()) if d.path.startswith("conv")]
+    assert len(reasons) == 2
+    assert all("spelling" in reason for reason in reasons)
+    with pytest.raises(CaptureError, match="hooks"):  # those of torch.export, which check its inputs
+        fxfact.plan(torch.export.export(small, (image,)).module())
+
+
+def test_a_pruned_convolution_is_listed_and_the_rest_rewritten(small: Small) -> None:
+    prune.l1_unstructured(small.first, "weight", 0.5)
+    result = fxfact.factorize(small)
+    assert [d.factorization is None for d in fxfact.plan_of(result)] == [True, False]
+
+
+def test_containers_and_many_arguments_are_example_inputs(image: Tensor) -> None:
+    class Containers(Small):
+        def forward(self, xs: list[Tensor], scale: dict[str, Tensor]) -> Tensor:
+            return super().forward(xs[0] + xs[1]) * scale["by"]
+
+    class Many(Small):
+        def forward(self, *xs: Tensor) -> Tensor:
+            return super().forward(xs[0] + xs[1])
+
+    inputs = ([image, image], {"by": torch.ones(())})
+    assert fxfact.factorize(Containers(), example_inputs=inputs, verify=True)(*inputs).shape == (3, 5)
+    assert fxfact.plan(Many(), example_inputs=(image, image)).network.macs == capture(Small(), image).macs
+
+
+def test_a_buffer_as_weight_is_counted_and_stays_untrained(image: Tensor) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.randn(8, 4, 3, 3))
+            self.register_buffer("shift", torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.kernel, self.shift)
+
+    result = fxfact.factorize(Fixed(), example_inputs=image)
+    assert fxfact.plan_of(result).network.params == 8 * 36 + 8
+    assert not any(p.requires_grad for p in result.parameters())
 
 
 def test_hooks_that_tracing_would_lose_are_refused(small: Small, image: Tensor) -> None:

@@ -58,6 +58,17 @@ def test_inspect_lists_what_cannot_be_rewritten() -> None:
     assert "does not call" in remarks["unused"]
 
 
+def test_inspect_after_a_batch_counts_one_sample(small: Small, image: Tensor) -> None:
+    result = fxfact.factorize(small, example_inputs=image)
+    counted = [row.cost.macs for row in fxfact.inspect(result).rows]
+    assert counted == [decision.after.macs for decision in fxfact.plan_of(result)]
+
+
+def test_a_stage_factorized_again_has_no_known_error(small: Small) -> None:
+    twice = fxfact.factorize(fxfact.factorize(small), "spatial_svd", include="second.1")
+    assert [row.relative_error is None for row in fxfact.inspect(twice).rows] == [False, True]
+
+
 def test_empty_weights_have_no_error(small: Small) -> None:
     empty = fxfact.apply(fxfact.plan(small), small, weights="empty")
     assert [row.relative_error for row in fxfact.inspect(empty).rows] == [None, None]

@@ -226,6 +226,9 @@ def test_from_conv_takes_device_dtype_mode_and_requires_grad() -> None:
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert not layer.stages[0].weight.requires_grad
     assert layer.stages[1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert layer.bias.requires_grad
+    assert layer.to_conv().bias.requires_grad
+    assert not layer.to_conv().weight.requires_grad
     random = fnn.TuckerConv.from_conv(conv, 0.5, decompose_weights=False, generator=seeded())
     assert random.rank == layer.rank
     assert not random.weight.equal(layer.weight)
@@ -267,6 +270,12 @@ def test_any_factorization_can_be_a_layer() -> None:
         (lambda: fnn.TuckerConv(6, 8, 3, order=2, rank=(1, 2, 3)), RankError, "2 ranks"),
         (lambda: fnn.FactorizedConv(6, 8, (3, 3)), ArgumentError, "factorization= is needed"),
         (lambda: fnn.FactorizedConv(6, 8, (3, 3), factorization="block"), ArgumentError, "unknown"),
+        (lambda: fnn.CPConv(6, 8, None), FxfactError, "kernel_size=None"),
+        (lambda: fnn.CPConv(6, 8, 3.0, order=2), FxfactError, "ints"),
+        (lambda: fnn.CPConv("6", 8, 3, order=2), FxfactError, "in_channels"),
+        (lambda: fnn.CPConv(6, 8, 3, order="2"), FxfactError, "order"),
+        (lambda: fnn.CPConv(6, 8, 3, order=2, padding=None), FxfactError, "padding"),
+        (lambda: fnn.CPConv(6, 8, 3, order=2, dtype=torch.int32), ArgumentError, "int32"),
         (lambda: fnn.CPConv.from_conv(nn.Linear(2, 2)), ArgumentTypeError, "Linear"),
         (lambda: fnn.CPConv.from_conv("conv"), ArgumentTypeError, "str"),
         (lambda: fnn.CPConv.from_conv(nn.Conv2d(6, 8, 3, device="meta"), 0.5), WeightError, "meta"),

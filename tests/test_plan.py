@@ -15,6 +15,7 @@ from fxfact import api
 from fxfact.conv import ConvSpec
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, RankError
 from fxfact.factorizations import CPMobilenet, Tucker
+from fxfact.passes import FactorizeConvs
 from tests.conftest import ALL, Small, apart, by_name, params_of
 
 
@@ -76,6 +77,7 @@ def test_plans_save_and_load(small: Small, image: Tensor, tmp_path: Path) -> Non
         (lambda data: {k: v for k, v in data.items() if k != "model"}, "damaged"),
         (lambda data: data | {"decisions": [data["decisions"][0] | {"rank": [999, 999]}]}, "damaged"),
         (lambda data: data | {"decisions": [data["decisions"][0] | {"surprise": 1}]}, "damaged"),
+        (lambda data: data | {"decisions": [data["decisions"][0] | {"rank": None}]}, "a rewrite needs"),
         (lambda data: data | {"decisions": [data["decisions"][0] | {"factorization": {"name": "mps"}}]}, "mps"),
     ],
 )
@@ -193,6 +195,11 @@ def test_include_and_exclude(small: Small) -> None:
     assert "excluded" in fxfact.plan(small, exclude="first")["first"].reason
 
 
+def test_what_is_excluded_is_not_asked_for_a_rank() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, (3, 1)))  # TT has three ranks on one, two on the other
+    assert [d.path for d in fxfact.plan(model, "tt", rank=(4, 4, 4), exclude="1").rewrites] == ["0"]
+
+
 def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
     model = nn.Conv2d(4, 4, 3, padding=1)
     (decision,) = fxfact.plan(model, "tt", rank=10**6, example_inputs=image)
@@ -219,6 +226,8 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
         ({"rank": "large"}, RankError, "'same'"),
         ({"rank": (2, 3, 4)}, RankError, "first: tucker has 2 ranks"),
         ({"rank": (2, 0.5)}, RankError, "ints"),
+        ({"rank": 8.0}, RankError, "Pass 8 for the rank 8"),
+        ({"rank": b"ab"}, ArgumentTypeError, "bytes"),
         ({"rank": ()}, RankError, "tuple"),
         ({"rank": None}, ArgumentTypeError, "NoneType"),
         ({"rank": True}, ArgumentTypeError, "bool"),
@@ -235,6 +244,8 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
         ({"capture": "dynamo"}, ArgumentError, "'auto' or 'trace'"),
         ({"include": 3}, ArgumentTypeError, "include"),
         ({"exclude": [3]}, ArgumentTypeError, "exclude"),
+        ({"include": "thrid"}, ArgumentError, "include: no convolution at 'thrid'"),
+        ({"exclude": lambda path: True}, ArgumentError, "exclude: the predicate failed on \\('first'"),
     ],
 )
 def test_bad_arguments_are_refused(small: Small, arguments: dict[str, object], error: type, words: str) -> None:
@@ -288,6 +299,10 @@ def test_other_bad_calls_are_refused(small: Small) -> None:
         fxfact.apply(plan, small, weights="random")  # type: ignore[arg-type]
     with pytest.raises(ArgumentTypeError, match=r"fxfact\.Plan"):
         fxfact.apply("plan", small)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match="generator"):
+        fxfact.factorize(small, generator=42)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match=r"fxfact\.Plan"):
+        FactorizeConvs("tucker")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="not made by a plan"):
         fxfact.plan_of(small)
     with pytest.raises(ArgumentError, match="needs example_inputs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -76,20 +77,22 @@ class ConvSpec:
         ``order``, the number of spatial axes, is needed where kernel_size is an int.
         """
         if order is None:
-            if isinstance(kernel_size, int):
-                raise SpecError(f"kernel_size={kernel_size} says no number of axes: pass order=, or a tuple")
+            if not isinstance(kernel_size, Sequence):
+                raise SpecError(f"kernel_size={kernel_size!r} says no number of axes: pass order=, or a tuple")
             order = len(kernel_size)
+        if order not in (1, 2, 3):
+            raise SpecError(f"order, the number of spatial axes, must be 1, 2 or 3, got {order!r}")
         kernel = _per_axis("kernel_size", kernel_size, order)
         dilations = _per_axis("dilation", dilation, order)
         strides = _per_axis("stride", stride, order)
         return cls(
-            in_channels=in_channels,
-            out_channels=out_channels,
+            in_channels=_integer("in_channels", in_channels),
+            out_channels=_integer("out_channels", out_channels),
             kernel_size=kernel,
             stride=strides,
             padding=_parse_padding(padding, kernel, dilations, strides),
             dilation=dilations,
-            groups=groups,
+            groups=_integer("groups", groups),
             padding_mode=padding_mode,
             transposed=transposed,
             output_padding=_per_axis("output_padding", output_padding, order),
@@ -148,10 +151,16 @@ class ConvSpec:
 
 
 def _per_axis(name: str, value: int | Sequence[int], order: int) -> Sizes:
-    values = (value,) * order if isinstance(value, int) else tuple(value)
-    if len(values) != order or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * order
+    if len(values) != order:
         raise SpecError(f"{name} must be an int or {order} ints, got {value!r}")
-    return values
+    return tuple(_integer(name, v) for v in values)
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise SpecError(f"{name} must be made of ints, got {value!r}")
+    return int(value)
 
 
 def _parse_padding(padding: int | str | Sequence[int], kernel: Sizes, dilation: Sizes, stride: Sizes) -> Padding:

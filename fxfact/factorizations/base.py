@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, Sizes
-from fxfact.errors import RankError, RefusedError, WeightError
+from fxfact.errors import ArgumentError, RankError, RefusedError, WeightError
 from fxfact.skip import Skip
 
 Rank = tuple[int, ...]
@@ -111,9 +111,15 @@ class Factorization(ABC):
         check_weight(layer.weight)
         weight = layer.weight.detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
+        largest = float(weight.abs().max())
+        scale = largest if largest and not 1e-10 < largest < 1e10 else 1.0  # keeps squares within single precision
         block = layer.spec.block
-        by_group = [self._weights(block, part, rank, generator) for part in weight.chunk(layer.spec.groups)]
-        joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
+        with torch.autocast(weight.device.type, enabled=False):
+            by_group = [
+                self._weights(block, part, rank, generator) for part in (weight / scale).chunk(layer.spec.groups)
+            ]
+        share = scale ** (1 / len(specs))
+        joined = [torch.cat(list(parts)) * share for parts in zip(*by_group, strict=True)]
         weights = [part.to(layer.weight.dtype).reshape(s.weight_shape) for part, s in zip(joined, specs, strict=True)]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
@@ -158,6 +164,15 @@ class Factorization(ABC):
             )
         if (feasible := self._feasible(spec.block, rank)) != rank:
             raise RankError(f"{self.name} ranks bound each other: {rank} can be {feasible} at most on {spec}")
+
+
+def check_iteration(sweeps: object, tolerance: object, *, least: int) -> None:
+    """Raise ArgumentError unless these can end an iteration."""
+    whole = isinstance(sweeps, int) and not isinstance(sweeps, bool) and sweeps >= least
+    if not whole or not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise ArgumentError(
+            f"sweeps must be an int, at least {least}, tolerance a number, at least 0, got {sweeps!r}, {tolerance!r}"
+        )
 
 
 def check_weight(weight: Tensor) -> None:

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.errors import ArgumentError
-from fxfact.factorizations.base import Factorization, Rank, no_channel_modes, pointwise, spatial, spatial_axes
+from fxfact.factorizations.base import (
+    Factorization,
+    Rank,
+    check_iteration,
+    no_channel_modes,
+    pointwise,
+    spatial,
+    spatial_axes,
+)
 from fxfact.tensor import cp
 
 
@@ -34,8 +42,9 @@ class _CP(Factorization):
     tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.init not in ("svd", "random") or self.sweeps < 1 or not self.tolerance >= 0:
-            raise ArgumentError(f"init is 'svd' or 'random', sweeps at least 1, tolerance at least 0, got {self}")
+        check_iteration(self.sweeps, self.tolerance, least=1)
+        if self.init not in ("svd", "random"):
+            raise ArgumentError(f"init must be 'svd' or 'random', got {self.init!r}")
 
     @abstractmethod
     def _modes(self, block: ConvSpec) -> tuple[Sizes, ...]:

@@ -23,7 +23,7 @@ def parse_rank_request(request: object) -> ParsedRank:
         if request != "same":
             raise RankError(f"the only rank with a name is 'same', got {request!r}. {way_out}")
         return 1.0
-    if isinstance(request, bool) or not isinstance(request, numbers.Real | Sequence):
+    if isinstance(request, bool | bytes) or not isinstance(request, numbers.Real | Sequence):
         raise ArgumentTypeError(f"a rank cannot be a {type(request).__name__} ({request!r}). {way_out}")
     if isinstance(request, Sequence):
         parsed = tuple(parse_rank_request(entry) for entry in request)
@@ -31,8 +31,12 @@ def parse_rank_request(request: object) -> ParsedRank:
             raise RankError(f"a tuple of ranks holds ints, got {request!r}. {way_out}")
         return tuple(int(entry) for entry in parsed if isinstance(entry, int))
     value = int(request) if isinstance(request, numbers.Integral) else float(request)
-    if not math.isfinite(value) or value <= 0:
+    if value <= 0 or (isinstance(value, float) and not math.isfinite(value)):
         raise RankError(f"a rank must be positive and finite, got {request!r}. {way_out}")
+    if isinstance(value, float) and value > 1 and value.is_integer():
+        raise RankError(
+            f"{request!r} would be a fraction of {100 * value:.0f} %. Pass {int(value)} for the rank {int(value)}."
+        )
     return value
 
 

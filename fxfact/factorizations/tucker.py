@@ -14,8 +14,7 @@ from tensorly.tucker_tensor import validate_tucker_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec
-from fxfact.errors import ArgumentError
-from fxfact.factorizations.base import Factorization, Rank, no_channel_modes, pointwise
+from fxfact.factorizations.base import Factorization, Rank, check_iteration, no_channel_modes, pointwise
 from fxfact.tensor import partial_tucker
 
 
@@ -34,8 +33,7 @@ class Tucker(Factorization):
     tolerance: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.sweeps < 0 or not self.tolerance >= 0:
-            raise ArgumentError(f"sweeps and tolerance must be at least 0, got {self}")
+        check_iteration(self.sweeps, self.tolerance, least=0)
 
     def _rejects(self, block: ConvSpec) -> str | None:
         return no_channel_modes(block)

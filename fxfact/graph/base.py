@@ -38,6 +38,11 @@ class ConvSite:
     attributes: tuple[str, ...] = ()
     tied_to: str | None = None
 
+    @property
+    def weight_name(self) -> str:
+        """The dotted name of the weight in the module tree."""
+        return self.attributes[0] if self.attributes else f"{self.path}.weight"
+
     def input_sizes(self, samples: int = 1) -> tuple[Sizes, ...] | None:
         """The spatial size at every call, once per sample; None where the graph carries no shapes."""
         order, sizes = self.layer.spec.order, []

@@ -40,20 +40,17 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     tensors shared. Raises ArgumentTypeError, CaptureError.
     """
     check_model(model)
-    own = copy_sharing(model, set(map(id, _tensors(model))))
+    own = copy_sharing(model, set(map(id, model.parameters())))
     traced = own if isinstance(own, fx.GraphModule) else _trace(own, type(model).__name__)
     for name, module in traced.named_modules():
         with contextlib.suppress(AttributeError):
             module.training = own.get_submodule(name).training
-    macs: int | None = None
-    samples = 1
+    total = None
     if example_inputs is not None:
-        values = bind_inputs(traced, model, example_inputs)
-        total = record_shapes(traced, values)
-        samples = _samples(traced, values)
-        macs = total // samples
+        total = record_shapes(traced, bind_inputs(traced, model, example_inputs))
+    samples = _samples(traced)
     check_contract(traced, f"behind the capture of {type(model).__name__}")
-    return Captured(traced, macs, samples, _unreached(own, traced))
+    return Captured(traced, None if total is None else total // samples, samples, _unreached(own, traced))
 
 
 def check_model(model: object) -> None:
@@ -62,6 +59,8 @@ def check_model(model: object) -> None:
         raise ArgumentTypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
         )
+    if isinstance(model, fx.GraphModule) and has_hooks(model):
+        raise CaptureError("the GraphModule has hooks, which a copy of it would lose. Remove them before.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a ScriptModule has no graph that torch.fx can read. Pass the nn.Module it was made from.")
     for name, tensor in model.named_parameters():
@@ -70,8 +69,13 @@ def check_model(model: object) -> None:
 
 
 def copy_sharing(module: nn.Module, shared: set[int]) -> nn.Module:
-    """A deep copy that keeps, and does not copy, the tensors whose ``id`` is in ``shared``. Raises CaptureError."""
-    memo = {id(tensor): tensor for tensor in _tensors(module) if id(tensor) in shared}
+    """A deep copy that keeps, and does not copy, the tensors whose ``id`` is in ``shared``. Raises CaptureError.
+
+    A tensor that is no leaf of autograd, such as the weight that a pruned module computed last, is copied detached.
+    """
+    tensors = {id(tensor): tensor for tensor in _tensors(module)}
+    memo = {key: tensor for key, tensor in tensors.items() if key in shared}
+    memo |= {key: tensor.detach().clone() for key, tensor in tensors.items() if not tensor.is_leaf}
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:
@@ -98,16 +102,23 @@ def bind_inputs(graph_module: fx.GraphModule, model: nn.Module, example_inputs: 
             "keyword arguments, a tensor one argument."
         ) from error
     bound.apply_defaults()
-    return [
-        bound.arguments[str(node.target).lstrip("*")] for node in graph_module.graph.nodes if node.op == "placeholder"
-    ]
+    values: list[Any] = []
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            value = bound.arguments[str(node.target).lstrip("*")]
+            values += value if str(node.target).startswith("*") else [value]
+    return values
 
 
 def _trace(model: nn.Module, name: str) -> fx.GraphModule:
     tracer = _Tracer()
     try:
+        before = _buffers(model)
         graph = tracer.trace(model)
         _check_hooks(tracer, model)
+        for changed, now in _buffers(model).items():
+            if before.get(changed) != now:
+                raise CaptureError(f"{changed}: forward changes this buffer, which a traced graph would no longer do.")
         for node in graph.nodes:
             if isinstance(node.type, str):  # a postponed annotation, which torch.fx cannot pickle
                 node.type = None
@@ -134,12 +145,27 @@ def _check_hooks(tracer: fx.Tracer, model: nn.Module) -> None:
             )
 
 
-def _samples(graph_module: fx.GraphModule, values: list[Any]) -> int:
-    """How many samples the example inputs hold: their first size, unless a convolution sees no batch."""
+def _buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What tells a buffer that was replaced or written to: its identity and its version."""
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+
+
+def _samples(graph_module: fx.GraphModule) -> int:
+    """How many samples the inputs had: the first size recorded, unless a convolution sees no batch, or none is."""
     calls = [(site.layer.spec.order, node) for site in match(graph_module).sites for node in site.nodes]
     batched = all(len(shape_of(node) or ()) == order + 2 for order, node in calls)
-    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0]
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    shapes = [shape for node in placeholders for shape in _shapes(node.meta.get("val", node.meta.get("tensor_meta")))]
+    sizes = [int(shape[0]) for shape in shapes if shape]
     return max(1, sizes[0]) if batched and sizes else 1
+
+
+def _shapes(recorded: Any) -> list[tuple[int, ...]]:
+    """Of every tensor in what a node's meta records, containers included."""
+    if hasattr(recorded, "shape"):
+        return [tuple(recorded.shape)]
+    values = list(recorded.values()) if isinstance(recorded, Mapping) else recorded
+    return [shape for value in values for shape in _shapes(value)] if isinstance(values, list | tuple) else []
 
 
 def _unreached(model: nn.Module, traced: fx.GraphModule) -> tuple[Skip, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxfact.conv import ConvSpec
 from fxfact.conv_modules import is_conv, layer_of, read_conv
@@ -48,23 +48,17 @@ class Match:
 
 def match(graph_module: fx.GraphModule) -> Match:
     """Parse every node. A Skip with a subject is of a convolution, one without is of another node."""
-    verdicts: dict[fx.Node, ConvSite | Skip] = {}
-    readers = _readers(graph_module)
+    verdicts = {node: _parse(graph_module, node) for node in graph_module.graph.nodes}
     calls: dict[str, list[fx.Node]] = defaultdict(list)
-    for node in graph_module.graph.nodes:
-        verdict = _parse(graph_module, node)
-        verdicts[node] = verdict
+    for node, verdict in verdicts.items():
         if isinstance(verdict, ConvSite):
-            layer = verdict.layer
-            bias = [] if verdict.attributes or layer.bias is None else [layer.bias]
-            if others := set().union(*(readers[id(tensor)] for tensor in (layer.weight, *bias))):
-                verdicts[node] = Skip(f"its weight or bias is also read by {', '.join(sorted(others))}", verdict.path)
-            else:
-                calls[verdict.path].append(node)
-    joined = {path: _joined(path, nodes, verdicts) for path, nodes in calls.items()}
-    joined |= {site.path: site for site in _tie([site for site in joined.values() if isinstance(site, ConvSite)])}
-    for path, found in joined.items():
-        verdicts |= dict.fromkeys(calls[path], found)
+            calls[verdict.path].append(node)
+    for path, nodes in calls.items():
+        verdicts |= dict.fromkeys(nodes, _joined(path, nodes, verdicts))
+    while left := _read_elsewhere(graph_module, verdicts):  # leaving one alone makes it a reader of what it shares
+        verdicts |= left
+    for site in _tied(list(dict.fromkeys(v for v in verdicts.values() if isinstance(v, ConvSite)))):
+        verdicts |= dict.fromkeys(site.nodes, site)
     return Match(verdicts)
 
 
@@ -75,6 +69,8 @@ def _parse(root: fx.GraphModule, node: fx.Node) -> ConvSite | Skip:
         return Skip("a transposed convolution is not rewritten by this version", node.name)
     if node.op == "call_function" and node.target in _CONV_FUNCTIONS:
         return _parse_function(root, node)
+    if node.op == "call_function" and "conv" in getattr(node.target, "__name__", ""):
+        return Skip(f"this spelling of a convolution, {node.target}, is not rewritten by this version", node.name)
     return Skip(f"{node.op} {node.target} is not a convolution")
 
 
@@ -82,7 +78,7 @@ def _parse_module(root: fx.GraphModule, node: fx.Node) -> ConvSite | Skip:
     path = str(node.target)
     module = root.get_submodule(path)
     if not is_conv(module):
-        inside = [name for name, child in module.named_modules() if is_conv(child)]
+        inside = [name for name, child in module.named_modules() if is_conv(child) or _is_scripted_conv(child)]
         if inside:
             return Skip(f"{type(module).__name__} is a leaf of the trace; inside it is {', '.join(inside)}", path)
         return Skip(f"{type(module).__name__} is not a convolution")
@@ -129,16 +125,34 @@ def _path_of(root: fx.GraphModule, weight: str) -> str:
     return owner if alone else weight
 
 
-def _readers(root: fx.GraphModule) -> dict[int, set[str]]:
-    """For every tensor, by identity, the names of the nodes that read it other than as a convolution's weight."""
+def _read_elsewhere(root: fx.GraphModule, verdicts: dict[fx.Node, ConvSite | Skip]) -> dict[fx.Node, Skip]:
+    """The sites whose weight or bias something reads that is no site itself: they must keep it."""
+    readers = _readers(root, verdicts)
+    left: dict[fx.Node, Skip] = {}
+    groups: dict[int, set[int]] = defaultdict(set)
+    sites = {node: site for node, site in verdicts.items() if isinstance(site, ConvSite)}
+    for site in sites.values():
+        groups[id(site.layer.weight)].add(site.layer.spec.groups)
+    for node, site in sites.items():
+        if len(groups[id(site.layer.weight)]) > 1:
+            left[node] = Skip("its weight is used by calls with different settings", site.path)
+        else:
+            bias = [] if site.attributes or site.layer.bias is None else [site.layer.bias]
+            if others := set().union(*(readers[id(tensor)] for tensor in (site.layer.weight, *bias))):
+                left[node] = Skip(f"its weight or bias is also read by {', '.join(sorted(others))}", site.path)
+    return left
+
+
+def _readers(root: fx.GraphModule, verdicts: dict[fx.Node, ConvSite | Skip]) -> dict[int, set[str]]:
+    """For every tensor, by identity, the names of the nodes that read it other than as the weight of a site."""
     readers: dict[int, set[str]] = defaultdict(set)
     for node in root.graph.nodes:
-        if node.op == "call_module":
-            module = root.get_submodule(str(node.target))
-            for tensor in () if is_conv(module) else module.parameters():
+        if node.op == "call_module" and not isinstance(verdicts[node], ConvSite):
+            for tensor in root.get_submodule(str(node.target)).parameters():
                 readers[id(tensor)].add(node.name)
         elif node.op == "get_attr":
-            others = [user.name for user in node.users if not _is_weight_of(user, node)]
+            sites = [user for user in node.users if isinstance(verdicts[user], ConvSite) and _is_weight_of(user, node)]
+            others = {user.name for user in node.users if user not in sites}
             if others:
                 readers[id(get_tensor(root, str(node.target)))].update(others)
     return readers
@@ -160,14 +174,18 @@ def _joined(path: str, nodes: list[fx.Node], verdicts: dict[fx.Node, ConvSite | 
     return replace(first, nodes=tuple(nodes))
 
 
-def _tie(sites: list[ConvSite]) -> list[ConvSite]:
+def _tied(sites: list[ConvSite]) -> list[ConvSite]:
     """Mark the sites whose weight another one before them has."""
-    first: dict[tuple[int, int], str] = {}
-    tied = []
-    for site in sites:
-        leader = first.setdefault((id(site.layer.weight), site.layer.spec.groups), site.path)
-        tied.append(site if leader == site.path else replace(site, tied_to=leader))
-    return tied
+    first: dict[int, str] = {}
+    leaders = [first.setdefault(id(site.layer.weight), site.path) for site in sites]
+    return [
+        site if leader == site.path else replace(site, tied_to=leader)
+        for site, leader in zip(sites, leaders, strict=True)
+    ]
+
+
+def _is_scripted_conv(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and str(module.original_name).startswith("Conv")
 
 
 def _holds_node(value: object) -> bool:

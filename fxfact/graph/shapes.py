@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfact.errors import CaptureError
@@ -56,8 +56,15 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
         FakeTensorProp(graph_module, modes[0]).propagate_dont_convert_inputs(*values)
 
 
-def _empty(recorded: Any, device: torch.device) -> Tensor:
-    return torch.empty_strided(recorded.shape, recorded.stride, dtype=recorded.dtype, device=device)
+def _empty(recorded: Any, device: torch.device) -> Any:
+    """Tensors as recorded, within the containers that they were recorded in."""
+    if isinstance(recorded, TensorMetadata):
+        return torch.empty_strided(recorded.shape, recorded.stride, dtype=recorded.dtype, device=device)
+    if isinstance(recorded, Mapping):
+        return {key: _empty(value, device) for key, value in recorded.items()}
+    if isinstance(recorded, list | tuple):
+        return type(recorded)(_empty(value, device) for value in recorded)
+    return recorded
 
 
 @contextlib.contextmanager

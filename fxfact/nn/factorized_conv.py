@@ -69,8 +69,11 @@ class FactorizedConv(nn.Module):
             bias=bias,
         )
         structure = Structure.parse(spec, self._method(factorization), rank, implementation)
-        like = torch.empty(0, device=device, dtype=dtype).requires_grad_()
-        self._assemble(structure, like, like.new_empty(out_channels) if bias else None)
+        like = torch.empty(0, device=device, dtype=dtype)
+        if not like.dtype.is_floating_point:
+            raise ArgumentError(f"dtype must be a real floating-point type, got {like.dtype}")
+        like.requires_grad_()
+        self._assemble(structure, like, like.new_empty(out_channels).requires_grad_() if bias else None)
         self.reset_parameters(generator)
 
     @classmethod
@@ -100,7 +103,8 @@ class FactorizedConv(nn.Module):
             chain = structure.factorization.decompose(layer, structure.rank, generator=generator)
             weights = structure.merged([stage.weight for stage in chain.layers])
         new = cls.__new__(cls)
-        new._assemble(structure, layer.weight, None if layer.bias is None else layer.bias.detach().clone(), weights)
+        bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_(layer.bias.requires_grad)
+        new._assemble(structure, layer.weight, bias, weights)
         if not decompose_weights:
             new.reset_parameters(generator)
         return new.train(conv.training)
@@ -118,7 +122,7 @@ class FactorizedConv(nn.Module):
         super().__init__()
         self._structure = structure
         values = weights or [like.new_empty(spec.weight_shape) for spec in structure.stages]
-        modules = write_chain(structure.stages, [v.detach() for v in values], bias, like=like)
+        modules = write_chain(structure.stages, values, bias, like=like)
         self.stages = nn.Sequential(*modules)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -146,9 +150,10 @@ class FactorizedConv(nn.Module):
     def to_conv(self) -> nn.Module:
         """A new dense ``nn.Conv1d/2d/3d`` that computes the same, with the device, dtype and mode of this layer."""
         with torch.no_grad():
-            weight = self.weight.contiguous()
-            bias = None if self.bias is None else self.bias.detach().clone()
-        (conv,) = write_conv(self._structure.spec, weight, bias, requires_grad=self._convs()[0].weight.requires_grad)
+            weight = self.weight.contiguous().requires_grad_(self._convs()[0].weight.requires_grad)
+        bias = self.bias
+        copied = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
+        (conv,) = write_conv(self._structure.spec, weight, copied)
         return conv.train(self.training)
 
     @property

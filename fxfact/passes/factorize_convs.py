@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfact.conv import ConvLayer, compose
 from fxfact.conv_modules import read_stages, write_chain
-from fxfact.errors import ArgumentError, place
+from fxfact.errors import ArgumentError, ArgumentTypeError, place
 from fxfact.graph import check_contract, copy_sharing, match, refresh_shapes, splice
 from fxfact.passes.base import Applied, applied, record
 from fxfact.planning import Decision, Plan
@@ -31,6 +31,10 @@ class FactorizeConvs(PassBase):
 
     def __init__(self, plan: Plan, *, weights: Weights = "decompose", generator: torch.Generator | None = None) -> None:
         super().__init__()
+        if not isinstance(plan, Plan):
+            raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         if weights not in ("decompose", "empty"):
             raise ArgumentError(f"weights must be 'decompose' or 'empty', got {weights!r}")
         self._plan, self._weights, self._generator = plan, weights, generator
@@ -44,9 +48,9 @@ class FactorizeConvs(PassBase):
         history = applied(graph_module)
         if not self._plan.rewrites or (history and history[-1].plan == self._plan):
             return PassResult(graph_module, False)
-        theirs = {site.path: site.layer for site in match(graph_module).sites}
-        self._plan.check_fits({path: layer.spec for path, layer in theirs.items()})
-        replaced = {id(theirs[decision.path].weight) for decision in self._plan.rewrites}
+        theirs = {site.path: site for site in match(graph_module).sites}
+        self._plan.check_fits({path: (site.layer.spec, site.tied_to) for path, site in theirs.items()})
+        replaced = {id(theirs[decision.path].layer.weight) for decision in self._plan.rewrites}
         result = copy_sharing(graph_module, replaced)
         assert isinstance(result, fx.GraphModule)
         sites = {site.path: site for site in match(result).sites}

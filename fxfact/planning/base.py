@@ -46,6 +46,10 @@ class Decision:
     reason: str = ""
     note: str = ""
 
+    def __post_init__(self) -> None:
+        if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
+            raise PlanError(f"{self.path}: a rewrite needs a convolution, a factorization and a rank, got {self.rank}")
+
     @property
     def stages(self) -> tuple[ConvSpec, ...]:
         """The convolutions that will stand here: those of the chain, or the one that is there."""
@@ -136,13 +140,16 @@ class Plan:
         ]
         return replace(self, decisions=tuple(changed))
 
-    def check_fits(self, specs: Mapping[str, ConvSpec]) -> None:
-        """Raise PlanError, naming the first differences, unless the plan was made for these convolutions."""
-        planned = {decision.path: decision.spec for decision in self.decisions if decision.spec is not None}
-        if planned == specs:
+    def check_fits(self, convolutions: Mapping[str, tuple[ConvSpec, str | None]]) -> None:
+        """Raise PlanError, naming the first differences, unless the plan was made for these convolutions, by path: the
+        spec, and the path of the one that has the same weight.
+        """
+        planned = {d.path: (d.spec, d.tied_to) for d in self.decisions if d.spec is not None}
+        found = dict(convolutions)
+        if planned == found:
             return
-        different = [path for path in planned | dict(specs) if planned.get(path) != specs.get(path)]
-        lines = [f"{p}: the plan has {_known(planned.get(p))}, the model {_known(specs.get(p))}" for p in different]
+        different = [path for path in planned | found if planned.get(path) != found.get(path)]
+        lines = [f"{p}: the plan has {_known(planned.get(p))}, the model {_known(found.get(p))}" for p in different]
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         raise PlanError(
             f"the plan was made for another model ({self.model}). {'; '.join(lines[:3])}{more}. Make a new one."
@@ -163,7 +170,7 @@ class Plan:
         """Read a saved plan; ``factorizations`` are classes of your own that it names. Raises PlanError."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{os.fspath(path)}: not a plan that can be read: {error}") from error
         with place(os.fspath(path)):
             return cls.from_json(data, factorizations=factorizations)
@@ -205,8 +212,11 @@ def _chosen(old: Decision, request: RankRequest | None, factorization: str | Fac
     return replace(old, factorization=method, rank=rank, reason="", note="")
 
 
-def _known(spec: ConvSpec | None) -> str:
-    return f"{spec} {'with' if spec.bias else 'without'} bias" if spec else "nothing"
+def _known(convolution: tuple[ConvSpec, str | None] | None) -> str:
+    if convolution is None:
+        return "nothing"
+    spec, tied_to = convolution
+    return f"{spec} {'with' if spec.bias else 'without'} bias" + (f" and the weight of {tied_to}" if tied_to else "")
 
 
 def _row(decision: Decision) -> list[str]:
@@ -235,7 +245,8 @@ def _arrow(before: int | None, after: int | None) -> str:
 
 
 def _decision_to_json(decision: Decision) -> dict[str, Any]:
-    data = asdict(replace(decision, factorization=None))
+    data = {field.name: getattr(decision, field.name) for field in fields(decision)}
+    data["spec"] = asdict(decision.spec) if decision.spec else None
     if method := decision.factorization:
         data["factorization"] = {
             "name": method.name,

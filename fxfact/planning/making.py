@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from fxfact.conv import ConvSpec
 from fxfact.cost import Cost
-from fxfact.errors import ArgumentTypeError
+from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.graph import Captured, ConvSite, match
 from fxfact.planning.base import Decision, Plan
 from fxfact.ranks import Candidate, Choice, RankStrategy
@@ -30,18 +30,31 @@ def make_plan(
     included, excluded = _predicate("include", include), _predicate("exclude", exclude)
     found = match(captured.graph_module).found
     decisions = {_path(item): _undecided(item, captured.samples) for item in (*found, *captured.unreached)}
-    leaders = [d for d in decisions.values() if d.spec is not None and not d.tied_to]
-    candidates = [Candidate(d.path, d.spec, d.input_sizes) for d in leaders if d.spec is not None]
-    for decision, choice in zip(leaders, strategy.choose(candidates), strict=True):
-        followers = [d for d in decisions.values() if d.tied_to == decision.path]
-        together = [decision, *followers]
-        left_out = next((skip for d in together if (skip := _left_out(d, included, excluded))), None)
-        for one in together:
-            decisions[one.path] = _decided(one, left_out or choice)
-        if not allow_growth and (skip := _grows([decisions[d.path] for d in together])):
-            decisions |= {d.path: _decided(d, skip) for d in together}
-    params = sum({id(p): p.numel() for p in captured.graph_module.parameters()}.values())
-    return Plan(model=model, network=Cost(params, captured.macs), decisions=tuple(decisions.values()))
+    _check_patterns(include, exclude, list(decisions))
+    tied = [[d for d in decisions.values() if leader.path in (d.path, d.tied_to)] for leader in decisions.values()]
+    together = [group for group in tied if group[0].spec is not None and not group[0].tied_to]
+    candidates: list[Candidate] = []
+    chosen: list[list[Decision]] = []
+    for group in together:
+        if left_out := next((skip for d in group if (skip := _left_out(d, included, excluded))), None):
+            decisions |= {d.path: _decided(d, left_out) for d in group}
+        elif (spec := group[0].spec) is not None:
+            candidates.append(Candidate(group[0].path, spec, group[0].input_sizes))
+            chosen.append(group)
+    for group, choice in zip(chosen, strategy.choose(candidates), strict=True):
+        decided = [_decided(d, choice) for d in group]
+        if not allow_growth and (skip := _grows(decided)):
+            decided = [_decided(d, skip) for d in group]
+        decisions |= {d.path: d for d in decided}
+    return Plan(model=model, network=_network(captured, found), decisions=tuple(decisions.values()))
+
+
+def _network(captured: Captured, found: Sequence[ConvSite | Skip]) -> Cost:
+    """The whole network: its parameters, and the buffers that convolutions take as their weights."""
+    layers = [item.layer for item in found if isinstance(item, ConvSite)]
+    tensors = [*captured.graph_module.parameters(), *(t for layer in layers for t in (layer.weight, layer.bias))]
+    params = sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
+    return Cost(params, captured.macs)
 
 
 def _path(item: ConvSite | Skip) -> str:
@@ -89,9 +102,28 @@ _Predicate = Callable[[str, ConvSpec], bool] | None
 
 
 def _predicate(argument: str, selection: Selection | None) -> _Predicate:
-    if selection is None or callable(selection):
-        return selection
+    if selection is None:
+        return None
+    if callable(selection):
+        predicate = selection
+
+        def named(path: str, spec: ConvSpec) -> bool:
+            try:
+                return bool(predicate(path, spec))
+            except Exception as error:
+                raise ArgumentError(f"{argument}: the predicate failed on ({path!r}, {spec}): {error}") from error
+
+        return named
     patterns = [selection] if isinstance(selection, str) else selection
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ArgumentTypeError(f"{argument} must be a glob, a list of globs or a predicate, got {selection!r}")
     return lambda path, spec: any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _check_patterns(include: Selection | None, exclude: Selection | None, paths: Sequence[str]) -> None:
+    """Raise ArgumentError for a glob that fits no convolution at all."""
+    for argument, selection in (("include", include), ("exclude", exclude)):
+        patterns = [] if selection is None or callable(selection) else selection
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if paths and not any(fnmatchcase(path, pattern) for path in paths):
+                raise ArgumentError(f"{argument}: no convolution at {pattern!r}. There are: {', '.join(paths)}.")
