@@ -1,6 +1,6 @@
 """What the graph costs: a factorized network against the same stages hand-written as ``nn.Sequential``.
 
-    python -m benchmarks.overhead             # about 2 minutes on two cores
+    python -m benchmarks.overhead             # about a minute on two cores
 
 For every factorization: the largest and the smallest 3×3 layer of ResNet-18 at its input size for 224² images, and the
 whole of ResNet-18, where each convolution of the module tree is replaced by an ``nn.Sequential`` of the stages. Both
@@ -52,7 +52,7 @@ def compare(name: str, model: nn.Module, x: Tensor, factorization: Factorization
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=200, help="for a layer; a fifth of it for the network")
+    parser.add_argument("--repeats", type=int, default=500, help="for a layer; a quarter of it for the network")
     given = parser.parse_args()
     rows = []
     for kind in FACTORIZATIONS:
@@ -62,7 +62,7 @@ def main() -> None:
             rows.append(compare(name, conv, torch.randn(1, into, size, size), method, given.repeats))
         if method.name != "pointwise_svd":
             resnet, x = NETWORKS["resnet18"].load(), torch.randn(1, 3, 224, 224)
-            rows.append(compare("resnet18", resnet, x, method, given.repeats // 5))
+            rows.append(compare("resnet18", resnet, x, method, given.repeats // 4))
     show("A factorized network against the same stages by hand", rows, ".4g")
     ratios = [row["ratio"] for row in rows]
     print(f"\nratio: median {median(ratios):.3f}, largest {max(ratios):.3f}")

@@ -18,12 +18,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call, each called once before, then taking turns."""
+    """Seconds of every call, each called once before, then taking turns, there and back."""
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
+    for turn in range(repeats):
+        for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
             started = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - started)
