@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError
+from fxfact.errors import ArgumentError, PlanError
 from fxfact.factorizations import Factorization, RankRequest
-from fxfact.graph import Captured, ExampleInputs, capture
+from fxfact.graph import Captured, ExampleInputs
+from fxfact.graph import capture as capture_graph
 from fxfact.passes import Applied, FactorizeConvs, Weights, applied, record
 from fxfact.planning import Plan, Selection, make_plan
 from fxfact.ranks import Requested
@@ -52,7 +53,7 @@ def factorize(
     strategy = _strategy(factorization, rank, budget, calibration, capture)
     if verify and example_inputs is None:
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    captured = _capture(model, example_inputs)
+    captured = capture_graph(model, example_inputs)
     decided = make_plan(
         captured, type(model).__name__, strategy, include=include, exclude=exclude, allow_growth=allow_growth
     )
@@ -89,7 +90,7 @@ def plan(
     budget, calibration: not in this version.
     """
     strategy = _strategy(factorization, rank, budget, calibration, capture)
-    captured = _capture(model, example_inputs)
+    captured = capture_graph(model, example_inputs)
     return make_plan(
         captured, type(model).__name__, strategy, include=include, exclude=exclude, allow_growth=allow_growth
     )
@@ -103,9 +104,7 @@ def apply(
     ``weights='empty'`` builds only the structure, for a state_dict to be loaded into. Raises PlanError, naming the
     first differences, where the plan was made for another model; WeightError; ContractError.
     """
-    if not isinstance(plan, Plan):
-        raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan(model) makes one.")
-    return _apply(plan, _capture(model, None), weights, generator)
+    return _apply(plan, capture_graph(model), weights, generator)
 
 
 def plan_of(network: nn.Module) -> Plan:
@@ -114,10 +113,6 @@ def plan_of(network: nn.Module) -> Plan:
     if not history:
         raise PlanError(f"{type(network).__name__} was not made by a plan. fxfact.factorize returns one that was.")
     return history[-1].plan
-
-
-def _capture(model: nn.Module, example_inputs: ExampleInputs | None) -> Captured:
-    return capture(model, example_inputs)
 
 
 def _apply(plan: Plan, captured: Captured, weights: Weights, generator: torch.Generator | None) -> fx.GraphModule:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv import ConvChain, ConvLayer, ConvSpec, from_torch
+from fxfact.conv import ConvChain, ConvLayer, ConvSpec, from_torch, same_padding
 from fxfact.skip import Skip
 
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -82,8 +82,7 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
     padding: str | int | tuple[int, ...] = tuple(pair[0] for pair in spec.padding)
     mode = spec.padding_mode
     if any(first != last for first, last in spec.padding):
-        same = tuple(d * (k - 1) for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
-        if set(spec.stride) == {1} and spec.padding == tuple((t // 2, t - t // 2) for t in same):
+        if set(spec.stride) == {1} and spec.padding == same_padding(spec.kernel_size, spec.dilation):
             padding = "same"
         else:
             amounts = [amount for pair in reversed(spec.padding) for amount in pair]

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.conv_modules import is_conv, read_conv
 from fxfact.cost import Cost, cost_of
-from fxfact.graph import Captured, ConvSite, ExampleInputs, capture, match
+from fxfact.graph import Captured, ConvSite, ExampleInputs, capture, match, path_of
 from fxfact.passes import Applied, applied
 from fxfact.skip import Skip
 
@@ -60,7 +60,7 @@ def inspect(model: nn.Module, *, example_inputs: ExampleInputs | None = None, no
     history = {path: done for done in applied(captured.graph_module) for path in done.relative_error}
     parts: dict[str, list[ConvSite | Skip]] = {}
     for item in (*found.found, *captured.unreached):
-        name = item.path if isinstance(item, ConvSite) else item.subject
+        name = path_of(item)
         whole = next((path for path in history if name.startswith(f"{path}.")), name)
         parts.setdefault(whole, []).append(item)
     again = {path: any(other.startswith(f"{path}.") for other in history) for path in parts}

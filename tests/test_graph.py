@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 import fxfact
 from fxfact.errors import CaptureError, ContractError, PlanError
-from fxfact.graph import ConvSite, capture, check_contract, match
+from fxfact.graph import ConvSite, capture, check_contract, match, path_of
 from fxfact.passes import FactorizeConvs
 from fxfact.skip import Skip
 from tests.conftest import Small, apart
@@ -26,7 +26,7 @@ from tests.conftest import Small, apart
 def verdicts(model: nn.Module) -> dict[str, ConvSite | Skip]:
     captured = capture(model)
     found = (*match(captured.graph_module).found, *captured.unreached)
-    return {item.path if isinstance(item, ConvSite) else item.subject: item for item in found}
+    return {path_of(item): item for item in found}
 
 
 class Scaled(nn.Conv2d):

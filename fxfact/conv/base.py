@@ -163,14 +163,19 @@ def _integer(name: str, value: object) -> int:
     return int(value)
 
 
+def same_padding(kernel: Sizes, dilation: Sizes) -> Padding:
+    """What keeps the size at stride 1; of an odd total PyTorch puts the larger half behind."""
+    totals = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
 def _parse_padding(padding: int | str | Sequence[int], kernel: Sizes, dilation: Sizes, stride: Sizes) -> Padding:
     if padding == "valid":
         return ((0, 0),) * len(kernel)
     if padding == "same":
         if any(s != 1 for s in stride):
             raise SpecError(f"padding='same' needs stride 1, got stride={stride}")
-        totals = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
-        return tuple((total // 2, total - total // 2) for total in totals)
+        return same_padding(kernel, dilation)
     if isinstance(padding, str):
         raise SpecError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
     return tuple((p, p) for p in _per_axis("padding", padding, len(kernel)))

@@ -114,12 +114,11 @@ class Factorization(ABC):
         largest = float(weight.abs().max())
         scale = largest if largest and not 1e-10 < largest < 1e10 else 1.0  # keeps squares within single precision
         block = layer.spec.block
+        weight = weight if scale == 1.0 else weight / scale
         with torch.autocast(weight.device.type, enabled=False):
-            by_group = [
-                self._weights(block, part, rank, generator) for part in (weight / scale).chunk(layer.spec.groups)
-            ]
-        share = scale ** (1 / len(specs))
-        joined = [torch.cat(list(parts)) * share for parts in zip(*by_group, strict=True)]
+            by_group = [self._weights(block, part, rank, generator) for part in weight.chunk(layer.spec.groups)]
+        joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
+        joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
         weights = [part.to(layer.weight.dtype).reshape(s.weight_shape) for part, s in zip(joined, specs, strict=True)]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))

@@ -1,6 +1,6 @@
 """torch.fx, and nothing of the mathematics: capture a graph, find its convolutions, put chains in their place."""
 
-from fxfact.graph.base import Captured, ConvSite, get_tensor, shape_of
+from fxfact.graph.base import Captured, ConvSite, get_tensor, path_of, shape_of
 from fxfact.graph.capture import ExampleInputs, arguments_of, bind_inputs, capture, copy_sharing
 from fxfact.graph.contract import check_contract
 from fxfact.graph.match import Match, match
@@ -19,6 +19,7 @@ __all__ = [
     "copy_sharing",
     "get_tensor",
     "match",
+    "path_of",
     "refresh_shapes",
     "shape_of",
     "splice",

@@ -55,6 +55,11 @@ class ConvSite:
         return tuple(sizes)
 
 
+def path_of(found: ConvSite | Skip) -> str:
+    """Where a convolution is, whether it can be rewritten or not."""
+    return found.path if isinstance(found, ConvSite) else found.subject
+
+
 def input_of(call: fx.Node) -> fx.Node:
     """What a convolution is called on: its first argument, which may be given as ``input=``."""
     source = call.args[0] if call.args else call.kwargs["input"]

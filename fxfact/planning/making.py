@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from fxfact.conv import ConvSpec
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.graph import Captured, ConvSite, match
+from fxfact.graph import Captured, ConvSite, match, path_of
 from fxfact.planning.base import Decision, Plan
 from fxfact.ranks import Candidate, Choice, RankStrategy
 from fxfact.skip import Skip
@@ -29,7 +29,7 @@ def make_plan(
     """Decide every convolution; ``include`` and ``exclude`` are globs on the path, or predicates on (path, spec)."""
     included, excluded = _predicate("include", include), _predicate("exclude", exclude)
     found = match(captured.graph_module).found
-    decisions = {_path(item): _undecided(item, captured.samples) for item in (*found, *captured.unreached)}
+    decisions = {path_of(item): _undecided(item, captured.samples) for item in (*found, *captured.unreached)}
     _check_patterns(include, exclude, list(decisions))
     tied = [[d for d in decisions.values() if leader.path in (d.path, d.tied_to)] for leader in decisions.values()]
     together = [group for group in tied if group[0].spec is not None and not group[0].tied_to]
@@ -55,10 +55,6 @@ def _network(captured: Captured, found: Sequence[ConvSite | Skip]) -> Cost:
     tensors = [*captured.graph_module.parameters(), *(t for layer in layers for t in (layer.weight, layer.bias))]
     params = sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
     return Cost(params, captured.macs)
-
-
-def _path(item: ConvSite | Skip) -> str:
-    return item.path if isinstance(item, ConvSite) else item.subject
 
 
 def _undecided(item: ConvSite | Skip, samples: int) -> Decision:
