@@ -21,6 +21,7 @@ from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
 from fxfact.inspection import diff, inspect
 from fxfact.planning import Decision, Plan
+from fxfact.verification import Verification, verify
 
 __all__ = [
     "ConvChain",
@@ -29,6 +30,7 @@ __all__ = [
     "Decision",
     "FxfactError",
     "Plan",
+    "Verification",
     "apply",
     "compose",
     "diff",
@@ -40,4 +42,5 @@ __all__ = [
     "plan",
     "plan_of",
     "run",
+    "verify",
 ]

@@ -1,15 +1,17 @@
-"""``nn.Conv1d/2d/3d`` to ConvLayer and back: the only place that knows what PyTorch's modules take."""
+"""``nn.Conv1d/2d/3d`` and their transposes to ConvLayer and back: the only place that knows what these modules take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv import ConvChain, ConvLayer, ConvSpec, from_torch, same_padding
+from fxfact.conv import ConvLayer, ConvSpec, compose_weights, from_torch, same_padding, to_torch
 from fxfact.skip import Skip
 
+COMPUTED = "its weight is computed from other parameters: pass fold_weights=True to make it one"
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PADS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -36,12 +38,22 @@ def read_conv(module: nn.Module) -> ConvLayer | Skip:
     kind = type(module)
     if not is_conv(module):
         return Skip(f"{kind.__name__} is not a convolution")
-    if hasattr(module, "parametrizations"):
-        return Skip("its weight is computed by a parametrization: torch.nn.utils.parametrize.remove_parametrizations")
+    if computes_weight(module):
+        return Skip(COMPUTED)
     if kind not in CONV_TYPES + TRANSPOSED_TYPES:
         return Skip(f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else")
     if has_hooks(module):
         return Skip("it has hooks, which a factorized convolution would lose")
+    return layer_of_module(module)
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a convolution's weight is made from other parameters, by a parametrization or by a hook."""
+    return hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def layer_of_module(module: nn.Module) -> ConvLayer | Skip:
+    """The convolution that the attributes of an ``nn.Conv`` describe, whatever its type and its hooks do besides."""
     assert isinstance(module, nn.modules.conv._ConvNd)
     return layer_of(
         ConvSpec.parse(
@@ -53,7 +65,7 @@ def read_conv(module: nn.Module) -> ConvLayer | Skip:
             dilation=module.dilation,
             groups=module.groups,
             padding_mode=module.padding_mode,
-            transposed=kind in TRANSPOSED_TYPES,
+            transposed=isinstance(module, TRANSPOSED_TYPES),
             output_padding=module.output_padding,
             bias=module.bias is not None,
         ),
@@ -64,6 +76,8 @@ def read_conv(module: nn.Module) -> ConvLayer | Skip:
 
 def layer_of(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> ConvLayer | Skip:
     """The layer for tensors in PyTorch's layout; a Skip where the weight is of a kind that cannot be decomposed."""
+    if type(weight) not in (Tensor, nn.Parameter):
+        return Skip(f"its weight is a {type(weight).__name__}, not a plain tensor")
     if not weight.dtype.is_floating_point or weight.is_quantized:
         return Skip(f"its weight is {weight.dtype}, not a real floating-point type")
     if weight.layout != torch.strided:
@@ -72,11 +86,11 @@ def layer_of(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> ConvLayer |
 
 
 def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> list[nn.Module]:
-    """Ordinary modules for an ordinary (not transposed) convolution, holding these tensors.
+    """Ordinary modules for a convolution, holding these tensors.
 
-    A parameter is kept as it is, another tensor becomes one that shares its memory and keeps its requires_grad.
-
-    ``padding`` becomes ints where it is symmetric, ``'same'`` where it says the same, else a pad module in front.
+    A parameter, which has PyTorch's layout, is kept as it is. Another tensor, which has ours, becomes one that keeps
+    its requires_grad, and its memory where the layouts agree. ``padding`` becomes ints where it is symmetric,
+    ``'same'`` where it says the same, else a pad module in front.
     """
     before: list[nn.Module] = []
     padding: str | int | tuple[int, ...] = tuple(pair[0] for pair in spec.padding)
@@ -88,7 +102,7 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
             amounts = [amount for pair in reversed(spec.padding) for amount in pair]
             pad = _PADS[mode][spec.order - 1]
             before, padding, mode = [pad(amounts[0] if len(set(amounts)) == 1 else tuple(amounts))], 0, "zeros"
-    kind: type = CONV_TYPES[spec.order - 1]
+    kind: type = (TRANSPOSED_TYPES if spec.transposed else CONV_TYPES)[spec.order - 1]
     module = kind(
         spec.in_channels,
         spec.out_channels,
@@ -100,11 +114,11 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
         bias=bias is not None,
         padding_mode=mode,
         device="meta",
+        **({"output_padding": spec.output_padding} if spec.transposed else {}),
     )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            kept = isinstance(tensor, nn.Parameter)
-            setattr(module, name, tensor if kept else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
+    module.weight = _parameter(weight if isinstance(weight, nn.Parameter) else to_torch(spec, weight))
+    if bias is not None:
+        module.bias = _parameter(bias)
     return [*before, module]
 
 
@@ -112,23 +126,33 @@ def write_chain(
     specs: Sequence[ConvSpec], weights: Sequence[Tensor], bias: Tensor | None, *, like: Tensor
 ) -> list[nn.Module]:
     """``write_conv`` for every stage, the bias on the last; new parameters have the memory format and requires_grad of
-    the dense weight ``like``.
+    ``like``, the dense weight as PyTorch holds it.
     """
     modules: list[nn.Module] = []
     for spec, weight, own_bias in zip(specs, weights, [None] * (len(specs) - 1) + [bias], strict=True):
         kept = isinstance(weight, nn.Parameter)
-        modules += write_conv(spec, weight if kept else _formatted(weight, like), own_bias)
+        modules += write_conv(spec, weight if kept else _formatted(to_torch(spec, weight), like), own_bias)
     return modules
 
 
-def read_stages(modules: Sequence[nn.Module]) -> ConvChain:
-    """The chain that ``write_conv`` wrote stage by stage; its pad modules, which move no kernel, are passed over."""
-    layers = [read_conv(module) for module in modules if is_conv(module)]
-    return ConvChain(tuple(layer for layer in layers if isinstance(layer, ConvLayer)))
+def composed(specs: Sequence[ConvSpec], stages: Iterable[nn.Module]) -> Tensor:
+    """The dense kernel (out, in / groups, *kernel) of modules that ``write_chain`` wrote; it can be traced.
+
+    Pad modules, which move no kernel, are passed over.
+    """
+    weights = [stage.weight for stage in stages if hasattr(stage, "weight")]
+    own = [from_torch(spec, cast(Tensor, weight)) for spec, weight in zip(specs, weights, strict=True)]
+    return compose_weights(specs, own)
 
 
-def _formatted(weight: Tensor, like: Tensor) -> Tensor:
-    return weight.detach().contiguous(memory_format=_format(like)).requires_grad_(like.requires_grad)
+def _formatted(weight: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().contiguous(memory_format=_format(like)), requires_grad=like.requires_grad)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
 def _format(weight: Tensor) -> torch.memory_format:

@@ -10,12 +10,15 @@ from textwrap import shorten
 
 from tabulate import tabulate
 from torch import fx, nn
+from torch.export import ExportedProgram
 
+from fxfact.capture import Captured, ExampleInputs, capture
 from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.conv_modules import is_conv, read_conv
 from fxfact.cost import Cost, cost_of
-from fxfact.graph import Captured, ConvSite, ExampleInputs, capture, match, path_of
+from fxfact.graph import match
 from fxfact.passes import Applied, applied
+from fxfact.sites import ConvSite, path_of
 from fxfact.skip import Skip
 
 
@@ -49,32 +52,41 @@ class Inspection:
         return f"{table}\n\n{nodes}" if self.nodes else table
 
 
-def inspect(model: nn.Module, *, example_inputs: ExampleInputs | None = None, nodes: bool = False) -> Inspection:
+def inspect(
+    model: nn.Module | ExportedProgram, *, example_inputs: ExampleInputs | None = None, nodes: bool = False
+) -> Inspection:
     """Every convolution of a model, factorized or not: where it came from, rank, stages, cost, relative weight error.
 
     MACs need example_inputs, or a graph that has shapes. ``nodes`` adds, for every node of the graph, which convolution
-    it is or why none. Raises ArgumentTypeError, CaptureError.
+    it is or why none; a model that keeps its own Python has no graph, and so no nodes. Raises ArgumentTypeError,
+    CaptureError.
     """
     captured = capture(model, example_inputs)
-    found = match(captured.graph_module)
-    history = {path: done for done in applied(captured.graph_module) for path in done.relative_error}
+    holder = model.graph_module if isinstance(model, ExportedProgram) else model
+    history = {path: done for done in applied(holder) for path in done.relative_error}
     parts: dict[str, list[ConvSite | Skip]] = {}
-    for item in (*found.found, *captured.unreached):
+    for item in captured.found:
         name = path_of(item)
         whole = next((path for path in history if name.startswith(f"{path}.")), name)
         parts.setdefault(whole, []).append(item)
     again = {path: any(other.startswith(f"{path}.") for other in history) for path in parts}
     rows = tuple(_row(path, items, history.get(path), captured, again[path]) for path, items in parts.items())
-    verdicts = tuple((node.name, _verdict(item)) for node, item in found.verdicts.items()) if nodes else ()
-    return Inspection(rows=rows, nodes=verdicts)
+    graph = captured.network if nodes and isinstance(captured.network, fx.GraphModule) else None
+    verdicts = match(graph).verdicts if graph is not None else {}
+    return Inspection(rows=rows, nodes=tuple((node.name, _verdict(item)) for node, item in verdicts.items()))
 
 
-def diff(before: nn.Module, after: nn.Module, *, context: int = 2, width: int = 78) -> str:
+def diff(
+    before: nn.Module | ExportedProgram, after: nn.Module | ExportedProgram, *, context: int = 2, width: int = 78
+) -> str:
     """Two graphs side by side, only what changed, with ``context`` lines around; each column ``width`` characters.
 
-    ``-`` marks what is only in ``before``, ``+`` what is only in ``after``. Empty where the graphs are alike.
+    Where one of them has no graph, for it keeps its own Python, the modules of both are compared. ``-`` marks what is
+    only in ``before``, ``+`` what is only in ``after``. Empty where they are alike.
     """
-    left, right = _lines(before), _lines(after)
+    networks = [capture(before).network, capture(after).network]
+    graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
+    left, right = map(_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
     rows: list[str] = []
     for group in SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
         rows += ["⋯"] if rows else []
@@ -93,13 +105,15 @@ def _row(
     decision = done.plan[path] if done else None
     method = decision.factorization if decision else None
     rank = decision.rank if decision else None
+    if not costs and decision:  # parts of a stand-in, which composes its kernel where the model reads it
+        costs = [cost_of([stage], None) for stage in decision.stages]
     remarks: Iterable[str] = (item.reason for item in items if isinstance(item, Skip))
     return ConvRow(
         path=path,
         origin=str(decision.spec if decision else ""),
         factorization=method.name if method else "-",
         rank="" if rank is None else ",".join(map(str, rank)),
-        stages=tuple(site.layer.spec for site in sites),
+        stages=tuple(site.layer.spec for site in sites) or (decision.stages if decision else ()),
         cost=sum(costs[1:], costs[0]) if costs else Cost(0, None),
         relative_error=None if done is None or rewritten_again else done.relative_error[path],
         remark="; ".join(remarks),
@@ -118,9 +132,14 @@ def _verdict(item: ConvSite | Skip) -> str:
     return f"{item.path}: {item.layer.spec}" if isinstance(item, ConvSite) else item.reason
 
 
-def _lines(model: nn.Module) -> list[str]:
+def _module_lines(network: nn.Module) -> list[str]:
+    """One line a module that has none inside."""
+    leaves = [(path, module) for path, module in network.named_modules() if not list(module.children())]
+    return [f"{path}: {_name_of(module)}" for path, module in leaves]
+
+
+def _lines(graph_module: fx.GraphModule) -> list[str]:
     """One line a node. What took a node's place is called by that node's name, so that its users read alike."""
-    graph_module = capture(model).graph_module
     names = {node: node.name for node in graph_module.graph.nodes}
     names |= {node: name for name, node in _successors(graph_module).items()}
     return [_line(graph_module, node, names) for node in graph_module.graph.nodes]
@@ -141,9 +160,12 @@ def _line(root: fx.GraphModule, node: fx.Node, names: dict[fx.Node, str]) -> str
     line = f"{names[node]} = {target}({arguments})"
     if node.op != "call_module":
         return line
-    module = root.get_submodule(str(node.target))
+    return f"{line}: {_name_of(root.get_submodule(str(node.target)))}"
+
+
+def _name_of(module: nn.Module) -> str:
     layer = read_conv(module) if is_conv(module) else None
-    return f"{line}: {layer.spec if isinstance(layer, ConvLayer) else type(module).__name__}"
+    return str(layer.spec) if isinstance(layer, ConvLayer) else type(module).__name__
 
 
 def _cell(text: str, mark: str, width: int) -> str:

@@ -1,75 +1,214 @@
-"""Graph and mathematics told apart: does a rewritten network compute what its own kernels say?"""
+"""Graph and mathematics told apart: is a rewritten network what its own kernels say, and how near are these?"""
 
 from __future__ import annotations
 
-import copy
-import math
+import contextlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfact.conv import compose
-from fxfact.conv_modules import read_stages
-from fxfact.errors import VerificationError
-from fxfact.graph import ExampleInputs, arguments_of, capture, get_tensor, match
+from fxfact.capture import ExampleInputs, capture, reason_of, run_model, storage_of
+from fxfact.comparing import relative_error, tolerance_for
+from fxfact.conv import to_torch
+from fxfact.conv_modules import composed
+from fxfact.copying import private_copy
+from fxfact.errors import CaptureError, PlanError, VerificationError
+from fxfact.graph import get_tensor
 from fxfact.passes import applied
+from fxfact.planning import Plan
+from fxfact.spellings import looks_like_conv
 
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-_HALF_TOLERANCE = 5e-2
 
+@dataclass(frozen=True, kw_only=True)
+class SiteErrors:
+    """One rewritten convolution: how far its kernel, and its output on the original's own input, are from the original.
 
-def composed(original: nn.Module, factorized: fx.GraphModule) -> nn.Module:
-    """A copy of ``original`` with the kernel of every site that the last plan rewrote replaced by ``compose(chain)``.
-
-    The copy keeps its own Python, so that tracing is checked too; the chains are read back from the modules of
-    ``factorized``, not from what was decomposed.
+    Both relative; ``output`` is None where the run did not show it.
     """
-    result = copy.deepcopy(original)
-    paths = {decision.path for decision in applied(factorized)[-1].plan.rewrites}
-    with torch.no_grad():
-        for site in match(capture(result).graph_module).sites:
-            weight = get_tensor(result, site.weight_name)
-            if site.path in paths and weight is not None:
-                weight.copy_(compose(read_stages(list(factorized.get_submodule(site.path).children()))))
+
+    path: str
+    weight: float
+    output: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How far a factorized network is from its original on some inputs, all errors relative: ‖found − expected‖ /
+    ‖expected‖.
+
+    ``graph``: from the original with its kernels replaced by the composed ones; only rounding, if the rewrite is right.
+    ``end_to_end``: from the original itself, which is what the approximation costs. ``sites`` has the convolutions.
+    """
+
+    graph: float
+    end_to_end: float
+    tolerance: float
+    sites: tuple[SiteErrors, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether the network computes what its own kernels say, within rounding."""
+        return self.graph <= self.tolerance
+
+    def __str__(self) -> str:
+        rows = [
+            [site.path, f"{site.weight:.2e}", "" if site.output is None else f"{site.output:.2e}"]
+            for site in self.sites
+        ]
+        table = tabulate(rows, ["convolution", "kernel", "output"], disable_numparse=True)
+        verdict = "right" if self.right else f"WRONG: more than {self.tolerance:.0e}"
+        return f"{table}\n\ngraph {self.graph:.2e} ({verdict}), end to end {self.end_to_end:.2e}"
+
+
+def verify(
+    original: nn.Module | ExportedProgram, factorized: nn.Module | ExportedProgram, example_inputs: ExampleInputs
+) -> Verification:
+    """Compare a factorized network with its original, in evaluation mode, on copies.
+
+    Raises PlanError where ``factorized`` was not made by a plan, CaptureError where one of them does not run.
+    """
+    plan, network = _plan_and_module(factorized)
+    base = _prepared(original, plan)
+    sites = _SiteErrors(base, _kernels(network, plan))
+    with sites:
+        _run(base, example_inputs)
+    found = _run(network, example_inputs)
+    expected = _run(with_composed_kernels(original, factorized), example_inputs)
+    return Verification(
+        graph=relative_error(expected, found),
+        end_to_end=relative_error(_run(_plain(original), example_inputs), found),
+        tolerance=tolerance_for(expected),
+        sites=sites.errors,
+    )
+
+
+def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.Module | ExportedProgram) -> nn.Module:
+    """A copy of the original, keeping its own Python, with the kernel of every site that the last plan rewrote replaced
+    by what the stages in ``factorized`` compose to. Raises PlanError.
+
+    Of an ExportedProgram its module, and of weights that a graph computes the graph, are what the kernels are put into.
+    """
+    plan, network = _plan_and_module(factorized)
+    result = _prepared(original, plan)
+    for path, kernel in _kernels(network, plan).items():
+        _set_weight(result, path, kernel)
     return result
 
 
-def relative_error(expected: Any, found: Any) -> float:
-    """‖found − expected‖ / ‖expected‖ over all floating tensors of two outputs alike in structure; Inf must agree."""
-    pairs = [(a.double(), b.double()) for a, b in zip(_floats(expected), _floats(found), strict=True)]
-    missed = sum(float(torch.where(a == b, 0.0, b - a).square().sum()) for a, b in pairs)
-    total = sum(float(torch.where(a.isfinite(), a, 0.0).square().sum()) for a, _ in pairs)
-    return math.sqrt(missed / total if total else missed)
+def check_rewrite(
+    original: nn.Module | ExportedProgram, factorized: nn.Module | ExportedProgram, example_inputs: ExampleInputs
+) -> None:
+    """Raise VerificationError unless the network equals its original with the composed kernels on these inputs.
 
-
-def check_rewrite(original: nn.Module, factorized: fx.GraphModule, example_inputs: ExampleInputs) -> None:
-    """Raise VerificationError unless ``factorized`` equals ``composed(original, factorized)`` on these inputs.
-
-    Both run in evaluation mode, on copies. The tolerance is relative: 1e-10 in double, 1e-4 in single precision.
+    The tolerance is relative: 1e-10 in double, 1e-4 in single precision.
     """
-    expected = _run(composed(original, factorized), example_inputs)
-    found = _run(copy.deepcopy(factorized), example_inputs)
-    error = relative_error(expected, found)
-    dtypes = {tensor.dtype for tensor in _floats(expected)}
-    tolerance = max((_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes), default=0.0)
-    if not error <= tolerance:
+    verified = verify(original, factorized, example_inputs)
+    if not verified.right:
         raise VerificationError(
-            f"the rewritten network differs from the original with the same kernels by {error:.2e} (relative), more "
-            f"than {tolerance:.0e}: its graph is wrong. Either tracing lost some of the model's Python (a branch on "
-            "self.training or on values), or this is a bug to report."
+            f"the rewritten network differs from the original with the same kernels by {verified.graph:.2e} "
+            f"(relative), more than {verified.tolerance:.0e}: its graph is wrong. Either tracing lost some of the "
+            "model's Python (a branch on values), or this is a bug to report."
         )
 
 
-def _run(module: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """The output on copies of the inputs, whatever is random in it drawn alike in every run."""
-    own = tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, example_inputs)
-    args, kwargs = arguments_of(own)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        return module.eval()(*args, **kwargs)
+class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Convolves a second time with the composed kernel wherever one of these weights is convolved with."""
+
+    def __init__(self, network: nn.Module, kernels: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kernels = kernels
+        self._weights = {path: _weight_at(network, path) for path in kernels}
+        self._paths = {storage_of(weight): path for path, weight in self._weights.items()}
+        self._missed: dict[str, float] = defaultdict(float)
+        self._total: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        weight = args[1] if len(args) > 1 and looks_like_conv(func) else None
+        path = self._paths.get(storage_of(weight)) if isinstance(weight, Tensor) else None
+        if path is not None and isinstance(weight, Tensor):
+            other = func(args[0], self._kernels[path].to(weight.dtype), *args[2:], **(kwargs or {}))
+            self._missed[path] += float((other - output).double().square().sum())
+            self._total[path] += float(output.double().square().sum())
+        return output
+
+    @property
+    def errors(self) -> tuple[SiteErrors, ...]:
+        """Of every site."""
+        found = []
+        for path, kernel in self._kernels.items():
+            weight = relative_error(self._weights[path], kernel)
+            total = self._total.get(path)
+            output = (self._missed[path] / total) ** 0.5 if total else None
+            found.append(SiteErrors(path=path, weight=weight, output=output))
+        return tuple(found)
 
 
-def _floats(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _plan_and_module(factorized: nn.Module | ExportedProgram) -> tuple[Plan, nn.Module]:
+    holder = factorized.graph_module if isinstance(factorized, ExportedProgram) else factorized
+    history = applied(holder)
+    if not history:
+        raise PlanError(f"{type(factorized).__name__} was not made by a plan. fxfact.factorize returns one that was.")
+    return history[-1].plan, _plain(factorized)
+
+
+def _prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
+    """The original, for other kernels to be put in; with its computed weights folded, where the plan says so."""
+    if plan.fold_weights or isinstance(original, ExportedProgram):
+        how: Any = plan.capture
+        trusted = [decision.path for decision in plan.rewrites]
+        return capture(original, how=how, fold_weights=plan.fold_weights, trusted=trusted).network
+    return private_copy(original)
+
+
+def _plain(network: nn.Module | ExportedProgram) -> nn.Module:
+    return private_copy(network.module(check_guards=False) if isinstance(network, ExportedProgram) else network)
+
+
+def _kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """What the stages at every rewritten path compose to, read from the network; in PyTorch's layout."""
+    found = {}
+    with torch.no_grad():
+        for decision in plan.rewrites:
+            assert decision.spec is not None
+            kernel = composed(decision.stages, network.get_submodule(decision.path).children())
+            found[decision.path] = to_torch(decision.spec, kernel)
+    return found
+
+
+def _weight_name(network: nn.Module, path: str) -> str:
+    """Of the convolution at a path, which is the path itself where a bare parameter is convolved with."""
+    return path if get_tensor(network, path) is not None else f"{path}.weight"
+
+
+def _weight_at(network: nn.Module, path: str) -> Tensor:
+    weight = get_tensor(network, _weight_name(network, path))
+    if weight is None:
+        raise PlanError(f"{path}: the factorized network has a convolution here, the original has none")
+    return weight
+
+
+def _set_weight(network: nn.Module, path: str, kernel: Tensor) -> None:
+    owner, _, name = _weight_name(network, path).rpartition(".")
+    module = network.get_submodule(owner)
+    for store in (module._parameters, module._buffers):
+        store.pop(name, None)
+    module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
+
+
+def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:
+    with contextlib.suppress(NotImplementedError):  # the module of an exported program has its mode exported
+        network.eval()
+    try:
+        return run_model(network, example_inputs)
+    except Exception as error:
+        raise CaptureError(f"{type(network).__name__} fails on these inputs: {reason_of(error)}") from error

@@ -148,7 +148,7 @@ def test_what_is_not_simply_a_convolution_is_skipped_with_a_reason() -> None:
     cases = {
         "hooks": hooked,
         "subclass": Own(2, 2, 3),
-        "parametrization": weight_normed,
+        "computed from other parameters": weight_normed,
         "complex64": complex_one,
         "not a convolution": nn.Linear(2, 2),
     }

@@ -25,13 +25,15 @@ from fxfact.factorizations import (
 from fxfact.skip import Skip
 from tests.conftest import ALL, EVERY_STAGE, SPECS, apart, by_name, quick, random_input, random_layer
 
+POINTWISE = {"pointwise", "pointwise, grouped", "transposed pointwise"}
+DEPTHWISE = {"depthwise", "transposed depthwise"}
 REFUSED = {
-    "cp_mobilenet": {"pointwise", "pointwise, grouped", "depthwise"},
-    "cp_factorized": {"pointwise", "pointwise, grouped", "depthwise"},
-    "tucker": {"pointwise", "pointwise, grouped", "depthwise"},
-    "tt": {"pointwise", "pointwise, grouped", "depthwise"},
-    "spatial_svd": {"pointwise", "pointwise, grouped", "1-D", "1-D circular", "one axis"},
-    "channel_svd": {"pointwise", "pointwise, grouped", "depthwise", "one output channel"},
+    "cp_mobilenet": POINTWISE | DEPTHWISE,
+    "cp_factorized": POINTWISE | DEPTHWISE,
+    "tucker": POINTWISE | DEPTHWISE,
+    "tt": POINTWISE | DEPTHWISE,
+    "spatial_svd": POINTWISE | {"1-D", "1-D circular", "one axis", "transposed 1-D"},
+    "channel_svd": POINTWISE | DEPTHWISE | {"one output channel"},
 }
 
 

@@ -209,8 +209,12 @@ def test_trap_unknown_implementations(kind: type[fnn.FactorizedConv], name: str)
 
 @layers
 def test_trap_transposed(kind: type[fnn.FactorizedConv]) -> None:
-    with pytest.raises(RefusedError, match="transposed"):
-        kind.from_conv(nn.ConvTranspose2d(8, 8, 3), 0.5)
+    conv = nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1, groups=2).double()
+    x = noise(2, 8, 5, 6)
+    layer = kind.from_conv(conv, 36)
+    assert apart(conv(x), layer(x)) < 1e-10
+    assert apart(conv(x), layer.to_conv()(x)) < 1e-10
+    assert isinstance(layer.to_conv(), nn.ConvTranspose2d)
 
 
 def test_trap_reproducible_without_a_global_seed() -> None:

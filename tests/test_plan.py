@@ -241,7 +241,10 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
         ({"factorization": {"third": "cp"}}, ArgumentError, "nothing to factorize at 'third'"),
         ({"budget": 0.5}, ArgumentError, "not in this version"),
         ({"calibration": [torch.zeros(1)]}, ArgumentError, "not in this version"),
-        ({"capture": "dynamo"}, ArgumentError, "'auto' or 'trace'"),
+        ({"capture": "dynamo"}, ArgumentError, "'auto', 'trace', 'modules', 'export'"),
+        ({"capture": "export"}, ArgumentError, r"torch\.export\.export"),
+        ({"executor": 2}, ArgumentTypeError, "Executor"),
+        ({"progress": "yes"}, ArgumentTypeError, "tqdm"),
         ({"include": 3}, ArgumentTypeError, "include"),
         ({"exclude": [3]}, ArgumentTypeError, "exclude"),
         ({"include": "thrid"}, ArgumentError, "include: no convolution at 'thrid'"),
@@ -250,7 +253,8 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
 )
 def test_bad_arguments_are_refused(small: Small, arguments: dict[str, object], error: type, words: str) -> None:
     before = {name: value.clone() for name, value in small.state_dict().items()}
-    for call in (fxfact.plan, fxfact.factorize):
+    calls = (fxfact.factorize,) if {"executor", "progress"} & set(arguments) else (fxfact.plan, fxfact.factorize)
+    for call in calls:
         with pytest.raises(error, match=words) as caught:
             call(small, **arguments)  # type: ignore[operator]
         assert isinstance(caught.value, fxfact.FxfactError)
@@ -259,10 +263,6 @@ def test_bad_arguments_are_refused(small: Small, arguments: dict[str, object], e
 
 
 def test_bad_models_are_refused(small: Small, image: Tensor) -> None:
-    class Branching(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x if x.sum() > 0 else -x
-
     class Uncopyable(nn.Module):
         def __deepcopy__(self, memo: object) -> nn.Module:
             raise RuntimeError("there is only one of me")
@@ -270,7 +270,8 @@ def test_bad_models_are_refused(small: Small, image: Tensor) -> None:
     lazy = nn.Sequential(nn.LazyConv2d(4, 3))
     for model, words in (
         (torch.relu, "torch.nn.Module"),
-        (Branching(), "Branching: torch.fx cannot trace"),
+        (nn.DataParallel(small), "wraps the network"),
+        (torch.compile(small), "wraps the network"),
         (Uncopyable(), "cannot be copied"),
         (lazy, "0.weight: the parameter is lazy"),
         (torch.jit.trace(small, image), "ScriptModule"),
@@ -310,28 +311,30 @@ def test_other_bad_calls_are_refused(small: Small) -> None:
 
 
 def test_verification_finds_a_wrong_graph(small: Small, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(plan, captured, weights, generator):  # type: ignore[no-untyped-def]
-        result = sound(plan, captured, weights, generator)
+    def broken(plan, captured, decomposing):  # type: ignore[no-untyped-def]
+        result = sound(plan, captured, decomposing)
         result.get_submodule("second.1").stride = (1, 1)
         return result
 
-    sound = api._apply
+    sound = api._carry_out
     assert apart(small(image), fxfact.factorize(small, example_inputs=image, verify=True)(image)) < 2
-    monkeypatch.setattr(api, "_apply", broken)
+    monkeypatch.setattr(api, "_carry_out", broken)
     with pytest.raises(fxfact.FxfactError, match="its graph is wrong"):
         fxfact.factorize(small, example_inputs=image, verify=True)
 
 
-def test_verification_finds_what_tracing_lost(image: Tensor) -> None:
+def test_what_depends_on_the_training_mode_is_not_traced(image: Tensor) -> None:
     class Forgetful(Small):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * (2.0 if self.training else 1.0)
 
     model = Forgetful().train()
     with pytest.raises(fxfact.FxfactError, match=r"self\.training"):
-        fxfact.factorize(model, example_inputs=image, verify=True)
+        fxfact.factorize(model, example_inputs=image, capture="trace")
+    result = fxfact.factorize(model, example_inputs=image, verify=True)
+    assert fxfact.plan_of(result).capture == "modules"
     assert model.training
-    assert fxfact.factorize(model.eval(), example_inputs=image, verify=True) is not None
+    assert result.training
 
 
 def test_a_factorization_of_ones_own_is_loaded_by_its_class(small: Small, tmp_path: Path) -> None:

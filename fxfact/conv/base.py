@@ -54,6 +54,9 @@ class ConvSpec:
             )
         if self.padding_mode not in PADDING_MODES:
             raise SpecError(f"padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}")
+        even = all(before == after for before, after in self.padding)
+        if self.transposed and (self.padding_mode != "zeros" or not even):
+            raise SpecError(f"a transposed convolution has symmetric zero padding only, got {self}")
 
     @classmethod
     def parse(
@@ -105,6 +108,12 @@ class ConvSpec:
         return len(self.kernel_size)
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether it does nothing in space: then transposed or not is the same."""
+        idle = {*self.kernel_size, *self.stride} == {1} and not any(map(any, self.padding))
+        return idle and not any(self.output_padding)
+
+    @property
     def weight_shape(self) -> Sizes:
         """(out, in / groups, *kernel), transposed or not."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -151,7 +160,8 @@ class ConvSpec:
 
 
 def _per_axis(name: str, value: int | Sequence[int], order: int) -> Sizes:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * order
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    values = values * order if len(values) == 1 else values
     if len(values) != order:
         raise SpecError(f"{name} must be an int or {order} ints, got {value!r}")
     return tuple(_integer(name, v) for v in values)

@@ -87,7 +87,8 @@ def check_stages(stages: Sequence[ConvSpec]) -> None:
     if not stages:
         raise SpecError("a chain has at least one stage")
     for before, after in pairwise(stages):
-        if before.out_channels != after.in_channels or before.transposed != after.transposed:
+        turned = before.transposed != after.transposed and not (before.is_pointwise or after.is_pointwise)
+        if before.out_channels != after.in_channels or turned:
             raise SpecError(f"{after} cannot follow {before} in a chain")
         if before.bias:
             raise SpecError(f"{before} has a bias, which only the last stage of a chain may have")
@@ -108,8 +109,6 @@ def run(conv: ConvLayer | ConvChain, x: Tensor) -> Tensor:
 def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """``run`` for bare tensors. Everything but the tensors comes from ``spec``, so it can be traced."""
     if spec.transposed:
-        if spec.padding_mode != "zeros" or any(before != after for before, after in spec.padding):
-            raise SpecError(f"a transposed convolution has symmetric zero padding only, got {spec}")
         padding = [before for before, _ in spec.padding]
         weight = to_torch(spec, weight)
         transposed = _CONV_TRANSPOSE[spec.order - 1]
@@ -156,7 +155,7 @@ def composed_spec(stages: Sequence[ConvSpec]) -> ConvSpec:
         dilation=tuple(math.prod(spec.dilation[axis] for spec in stages) for axis in axes),
         groups=math.gcd(*(spec.groups for spec in stages)),
         padding_mode=modes[0] if modes else "zeros",
-        transposed=stages[0].transposed,
+        transposed=any(spec.transposed for spec in stages),
         output_padding=tuple(sum(spec.output_padding[axis] for spec in stages) for axis in axes),
         bias=stages[-1].bias,
     )

@@ -61,8 +61,6 @@ class Factorization(ABC):
     @final
     def rejects(self, spec: ConvSpec) -> Skip | None:
         """Why this convolution cannot be factorized this way, or None."""
-        if spec.transposed:
-            return Skip(f"{self.name} does not factorize transposed convolutions")
         reason = self._rejects(spec.block)
         return Skip(reason) if reason else None
 
@@ -216,6 +214,7 @@ def spatial(block: ConvSpec, axes: Sizes, in_channels: int, out_channels: int, *
         padding=padding,
         padding_mode=block.padding_mode if any(map(any, padding)) else "zeros",
         dilation=on_axes(block.dilation, 1),
+        output_padding=on_axes(block.output_padding, 0),
     )
 
 

@@ -1,25 +1,21 @@
-"""torch.fx, and nothing of the mathematics: capture a graph, find its convolutions, put chains in their place."""
+"""torch.fx, and nothing of the mathematics: find a graph's convolutions, put chains in their place."""
 
-from fxfact.graph.base import Captured, ConvSite, get_tensor, path_of, shape_of
-from fxfact.graph.capture import ExampleInputs, arguments_of, bind_inputs, capture, copy_sharing
+from fxfact.graph.base import GraphSite, get_tensor, shape_of
 from fxfact.graph.contract import check_contract
+from fxfact.graph.fold import fold_computed_weights
 from fxfact.graph.match import Match, match
-from fxfact.graph.shapes import refresh_shapes
+from fxfact.graph.shapes import record_macs, record_shapes, refresh_shapes
 from fxfact.graph.splice import splice
 
 __all__ = [
-    "Captured",
-    "ConvSite",
-    "ExampleInputs",
+    "GraphSite",
     "Match",
-    "arguments_of",
-    "bind_inputs",
-    "capture",
     "check_contract",
-    "copy_sharing",
+    "fold_computed_weights",
     "get_tensor",
     "match",
-    "path_of",
+    "record_macs",
+    "record_shapes",
     "refresh_shapes",
     "shape_of",
     "splice",

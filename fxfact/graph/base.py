@@ -6,58 +6,25 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from fxfact.conv import ConvLayer, Sizes
-from fxfact.skip import Skip
+from fxfact.conv import Sizes
+from fxfact.sites import ConvSite
+from fxfact.spellings import ConvCall, read_call
 
 
-@dataclass(frozen=True, eq=False)
-class Captured:
-    """A model's graph, private to us: its structure is a copy, its tensors are still the model's own.
-
-    ``macs`` is the whole network's for one sample, None without example inputs. ``unreached`` are the model's
-    convolutions that the graph does not call.
-    """
-
-    graph_module: fx.GraphModule
-    macs: int | None
-    samples: int
-    unreached: tuple[Skip, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class ConvSite:
-    """Where a convolution lives in a graph: every node that calls it, and what it computes.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GraphSite(ConvSite):
+    """Where a convolution lives in a graph: every node that calls it.
 
     ``attributes`` names the tensors that a functional call reads from the module tree; empty for a module call.
-    ``tied_to`` is the path of the first site that has the same weight, where that is another one.
     """
 
-    path: str
     nodes: tuple[fx.Node, ...]
-    layer: ConvLayer
     attributes: tuple[str, ...] = ()
-    tied_to: str | None = None
-
-    @property
-    def weight_name(self) -> str:
-        """The dotted name of the weight in the module tree."""
-        return self.attributes[0] if self.attributes else f"{self.path}.weight"
-
-    def input_sizes(self, samples: int = 1) -> tuple[Sizes, ...] | None:
-        """The spatial size at every call, once per sample; None where the graph carries no shapes."""
-        order, sizes = self.layer.spec.order, []
-        for node in self.nodes:
-            shape = shape_of(input_of(node))
-            if shape is None:
-                return None
-            batch = shape[0] if len(shape) == order + 2 else 1
-            sizes += [shape[-order:]] * max(1, batch // samples)
-        return tuple(sizes)
 
 
-def path_of(found: ConvSite | Skip) -> str:
-    """Where a convolution is, whether it can be rewritten or not."""
-    return found.path if isinstance(found, ConvSite) else found.subject
+def call_of(node: fx.Node) -> ConvCall | None:
+    """The arguments of the convolution that this node calls by function; None where it calls another, or a module."""
+    return read_call(node.target, node.args, node.kwargs) if node.op == "call_function" else None
 
 
 def input_of(call: fx.Node) -> fx.Node:
@@ -68,10 +35,12 @@ def input_of(call: fx.Node) -> fx.Node:
 
 
 def shape_of(node: fx.Node) -> Sizes | None:
-    """The shape that the node's ``meta`` records (``val`` or ``tensor_meta``), if it does."""
+    """The shape that the node's ``meta`` records (``val`` or ``tensor_meta``), if it does; of a symbolic size what the
+    example had.
+    """
     recorded = node.meta.get("val", node.meta.get("tensor_meta"))
     shape = getattr(recorded, "shape", None)
-    return None if shape is None else tuple(shape)
+    return None if shape is None else tuple(size if isinstance(size, int) else size.node.hint for size in shape)
 
 
 def get_tensor(root: nn.Module, target: str) -> Tensor | None:

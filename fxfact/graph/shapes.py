@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfact.errors import CaptureError
@@ -36,6 +37,15 @@ def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any]) -> int:
         raise CaptureError(
             f"the network cannot run on example_inputs: {reason}. Pass inputs that it accepts."
         ) from error
+    return int(counter.get_total_flops()) // 2
+
+
+def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed or written."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = tree_map(lambda value: mode.from_tensor(value) if isinstance(value, Tensor) else value, (args, kwargs))
+    with mode, FlopCounterMode(display=False) as counter:
+        graph_module(*fakes[0], **fakes[1])
     return int(counter.get_total_flops()) // 2
 
 

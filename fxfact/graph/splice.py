@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import fx, nn
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from fxfact.graph.base import ConvSite, input_of
+from fxfact.graph.base import GraphSite, input_of
 
 _STALE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "type")
 
 
-def splice(graph_module: fx.GraphModule, site: ConvSite, stages: Sequence[nn.Module], *, pass_name: str) -> None:
+def splice(graph_module: fx.GraphModule, site: GraphSite, stages: Sequence[nn.Module], *, pass_name: str) -> None:
     """Call ``stages`` (in order, installed as ``<path>.0``, ``<path>.1``, …) wherever ``site`` was called.
 
     All calls share the stages. The new nodes have the old one's meta but for shapes, and say what they came from; the
@@ -35,7 +35,7 @@ def splice(graph_module: fx.GraphModule, site: ConvSite, stages: Sequence[nn.Mod
                 graph_module.graph.erase_node(source)
 
 
-def _install(root: fx.GraphModule, site: ConvSite, stages: Sequence[nn.Module]) -> None:
+def _install(root: fx.GraphModule, site: GraphSite, stages: Sequence[nn.Module]) -> None:
     owner, _, _ = (site.attributes[0] if site.attributes else site.path + ".").rpartition(".")
     for stage in stages:
         stage.train(root.get_submodule(owner).training)

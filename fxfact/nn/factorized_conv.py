@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv import ConvSpec, Sizes, compose_weights, run_weight
-from fxfact.conv_modules import is_conv, read_conv, write_chain, write_conv
+from fxfact.conv import ConvSpec, Sizes, run_weight
+from fxfact.conv_modules import composed, is_conv, read_conv, write_chain, write_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
 from fxfact.factorizations import Factorization, Rank, RankRequest
 from fxfact.nn.base import Implementation, Structure
@@ -159,7 +159,7 @@ class FactorizedConv(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense kernel (out, in / groups, *kernel), composed at every access."""
-        return compose_weights(self._structure.stages, [conv.weight for conv in self._convs()])
+        return composed(self._structure.stages, self.stages)
 
     @property
     def bias(self) -> Tensor | None:

@@ -26,8 +26,9 @@ def applied(module: nn.Module) -> tuple[Applied, ...]:
     return found if found is not None else tuple(getattr(module, f"_{_KEY}", ()))
 
 
-def record(graph_module: fx.GraphModule, done: Applied) -> None:
+def record(network: nn.Module, done: Applied) -> None:
     """Add to what ``applied`` gives."""
-    history = (*applied(graph_module), done)
-    graph_module.meta[_KEY] = history  # what copy.deepcopy keeps
-    setattr(graph_module, f"_{_KEY}", history)  # what pickling keeps
+    history = (*applied(network), done)
+    if isinstance(network, fx.GraphModule):
+        network.meta[_KEY] = history  # what copy.deepcopy keeps of one
+    setattr(network, f"_{_KEY}", history)  # what pickling keeps

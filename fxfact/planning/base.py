@@ -26,7 +26,12 @@ from fxfact.factorizations import (
 )
 from fxfact.skip import Skip
 
-_FORMAT = {"format": "fxfact plan", "version": 1}
+_FORMAT = {"format": "fxfact plan", "version": 2}
+_WAYS = {
+    "trace": "as one graph ('trace')",
+    "modules": "by its modules, which keep the model's own Python ('modules')",
+    "export": "as an exported program ('export')",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +84,19 @@ class Decision:
 class Plan:
     """The decisions for the convolutions of one model, in the order of its graph. ``print(plan)`` is a table.
 
-    ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample.
+    ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample. ``capture`` is the
+    way in which the model was captured ('trace', 'modules' or 'export'), ``refused`` why others were not taken, and
+    ``compared`` whether what was captured computed the same as the model on its example inputs. ``fold_weights``:
+    computed weights were made parameters.
     """
 
     model: str
     network: Cost
     decisions: tuple[Decision, ...]
+    capture: str = "trace"
+    compared: bool = False
+    fold_weights: bool = False
+    refused: tuple[str, ...] = ()
 
     @cached_property
     def rewrites(self) -> tuple[Decision, ...]:
@@ -159,7 +171,11 @@ class Plan:
         headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "remark"]
         rows = [_row(decision) for decision in self.decisions]
         total = ["network", self.model, f"{len(self.rewrites)} of {len(self)} rewritten", "", *_change(self), ""]
-        return tabulate([*rows, total], headers, disable_numparse=True, maxcolwidths=[None] * 6 + [60])
+        table = tabulate([*rows, total], headers, disable_numparse=True, maxcolwidths=[None] * 6 + [60])
+        way = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
+        if self.capture != "export":
+            way[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
+        return "\n".join([table, *way])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""
@@ -178,7 +194,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain data: numbers, strings, lists and dicts."""
         decisions = [_decision_to_json(decision) for decision in self.decisions]
-        return {**_FORMAT, "model": self.model, "network": asdict(self.network), "decisions": decisions}
+        plain = {name: getattr(self, name) for name in ("model", "capture", "compared", "fold_weights", "refused")}
+        return {**_FORMAT, **plain, "network": asdict(self.network), "decisions": decisions}
 
     @classmethod
     def from_json(cls, data: Any, *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
@@ -189,7 +206,15 @@ class Plan:
         known = {kind.name: kind for kind in (*FACTORIZATIONS, *factorizations)}
         try:
             decisions = tuple(_decision_from_json(entry, known) for entry in data["decisions"])
-            plan = cls(model=data["model"], network=Cost(**data["network"]), decisions=decisions)
+            plan = cls(
+                model=data["model"],
+                network=Cost(**data["network"]),
+                decisions=decisions,
+                capture=data["capture"],
+                compared=data["compared"],
+                fold_weights=data["fold_weights"],
+                refused=tuple(data["refused"]),
+            )
             str(plan)  # computes every layout
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from fxfact.capture import Captured
 from fxfact.conv import ConvSpec
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.graph import Captured, ConvSite, match, path_of
 from fxfact.planning.base import Decision, Plan
 from fxfact.ranks import Candidate, Choice, RankStrategy
+from fxfact.sites import ConvSite, path_of
 from fxfact.skip import Skip
 
 Selection = str | Sequence[str] | Callable[[str, ConvSpec], bool]
@@ -25,11 +26,11 @@ def make_plan(
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
+    fold_weights: bool = False,
 ) -> Plan:
     """Decide every convolution; ``include`` and ``exclude`` are globs on the path, or predicates on (path, spec)."""
     included, excluded = _predicate("include", include), _predicate("exclude", exclude)
-    found = match(captured.graph_module).found
-    decisions = {path_of(item): _undecided(item, captured.samples) for item in (*found, *captured.unreached)}
+    decisions = {path_of(item): _undecided(item, captured.samples) for item in captured.found}
     _check_patterns(include, exclude, list(decisions))
     tied = [[d for d in decisions.values() if leader.path in (d.path, d.tied_to)] for leader in decisions.values()]
     together = [group for group in tied if group[0].spec is not None and not group[0].tied_to]
@@ -46,13 +47,20 @@ def make_plan(
         if not allow_growth and (skip := _grows(decided)):
             decided = [_decided(d, skip) for d in group]
         decisions |= {d.path: d for d in decided}
-    return Plan(model=model, network=_network(captured, found), decisions=tuple(decisions.values()))
+    return Plan(
+        model=model,
+        network=_network(captured),
+        decisions=tuple(decisions.values()),
+        capture=captured.rung,
+        compared=captured.compared,
+        fold_weights=fold_weights,
+        refused=captured.refused,
+    )
 
 
-def _network(captured: Captured, found: Sequence[ConvSite | Skip]) -> Cost:
+def _network(captured: Captured) -> Cost:
     """The whole network: its parameters, and the buffers that convolutions take as their weights."""
-    layers = [item.layer for item in found if isinstance(item, ConvSite)]
-    tensors = [*captured.graph_module.parameters(), *(t for layer in layers for t in (layer.weight, layer.bias))]
+    tensors = [*captured.network.parameters(), *(t for site in captured.sites for t in (site.weight, site.layer.bias))]
     params = sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
     return Cost(params, captured.macs)
 

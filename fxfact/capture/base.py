@@ -1,0 +1,143 @@
+"""What every rung of the capture ladder takes and gives, and how a model is looked at without touching it."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
+
+from fxfact.errors import CaptureError
+from fxfact.sites import ConvSite
+from fxfact.skip import Skip
+
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Rung = Literal["trace", "modules", "export"]
+
+
+class Arguments(NamedTuple):
+    """Example inputs that are both positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Captured:
+    """A model made ready for rewriting: its structure is a private copy, its parameters still the model's own memory.
+
+    ``rung``: 'trace', ``network`` is a graph of the whole model; 'modules', it is the model itself, keeping its own
+    Python; 'export', it is the graph of ``program``. ``found`` has every convolution, in the order of the calls.
+    ``macs`` is the whole network's for one sample, None without example inputs. ``folded`` names the weights that were
+    computed from others. ``compared`` with the model on example inputs, or not. ``refused`` says why higher rungs, or those with more convolutions, were not taken.
+    """
+
+    rung: Rung
+    network: nn.Module
+    found: tuple[ConvSite | Skip, ...]
+    macs: int | None
+    samples: int
+    program: ExportedProgram | None = None
+    folded: tuple[str, ...] = ()
+    compared: bool = False
+    example_inputs: ExampleInputs | None = None
+    refused: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> tuple[ConvSite, ...]:
+        """The convolutions that can be rewritten."""
+        return tuple(found for found in self.found if isinstance(found, ConvSite))
+
+
+def arguments_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a tuple is the former, a mapping the latter, a tensor one argument."""
+    if isinstance(example_inputs, Arguments):
+        return tuple(example_inputs.args), dict(example_inputs.kwargs)
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def check_arguments(model: nn.Module, example_inputs: ExampleInputs) -> inspect.BoundArguments:
+    """The arguments bound to the names of ``model.forward``, defaults included. Raises CaptureError."""
+    args, kwargs = arguments_of(example_inputs)
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit {type(model).__name__}.forward: {error}. A tuple is the arguments, a dict the "
+            "keyword arguments, a tensor one argument."
+        ) from error
+    bound.apply_defaults()
+    return bound
+
+
+def samples_of(example_inputs: Any, sites: Sequence[ConvSite]) -> int:
+    """How many samples the inputs (tensors, or what records their shapes) have: the first size of the first of them,
+    unless a convolution sees no batch.
+    """
+    batched = all(len(shape) == site.layer.spec.order + 2 for site in sites for shape in site.input_shapes or ())
+    sizes = [int(shape[0]) for shape in _shapes(example_inputs) if shape]
+    return max(1, sizes[0]) if batched and sizes else 1
+
+
+def drawn_alike(example_inputs: Any) -> Any:
+    """Other inputs of the same shapes: numbers with the same mean and deviation, integers and flags reordered."""
+    random_state = torch.Generator().manual_seed(1)
+
+    def draw(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.numel() < 2 or value.layout != torch.strided:
+            return value
+        if value.is_floating_point():
+            drawn = torch.randn(value.shape, generator=random_state, dtype=torch.float64).to(value.device)
+            return (drawn * value.double().std() + value.double().mean()).to(value.dtype)
+        order = torch.randperm(value.numel(), generator=random_state).to(value.device)
+        return value.flatten()[order].reshape(value.shape)
+
+    return tree_map(draw, example_inputs)
+
+
+def run_model(forward: Callable[..., Any], example_inputs: ExampleInputs) -> Any:
+    """The output on copies of the inputs, without gradients; whatever is random is drawn alike in every run."""
+    own = tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, example_inputs)
+    args, kwargs = arguments_of(own)
+    with torch.no_grad(), drawn_from_seed():
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def drawn_from_seed() -> Iterator[None]:
+    """Torch's, NumPy's and Python's own generators at seed 0 inside, and as they were outside."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _shapes(values: Any) -> Iterator[tuple[int, ...]]:
+    """Of every tensor, or what describes one, in containers."""
+    if hasattr(values, "shape"):
+        yield tuple(values.shape)
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _shapes(value)

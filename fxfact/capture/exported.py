@@ -1,0 +1,92 @@
+"""The third rung: an ExportedProgram in, an ExportedProgram out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_unflatten
+
+from fxfact.capture.base import Arguments, Captured, reason_of, samples_of
+from fxfact.copying import private_copy
+from fxfact.errors import CaptureError
+from fxfact.graph import check_contract, fold_computed_weights, match, record_macs
+
+
+def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Captured:
+    """The convolutions of an exported program. Raises CaptureError where it has no example inputs any more."""
+    graph_module = private_copy(program.module(check_guards=False))
+    assert isinstance(graph_module, fx.GraphModule)
+    folded = fold_computed_weights(graph_module) if fold_weights else ()
+    graph_module.recompile()
+    check_contract(graph_module, "behind the capture of an ExportedProgram")
+    found = match(graph_module)
+    inputs = _example_inputs(program)
+    samples = samples_of(inputs, found.sites)
+    return Captured(
+        rung="export",
+        network=graph_module,
+        found=found.found,
+        macs=record_macs(graph_module, *inputs) // samples,
+        samples=samples,
+        program=program,
+        example_inputs=inputs,
+        folded=folded,
+    )
+
+
+def reexport(program: ExportedProgram, graph_module: fx.GraphModule) -> ExportedProgram:
+    """Export a rewritten ``program.module()`` with the program's dynamic shapes and names. Raises CaptureError."""
+    args, kwargs = _example_inputs(program)
+    try:
+        again = torch.export.export(graph_module, args, kwargs, dynamic_shapes=_dynamic_shapes(program))
+    except Exception as error:
+        raise CaptureError(f"the rewritten program cannot be exported again: {reason_of(error)}") from error
+    return again
+
+
+def _example_inputs(program: ExportedProgram) -> Arguments:
+    if program.example_inputs is None:
+        raise CaptureError("the ExportedProgram has no example_inputs, which exporting it again needs. Set them.")
+    args, kwargs = program.example_inputs
+    return Arguments(tuple(args), dict(kwargs))
+
+
+def _dynamic_shapes(program: ExportedProgram) -> Any:
+    """What ``torch.export.export`` needs to be told for the same sizes to stay symbolic, in the same ranges."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    names = [
+        spec.arg.name if hasattr(spec.arg, "name") else None
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
+    ]
+    dims: dict[str, Any] = {}
+    specs = [_dims_of(values.get(name or ""), program.range_constraints, dims) for name in names]
+    args, kwargs = tree_unflatten(specs, program.call_spec.in_spec)
+    return (*args, *kwargs.values()) if kwargs else tuple(args)
+
+
+def _dims_of(value: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    return {axis: _dim(size, ranges, dims) for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+
+
+def _dim(size: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
+    """A named dimension for a symbol; what is computed from one is left for the export to find out."""
+    expression = size.node.expr
+    if not expression.is_Symbol:
+        return Dim.AUTO
+    name = str(expression)
+    if name not in dims:
+        bounds = ranges.get(expression)
+        low, high = (None, None) if bounds is None else (int(bounds.lower), bounds.upper)
+        limits = {"min": max(low, 0)} if low is not None else {}
+        if high is not None and high.is_finite:
+            limits["max"] = int(high)
+        dims[name] = Dim(name, **limits)
+    return dims[name]

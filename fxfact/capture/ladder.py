@@ -1,0 +1,181 @@
+"""The ladder: of the ways to capture a model, the one that is seen to be right and reaches most convolutions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
+
+from fxfact.capture.base import Captured, ExampleInputs, Rung, check_arguments, drawn_alike, reason_of, run_model
+from fxfact.capture.exported import find_exported
+from fxfact.capture.guard import ParameterGuard
+from fxfact.capture.modules import dense_stand_ins, find_modules
+from fxfact.capture.observe import Observed, observe
+from fxfact.capture.trace import trace
+from fxfact.comparing import relative_error, tolerance_for
+from fxfact.copying import copy_sharing, private_copy
+from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
+from fxfact.folding import fold_weights as fold
+from fxfact.sites import ConvSite
+
+How = Literal["auto", "trace", "modules", "export"]
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    how: How = "auto",
+    fold_weights: bool = False,
+    trusted: Collection[str] | None = None,
+) -> Captured:
+    """Make a model ready for rewriting, without touching it.
+
+    ``how``: 'trace', as one graph; 'modules', keeping the model's own Python; 'export', as an ExportedProgram. 'auto'
+    takes the one of the first two that reaches most convolutions, a graph where they are level, and of an
+    ExportedProgram the third. With ``example_inputs`` (a tuple is the arguments, a mapping the keyword arguments, a
+    tensor one argument) each is compared with the model itself on them, and on others drawn alike.
+    ``fold_weights`` makes weights that are computed from other parameters parameters themselves. ``trusted`` names,
+    for 'modules', the convolutions that an earlier capture found.
+    Raises ArgumentError, ArgumentTypeError, CaptureError.
+    """
+    if how not in get_args(How):
+        raise ArgumentError(f"capture must be one of {', '.join(map(repr, get_args(How)))}, got {how!r}")
+    if isinstance(model, ExportedProgram):
+        if how not in ("auto", "export"):
+            raise ArgumentError(f"an ExportedProgram is captured by 'export', got capture={how!r}")
+        return find_exported(model, fold_weights=fold_weights)
+    check_model(model)
+    if how == "export":
+        raise ArgumentError("capture='export' is for an ExportedProgram: pass torch.export.export(model, args)")
+    own = private_copy(model)
+    if fold_weights:
+        fold(own)
+    without_values = any(parameter.is_meta for parameter in own.parameters())
+    reference = None if example_inputs is None or without_values else _Reference.of(model, own, example_inputs)
+    rungs: dict[Rung, Callable[[], Captured]] = {
+        "trace": lambda: _checked(trace(_again(own), example_inputs, fold_weights=fold_weights), reference),
+        "modules": lambda: _checked_modules(own, example_inputs, reference, trusted),
+    }
+    best = _best({rung: climb for rung, climb in rungs.items() if how in ("auto", rung)}, type(model).__name__)
+    return replace(best, example_inputs=example_inputs)
+
+
+def check_model(model: object) -> None:
+    """Raise ArgumentTypeError unless it is a module, CaptureError where it is one that has to be unwrapped or run first."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"model must be a torch.nn.Module or a torch.export.ExportedProgram, got {type(model).__name__}. Pass the "
+            "network itself."
+        )
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a ScriptModule has no Python that fxfact can read. Pass the nn.Module it was made from.")
+    if name in _WRAPPERS or name.startswith("FSDP"):
+        raise CaptureError(f"{name} wraps the network: factorize what it wraps (its .module), and wrap the result.")
+    for path, tensor in model.named_parameters():
+        if is_lazy(tensor):
+            raise CaptureError(f"{path}: the parameter is lazy and has no shape. Run the model once on an input first.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """What the model itself gives on the example inputs and, where it runs on them, on others drawn alike."""
+
+    runs: tuple[tuple[ExampleInputs, Any], ...]
+    observed: Observed
+
+    @classmethod
+    def of(cls, model: nn.Module, own: nn.Module, example_inputs: ExampleInputs) -> _Reference:
+        """Raises CaptureError where the model does not run on its example inputs, or not twice alike when folded."""
+        check_arguments(model, example_inputs)
+        plain = private_copy(model).eval()
+        try:
+            observed = observe(_again(own), example_inputs)
+            runs = [(example_inputs, _run(plain, example_inputs))]
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} fails on example_inputs: {reason_of(error)}. Pass inputs that it accepts."
+            ) from error
+        apart = relative_error(runs[0][1], observed.output)
+        if not apart <= tolerance_for(observed.output):
+            raise CaptureError(
+                f"two runs of {type(model).__name__} from one seed differ by {apart:.1e}, so nothing can be compared "
+                "with it. Pass no example_inputs, or make it deterministic."
+            )
+        other = drawn_alike(example_inputs)
+        with contextlib.suppress(Exception):  # drawn inputs need not be ones that the model takes
+            runs.append((other, _run(plain, other)))
+        return cls(tuple(runs), observed)
+
+    def check(self, candidate: nn.Module) -> None:
+        """Raise CaptureError unless the candidate computes the same."""
+        candidate.eval()
+        for inputs, expected in self.runs:
+            try:
+                found = _run(candidate, inputs)
+            except Exception as error:
+                raise CaptureError(f"it fails where the model does not: {reason_of(error)}") from error
+            apart = relative_error(expected, found)
+            if not apart <= tolerance_for(expected):
+                raise CaptureError(f"its output differs from the model's by {apart:.1e} (relative)")
+
+
+def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:
+    with ParameterGuard(network):
+        return run_model(network, example_inputs)
+
+
+def _again(own: nn.Module) -> nn.Module:
+    return copy_sharing(own, {id(parameter) for parameter in own.parameters()})
+
+
+def _checked(captured: Captured, reference: _Reference | None) -> Captured:
+    if reference is not None:
+        reference.check(_again(captured.network))
+    return replace(captured, compared=reference is not None)
+
+
+def _checked_modules(
+    own: nn.Module,
+    example_inputs: ExampleInputs | None,
+    reference: _Reference | None,
+    trusted: Collection[str] | None,
+) -> Captured:
+    captured = find_modules(own, example_inputs, reference.observed if reference else None, trusted)
+    if reference is not None:
+        reference.check(dense_stand_ins(captured))
+    return replace(captured, compared=reference is not None)
+
+
+def _best(rungs: dict[Rung, Callable[[], Captured]], name: str) -> Captured:
+    """The first rung that leaves nothing out, else the one with most sites; raises CaptureError where all fail.
+
+    Where nothing could be compared nobody knows what a model calls, and so the first that does not fail.
+    """
+    best: Captured | None = None
+    refused: list[str] = []
+    for rung, climb in rungs.items():
+        try:
+            found = climb()
+        except CaptureError as error:
+            refused.append(f"{rung}: {error}")
+            continue
+        if best is None or len(found.sites) > len(best.sites):
+            if best is not None:
+                refused.append(f"{best.rung}: {len(best.sites)} convolutions, not {len(found.sites)}")
+            best = found
+        if not found.compared or all(isinstance(item, ConvSite) for item in found.found):
+            break
+    if best is None:
+        raise CaptureError(f"{name} cannot be captured. " + "; ".join(refused))
+    return replace(best, refused=tuple(refused))

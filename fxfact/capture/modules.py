@@ -1,0 +1,109 @@
+"""The second rung: the model keeps its own Python, and its convolution modules are replaced where they stand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor, nn
+
+from fxfact.capture.base import Captured, ExampleInputs, samples_of
+from fxfact.capture.observe import Observed
+from fxfact.conv_modules import COMPUTED, computes_weight, is_conv, layer_of_module, write_conv
+from fxfact.copying import copy_sharing
+from fxfact.errors import SpecError
+from fxfact.sites import ConvSite, tied
+from fxfact.skip import Skip
+from fxfact.stand_ins import StandIn, stand_in, torch_type
+
+
+def find_modules(
+    own: nn.Module,
+    example_inputs: ExampleInputs | None,
+    observed: Observed | None,
+    trusted: Collection[str] | None = None,
+) -> Captured:
+    """The convolution modules of a private copy that stand-ins can replace, and why not the others.
+
+    What was observed in a run tells which are called, on what shapes, and whether their weights are used otherwise.
+    Without it a subclass of PyTorch's convolutions is left alone, for its forward may be another, unless ``trusted``,
+    from such a run before, names all paths that may be replaced.
+    """
+    convs = {path: m for path, m in own.named_modules() if is_conv(m) and not isinstance(m, StandIn)}
+    order = [path for path in (observed.calls if observed else ()) if path in convs]
+    found = {path: _parse(path, convs[path], observed, trusted) for path in dict.fromkeys([*order, *convs])}
+    found |= {skip.subject: skip for skip in _held_by_others(own, found)}
+    sites = tied([item for item in found.values() if isinstance(item, ConvSite)])
+    found |= {site.path: site for site in sites}
+    samples = samples_of(example_inputs, sites)
+    return Captured(
+        rung="modules",
+        network=own,
+        found=(*found.values(), *(observed.by_function if observed else ())),
+        macs=observed.macs // samples if observed else None,
+        samples=samples,
+    )
+
+
+def dense_stand_ins(captured: Captured) -> nn.Module:
+    """A copy in which every site's stand-in runs the convolution itself: it must compute what the model computes."""
+    result = copy_sharing(captured.network, {id(parameter) for parameter in captured.network.parameters()})
+    for site in captured.sites:
+        module = result.get_submodule(site.path)
+        stages = write_conv(site.layer.spec, cast(Tensor, module.weight), module._parameters.get("bias"))
+        stand_in(module, site.layer.spec, [site.layer.spec], stages)
+    return result
+
+
+def _parse(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> ConvSite | Skip:
+    if reason := _refusal(path, module, observed, trusted):
+        return Skip(reason, path)
+    try:
+        layer = layer_of_module(module)
+    except SpecError as error:
+        return Skip(str(error), path)
+    if isinstance(layer, Skip):
+        return replace(layer, subject=path)
+    shapes = tuple(observed.calls[path].shapes) if observed else None
+    weight = cast(Tensor, module.weight)
+    return ConvSite(path=path, layer=layer, weight=weight, weight_name=f"{path}.weight", input_shapes=shapes)
+
+
+def _refusal(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> str:
+    """Why a stand-in cannot take the module's place; empty where it can."""
+    if trusted is not None and path not in trusted:
+        return "the plan leaves it"
+    if computes_weight(module):
+        return COMPUTED
+    kind = type(module)
+    if observed is None:
+        unknown = trusted is None and kind is not torch_type(kind)
+        return f"{kind.__name__} may compute more than a convolution: pass example_inputs to find out" * unknown
+    calls = observed.calls.get(path)
+    if calls is None or not (calls.shapes or calls.against):
+        return "forward does not call it"
+    return "; ".join(calls.against)
+
+
+def _held_by_others(own: nn.Module, found: dict[str, ConvSite | Skip]) -> list[Skip]:
+    """The sites whose weight is also held by a module that will keep it, or by a convolution of another kind."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in own.named_parameters(remove_duplicate=False):
+        holders[id(parameter)].append(name.rpartition(".")[0])
+    paths = {id(module): path for path, module in own.named_modules()}  # a module shared between paths counts once
+    left: dict[str, Skip] = {}
+    sites = [item for item in found.values() if isinstance(item, ConvSite)]
+    for site in sites:
+        owners = dict.fromkeys(paths[id(own.get_submodule(name))] for name in holders[id(site.weight)])
+        others = [found.get(owner) for owner in owners]
+        kinds = {
+            (other.layer.spec.groups, other.layer.spec.transposed) for other in others if isinstance(other, ConvSite)
+        }
+        if not all(isinstance(other, ConvSite) for other in others) or len(kinds) > 1:
+            keeper = next(
+                (o for o in owners if not isinstance(found.get(o), ConvSite)), "a convolution of another kind"
+            )
+            left[site.path] = Skip(f"its weight is also held by {keeper}", site.path)
+    return list(left.values())

@@ -1,0 +1,54 @@
+"""Copies of a model's structure, for work that must not touch the model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from fxfact.errors import CaptureError
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters are new objects on the model's own memory. Raises CaptureError.
+
+    What is done to a parameter object (a new ``data``, a gradient) does not reach the model; writes to its memory do,
+    and a ParameterGuard forbids them.
+    """
+    aliases: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            vars(alias).update(vars(parameter))
+            aliases[id(parameter)] = alias
+        else:
+            aliases[id(parameter)] = parameter
+    return _copied(model, aliases)
+
+
+def copy_sharing(module: nn.Module, shared: set[int]) -> nn.Module:
+    """A deep copy that keeps, and does not copy, the tensors whose ``id`` is in ``shared``. Raises CaptureError."""
+    return _copied(module, {id(tensor): tensor for tensor in _tensors(module) if id(tensor) in shared})
+
+
+def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
+    """A tensor that is no leaf of autograd, such as the weight that a pruned module computed, is copied detached."""
+    own = {id(tensor): tensor for tensor in _tensors(module)}
+    values = {key: tensor.detach().clone() for key, tensor in own.items() if not tensor.is_leaf and key not in memo}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of copying an exported program's module
+            return copy.deepcopy(module, {**values, **memo})
+    except Exception as error:
+        raise CaptureError(
+            f"{type(module).__name__} cannot be copied: {error}. Make it support copy.deepcopy."
+        ) from error
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers and tensors that are plain attributes."""
+    for child in module.modules():
+        yield from (tensor for tensor in (*child._parameters.values(), *child._buffers.values()) if tensor is not None)
+        yield from (value for value in vars(child).values() if isinstance(value, Tensor))

@@ -1,0 +1,88 @@
+"""Weights that a graph computes from parameters alone, such as standardised ones, become parameters themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxfact.graph.base import call_of, get_tensor
+
+
+def fold_computed_weights(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Replace, in place, every convolution's weight that is the same in every call; returns the names folded.
+
+    What computed it is dropped, and its first parameter gives the name. A weight that is drawn anew at every call, or
+    that depends on the input, stays. The caller recompiles.
+    """
+    folded = []
+    for node in list(graph_module.graph.nodes):
+        call = call_of(node)
+        made = call.weight if call is not None else None
+        if isinstance(made, fx.Node) and made.op != "get_attr" and (makers := _makers(made)):
+            value, again = _value(graph_module, makers), _value(graph_module, makers)
+            if isinstance(value, Tensor) and isinstance(again, Tensor) and torch.equal(value, again):
+                folded.append(_install(graph_module, made, makers, value))
+    return tuple(folded)
+
+
+def _makers(made: fx.Node) -> list[fx.Node]:
+    """The nodes that compute it, in order; none where they need more than parameters and functions."""
+    wanted, found = [made], set()
+    while wanted:
+        node = wanted.pop()
+        if node.op not in ("get_attr", "call_function", "call_method"):
+            return []
+        if node not in found:
+            found.add(node)
+            wanted += node.all_input_nodes
+    return [node for node in made.graph.nodes if node in found]
+
+
+def _value(root: fx.GraphModule, makers: list[fx.Node]) -> Any:
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for node in makers:
+            if node.op == "get_attr":
+                held = get_tensor(root, str(node.target))
+                values[node] = None if held is None else held.detach().clone()
+                continue
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            if callable(node.target):
+                values[node] = node.target(*args, **kwargs)
+            else:
+                values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            torch.randn(1)  # so that what is random is not drawn alike twice
+    return values[makers[-1]]
+
+
+def _install(root: fx.GraphModule, made: fx.Node, makers: list[fx.Node], value: Tensor) -> str:
+    source = next((node for node in makers if node.op == "get_attr"), made)
+    name = str(source.target) if source.op == "get_attr" else made.name
+    readers = [node for node in root.graph.nodes if node.op == "get_attr" and node.target == name]
+    if not all(user in makers for reader in readers for user in reader.users):
+        name = f"{name}_folded"
+    owner, _, own_name = name.rpartition(".")
+    sources = [get_tensor(root, str(node.target)) for node in makers if node.op == "get_attr"]
+    trainable = any(tensor is not None and tensor.requires_grad for tensor in sources)
+    module = root.get_submodule(owner)
+    module._parameters.pop(own_name, None)
+    module.register_parameter(own_name, nn.Parameter(value.contiguous(), requires_grad=trainable))
+    with root.graph.inserting_before(made):
+        constant = root.graph.get_attr(name)
+    constant.meta = dict(made.meta)
+    made.replace_all_uses_with(constant)
+    for node in reversed(makers):
+        if not node.users:
+            root.graph.erase_node(node)
+            if node.op == "get_attr" and node.target != name:
+                _drop_unread(root, str(node.target))
+    return name
+
+
+def _drop_unread(root: fx.GraphModule, name: str) -> None:
+    if not any(node.op == "get_attr" and node.target == name for node in root.graph.nodes):
+        owner, _, own_name = name.rpartition(".")
+        delattr(root.get_submodule(owner), own_name)

@@ -1,0 +1,135 @@
+"""The long part of a plan's execution: every kernel decomposed, on one thread or on an executor of the caller's."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fxfact.conv import ConvLayer, compose
+from fxfact.conv_modules import is_conv, write_chain
+from fxfact.errors import ArgumentError, ArgumentTypeError, place
+from fxfact.planning import Decision, Plan
+from fxfact.sites import ConvSite
+
+Weights = Literal["decompose", "empty"]
+Progress = bool | Callable[..., Iterable[Any]]
+_Job = tuple[ConvLayer, Decision, int | None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Decomposing:
+    """How the chains get their weights.
+
+    weights: 'decompose', or 'empty': the structure alone, for a state_dict to be loaded into.
+    generator: for factorizations that begin at random; it gives every convolution a seed, in the order of the plan.
+    executor: any ``concurrent.futures.Executor`` (threads, processes, a cluster's); the result is the same. No more
+        kernels are on their way than it may have workers, and an interrupt cancels those that have not begun.
+    progress: True for tqdm's bar, or what is called as tqdm is: ``progress(iterable, total=…, desc=…)``.
+    Raises ArgumentError, ArgumentTypeError.
+    """
+
+    weights: Weights = "decompose"
+    generator: torch.Generator | None = None
+    executor: Executor | None = None
+    progress: Progress = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in get_args(Weights):
+            raise ArgumentError(f"weights must be 'decompose' or 'empty', got {self.weights!r}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
+        if self.executor is not None and not isinstance(self.executor, Executor):
+            raise ArgumentTypeError(
+                f"executor must be a concurrent.futures.Executor, got {type(self.executor).__name__}"
+            )
+        if not isinstance(self.progress, bool) and not callable(self.progress):
+            raise ArgumentTypeError(f"progress must be True, False or called as tqdm is, got {self.progress!r}")
+
+    def chains(self, plan: Plan, sites: Mapping[str, ConvSite]) -> Iterator[Chain]:
+        """For every rewrite of the plan its chain, in the plan's order, as soon as it is there.
+
+        Sites that share a weight share the stages' weights. Raises WeightError, RankError.
+        """
+        own = [decision for decision in plan.rewrites if sites[decision.path].tied_to is None]
+        results = zip(own, self._weights([(_detached(sites[d.path].layer), d) for d in own]), strict=True)
+        made: dict[str, tuple[list[Tensor], float | None]] = {}
+        for decision in plan.rewrites:
+            site = sites[decision.path]
+            if site.tied_to is None:
+                _, made[decision.path] = next(results)
+            weights, error = made[site.tied_to or site.path]
+            stages = write_chain(decision.stages, weights, site.layer.bias, like=site.weight)
+            made[site.path] = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)], error
+            yield Chain(site.path, stages, error)
+
+    def _weights(self, jobs: Sequence[tuple[ConvLayer, Decision]]) -> Iterable[tuple[list[Tensor], float | None]]:
+        if self.weights == "empty":
+            return (([layer.weight.new_empty(s.weight_shape) for s in d.stages], None) for layer, d in jobs)
+        seeds = [None if self.generator is None else _seed(self.generator) for _ in jobs]
+        return self._shown(self._results([(*job, seed) for job, seed in zip(jobs, seeds, strict=True)]), len(jobs))
+
+    def _results(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[Tensor], float]]:
+        if self.executor is None:
+            yield from (_decompose(*job) for job in jobs)
+            return
+        waiting: deque[Future[tuple[list[Tensor], float]]] = deque()
+        workers = getattr(self.executor, "_max_workers", None) or os.cpu_count() or 1
+        try:
+            for job in jobs:
+                waiting.append(self.executor.submit(_decompose, *job))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _shown(self, results: Iterator[Any], total: int) -> Iterable[Any]:
+        if self.progress is False:
+            return results
+        if callable(self.progress):
+            return self.progress(results, total=total, desc="decomposing")
+        try:
+            from tqdm import tqdm  # noqa: PLC0415 (an extra)
+        except ImportError as error:
+            raise ArgumentError("progress=True shows tqdm's bar: pip install 'fxfact[progress]'") from error
+        return tqdm(results, total=total, desc="decomposing")
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """What stands where the convolution at ``path`` was, and its kernel's relative error, None for empty weights."""
+
+    path: str
+    stages: list[nn.Module]
+    error: float | None
+
+
+def _decompose(layer: ConvLayer, decision: Decision, seed: int | None) -> tuple[list[Tensor], float]:
+    """The stages' weights, and ‖W − Ŵ‖_F / ‖W‖_F. It runs anywhere, so it takes and gives values only."""
+    assert decision.factorization is not None
+    assert decision.rank is not None
+    dense = layer.weight
+    generator = None if seed is None else torch.Generator(dense.device).manual_seed(seed)
+    with place(decision.path):
+        chain = decision.factorization.decompose(layer, decision.rank, generator=generator)
+    wide = torch.promote_types(dense.dtype, torch.float32)
+    norm = float(dense.to(wide).norm())
+    missed = float((compose(chain).to(wide) - dense.to(wide)).norm())
+    return [stage.weight for stage in chain.layers], missed / norm if norm else 0.0
+
+
+def _detached(layer: ConvLayer) -> ConvLayer:
+    return ConvLayer(layer.spec, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
