@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def trace(own: nn.Module, example_inputs: ExampleInputs | None, *, fold_weights:
     return Captured(
         rung="trace",
         network=traced,
-        found=(*found.found, *_unreached(own, traced)),
+        found=(*found.found, *_unreached(own, traced, folded)),
         macs=None if total is None else total // samples,
         samples=samples,
         folded=folded,
@@ -158,10 +159,14 @@ def _recorded_inputs(graph_module: fx.GraphModule) -> list[Any]:
     return [node.meta.get("val", node.meta.get("tensor_meta")) for node in placeholders]
 
 
-def _unreached(model: nn.Module, traced: fx.GraphModule) -> tuple[Skip, ...]:
+def _unreached(model: nn.Module, traced: fx.GraphModule, folded: Sequence[str]) -> tuple[Skip, ...]:
+    owners = {name.rpartition(".")[0] for name in folded}  # their own weights are gone, what was made of them is not
     reached = set(map(id, traced.modules())) | set(map(id, traced.parameters()))
     return tuple(
         Skip("forward does not call it", name)
         for name, module in model.named_modules()
-        if is_conv(module) and id(module) not in reached and not reached & set(map(id, module.parameters()))
+        if is_conv(module)
+        and name not in owners
+        and id(module) not in reached
+        and not reached & set(map(id, module.parameters()))
     )

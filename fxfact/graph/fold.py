@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def _install(root: fx.GraphModule, made: fx.Node, makers: list[fx.Node], value: 
     name = str(source.target) if source.op == "get_attr" else made.name
     readers = [node for node in root.graph.nodes if node.op == "get_attr" and node.target == name]
     if not all(user in makers for reader in readers for user in reader.users):
-        name = f"{name}_folded"
+        names = (f"{name}_folded_{k}" for k in count())
+        name = next(new for new in names if get_tensor(root, new) is None)
     owner, _, own_name = name.rpartition(".")
     sources = [get_tensor(root, str(node.target)) for node in makers if node.op == "get_attr"]
     trainable = any(tensor is not None and tensor.requires_grad for tensor in sources)
