@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -42,11 +43,28 @@ def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Ca
 def reexport(program: ExportedProgram, graph_module: fx.GraphModule) -> ExportedProgram:
     """Export a rewritten ``program.module()`` with the program's dynamic shapes and names. Raises CaptureError."""
     args, kwargs = _example_inputs(program)
+    shapes = _dynamic_shapes(program)
     try:
-        again = torch.export.export(graph_module, args, kwargs, dynamic_shapes=_dynamic_shapes(program))
+        again = torch.export.export(graph_module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise CaptureError(f"the rewritten program cannot be exported again: {reason_of(error)}") from error
+    _name_outputs(again, program.graph_signature.user_outputs)
     return again
+
+
+def _name_outputs(program: ExportedProgram, names: Sequence[Any]) -> None:
+    """Call the nodes that are the program's outputs by these names, and others that have them something else."""
+    signature = program.graph_signature
+    for name, now in zip(names, signature.user_outputs, strict=True):
+        nodes = {node.name: node for node in program.graph.nodes}
+        if name == now or not (isinstance(name, str) and now in nodes):
+            continue
+        free = next(new for k in count() if (new := f"{name}_stage_{k}") not in nodes)
+        for old, new in ((name, free), (now, name)):
+            if old in nodes:
+                nodes[old].name = new
+                signature.replace_all_uses(old, new)
+    program.graph_module.recompile()
 
 
 def _example_inputs(program: ExportedProgram) -> Arguments:
@@ -84,9 +102,7 @@ def _dim(size: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
     name = str(expression)
     if name not in dims:
         bounds = ranges.get(expression)
-        low, high = (None, None) if bounds is None else (int(bounds.lower), bounds.upper)
-        limits = {"min": max(low, 0)} if low is not None else {}
-        if high is not None and high.is_finite:
-            limits["max"] = int(high)
+        found = {} if bounds is None else {"min": str(bounds.lower), "max": str(bounds.upper)}
+        limits = {key: int(value) for key, value in found.items() if value.isdigit()}  # the others are infinite
         dims[name] = Dim(name, **limits)
     return dims[name]

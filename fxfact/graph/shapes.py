@@ -41,10 +41,10 @@ def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any]) -> int:
 
 
 def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed or written."""
+    """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = tree_map(lambda value: mode.from_tensor(value) if isinstance(value, Tensor) else value, (args, kwargs))
-    with mode, FlopCounterMode(display=False) as counter:
+    with _buffers_kept(graph_module), mode, FlopCounterMode(display=False) as counter:
         graph_module(*fakes[0], **fakes[1])
     return int(counter.get_total_flops()) // 2
 
@@ -63,7 +63,8 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     if modes and all(value is not None for value in values):
         modes[0].allow_non_fake_inputs = True
-        FakeTensorProp(graph_module, modes[0]).propagate_dont_convert_inputs(*values)
+        with _buffers_kept(graph_module):
+            FakeTensorProp(graph_module, modes[0]).propagate_dont_convert_inputs(*values)
 
 
 def _empty(recorded: Any, device: torch.device) -> Any:
@@ -75,6 +76,18 @@ def _empty(recorded: Any, device: torch.device) -> Any:
     if isinstance(recorded, list | tuple):
         return type(recorded)(_empty(value, device) for value in recorded)
     return recorded
+
+
+@contextlib.contextmanager
+def _buffers_kept(graph_module: fx.GraphModule) -> Iterator[None]:
+    """In-place operators write to real buffers, even where everything else is fake."""
+    values = {buffer: buffer.clone() for buffer in graph_module.buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in values.items():
+                buffer.copy_(value)
 
 
 @contextlib.contextmanager
