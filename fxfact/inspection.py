@@ -17,6 +17,7 @@ from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.conv_modules import is_conv, read_conv
 from fxfact.cost import Cost, cost_of
 from fxfact.graph import match
+from fxfact.errors import CaptureError
 from fxfact.passes import Applied, applied
 from fxfact.sites import ConvSite, path_of
 from fxfact.skip import Skip
@@ -61,7 +62,7 @@ def inspect(
     it is or why none; a model that keeps its own Python has no graph, and so no nodes. Raises ArgumentTypeError,
     CaptureError.
     """
-    captured = capture(model, example_inputs)
+    captured = _looked_at(model, example_inputs)
     holder = model.graph_module if isinstance(model, ExportedProgram) else model
     history = {path: done for done in applied(holder) for path in done.relative_error}
     parts: dict[str, list[ConvSite | Skip]] = {}
@@ -84,7 +85,7 @@ def diff(
     Where one of them has no graph, for it keeps its own Python, the modules of both are compared. ``-`` marks what is
     only in ``before``, ``+`` what is only in ``after``. Empty where they are alike.
     """
-    networks = [capture(before).network, capture(after).network]
+    networks = [_looked_at(before).network, _looked_at(after).network]
     graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
     left, right = map(_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
     rows: list[str] = []
@@ -95,6 +96,16 @@ def diff(
             pairs = zip_longest(left[i:j], right[k:m], fillvalue="")
             rows += [f"{_cell(a, marks[0], width)} │ {_cell(b, marks[1], width)}".rstrip() for a, b in pairs]
     return "\n".join(rows)
+
+
+def _looked_at(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> Captured:
+    """By its modules where it has no graph, even unseen: nothing is going to be rewritten."""
+    try:
+        return capture(model, example_inputs)
+    except CaptureError:
+        if isinstance(model, ExportedProgram):
+            raise
+        return capture(model, example_inputs, how="modules")
 
 
 def _row(

@@ -107,7 +107,6 @@ def a_training_step(model: nn.Module, result: nn.Module, inputs: Any) -> None:
     assert any(p.grad is not None and bool(p.grad.any()) for p in stages)
     optimizer.step()
     assert math.isfinite(float(loss_of(result, inputs)))
-    result.load_state_dict({name: value for name, value in result.state_dict().items()})
     result.eval()
 
 
@@ -186,8 +185,8 @@ def table(found: list[dict[str, Any]]) -> str:
     headers = ["model", "rung", "found", "rewritten", "left as they are", "graph error", "compiles", "exports"]
     wide, done = (sum(row[key] for row in found) for key in ("wide", "wide_rewritten"))
     total = (
-        f"{len(found)} models; {sum(r['found'] for r in found)} convolutions, of them {wide} with a kernel above 1 that "
-        f"are not depthwise: {done} rewritten ({done / max(1, wide):.1%})."
+        f"{len(found)} models; {sum(r['found'] for r in found)} convolutions, of them {wide} with a kernel above 1 "
+        f"that are not depthwise: {done} rewritten ({done / max(1, wide):.1%})."
     )
     return f"{tabulate(map(line, found), headers, tablefmt='github')}\n\n{total}\n"
 

@@ -1,4 +1,4 @@
-"""A model becomes something whose convolutions can be found and replaced: three ways, each checked against the model."""
+"""A model becomes something whose convolutions can be found and replaced, in three ways, each compared with it."""
 
 from fxfact.capture.base import Captured, ExampleInputs, Rung, reason_of, run_model
 from fxfact.capture.exported import reexport

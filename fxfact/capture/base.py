@@ -37,7 +37,8 @@ class Captured:
     ``rung``: 'trace', ``network`` is a graph of the whole model; 'modules', it is the model itself, keeping its own
     Python; 'export', it is the graph of ``program``. ``found`` has every convolution, in the order of the calls.
     ``macs`` is the whole network's for one sample, None without example inputs. ``folded`` names the weights that were
-    computed from others. ``compared`` with the model on example inputs, or not. ``refused`` says why higher rungs, or those with more convolutions, were not taken.
+    computed from others. ``compared``: with the model, on ``example_inputs``. ``refused`` says why higher rungs, or
+    those that reach fewer convolutions, were not taken.
     """
 
     rung: Rung

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
@@ -19,6 +19,7 @@ from fxfact.capture.modules import dense_stand_ins, find_modules
 from fxfact.capture.observe import Observed, observe
 from fxfact.capture.trace import trace
 from fxfact.comparing import relative_error, tolerance_for
+from fxfact.conv_modules import has_hooks
 from fxfact.copying import copy_sharing, private_copy
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
 from fxfact.folding import fold_weights as fold
@@ -38,10 +39,11 @@ def capture(
 ) -> Captured:
     """Make a model ready for rewriting, without touching it.
 
-    ``how``: 'trace', as one graph; 'modules', keeping the model's own Python; 'export', as an ExportedProgram. 'auto'
-    takes the one of the first two that reaches most convolutions, a graph where they are level, and of an
-    ExportedProgram the third. With ``example_inputs`` (a tuple is the arguments, a mapping the keyword arguments, a
-    tensor one argument) each is compared with the model itself on them, and on others drawn alike.
+    ``how``: 'trace', as one graph; 'modules', keeping the model's own Python; 'export', as an ExportedProgram. With
+    ``example_inputs`` (a tuple is the arguments, a mapping the keyword arguments, a tensor one argument) each of them is
+    compared with the model itself, on them and on others drawn alike, and 'auto' takes the one of the first two that
+    reaches most convolutions, a graph where they are level. Without, 'auto' is a graph, and of an ExportedProgram
+    always the third.
     ``fold_weights`` makes weights that are computed from other parameters parameters themselves. ``trusted`` names,
     for 'modules', the convolutions that an earlier capture found.
     Raises ArgumentError, ArgumentTypeError, CaptureError.
@@ -64,18 +66,25 @@ def capture(
         "trace": lambda: _checked(trace(_again(own), example_inputs, fold_weights=fold_weights), reference),
         "modules": lambda: _checked_modules(own, example_inputs, reference, trusted),
     }
-    best = _best({rung: climb for rung, climb in rungs.items() if how in ("auto", rung)}, type(model).__name__)
-    return replace(best, example_inputs=example_inputs)
+    tried = {rung: climb for rung, climb in rungs.items() if how in ("auto", rung)}
+    if how == "auto" and reference is None:
+        del tried["modules"]  # what forward does to its modules only a run can show
+    return replace(_best(tried, type(model).__name__), example_inputs=example_inputs)
 
 
 def check_model(model: object) -> None:
-    """Raise ArgumentTypeError unless it is a module, CaptureError where it is one that has to be unwrapped or run first."""
+    """Raise ArgumentTypeError unless it is a module, CaptureError where it has to be unwrapped or run first."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
             f"model must be a torch.nn.Module or a torch.export.ExportedProgram, got {type(model).__name__}. Pass the "
             "network itself."
         )
     name = type(model).__name__
+    if isinstance(model, fx.GraphModule) and has_hooks(model):
+        raise CaptureError(
+            "the GraphModule has hooks, which copies of it lose. Remove them before; of an ExportedProgram pass itself, "
+            "not its module()."
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a ScriptModule has no Python that fxfact can read. Pass the nn.Module it was made from.")
     if name in _WRAPPERS or name.startswith("FSDP"):
@@ -158,10 +167,7 @@ def _checked_modules(
 
 
 def _best(rungs: dict[Rung, Callable[[], Captured]], name: str) -> Captured:
-    """The first rung that leaves nothing out, else the one with most sites; raises CaptureError where all fail.
-
-    Where nothing could be compared nobody knows what a model calls, and so the first that does not fail.
-    """
+    """The first rung that leaves nothing out, else the one with most sites; raises CaptureError where all fail."""
     best: Captured | None = None
     refused: list[str] = []
     for rung, climb in rungs.items():
@@ -174,8 +180,9 @@ def _best(rungs: dict[Rung, Callable[[], Captured]], name: str) -> Captured:
             if best is not None:
                 refused.append(f"{best.rung}: {len(best.sites)} convolutions, not {len(found.sites)}")
             best = found
-        if not found.compared or all(isinstance(item, ConvSite) for item in found.found):
+        if all(isinstance(item, ConvSite) for item in found.found):
             break
     if best is None:
-        raise CaptureError(f"{name} cannot be captured. " + "; ".join(refused))
+        unseen = " Pass example_inputs, on which the model can be seen to run." if "modules" not in rungs else ""
+        raise CaptureError(f"{name} cannot be captured. {'; '.join(refused)}.{unseen}")
     return replace(best, refused=tuple(refused))

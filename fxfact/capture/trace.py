@@ -27,7 +27,6 @@ def trace(own: nn.Module, example_inputs: ExampleInputs | None, *, fold_weights:
     """
     name = type(own).__name__
     if isinstance(own, fx.GraphModule):
-        _check_own_hooks(own)
         traced = own
     else:
         traced = _traced(own, name)
@@ -119,14 +118,6 @@ def _check_modes(own: nn.Module, traced: fx.GraphModule) -> None:
             raise CaptureError(f"traced with training={training} it fails: {error}") from error
         if code != traced.code:
             raise CaptureError("forward depends on self.training, which a traced graph would freeze")
-
-
-def _check_own_hooks(graph_module: fx.GraphModule) -> None:
-    if has_hooks(graph_module):
-        raise CaptureError(
-            "the GraphModule has hooks, which a rewritten one would lose (of an ExportedProgram pass itself, not its "
-            "module())"
-        )
 
 
 def _check_hooks(tracer: fx.Tracer, model: nn.Module) -> None:

@@ -22,7 +22,8 @@ def fold_computed_weights(graph_module: fx.GraphModule) -> tuple[str, ...]:
         call = call_of(node)
         made = call.weight if call is not None else None
         if isinstance(made, fx.Node) and made.op != "get_attr" and (makers := _makers(made)):
-            value, again = _value(graph_module, makers), _value(graph_module, makers)
+            with torch.no_grad(), torch.random.fork_rng():
+                value, again = _value(graph_module, makers), _value(graph_module, makers)
             if isinstance(value, Tensor) and isinstance(again, Tensor) and torch.equal(value, again):
                 folded.append(_install(graph_module, made, makers, value))
     return tuple(folded)
@@ -43,19 +44,17 @@ def _makers(made: fx.Node) -> list[fx.Node]:
 
 def _value(root: fx.GraphModule, makers: list[fx.Node]) -> Any:
     values: dict[fx.Node, Any] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for node in makers:
-            if node.op == "get_attr":
-                held = get_tensor(root, str(node.target))
-                values[node] = None if held is None else held.detach().clone()
-                continue
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-            if callable(node.target):
-                values[node] = node.target(*args, **kwargs)
-            else:
-                values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
-            torch.randn(1)  # so that what is random is not drawn alike twice
+    for node in makers:
+        if node.op == "get_attr":
+            held = get_tensor(root, str(node.target))
+            values[node] = None if held is None else held.detach().clone()
+            continue
+        args = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+        if callable(node.target):
+            values[node] = node.target(*args, **kwargs)
+        else:
+            values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
     return values[makers[-1]]
 
 

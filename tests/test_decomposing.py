@@ -1,0 +1,142 @@
+"""Many kernels, on the caller's executors: the same result, shown, and cancelled cleanly."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfact
+from fxfact.factorizations import CPMobilenet
+from tests.test_capture import Branching
+
+
+def many() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Conv2d(6, 6, 3, padding=1) for _ in range(7)))
+
+
+class Recording(Executor):
+    """Runs at once, and remembers what was on its way at the same time."""
+
+    def __init__(self, workers: int) -> None:
+        self._max_workers = workers
+        self.submitted, self.waiting, self.most = 0, set(), 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Later(self, lambda: fn(*args, **kwargs))
+        self.submitted += 1
+        self.waiting.add(future)
+        self.most = max(self.most, len(self.waiting))
+        return future
+
+
+class Later(Future[Any]):
+    def __init__(self, executor: Recording, work: Any) -> None:
+        super().__init__()
+        self.executor, self.work = executor, work
+
+    def result(self, timeout: float | None = None) -> Any:
+        self.executor.waiting.discard(self)
+        return self.work()
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_any_executor_gives_the_same_network() -> None:
+    model = many()
+    random = {"factorization": CPMobilenet(init="random", sweeps=3), "rank": 4, "allow_growth": True}
+    alone = fxfact.factorize(model, **random, generator=torch.Generator().manual_seed(3))
+    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        for executor in (threads, processes, Recording(2)):
+            made = fxfact.factorize(
+                model, **random, generator=torch.Generator().manual_seed(3), executor=executor, capture="modules"
+            )
+            assert same(alone, made)
+    assert not same(alone, fxfact.factorize(model, **random, generator=torch.Generator().manual_seed(4)))
+
+
+def test_no_more_kernels_are_on_their_way_than_there_are_workers() -> None:
+    recording = Recording(2)
+    fxfact.factorize(many(), executor=recording)
+    assert (recording.submitted, recording.most) == (7, 3)
+
+
+def test_progress_is_shown_as_tqdm_shows_it() -> None:
+    seen: list[Any] = []
+
+    def bar(iterable: Iterable[Any], *, total: int, desc: str) -> Iterable[Any]:
+        seen.append((total, desc))
+        for item in iterable:
+            seen.append(len(seen))
+            yield item
+
+    for executor in (None, Recording(2)):
+        seen.clear()
+        fxfact.factorize(many(), progress=bar, executor=executor)
+        assert seen == [(7, "decomposing"), 1, 2, 3, 4, 5, 6, 7]
+    empty = fxfact.apply(fxfact.plan(many()), many(), weights="empty", progress=bar)
+    assert isinstance(empty, nn.Module)
+
+
+def test_an_interrupt_cancels_what_has_not_begun_and_leaves_the_model_alone(image: Tensor) -> None:
+    gate, begun = threading.Event(), []
+
+    class Slow(CPMobilenet):
+        def _weights(self, *args: Any) -> Any:
+            begun.append(1)
+            gate.wait(5)
+            return super()._weights(*args)
+
+    def interrupted(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
+        iterator = iter(iterable)
+        yield next(iterator)
+        raise KeyboardInterrupt
+
+    model = many()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gate.set()
+    with ThreadPoolExecutor(1) as executor:
+        futures: list[Future[Any]] = []
+        submit = executor.submit
+        executor.submit = lambda *args: futures.append(submit(*args)) or futures[-1]  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            fxfact.factorize(model, Slow(sweeps=1), progress=interrupted, executor=executor)
+    assert len(futures) < 7
+    assert all(future.done() for future in futures)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert not any("0." in name for name, _ in model.named_modules())
+
+
+def test_a_failure_in_a_worker_names_the_place() -> None:
+    model = many()
+    model[3].weight.data[0, 0, 0, 0] = float("nan")
+    with ThreadPoolExecutor(2) as executor, pytest.raises(fxfact.FxfactError, match="^3: the weight holds 1 NaN"):
+        fxfact.factorize(model, executor=executor)
+
+
+def test_modules_are_decomposed_on_executors_too(image: Tensor) -> None:
+    model = Branching()
+    with ThreadPoolExecutor(2) as executor:
+        made = fxfact.factorize(model, example_inputs=image, executor=executor, verify=True)
+    assert same(made, fxfact.factorize(model, example_inputs=image))
+
+
+@pytest.mark.slow
+def test_a_cluster_is_an_executor() -> None:
+    distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
+    model = many()
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        made = fxfact.factorize(model, executor=client.get_executor())
+    assert same(made, fxfact.factorize(model))
