@@ -72,7 +72,7 @@ def test_one_call(entry: ZooModel, rows: list[dict[str, Any]]) -> None:
         dense = sum(parameter.numel() for parameter in model.parameters())
         assert sum(parameter.numel() for parameter in result.parameters()) < dense
         a_training_step(model, result, inputs)
-    row = counted(entry, plan, verified)
+    row = counted(entry, model, plan, verified)
     row["compiles"] = holds(compiled, "aot_eager", model, result, inputs)
     row["exports"] = holds(exported, None, model, result, inputs)
     if entry.name in WITH_INDUCTOR:
@@ -101,6 +101,9 @@ def a_training_step(model: nn.Module, result: nn.Module, inputs: Any) -> None:
         result.eval()
     finally:
         model.eval()
+    for module in result.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1  # one model has 0.999, through which nothing is learned in a step
     optimizer = torch.optim.SGD(result.parameters(), 1e-3)
     loss_of(result, inputs).backward()
     stages = [p for d in fxfact.plan_of(result).rewrites for p in result.get_submodule(d.path).parameters()]
@@ -144,9 +147,14 @@ def exported(_: None, network: nn.Module, inputs: Any) -> None:
         assert relative_error(expected, call(program.module(), inputs)) < 1e-3
 
 
-def counted(entry: ZooModel, plan: fxfact.Plan, verified: fxfact.Verification) -> dict[str, Any]:
+def counted(
+    entry: ZooModel, model: nn.Module, plan: fxfact.Plan, verified: fxfact.Verification
+) -> dict[str, Any]:
     refused = Counter(kind_of(d.reason) for d in plan if d.factorization is None)
-    wide = [d for d in plan if not is_depthwise(d) and not is_pointwise(d)]
+    kernels = {d.path: kernel_of(model, d) for d in plan}
+    depthwise = [path for path, (size, groups, channels) in kernels.items() if groups > 1 and groups == channels]
+    pointwise = [path for path, (size, groups, channels) in kernels.items() if set(size) == {1}]
+    wide = [d for d in plan if d.path not in (*depthwise, *pointwise)]
     return {
         "model": entry.name,
         "library": entry.library,
@@ -157,19 +165,19 @@ def counted(entry: ZooModel, plan: fxfact.Plan, verified: fxfact.Verification) -
         "refused": dict(refused),
         "wide": len(wide),
         "wide_rewritten": sum(d.factorization is not None for d in wide),
-        "depthwise": sum(map(is_depthwise, plan)),
+        "depthwise": len(depthwise),
         "error": verified.graph,
         "why": list(plan.refused),
     }
 
 
-def is_depthwise(decision: fxfact.Decision) -> bool:
-    spec = decision.spec
-    return spec is not None and spec.groups > 1 and spec.groups == spec.in_channels
-
-
-def is_pointwise(decision: fxfact.Decision) -> bool:
-    return decision.spec is not None and set(decision.spec.kernel_size) == {1}
+def kernel_of(model: nn.Module, decision: fxfact.Decision) -> tuple[tuple[int, ...], int, int]:
+    """Kernel size, groups and input channels, of what is listed without them from the module at its path."""
+    try:
+        found: Any = decision.spec or model.get_submodule(decision.path)
+        return found.kernel_size, found.groups, found.in_channels
+    except AttributeError:
+        return (), 1, 0
 
 
 def kind_of(reason: str) -> str:

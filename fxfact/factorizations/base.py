@@ -188,7 +188,7 @@ def no_channel_modes(block: ConvSpec) -> str | None:
     if set(block.kernel_size) == {1}:
         return "a 1×1 kernel is a matrix: pointwise_svd factorizes it"
     if block.in_channels == block.out_channels == 1:
-        return "a depthwise kernel has no channel modes: spatial_svd may split it"
+        return "a depthwise kernel, one channel to one, has no channel modes: spatial_svd may split it"
     return None
 
 
