@@ -35,16 +35,34 @@ def has_hooks(module: nn.Module) -> bool:
 
 def read_conv(module: nn.Module) -> ConvLayer | Skip:
     """The convolution that the module is, sharing its tensors; a Skip where its type or its hooks do more."""
+    if reason := refusal_of(module):
+        return Skip(reason)
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    spec = spec_of(module)
+    return ConvLayer(spec, from_torch(spec, module.weight), module.bias)
+
+
+def refusal_of(module: nn.Module) -> str:
+    """Why the module is not, or not only, a convolution that can be decomposed; empty where it is."""
     kind = type(module)
     if not is_conv(module):
-        return Skip(f"{kind.__name__} is not a convolution")
+        return f"{kind.__name__} is not a convolution"
     if computes_weight(module):
-        return Skip(COMPUTED)
+        return COMPUTED
     if kind not in CONV_TYPES + TRANSPOSED_TYPES:
-        return Skip(f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else")
+        return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else"
     if has_hooks(module):
-        return Skip("it has hooks, which a factorized convolution would lose")
-    return layer_of_module(module)
+        return "it has hooks, which a factorized convolution would lose"
+    return refusal_of_weight(cast(Tensor, module.weight))
+
+
+def refusal_of_weight(weight: Tensor) -> str:
+    """Why a weight is of a kind that cannot be decomposed; empty where it is not."""
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if not weight.dtype.is_floating_point or weight.is_quantized:
+        return f"its weight is {weight.dtype}, not a real floating-point type"
+    return "" if weight.layout == torch.strided else f"its weight is {weight.layout}, not strided"
 
 
 def computes_weight(module: nn.Module) -> bool:
@@ -52,37 +70,22 @@ def computes_weight(module: nn.Module) -> bool:
     return hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
-def layer_of_module(module: nn.Module) -> ConvLayer | Skip:
-    """The convolution that the attributes of an ``nn.Conv`` describe, whatever its type and its hooks do besides."""
+def spec_of(module: nn.Module) -> ConvSpec:
+    """What the attributes of an ``nn.Conv`` describe, whatever its type and its hooks do besides. Raises SpecError."""
     assert isinstance(module, nn.modules.conv._ConvNd)
-    return layer_of(
-        ConvSpec.parse(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            padding_mode=module.padding_mode,
-            transposed=isinstance(module, TRANSPOSED_TYPES),
-            output_padding=module.output_padding,
-            bias=module.bias is not None,
-        ),
-        module.weight,
-        module.bias,
+    return ConvSpec.parse(
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+        transposed=isinstance(module, TRANSPOSED_TYPES),
+        output_padding=module.output_padding,
+        bias=module.bias is not None,
     )
-
-
-def layer_of(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> ConvLayer | Skip:
-    """The layer for tensors in PyTorch's layout; a Skip where the weight is of a kind that cannot be decomposed."""
-    if type(weight) not in (Tensor, nn.Parameter):
-        return Skip(f"its weight is a {type(weight).__name__}, not a plain tensor")
-    if not weight.dtype.is_floating_point or weight.is_quantized:
-        return Skip(f"its weight is {weight.dtype}, not a real floating-point type")
-    if weight.layout != torch.strided:
-        return Skip(f"its weight is {weight.layout}, not strided")
-    return ConvLayer(spec, from_torch(spec, weight), bias)
 
 
 def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> list[nn.Module]:

@@ -16,8 +16,8 @@ from fxfact.capture import Captured, ExampleInputs, capture
 from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.conv_modules import is_conv, read_conv
 from fxfact.cost import Cost, cost_of
-from fxfact.graph import match
 from fxfact.errors import CaptureError
+from fxfact.graph import match
 from fxfact.passes import Applied, applied
 from fxfact.sites import ConvSite, path_of
 from fxfact.skip import Skip
@@ -112,7 +112,7 @@ def _row(
     path: str, items: list[ConvSite | Skip], done: Applied | None, captured: Captured, rewritten_again: bool
 ) -> ConvRow:
     sites = [item for item in items if isinstance(item, ConvSite)]
-    costs = [cost_of([site.layer.spec], site.input_sizes(captured.samples)) for site in sites]
+    costs = [cost_of([site.spec], site.input_sizes(captured.samples)) for site in sites]
     decision = done.plan[path] if done else None
     method = decision.factorization if decision else None
     rank = decision.rank if decision else None
@@ -124,7 +124,7 @@ def _row(
         origin=str(decision.spec if decision else ""),
         factorization=method.name if method else "-",
         rank="" if rank is None else ",".join(map(str, rank)),
-        stages=tuple(site.layer.spec for site in sites) or (decision.stages if decision else ()),
+        stages=tuple(site.spec for site in sites) or (decision.stages if decision else ()),
         cost=sum(costs[1:], costs[0]) if costs else Cost(0, None),
         relative_error=None if done is None or rewritten_again else done.relative_error[path],
         remark="; ".join(remarks),
@@ -140,7 +140,7 @@ def _cells(row: ConvRow) -> list[str]:
 
 
 def _verdict(item: ConvSite | Skip) -> str:
-    return f"{item.path}: {item.layer.spec}" if isinstance(item, ConvSite) else item.reason
+    return f"{item.path}: {item.spec}" if isinstance(item, ConvSite) else item.reason
 
 
 def _module_lines(network: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fxfact.conv import ConvLayer, Sizes
+from fxfact.conv import ConvLayer, ConvSpec, Sizes, from_torch
 from fxfact.skip import Skip
 
 Site = TypeVar("Site", bound="ConvSite")
@@ -18,23 +18,30 @@ Site = TypeVar("Site", bound="ConvSite")
 class ConvSite:
     """A convolution that can be rewritten.
 
-    ``weight`` is the tensor that the network holds (in PyTorch's layout, where ``layer.weight`` has ours), and
-    ``weight_name`` its dotted name. ``input_shapes`` has the shape at every call, None where unknown. ``tied_to`` is
+    ``weight`` (in PyTorch's layout) and ``bias`` are the tensors that the network holds, ``weight_name`` is the dotted
+    name of the former. ``input_shapes`` has the shape at every call, None where unknown. ``tied_to`` is
     the path of the first site that has the same weight, where that is another one.
     """
 
     path: str
-    layer: ConvLayer
+    spec: ConvSpec
     weight: Tensor
+    bias: Tensor | None
     weight_name: str
     input_shapes: tuple[Sizes, ...] | None = None
     tied_to: str | None = None
+
+    @property
+    def layer(self) -> ConvLayer:
+        """What it computes, on detached tensors."""
+        weight = from_torch(self.spec, self.weight.detach())
+        return ConvLayer(self.spec, weight, None if self.bias is None else self.bias.detach())
 
     def input_sizes(self, samples: int = 1) -> tuple[Sizes, ...] | None:
         """The spatial size at every call, once per sample; None where unknown."""
         if self.input_shapes is None:
             return None
-        order, sizes = self.layer.spec.order, []
+        order, sizes = self.spec.order, []
         for shape in self.input_shapes:
             batch = shape[0] if len(shape) == order + 2 else 1
             sizes += [shape[-order:]] * max(1, batch // samples)

@@ -335,8 +335,8 @@ def test_what_a_transposed_stand_in_cannot_do_is_listed_and_refused(image: Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_types_and_memory_formats_carry_over(image: Tensor, dtype: torch.dtype) -> None:
-    for model in (Small(), Branching()):
-        model = model.to(dtype, memory_format=torch.channels_last)
+    for kind in (Small, Branching):
+        model = kind().to(dtype, memory_format=torch.channels_last)
         result = factorized(model, image.to(dtype))
         for parameter in result.parameters():
             assert parameter.dtype == dtype
@@ -388,7 +388,7 @@ def test_hostile_a_model_that_writes_to_its_parameters_is_refused(image: Tensor,
         assert "also read by" in reasons(result)["second"]
     else:
         with pytest.raises(
-            CaptureError, match="(forward (changes this|turns gradients off|sets the attr)|cannot assign)"
+            CaptureError, match=r"(forward (changes this|turns gradients off|sets the attr)|cannot assign)"
         ):
             fxfact.factorize(model)
     assert unchanged(model, before)

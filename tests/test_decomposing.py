@@ -119,7 +119,7 @@ def test_an_interrupt_cancels_what_has_not_begun_and_leaves_the_model_alone(imag
 def test_a_failure_in_a_worker_names_the_place() -> None:
     model = many()
     model[3].weight.data[0, 0, 0, 0] = float("nan")
-    with ThreadPoolExecutor(2) as executor, pytest.raises(fxfact.FxfactError, match="^3: the weight holds 1 NaN"):
+    with ThreadPoolExecutor(2) as executor, pytest.raises(fxfact.FxfactError, match=r"^3: the weight holds 1 NaN"):
         fxfact.factorize(model, executor=executor)
 
 

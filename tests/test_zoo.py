@@ -147,9 +147,7 @@ def exported(_: None, network: nn.Module, inputs: Any) -> None:
         assert relative_error(expected, call(program.module(), inputs)) < 1e-3
 
 
-def counted(
-    entry: ZooModel, model: nn.Module, plan: fxfact.Plan, verified: fxfact.Verification
-) -> dict[str, Any]:
+def counted(entry: ZooModel, model: nn.Module, plan: fxfact.Plan, verified: fxfact.Verification) -> dict[str, Any]:
     refused = Counter(kind_of(d.reason) for d in plan if d.factorization is None)
     kernels = {d.path: kernel_of(model, d) for d in plan}
     depthwise = [path for path, (size, groups, channels) in kernels.items() if groups > 1 and groups == channels]

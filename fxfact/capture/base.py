@@ -85,7 +85,7 @@ def samples_of(example_inputs: Any, sites: Sequence[ConvSite]) -> int:
     """How many samples the inputs (tensors, or what records their shapes) have: the first size of the first of them,
     unless a convolution sees no batch.
     """
-    batched = all(len(shape) == site.layer.spec.order + 2 for site in sites for shape in site.input_shapes or ())
+    batched = all(len(shape) == site.spec.order + 2 for site in sites for shape in site.input_shapes or ())
     sizes = [int(shape[0]) for shape in _shapes(example_inputs) if shape]
     return max(1, sizes[0]) if batched and sizes else 1
 

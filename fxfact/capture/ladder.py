@@ -82,8 +82,8 @@ def check_model(model: object) -> None:
     name = type(model).__name__
     if isinstance(model, fx.GraphModule) and has_hooks(model):
         raise CaptureError(
-            "the GraphModule has hooks, which copies of it lose. Remove them before; of an ExportedProgram pass itself, "
-            "not its module()."
+            "the GraphModule has hooks, which copies of it lose. Remove them before; of an ExportedProgram pass "
+            "itself, not its module()."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a ScriptModule has no Python that fxfact can read. Pass the nn.Module it was made from.")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
 
 from fxfact.capture.base import Captured, ExampleInputs, samples_of
 from fxfact.capture.observe import Observed
-from fxfact.conv_modules import COMPUTED, computes_weight, is_conv, layer_of_module, write_conv
+from fxfact.conv_modules import COMPUTED, computes_weight, is_conv, refusal_of_weight, spec_of, write_conv
 from fxfact.copying import copy_sharing
 from fxfact.errors import SpecError
 from fxfact.sites import ConvSite, tied
@@ -52,8 +51,8 @@ def dense_stand_ins(captured: Captured) -> nn.Module:
     result = copy_sharing(captured.network, {id(parameter) for parameter in captured.network.parameters()})
     for site in captured.sites:
         module = result.get_submodule(site.path)
-        stages = write_conv(site.layer.spec, cast(Tensor, module.weight), module._parameters.get("bias"))
-        stand_in(module, site.layer.spec, [site.layer.spec], stages)
+        stages = write_conv(site.spec, cast(Tensor, module.weight), module._parameters.get("bias"))
+        stand_in(module, site.spec, [site.spec], stages)
     return result
 
 
@@ -61,22 +60,20 @@ def _parse(path: str, module: nn.Module, observed: Observed | None, trusted: Col
     if reason := _refusal(path, module, observed, trusted):
         return Skip(reason, path)
     try:
-        layer = layer_of_module(module)
+        spec = spec_of(module)
     except SpecError as error:
         return Skip(str(error), path)
-    if isinstance(layer, Skip):
-        return replace(layer, subject=path)
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
     shapes = tuple(observed.calls[path].shapes) if observed else None
-    weight = cast(Tensor, module.weight)
-    return ConvSite(path=path, layer=layer, weight=weight, weight_name=f"{path}.weight", input_shapes=shapes)
+    return ConvSite(path=path, spec=spec, weight=weight, bias=bias, weight_name=f"{path}.weight", input_shapes=shapes)
 
 
 def _refusal(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> str:
     """Why a stand-in cannot take the module's place; empty where it can."""
     if trusted is not None and path not in trusted:
         return "the plan leaves it"
-    if computes_weight(module):
-        return COMPUTED
+    if reason := COMPUTED if computes_weight(module) else refusal_of_weight(cast(Tensor, module.weight)):
+        return reason
     kind = type(module)
     if observed is None:
         unknown = trusted is None and kind is not torch_type(kind)
@@ -98,9 +95,7 @@ def _held_by_others(own: nn.Module, found: dict[str, ConvSite | Skip]) -> list[S
     for site in sites:
         owners = dict.fromkeys(paths[id(own.get_submodule(name))] for name in holders[id(site.weight)])
         others = [found.get(owner) for owner in owners]
-        kinds = {
-            (other.layer.spec.groups, other.layer.spec.transposed) for other in others if isinstance(other, ConvSite)
-        }
+        kinds = {(other.spec.groups, other.spec.transposed) for other in others if isinstance(other, ConvSite)}
         if not all(isinstance(other, ConvSite) for other in others) or len(kinds) > 1:
             keeper = next(
                 (o for o in owners if not isinstance(found.get(o), ConvSite)), "a convolution of another kind"

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfact.capture.base import ExampleInputs, run_model
 from fxfact.capture.guard import ParameterGuard, storage_of
-from fxfact.conv import ConvLayer, Sizes
-from fxfact.conv_modules import is_conv, layer_of_module
+from fxfact.conv import Sizes
+from fxfact.conv_modules import is_conv, spec_of
 from fxfact.errors import SpecError
 from fxfact.skip import Skip
 from fxfact.spellings import ConvCall, looks_like_conv, read_call
@@ -141,12 +141,10 @@ class _FunctionCalls(TorchFunctionMode):
 
 def _as_described(module: nn.Module, call: ConvCall) -> bool:
     """Whether a functional call computes what the attributes of the module describe."""
-    layer = layer_of_module(module)
     try:
-        spec = call.spec_for(call.weight.shape, bias=call.bias is not None)
+        return spec_of(module) == call.spec_for(call.weight.shape, bias=call.bias is not None)
     except SpecError:
         return False
-    return isinstance(layer, ConvLayer) and layer.spec == spec
 
 
 class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]

@@ -123,11 +123,11 @@ def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -
 
 def to_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
     """Our weight (out, in / groups, *kernel) in PyTorch's layout: for a transposed one, (in, out / groups, *kernel)."""
-    return _swap_channels(weight, spec.groups) if spec.transposed else weight
+    return _swap_channels(weight, spec.groups).contiguous() if spec.transposed else weight
 
 
 def from_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
-    """The inverse of ``to_torch``."""
+    """The inverse of ``to_torch``, without copying where that can be."""
     return _swap_channels(weight, spec.groups) if spec.transposed else weight
 
 
@@ -183,7 +183,7 @@ def compose_weights(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> Te
         order_of_axes = [2 + axis + part * order for axis in range(order) for part in (0, 1)]
         size = tuple(a * b for a, b in zip(size, spec.kernel_size, strict=True))
         kernel, groups = product.permute(0, 1, *order_of_axes).reshape(spec.out_channels, inputs, *size), common
-    return kernel
+    return kernel.contiguous()  # for a grouped, dilated one that is not, PyTorch 2.13 on a CPU can crash
 
 
 def _swap_channels(weight: Tensor, groups: int) -> Tensor:

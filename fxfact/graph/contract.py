@@ -23,7 +23,7 @@ def check_contract(graph_module: fx.GraphModule, when: str) -> None:
     if graph_module.graph.python_code("self").src != graph_module.code:
         raise ContractError(f"{when}: the graph was changed but not recompiled. Call graph_module.recompile().")
     for site in match(graph_module).sites:
-        spec = site.layer.spec
+        spec = site.spec
         for node in site.nodes:
             before, after = shape_of(input_of(node)), shape_of(node)
             if before is None or after is None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxfact.conv import Sizes
-from fxfact.conv_modules import is_conv, layer_of, read_conv
+from fxfact.conv_modules import is_conv, refusal_of, refusal_of_weight, spec_of
 from fxfact.errors import SpecError
 from fxfact.graph.base import GraphSite, call_of, get_tensor, input_of, shape_of
 from fxfact.sites import tied
@@ -75,16 +75,16 @@ def _parse_module(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
         if inside:
             return Skip(f"{type(module).__name__} is a leaf of the trace; inside it is {', '.join(inside)}", path)
         return Skip(f"{type(module).__name__} is not a convolution")
-    layer = read_conv(module)
-    if isinstance(layer, Skip):
-        return replace(layer, subject=path)
+    if reason := refusal_of(module):
+        return Skip(reason, path)
     if len(node.all_input_nodes) != 1 or len(node.args) + len(node.kwargs) != 1:
         return Skip("it is called with other arguments than one input", path)
-    assert isinstance(module.weight, Tensor)
+    assert isinstance(module, nn.modules.conv._ConvNd)
     return GraphSite(
         path=path,
-        layer=layer,
+        spec=spec_of(module),
         weight=module.weight,
+        bias=module.bias,
         weight_name=f"{path}.weight",
         input_shapes=_input_shapes([node]),
         nodes=(node,),
@@ -107,13 +107,13 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
         spec = call.spec_for(weight.shape, bias=bias is not None)
     except SpecError as error:
         return Skip(str(error), node.name)
-    layer = layer_of(spec, weight, bias)
-    if isinstance(layer, Skip):
-        return replace(layer, subject=path)
+    if reason := refusal_of_weight(weight):
+        return Skip(reason, path)
     return GraphSite(
         path=path,
-        layer=layer,
+        spec=spec,
         weight=weight,
+        bias=bias,
         weight_name=attributes[0],
         input_shapes=_input_shapes([node]),
         nodes=(node,),
@@ -140,12 +140,12 @@ def _read_elsewhere(root: fx.GraphModule, verdicts: Mapping[fx.Node, GraphSite |
     kinds: dict[int, set[tuple[int, bool]]] = defaultdict(set)
     sites = {node: site for node, site in verdicts.items() if isinstance(site, GraphSite)}
     for site in sites.values():
-        kinds[id(site.weight)].add((site.layer.spec.groups, site.layer.spec.transposed))
+        kinds[id(site.weight)].add((site.spec.groups, site.spec.transposed))
     for node, site in sites.items():
         if len(kinds[id(site.weight)]) > 1:
             left[node] = Skip("its weight is used by calls with different settings", site.path)
         else:
-            bias = [] if site.attributes or site.layer.bias is None else [site.layer.bias]
+            bias = [] if site.attributes or site.bias is None else [site.bias]
             if others := set().union(*(readers[id(tensor)] for tensor in (site.weight, *bias))):
                 left[node] = Skip(f"its weight or bias is also read by {', '.join(sorted(others))}", site.path)
     return left
@@ -175,7 +175,7 @@ def _joined(path: str, nodes: list[fx.Node], verdicts: Mapping[fx.Node, GraphSit
     """One site for all calls of one convolution; a Skip where functional calls use one weight differently."""
     calls = [verdict for node in nodes if isinstance(verdict := verdicts[node], GraphSite)]
     first = calls[0]
-    if any(site.layer.spec != first.layer.spec or site.attributes != first.attributes for site in calls):
+    if any(site.spec != first.spec or site.attributes != first.attributes for site in calls):
         return Skip("its weight is used by calls with different settings", path)
     return replace(first, nodes=tuple(nodes), input_shapes=_input_shapes(nodes))
 

@@ -20,7 +20,7 @@ from fxfact.sites import ConvSite
 
 Weights = Literal["decompose", "empty"]
 Progress = bool | Callable[..., Iterable[Any]]
-_Job = tuple[ConvLayer, Decision, int | None]
+_Job = tuple[ConvSite, Decision, int | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,32 +58,32 @@ class Decomposing:
         Sites that share a weight share the stages' weights. Raises WeightError, RankError.
         """
         own = [decision for decision in plan.rewrites if sites[decision.path].tied_to is None]
-        results = zip(own, self._weights([(_detached(sites[d.path].layer), d) for d in own]), strict=True)
+        results = zip(own, self._weights([(sites[d.path], d) for d in own]), strict=True)
         made: dict[str, tuple[list[Tensor], float | None]] = {}
         for decision in plan.rewrites:
             site = sites[decision.path]
             if site.tied_to is None:
                 _, made[decision.path] = next(results)
             weights, error = made[site.tied_to or site.path]
-            stages = write_chain(decision.stages, weights, site.layer.bias, like=site.weight)
+            stages = write_chain(decision.stages, weights, site.bias, like=site.weight)
             made[site.path] = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)], error
             yield Chain(site.path, stages, error)
 
-    def _weights(self, jobs: Sequence[tuple[ConvLayer, Decision]]) -> Iterable[tuple[list[Tensor], float | None]]:
+    def _weights(self, jobs: Sequence[tuple[ConvSite, Decision]]) -> Iterable[tuple[list[Tensor], float | None]]:
         if self.weights == "empty":
-            return (([layer.weight.new_empty(s.weight_shape) for s in d.stages], None) for layer, d in jobs)
+            return (([site.weight.new_empty(s.weight_shape) for s in d.stages], None) for site, d in jobs)
         seeds = [None if self.generator is None else _seed(self.generator) for _ in jobs]
         return self._shown(self._results([(*job, seed) for job, seed in zip(jobs, seeds, strict=True)]), len(jobs))
 
     def _results(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[Tensor], float]]:
         if self.executor is None:
-            yield from (_decompose(*job) for job in jobs)
+            yield from (_decompose(site.layer, decision, seed) for site, decision, seed in jobs)
             return
         waiting: deque[Future[tuple[list[Tensor], float]]] = deque()
         workers = getattr(self.executor, "_max_workers", None) or os.cpu_count() or 1
         try:
-            for job in jobs:
-                waiting.append(self.executor.submit(_decompose, *job))
+            for site, decision, seed in jobs:
+                waiting.append(self.executor.submit(_decompose, site.layer, decision, seed))
                 if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -125,10 +125,6 @@ def _decompose(layer: ConvLayer, decision: Decision, seed: int | None) -> tuple[
     norm = float(dense.to(wide).norm())
     missed = float((compose(chain).to(wide) - dense.to(wide)).norm())
     return [stage.weight for stage in chain.layers], missed / norm if norm else 0.0
-
-
-def _detached(layer: ConvLayer) -> ConvLayer:
-    return ConvLayer(layer.spec, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
 
 def _seed(generator: torch.Generator) -> int:

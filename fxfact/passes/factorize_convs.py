@@ -40,7 +40,7 @@ class FactorizeConvs(PassBase):
         if not self._plan.rewrites or (history and history[-1].plan == self._plan):
             return PassResult(graph_module, False)
         theirs = {site.path: site for site in match(graph_module).sites}
-        self._plan.check_fits({path: (site.layer.spec, site.tied_to) for path, site in theirs.items()})
+        self._plan.check_fits({path: (site.spec, site.tied_to) for path, site in theirs.items()})
         replaced = {id(theirs[decision.path].weight) for decision in self._plan.rewrites}
         result = copy_sharing(graph_module, replaced)
         assert isinstance(result, fx.GraphModule)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from fxfact.conv import ConvLayer
-from fxfact.conv_modules import layer_of_module
 from fxfact.copying import copy_sharing
 from fxfact.passes.base import Applied, record
 from fxfact.passes.decomposing import Decomposing
@@ -19,12 +17,12 @@ from fxfact.stand_ins import stand_in
 
 def swap_convs(network: nn.Module, sites: Mapping[str, ConvSite], plan: Plan, decomposing: Decomposing) -> nn.Module:
     """A copy of ``network`` with a stand-in for every planned convolution. Raises PlanError, WeightError, RankError."""
-    plan.check_fits({path: (site.layer.spec, site.tied_to) for path, site in sites.items()})
+    plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()})
     result = copy_sharing(network, {id(sites[decision.path].weight) for decision in plan.rewrites})
     theirs = {path: _in(result, site) for path, site in sites.items()}
     errors = {}
     for chain in decomposing.chains(plan, theirs):
-        spec, specs = sites[chain.path].layer.spec, plan[chain.path].stages
+        spec, specs = sites[chain.path].spec, plan[chain.path].stages
         stand_in(result.get_submodule(chain.path), spec, specs, chain.stages)
         errors[chain.path] = chain.error
     record(result, Applied(plan, errors))
@@ -33,8 +31,7 @@ def swap_convs(network: nn.Module, sites: Mapping[str, ConvSite], plan: Plan, de
 
 def _in(network: nn.Module, site: ConvSite) -> ConvSite:
     """The same site in a copy of the network."""
-    module = network.get_submodule(site.path)
-    layer, weight = layer_of_module(module), module.weight
-    assert isinstance(layer, ConvLayer)
-    assert isinstance(weight, Tensor)
-    return replace(site, layer=layer, weight=weight)
+    held = network.get_submodule(site.path)._parameters
+    weight = held["weight"]
+    assert weight is not None
+    return replace(site, weight=weight, bias=held.get("bias"))

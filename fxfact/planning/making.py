@@ -60,7 +60,7 @@ def make_plan(
 
 def _network(captured: Captured) -> Cost:
     """The whole network: its parameters, and the buffers that convolutions take as their weights."""
-    tensors = [*captured.network.parameters(), *(t for site in captured.sites for t in (site.weight, site.layer.bias))]
+    tensors = [*captured.network.parameters(), *(t for site in captured.sites for t in (site.weight, site.bias))]
     params = sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
     return Cost(params, captured.macs)
 
@@ -69,7 +69,7 @@ def _undecided(item: ConvSite | Skip, samples: int) -> Decision:
     if isinstance(item, Skip):
         return Decision(path=item.subject, spec=None, reason=item.reason)
     sizes = item.input_sizes(samples)
-    return Decision(path=item.path, spec=item.layer.spec, input_sizes=sizes, tied_to=item.tied_to)
+    return Decision(path=item.path, spec=item.spec, input_sizes=sizes, tied_to=item.tied_to)
 
 
 def _decided(decision: Decision, choice: Choice | Skip) -> Decision:
