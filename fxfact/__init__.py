@@ -2,17 +2,22 @@
 
 The way of the data, top down, which is also the way of the imports::
 
-    api, cli, demo       what a user calls
-    inspection           graphs, shown
-    verification         is a rewritten graph right?
-    passes               a plan carried out on a graph
-    planning             what is to be done: values to print, edit and save
-    ranks, nn            which rank for which convolution; factorized layers
-    graph                torch.fx only: capture, match, splice
-    factorizations       (convolution, rank) -> chain; knows no graph
-    conv_modules, cost   nn.Conv1d/2d/3d <-> conv; parameters and MACs
-    conv, tensor         convolutions and chains as values; decompositions of plain tensors
-    errors, skip         how "no" is said
+    api, cli, demo           what a user calls
+    inspection               graphs, shown
+    verification             is a rewritten network right?
+    passes                   a plan carried out: on a graph, or on the model's own modules
+    planning                 what is to be done: values to print, edit and save
+    ranks, nn                which rank for which convolution; factorized layers
+    capture                  a model becomes rewritable: traced, by its modules, or exported
+    graph                    torch.fx only: match, fold, splice
+    factorizations           (convolution, rank) -> chain; knows no graph
+    sites, stand_ins         where a convolution is; what takes its place in a model's own Python
+    folding                  weights computed from others become parameters
+    conv_modules, spellings  modules and functions of PyTorch's <-> conv
+    cost                     parameters and MACs
+    copying, comparing       private copies of models; how far apart two outputs are
+    conv, tensor             convolutions and chains as values; decompositions of plain tensors
+    errors, skip             how "no" is said
 """
 
 from fxfact import factorizations, nn, passes

@@ -39,6 +39,7 @@ def factorize(
     allow_growth: bool = False,
     capture: How = "auto",
     fold_weights: bool = False,
+    leaves: str | Sequence[str] = (),
     verify: bool = False,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
@@ -63,7 +64,7 @@ def factorize(
     decomposing = Decomposing(generator=generator, executor=executor, progress=progress)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights)
+    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     decided = make_plan(
         captured,
         _name(model),
@@ -71,7 +72,6 @@ def factorize(
         include=include,
         exclude=exclude,
         allow_growth=allow_growth,
-        fold_weights=fold_weights,
     )
     result = _carry_out(decided, captured, decomposing)
     if verify and decided.rewrites and captured.example_inputs is not None:
@@ -92,6 +92,7 @@ def plan(
     allow_growth: bool = False,
     capture: How = "auto",
     fold_weights: bool = False,
+    leaves: str | Sequence[str] = (),
 ) -> Plan:
     """Decide what every convolution becomes, without doing it. ``print`` the plan, edit it, save it, ``apply`` it.
 
@@ -109,10 +110,11 @@ def plan(
         modules are replaced where they stand; 'export', for an ExportedProgram. 'auto' takes what reaches most.
     fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm, parametrizations,
         pruning, standardisation in a graph) parameters, with the values they have in evaluation mode.
+    leaves: globs on the paths of modules that tracing keeps whole, and so leaves alone.
     budget, calibration: not in this version.
     """
     strategy = _strategy(factorization, rank, budget, calibration)
-    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights)
+    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     return make_plan(
         captured,
         _name(model),
@@ -120,7 +122,6 @@ def plan(
         include=include,
         exclude=exclude,
         allow_growth=allow_growth,
-        fold_weights=fold_weights,
     )
 
 
@@ -144,7 +145,7 @@ def apply(
         raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
     trusted = [decision.path for decision in plan if decision.spec is not None]
     how = cast(How, plan.capture)
-    captured = capture_model(model, how=how, fold_weights=plan.fold_weights, trusted=trusted)
+    captured = capture_model(model, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
     return cast(_Model, _carry_out(plan, captured, decomposing))
 
 

@@ -166,7 +166,7 @@ def _prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
     if plan.fold_weights or isinstance(original, ExportedProgram):
         how: Any = plan.capture
         trusted = [decision.path for decision in plan.rewrites]
-        return capture(original, how=how, fold_weights=plan.fold_weights, trusted=trusted).network
+        return capture(original, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted).network
     return private_copy(original)
 
 

@@ -121,6 +121,26 @@ def test_a_forced_rung_says_why_it_fails(image: Tensor) -> None:
         fxfact.factorize(Branching(), example_inputs=image, capture="trace")
 
 
+def test_leaves_are_not_looked_into(image: Tensor) -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Conv2d(4, 4, 3, padding=1)
+            self.inside = Branching()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inside(self.before(x))
+
+    result = factorized(Holding(), image, leaves="inside", capture="trace")
+    plan = fxfact.plan_of(result)
+    assert [d.path for d in plan.rewrites] == ["before"]
+    assert "inside it is first, second" in plan["inside"].reason
+    assert fxfact.apply(fxfact.Plan.from_json(plan.to_json()), Holding())(image).shape == (3, 5)
+    assert len(fxfact.plan(Holding(), example_inputs=image, leaves="inside").rewrites) == 3  # by its modules
+    with pytest.raises(ArgumentError, match="no module at 'outside'"):
+        fxfact.plan(Holding(), leaves=["outside"])
+
+
 def test_the_rung_that_reaches_more_is_taken(small: Small, image: Tensor) -> None:
     small.first.register_forward_pre_hook(lambda module, args: None)
     plan = fxfact.plan(small, example_inputs=image)

@@ -36,9 +36,9 @@ class Captured:
 
     ``rung``: 'trace', ``network`` is a graph of the whole model; 'modules', it is the model itself, keeping its own
     Python; 'export', it is the graph of ``program``. ``found`` has every convolution, in the order of the calls.
-    ``macs`` is the whole network's for one sample, None without example inputs. ``folded`` names the weights that were
-    computed from others. ``compared``: with the model, on ``example_inputs``. ``refused`` says why higher rungs, or
-    those that reach fewer convolutions, were not taken.
+    ``macs`` is the whole network's for one sample, None without example inputs. ``fold_weights`` and
+    ``leaves`` are what was asked for. ``compared``: with the model, on ``example_inputs``. ``refused`` says why higher
+    rungs, or those that reach fewer convolutions, were not taken.
     """
 
     rung: Rung
@@ -47,7 +47,8 @@ class Captured:
     macs: int | None
     samples: int
     program: ExportedProgram | None = None
-    folded: tuple[str, ...] = ()
+    fold_weights: bool = False
+    leaves: tuple[str, ...] = ()
     compared: bool = False
     example_inputs: ExampleInputs | None = None
     refused: tuple[str, ...] = ()

@@ -22,7 +22,8 @@ def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Ca
     """The convolutions of an exported program. Raises CaptureError where it has no example inputs any more."""
     graph_module = private_copy(program.module(check_guards=False))
     assert isinstance(graph_module, fx.GraphModule)
-    folded = fold_computed_weights(graph_module) if fold_weights else ()
+    if fold_weights:
+        fold_computed_weights(graph_module)
     graph_module.recompile()
     check_contract(graph_module, "behind the capture of an ExportedProgram")
     found = match(graph_module)
@@ -36,7 +37,7 @@ def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Ca
         samples=samples,
         program=program,
         example_inputs=inputs,
-        folded=folded,
+        fold_weights=fold_weights,
     )
 
 

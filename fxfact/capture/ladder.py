@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,17 +36,19 @@ def capture(
     *,
     how: How = "auto",
     fold_weights: bool = False,
+    leaves: str | Sequence[str] = (),
     trusted: Collection[str] | None = None,
 ) -> Captured:
     """Make a model ready for rewriting, without touching it.
 
     ``how``: 'trace', as one graph; 'modules', keeping the model's own Python; 'export', as an ExportedProgram. With
-    ``example_inputs`` (a tuple is the arguments, a mapping the keyword arguments, a tensor one argument) each of them is
-    compared with the model itself, on them and on others drawn alike, and 'auto' takes the one of the first two that
-    reaches most convolutions, a graph where they are level. Without, 'auto' is a graph, and of an ExportedProgram
+    ``example_inputs`` (a tuple is the arguments, a mapping the keyword arguments, a tensor one argument) each of them
+    is compared with the model itself, on them and on others drawn alike, and 'auto' takes the one of the first two
+    that reaches most convolutions, a graph where they are level. Without, 'auto' is a graph, and of an ExportedProgram
     always the third.
-    ``fold_weights`` makes weights that are computed from other parameters parameters themselves. ``trusted`` names,
-    for 'modules', the convolutions that an earlier capture found.
+    ``fold_weights`` makes weights that are computed from other parameters parameters themselves. ``leaves`` are globs
+    on the paths of modules that tracing does not look into. ``trusted`` names, for 'modules', the convolutions that an
+    earlier capture found.
     Raises ArgumentError, ArgumentTypeError, CaptureError.
     """
     if how not in get_args(How):
@@ -60,16 +63,29 @@ def capture(
     own = private_copy(model)
     if fold_weights:
         fold(own)
+    globs = _globs(leaves, own)
     without_values = any(parameter.is_meta for parameter in own.parameters())
     reference = None if example_inputs is None or without_values else _Reference.of(model, own, example_inputs)
     rungs: dict[Rung, Callable[[], Captured]] = {
-        "trace": lambda: _checked(trace(_again(own), example_inputs, fold_weights=fold_weights), reference),
+        "trace": lambda: _checked(
+            trace(_again(own), example_inputs, fold_weights=fold_weights, leaves=globs), reference
+        ),
         "modules": lambda: _checked_modules(own, example_inputs, reference, trusted),
     }
     tried = {rung: climb for rung, climb in rungs.items() if how in ("auto", rung)}
     if how == "auto" and reference is None:
         del tried["modules"]  # what forward does to its modules only a run can show
-    return replace(_best(tried, type(model).__name__), example_inputs=example_inputs)
+    best = _best(tried, type(model).__name__)
+    return replace(best, example_inputs=example_inputs, fold_weights=fold_weights, leaves=globs)
+
+
+def _globs(leaves: str | Sequence[str], own: nn.Module) -> tuple[str, ...]:
+    patterns = (leaves,) if isinstance(leaves, str) else tuple(leaves)
+    paths = [path for path, _ in own.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ArgumentError(f"leaves: no module at {pattern!r}")
+    return patterns
 
 
 def check_model(model: object) -> None:
@@ -174,7 +190,7 @@ def _best(rungs: dict[Rung, Callable[[], Captured]], name: str) -> Captured:
         try:
             found = climb()
         except CaptureError as error:
-            refused.append(f"{rung}: {error}")
+            refused.append(f"{rung}: {str(error).rstrip('.')}")
             continue
         if best is None or len(found.sites) > len(best.sites):
             if best is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxfact.capture.base import Captured, ExampleInputs, check_arguments, reason_of, samples_of
+from fxfact.capture.base import Captured, ExampleInputs, check_arguments, drawn_from_seed, reason_of, samples_of
 from fxfact.capture.guard import ParameterGuard
 from fxfact.conv_modules import has_hooks, is_conv
 from fxfact.copying import private_copy
@@ -18,10 +19,17 @@ from fxfact.graph import check_contract, fold_computed_weights, match, record_sh
 from fxfact.skip import Skip
 
 
-def trace(own: nn.Module, example_inputs: ExampleInputs | None, *, fold_weights: bool = False) -> Captured:
+def trace(
+    own: nn.Module,
+    example_inputs: ExampleInputs | None,
+    *,
+    fold_weights: bool = False,
+    leaves: Sequence[str] = (),
+) -> Captured:
     """Capture a private copy of a model as a graph. A GraphModule, whose graph says what it does, is taken as it is.
 
-    ``example_inputs`` give the graph its shapes; nothing is computed on them. Raises CaptureError where torch.fx cannot
+    ``example_inputs`` give the graph its shapes; nothing is computed on them. ``leaves`` are globs on the paths of
+    modules that are not looked into. Raises CaptureError where torch.fx cannot
     trace the model, or where its graph would not do what the model does: hooks, buffers that forward changes,
     gradients that it turns off, and Python that depends on the training mode are lost in tracing.
     """
@@ -29,8 +37,8 @@ def trace(own: nn.Module, example_inputs: ExampleInputs | None, *, fold_weights:
     if isinstance(own, fx.GraphModule):
         traced = own
     else:
-        traced = _traced(own, name)
-        _check_modes(own, traced)
+        traced = _traced(own, name, leaves)
+        _check_modes(own, traced, leaves)
     known = dict(own.named_modules())
     for path, module in traced.named_modules():
         module.training = known[path].training if path in known else own.training
@@ -38,7 +46,7 @@ def trace(own: nn.Module, example_inputs: ExampleInputs | None, *, fold_weights:
     traced.recompile()
     total = None
     if example_inputs is not None:
-        total = record_shapes(traced, _placeholder_values(traced, own, example_inputs))
+        total = _record_shapes(traced, _placeholder_values(traced, own, example_inputs))
     check_contract(traced, f"behind the capture of {name}")
     found = match(traced)
     samples = samples_of(_recorded_inputs(traced) if example_inputs is None else example_inputs, found.sites)
@@ -48,7 +56,6 @@ def trace(own: nn.Module, example_inputs: ExampleInputs | None, *, fold_weights:
         found=(*found.found, *_unreached(own, traced, folded)),
         macs=None if total is None else total // samples,
         samples=samples,
-        folded=folded,
     )
 
 
@@ -64,8 +71,13 @@ class _Tracer(fx.Tracer):
 
     record_stack_traces = True
 
+    def __init__(self, leaves: Sequence[str] = ()) -> None:  # torch.fx makes one of its own to unpickle a graph
+        super().__init__()
+        self._leaves = leaves
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return hasattr(module, "parametrizations") or super().is_leaf_module(module, qualified_name)
+        asked = any(fnmatchcase(qualified_name, pattern) for pattern in self._leaves)
+        return asked or hasattr(module, "parametrizations") or super().is_leaf_module(module, qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -78,8 +90,8 @@ class _GradientsStayOn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _traced(own: nn.Module, name: str) -> fx.GraphModule:
-    tracer = _Tracer()
+def _traced(own: nn.Module, name: str, leaves: Sequence[str]) -> fx.GraphModule:
+    tracer = _Tracer(leaves)
     buffers = _buffers(own)
     with torch.enable_grad(), ParameterGuard(own) as guard:
         graph = _graph(tracer, own)
@@ -104,7 +116,7 @@ def _graph(tracer: fx.Tracer, own: nn.Module) -> fx.Graph:
         raise CaptureError(f"torch.fx cannot trace forward: {reason_of(error)}") from error
 
 
-def _check_modes(own: nn.Module, traced: fx.GraphModule) -> None:
+def _check_modes(own: nn.Module, traced: fx.GraphModule, leaves: Sequence[str]) -> None:
     """Raise CaptureError where forward does different things in training and in evaluation, leaf modules apart."""
     for training in (True, False):
         if all(module.training == training for module in own.modules()):
@@ -113,7 +125,7 @@ def _check_modes(own: nn.Module, traced: fx.GraphModule) -> None:
         for module in other.modules():
             module.training = training
         try:
-            code = _traced(other, "").code
+            code = _traced(other, "", leaves).code
         except CaptureError as error:
             raise CaptureError(f"traced with training={training} it fails: {error}") from error
         if code != traced.code:
@@ -143,6 +155,15 @@ def _placeholder_values(graph_module: fx.GraphModule, model: nn.Module, example_
             value = bound.arguments[str(node.target).lstrip("*")]
             values += value if str(node.target).startswith("*") else [value]
     return values
+
+
+def _record_shapes(traced: fx.GraphModule, values: list[Any]) -> int:
+    """Without computing anything, unless a leaf decides by values."""
+    try:
+        return record_shapes(traced, values)
+    except CaptureError:
+        with ParameterGuard(traced), drawn_from_seed():
+            return record_shapes(traced, values, fake=False)
 
 
 def _recorded_inputs(graph_module: fx.GraphModule) -> list[Any]:

@@ -123,7 +123,7 @@ def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -
 
 def to_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
     """Our weight (out, in / groups, *kernel) in PyTorch's layout: for a transposed one, (in, out / groups, *kernel)."""
-    return _swap_channels(weight, spec.groups).contiguous() if spec.transposed else weight
+    return _plainly_strided(_swap_channels(weight, spec.groups)) if spec.transposed else weight
 
 
 def from_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
@@ -183,7 +183,15 @@ def compose_weights(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> Te
         order_of_axes = [2 + axis + part * order for axis in range(order) for part in (0, 1)]
         size = tuple(a * b for a, b in zip(size, spec.kernel_size, strict=True))
         kernel, groups = product.permute(0, 1, *order_of_axes).reshape(spec.out_channels, inputs, *size), common
-    return kernel.contiguous()  # for a grouped, dilated one that is not, PyTorch 2.13 on a CPU can crash
+    return _plainly_strided(kernel)
+
+
+def _plainly_strided(weight: Tensor) -> Tensor:
+    """Contiguous, and with the strides that a new tensor would have on axes of size 1 too, where others do not count.
+
+    PyTorch 2.13 reads them as a memory format, and can crash: a grouped ``conv1d`` with kernel size 1 and dilation 3.
+    """
+    return weight.reshape(-1).reshape(weight.shape)
 
 
 def _swap_channels(weight: Tensor, groups: int) -> Tensor:

@@ -46,5 +46,8 @@ def shape_of(node: fx.Node) -> Sizes | None:
 def get_tensor(root: nn.Module, target: str) -> Tensor | None:
     """The parameter or buffer at a dotted path, or None where there is none."""
     owner, _, name = target.rpartition(".")
-    found = getattr(root.get_submodule(owner), name, None)
+    try:
+        found = getattr(root.get_submodule(owner), name, None)
+    except AttributeError:
+        return None
     return found if isinstance(found, Tensor) else None

@@ -18,20 +18,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxfact.errors import CaptureError
 
 
-def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any]) -> int:
+def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any], *, fake: bool = True) -> int:
     """Record ``tensor_meta`` for these placeholder values in every node; returns the multiply-accumulates.
 
-    Nothing is computed: the values and the network become fake tensors. Raises CaptureError where the network cannot
-    run on them.
+    With ``fake`` nothing is computed: the values and the network become fake tensors; a network that decides by values
+    needs real ones. Raises CaptureError where the network cannot run on them.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in values]
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    own = [value.detach().clone() if isinstance(value, Tensor) and not fake else value for value in values]
     try:
-        with _quiet():
+        with _quiet(), _buffers_kept(graph_module), torch.no_grad():
             propagation = ShapeProp(graph_module, mode)
-            propagation.propagate(*values)
-        with mode, FlopCounterMode(display=False) as counter:
-            fx.Interpreter(propagation.fake_module).run(*fakes)
+            propagation.propagate(*own)
+            with mode or contextlib.nullcontext(), FlopCounterMode(display=False) as counter:
+                runnable = propagation.fake_module if mode else graph_module
+                fx.Interpreter(runnable).run(*(_fake(value, mode) for value in own))
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise CaptureError(
@@ -43,7 +44,7 @@ def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any]) -> int:
 def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = tree_map(lambda value: mode.from_tensor(value) if isinstance(value, Tensor) else value, (args, kwargs))
+    fakes = tree_map(lambda value: _fake(value, mode), (args, kwargs))
     with _buffers_kept(graph_module), mode, FlopCounterMode(display=False) as counter:
         graph_module(*fakes[0], **fakes[1])
     return int(counter.get_total_flops()) // 2
@@ -57,7 +58,7 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             fakes = [_empty(node.meta["tensor_meta"], device) for node in placeholders]
-        with _quiet():
+        with _quiet(), contextlib.suppress(RuntimeError):  # one that decides by values keeps the shapes it has
             ShapeProp(graph_module, mode).propagate(*fakes)
     values = [node.meta.get("val") for node in placeholders]
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
@@ -65,6 +66,10 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
         modes[0].allow_non_fake_inputs = True
         with _buffers_kept(graph_module):
             FakeTensorProp(graph_module, modes[0]).propagate_dont_convert_inputs(*values)
+
+
+def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
+    return mode.from_tensor(value) if mode and isinstance(value, Tensor) else value
 
 
 def _empty(recorded: Any, device: torch.device) -> Any:

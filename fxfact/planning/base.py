@@ -87,7 +87,7 @@ class Plan:
     ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample. ``capture`` is the
     way in which the model was captured ('trace', 'modules' or 'export'), ``refused`` why others were not taken, and
     ``compared`` whether what was captured computed the same as the model on its example inputs. ``fold_weights``:
-    computed weights were made parameters.
+    computed weights were made parameters. ``leaves``: modules that were not looked into.
     """
 
     model: str
@@ -96,6 +96,7 @@ class Plan:
     capture: str = "trace"
     compared: bool = False
     fold_weights: bool = False
+    leaves: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
     @cached_property
@@ -194,7 +195,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain data: numbers, strings, lists and dicts."""
         decisions = [_decision_to_json(decision) for decision in self.decisions]
-        plain = {name: getattr(self, name) for name in ("model", "capture", "compared", "fold_weights", "refused")}
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**_FORMAT, **plain, "network": asdict(self.network), "decisions": decisions}
 
     @classmethod
@@ -206,15 +207,8 @@ class Plan:
         known = {kind.name: kind for kind in (*FACTORIZATIONS, *factorizations)}
         try:
             decisions = tuple(_decision_from_json(entry, known) for entry in data["decisions"])
-            plan = cls(
-                model=data["model"],
-                network=Cost(**data["network"]),
-                decisions=decisions,
-                capture=data["capture"],
-                compared=data["compared"],
-                fold_weights=data["fold_weights"],
-                refused=tuple(data["refused"]),
-            )
+            values = {field.name: _tuples(data[field.name]) for field in fields(cls)}
+            plan = cls(**{**values, "network": Cost(**data["network"]), "decisions": decisions})
             str(plan)  # computes every layout
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):

@@ -26,7 +26,6 @@ def make_plan(
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
-    fold_weights: bool = False,
 ) -> Plan:
     """Decide every convolution; ``include`` and ``exclude`` are globs on the path, or predicates on (path, spec)."""
     included, excluded = _predicate("include", include), _predicate("exclude", exclude)
@@ -53,7 +52,8 @@ def make_plan(
         decisions=tuple(decisions.values()),
         capture=captured.rung,
         compared=captured.compared,
-        fold_weights=fold_weights,
+        fold_weights=captured.fold_weights,
+        leaves=captured.leaves,
         refused=captured.refused,
     )
 
