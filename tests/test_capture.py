@@ -462,6 +462,22 @@ def test_sparse_quantized_and_complex_weights_are_listed(image: Tensor) -> None:
     plan = fxfact.plan(nn.Sequential(nn.Conv2d(4, 4, 3, dtype=torch.complex64)), example_inputs=image.to(torch.cfloat))
     assert "complex64" in plan["0"].reason
 
+    class Sharded(torch.Tensor):
+        pass
+
+    sharded = nn.Sequential(nn.Conv2d(4, 4, 3))
+    sharded[0].weight = nn.Parameter(torch.randn(4, 4, 3, 3).as_subclass(Sharded))
+    assert fxfact.plan(sharded)["0"].reason == "its weight is a Sharded, not a plain tensor"
+
+
+def test_wrappers_are_refused_with_the_way_out(small: Small) -> None:
+    class FSDPSmall(Small):
+        """What torch.distributed.fsdp.fully_shard makes of a class is called so."""
+
+    for wrapped in (nn.DataParallel(small), torch.compile(small), FSDPSmall()):
+        with pytest.raises(CaptureError, match="wraps the network: factorize what it wraps"):
+            fxfact.factorize(wrapped)
+
 
 def test_random_numbers_and_the_callers_inputs_are_left_alone(image: Tensor) -> None:
     class InPlace(Branching):

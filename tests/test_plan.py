@@ -270,8 +270,6 @@ def test_bad_models_are_refused(small: Small, image: Tensor) -> None:
     lazy = nn.Sequential(nn.LazyConv2d(4, 3))
     for model, words in (
         (torch.relu, "torch.nn.Module"),
-        (nn.DataParallel(small), "wraps the network"),
-        (torch.compile(small), "wraps the network"),
         (Uncopyable(), "cannot be copied"),
         (lazy, "0.weight: the parameter is lazy"),
         (torch.jit.trace(small, image), "ScriptModule"),
