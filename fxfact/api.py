@@ -13,9 +13,19 @@ from torch.export import ExportedProgram
 
 from fxfact.capture import Captured, ExampleInputs, How, reexport
 from fxfact.capture import capture as capture_model
-from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError
+from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations import Factorization, RankRequest
-from fxfact.passes import Applied, Decomposing, FactorizeConvs, Progress, Weights, applied, record, swap_convs
+from fxfact.passes import (
+    Applied,
+    Decomposing,
+    FactorizeConvs,
+    Progress,
+    Weights,
+    applied,
+    last_plan,
+    record,
+    swap_convs,
+)
 from fxfact.planning import Plan, Selection, make_plan
 from fxfact.ranks import Requested
 from fxfact.verification import check_rewrite
@@ -151,12 +161,10 @@ def apply(
 
 def plan_of(network: nn.Module | ExportedProgram) -> Plan:
     """The plan (the last, if there were several) that made this network. Raises PlanError where none did."""
-    history = applied(network.graph_module if isinstance(network, ExportedProgram) else network)
-    if not history:
-        raise PlanError(f"{type(network).__name__} was not made by a plan. fxfact.factorize returns one that was.")
-    return history[-1].plan
+    return last_plan(network)
 
 
+@torch.inference_mode(False)  # whose parameters could never be trained
 def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Module | ExportedProgram:
     if captured.rung == "modules":
         return swap_convs(captured.network, {site.path: site for site in captured.sites}, plan, decomposing)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fxfact.conv import ConvLayer, ConvSpec, compose_weights, from_torch, same_padding, to_torch
+from fxfact.errors import SpecError
 from fxfact.skip import Skip
 
-COMPUTED = "its weight is computed from other parameters: pass fold_weights=True to make it one"
+COMPUTED = "its weight or bias is computed from other parameters: fold_weights=True folds what torch.nn.utils computes"
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PADS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -47,13 +48,22 @@ def refusal_of(module: nn.Module) -> str:
     kind = type(module)
     if not is_conv(module):
         return f"{kind.__name__} is not a convolution"
-    if computes_weight(module):
-        return COMPUTED
+    if reason := refusal_of_state(module):
+        return reason
     if kind not in CONV_TYPES + TRANSPOSED_TYPES:
         return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else"
-    if has_hooks(module):
-        return "it has hooks, which a factorized convolution would lose"
-    return refusal_of_weight(cast(Tensor, module.weight))
+    return "it has hooks, which a factorized convolution would lose" if has_hooks(module) else ""
+
+
+def refusal_of_state(module: nn.Module) -> str:
+    """Why what a convolution holds is not, or not only, what its attributes describe; empty where it is."""
+    if computes_weight(module):
+        return COMPUTED
+    if {"forward", "_conv_forward"} & set(vars(module)):
+        return "its forward was replaced on this one module"
+    if module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks:
+        return "it has hooks on its state_dict, which a factorized convolution would lose"
+    return refusal_of_weight(cast(Tensor, module.weight)) or _contradiction(module)
 
 
 def refusal_of_weight(weight: Tensor) -> str:
@@ -65,9 +75,27 @@ def refusal_of_weight(weight: Tensor) -> str:
     return "" if weight.layout == torch.strided else f"its weight is {weight.layout}, not strided"
 
 
+def _contradiction(module: nn.Module) -> str:
+    """What of a convolution's attributes does not fit the rest of it; empty where all does."""
+    try:
+        spec = spec_of(module)
+    except SpecError as error:
+        return str(error)
+    found = tuple(cast(Tensor, module.weight).shape)
+    first = (spec.in_channels, spec.out_channels // spec.groups)
+    shape = (*first, *spec.kernel_size) if spec.transposed else spec.weight_shape
+    if found != shape:
+        return f"its attributes describe a weight of {shape}, but it has one of {found}"
+    amounts = [amount for pair in reversed(spec.padding) for amount in pair]
+    stale = spec.padding_mode != "zeros" and list(cast(Any, module)._reversed_padding_repeated_twice) != amounts
+    return "its padding was changed after it was made, which padding_mode does not follow" if stale else ""
+
+
 def computes_weight(module: nn.Module) -> bool:
-    """Whether a convolution's weight is made from other parameters, by a parametrization or by a hook."""
-    return hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), nn.Parameter)
+    """Whether a convolution's weight or bias is made from other parameters, by a parametrization or by a hook."""
+    bias_elsewhere = getattr(module, "bias", None) is not None and module._parameters.get("bias") is None
+    plain = isinstance(module._parameters.get("weight"), nn.Parameter) and not bias_elsewhere
+    return hasattr(module, "parametrizations") or not plain
 
 
 def spec_of(module: nn.Module) -> ConvSpec:

@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxfact.conv_modules import is_conv
+from fxfact.conv_modules import computes_weight, is_conv
 
 _SOURCES = ("_g", "_v", "_u", "_orig", "_mask")
 
@@ -26,15 +26,16 @@ def fold_weights(network: nn.Module) -> None:
     hooks ``weight_norm`` and ``spectral_norm``, and ``prune``. The tensors they were computed from are dropped, not
     written to.
     """
-    for module in network.modules():
-        if is_conv(module):
-            training = module.training
+    for module in list(network.modules()):
+        if is_conv(module) and computes_weight(module):
+            modes = {part: part.training for part in module.modules()}
             module.eval()
             with torch.no_grad():
                 _fold_parametrizations(module)
                 _fold_hooks(module)
             _drop_state_dict_hooks(module)
-            module.train(training)
+            for part, training in modes.items():
+                part.training = training
 
 
 def _fold_parametrizations(module: nn.Module) -> None:

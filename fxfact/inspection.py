@@ -16,7 +16,7 @@ from fxfact.capture import Captured, ExampleInputs, capture
 from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.conv_modules import is_conv, read_conv
 from fxfact.cost import Cost, cost_of
-from fxfact.errors import CaptureError
+from fxfact.errors import ArgumentError, CaptureError
 from fxfact.graph import match
 from fxfact.passes import Applied, applied
 from fxfact.sites import ConvSite, path_of
@@ -85,6 +85,8 @@ def diff(
     Where one of them has no graph, for it keeps its own Python, the modules of both are compared. ``-`` marks what is
     only in ``before``, ``+`` what is only in ``after``. Empty where they are alike.
     """
+    if width < 10 or context < 0:
+        raise ArgumentError(f"width must be at least 10 and context at least 0, got {width}, {context}")
     networks = [_looked_at(before).network, _looked_at(after).network]
     graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
     left, right = map(_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)

@@ -21,7 +21,7 @@ from fxfact.conv_modules import composed
 from fxfact.copying import private_copy
 from fxfact.errors import CaptureError, PlanError, VerificationError
 from fxfact.graph import get_tensor
-from fxfact.passes import applied
+from fxfact.passes import last_plan
 from fxfact.planning import Plan
 from fxfact.spellings import looks_like_conv
 
@@ -74,7 +74,7 @@ def verify(
 
     Raises PlanError where ``factorized`` was not made by a plan, CaptureError where one of them does not run.
     """
-    plan, network = _plan_and_module(factorized)
+    plan, network = last_plan(factorized), _plain(factorized)
     base = _prepared(original, plan)
     sites = _SiteErrors(base, _kernels(network, plan))
     with sites:
@@ -95,7 +95,7 @@ def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.
 
     Of an ExportedProgram its module, and of weights that a graph computes the graph, are what the kernels are put into.
     """
-    plan, network = _plan_and_module(factorized)
+    plan, network = last_plan(factorized), _plain(factorized)
     result = _prepared(original, plan)
     for path, kernel in _kernels(network, plan).items():
         _set_weight(result, path, kernel)
@@ -151,14 +151,6 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             output = (self._missed[path] / total) ** 0.5 if total else None
             found.append(SiteErrors(path=path, weight=weight, output=output))
         return tuple(found)
-
-
-def _plan_and_module(factorized: nn.Module | ExportedProgram) -> tuple[Plan, nn.Module]:
-    holder = factorized.graph_module if isinstance(factorized, ExportedProgram) else factorized
-    history = applied(holder)
-    if not history:
-        raise PlanError(f"{type(factorized).__name__} was not made by a plan. fxfact.factorize returns one that was.")
-    return history[-1].plan, _plain(factorized)
 
 
 def _prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:

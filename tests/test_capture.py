@@ -243,9 +243,8 @@ class Subclasses(nn.Module):
 def test_subclasses_are_replaced_where_they_are_seen_to_convolve_and_nothing_else() -> None:
     torch.manual_seed(0)
     model, x = Subclasses(), torch.randn(2, 8, 40)
-    result = factorized(model, x)
+    result = factorized(model, x, capture="modules")
     left = reasons(result)
-    assert "not supported" in fxfact.plan_of(result).refused[0] or "trace" in fxfact.plan_of(result).refused[0]
     assert [d.path for d in fxfact.plan_of(result).rewrites] == ["causal", "masked"]
     assert isinstance(result.causal, Causal)
     assert isinstance(result.masked, Masked)
@@ -448,7 +447,7 @@ def test_models_that_cannot_be_compared_are_refused(image: Tensor) -> None:
 
     with pytest.raises(CaptureError, match=r"Failing fails on example_inputs: not today\. Pass inputs"):
         fxfact.factorize(Failing(), example_inputs=image)
-    with pytest.raises(CaptureError, match="two runs of Unsteady from one seed differ"):
+    with pytest.raises(CaptureError, match="two runs of Unsteady from one seed are not alike: its output differs"):
         fxfact.factorize(Unsteady(), example_inputs=image)
 
 

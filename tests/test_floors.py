@@ -19,7 +19,7 @@ FLOORS = [
     ["factorizations", "graph.base"],
     ["graph.match"],
     ["graph.contract", "graph.fold", "graph.shapes", "graph.splice"],
-    ["capture.base", "capture.guard"],
+    ["capture.base", "capture.guard", "capture.surroundings"],
     ["capture.observe"],
     ["capture.trace", "capture.modules", "capture.exported"],
     ["capture.ladder"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import export
 
 import fxfact
-from fxfact.comparing import relative_error, tensors_of, tolerance_for
+from fxfact.comparing import difference, relative_error, tensors_of, tolerance_for
 from fxfact.conv import run
 from fxfact.conv_modules import read_conv
 from fxfact.errors import CaptureError, PlanError
@@ -19,6 +19,11 @@ from fxfact.factorizations import Tucker
 from fxfact.verification import with_composed_kernels
 from tests.conftest import Small, apart
 from tests.test_capture import Branching
+
+
+class Plain:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
 
 
 @pytest.mark.parametrize("kind", [Small, Branching])
@@ -94,7 +99,14 @@ def test_outputs_are_compared_whatever_they_come_in() -> None:
     x = torch.tensor([3.0, 4.0])
     one, other = Output(x, {"a": [x]}), Output(x, {"a": [x + torch.tensor([0.0, 5e-3])]})
     assert len(list(tensors_of(one))) == 2
-    assert relative_error(one, other) == pytest.approx(5e-3 / 50**0.5, rel=1e-3)
+    assert relative_error(one, other) == pytest.approx(1e-3, rel=1e-3), "of the tensor that is furthest off"
+    assert relative_error(Plain(x), Plain(2 * x)) == 1
+    assert relative_error(None, None) == float("inf")
+    assert difference(one, other, strictness=1.0).startswith("its output differs from the model's by 1.0e-03")
+    assert "int64 (2,), the model's float32 (2,)" in difference(x, x.long(), strictness=1.0)
+    assert difference((x, x.long()), (x, x.long() + 1), strictness=1.0)
+    assert difference((x, x.long()), (x, x.long()), strictness=0.0) == ""
+    assert "no tensors" in difference({}, {}, strictness=1.0)
     assert relative_error(x, torch.zeros(3)) == float("inf")
     assert relative_error((x, x), (x,)) == float("inf")
     assert relative_error(torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0])) == 0

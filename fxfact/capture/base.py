@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,21 +110,20 @@ def drawn_alike(example_inputs: Any) -> Any:
 
 def run_model(forward: Callable[..., Any], example_inputs: ExampleInputs) -> Any:
     """The output on copies of the inputs, without gradients; whatever is random is drawn alike in every run."""
-    own = tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, example_inputs)
-    args, kwargs = arguments_of(own)
+    args, kwargs = arguments_of(tree_map(_copied, example_inputs))
     with torch.no_grad(), drawn_from_seed():
         return forward(*args, **kwargs)
 
 
 @contextmanager
-def drawn_from_seed() -> Iterator[None]:
-    """Torch's, NumPy's and Python's own generators at seed 0 inside, and as they were outside."""
+def drawn_from_seed(seed: int = 0) -> Iterator[None]:
+    """Torch's, NumPy's and Python's own generators at this seed inside, and as they were outside."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(0)
-            np.random.seed(0)
-            random.seed(0)
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
             yield
     finally:
         random.setstate(states[0])
@@ -134,6 +134,15 @@ def reason_of(error: BaseException) -> str:
     """The first line of an error's message, or its type."""
     text = str(error.__cause__ or error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    try:
+        return copy.deepcopy(value)  # it may hold tensors that forward writes to
+    except Exception:
+        return value
 
 
 def _shapes(values: Any) -> Iterator[tuple[int, ...]]:

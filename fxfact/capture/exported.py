@@ -33,7 +33,7 @@ def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Ca
         rung="export",
         network=graph_module,
         found=found.found,
-        macs=record_macs(graph_module, *inputs) // samples,
+        macs=_macs(graph_module, inputs, samples),
         samples=samples,
         program=program,
         example_inputs=inputs,
@@ -68,6 +68,14 @@ def _name_outputs(program: ExportedProgram, names: Sequence[Any]) -> None:
     program.graph_module.recompile()
 
 
+def _macs(graph_module: fx.GraphModule, inputs: Arguments, samples: int) -> int | None:
+    """None where they cannot be counted without computing."""
+    try:
+        return record_macs(graph_module, *inputs) // samples
+    except Exception:
+        return None
+
+
 def _example_inputs(program: ExportedProgram) -> Arguments:
     if program.example_inputs is None:
         raise CaptureError("the ExportedProgram has no example_inputs, which exporting it again needs. Set them.")
@@ -90,20 +98,27 @@ def _dynamic_shapes(program: ExportedProgram) -> Any:
 
 
 def _dims_of(value: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
+    if isinstance(value, torch.SymInt):
+        return Dim.DYNAMIC
     if not isinstance(value, Tensor):
         return None
     return {axis: _dim(size, ranges, dims) for axis, size in enumerate(value.shape) if not isinstance(size, int)}
 
 
 def _dim(size: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
-    """A named dimension for a symbol; what is computed from one is left for the export to find out."""
+    """A named dimension for a symbol, a·symbol + b for one derived from it; any other is for the export to find."""
     expression = size.node.expr
-    if not expression.is_Symbol:
+    if len(expression.free_symbols) != 1:
         return Dim.AUTO
-    name = str(expression)
+    (symbol,) = expression.free_symbols
+    factor, offset = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
+    if expression != factor * symbol + offset or not (factor.is_Integer and offset.is_Integer) or factor < 1:
+        return Dim.AUTO
+    name = str(symbol)
     if name not in dims:
-        bounds = ranges.get(expression)
+        bounds = ranges.get(symbol)
         found = {} if bounds is None else {"min": str(bounds.lower), "max": str(bounds.upper)}
         limits = {key: int(value) for key, value in found.items() if value.isdigit()}  # the others are infinite
         dims[name] = Dim(name, **limits)
-    return dims[name]
+    derived = dims[name] if factor == 1 else int(factor) * dims[name]
+    return derived if offset == 0 else derived + int(offset)

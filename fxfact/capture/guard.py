@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -61,3 +62,25 @@ def _written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operator writes to."""
     arguments = enumerate(func._schema.arguments)  # type: ignore[attr-defined]
     return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+class OnlyTheCopy(TorchFunctionMode):
+    """Raises CaptureError, before it happens, where anything inside uses a tensor of ``model`` itself.
+
+    A copy shares the memory of parameters, not the tensors; who finds the tensors themselves has kept them, or their
+    modules, where copying does not follow: in a closure, or in a method replaced on one object.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        named = (*model.named_parameters(), *model.named_buffers())
+        self._names = {id(tensor): name for name, tensor in named}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and id(value) in self._names:
+                raise CaptureError(
+                    f"{self._names[id(value)]}: forward uses this tensor through a closure, or a method replaced on "
+                    "one object, which a copy of the model cannot follow"
+                )
+        return func(*args, **(kwargs or {}))

@@ -13,24 +13,35 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from fxfact.capture.base import Captured, ExampleInputs, Rung, check_arguments, drawn_alike, reason_of, run_model
+from fxfact.capture.base import (
+    Captured,
+    ExampleInputs,
+    Rung,
+    check_arguments,
+    drawn_alike,
+    drawn_from_seed,
+    reason_of,
+    run_model,
+)
 from fxfact.capture.exported import find_exported
-from fxfact.capture.guard import ParameterGuard
+from fxfact.capture.guard import OnlyTheCopy, ParameterGuard
 from fxfact.capture.modules import dense_stand_ins, find_modules
 from fxfact.capture.observe import Observed, observe
 from fxfact.capture.trace import trace
-from fxfact.comparing import relative_error, tolerance_for
+from fxfact.comparing import difference
 from fxfact.conv_modules import has_hooks
 from fxfact.copying import copy_sharing, private_copy
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
 from fxfact.folding import fold_weights as fold
-from fxfact.sites import ConvSite
+from fxfact.sites import ConvSite, path_of
+from fxfact.skip import Skip
 
 How = Literal["auto", "trace", "modules", "export"]
 _SAME = 0.1  # of what rounding may do to other kernels: here they are the same, and so are the operators
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
+@torch.inference_mode(False)  # in which tensors do not tell that they were written to
 def capture(
     model: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs | None = None,
@@ -63,7 +74,8 @@ def capture(
         raise ArgumentError("capture='export' is for an ExportedProgram: pass torch.export.export(model, args)")
     own = private_copy(model)
     if fold_weights:
-        fold(own)
+        with ParameterGuard(own), drawn_from_seed():
+            fold(own)
     globs = _globs(leaves, own)
     without_values = any(parameter.is_meta for parameter in own.parameters())
     reference = None if example_inputs is None or without_values else _Reference.of(model, own, example_inputs)
@@ -81,12 +93,14 @@ def capture(
 
 
 def _globs(leaves: str | Sequence[str], own: nn.Module) -> tuple[str, ...]:
-    patterns = (leaves,) if isinstance(leaves, str) else tuple(leaves)
+    patterns = (leaves,) if isinstance(leaves, str) else leaves
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentTypeError(f"leaves must be a glob or a list of globs, got {leaves!r}")
     paths = [path for path, _ in own.named_modules()]
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise ArgumentError(f"leaves: no module at {pattern!r}")
-    return patterns
+    return tuple(patterns)
 
 
 def check_model(model: object) -> None:
@@ -105,59 +119,66 @@ def check_model(model: object) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a ScriptModule has no Python that fxfact can read. Pass the nn.Module it was made from.")
     if name in _WRAPPERS or name.startswith("FSDP"):
-        raise CaptureError(f"{name} wraps the network: factorize what it wraps (.module, ._orig_mod), then wrap the result.")
+        raise CaptureError(
+            f"{name} wraps the network: factorize what it wraps (.module, ._orig_mod), then wrap the result."
+        )
     for path, tensor in model.named_parameters():
         if is_lazy(tensor):
             raise CaptureError(f"{path}: the parameter is lazy and has no shape. Run the model once on an input first.")
+        if tensor.is_inference():
+            raise CaptureError(f"{path}: the parameter was made in inference mode. Make the model outside of it.")
 
 
 @dataclass(frozen=True, eq=False)
 class _Reference:
     """What the model itself gives on the example inputs and, where it runs on them, on others drawn alike."""
 
+    model: nn.Module
     runs: tuple[tuple[ExampleInputs, Any], ...]
     observed: Observed
 
     @classmethod
     def of(cls, model: nn.Module, own: nn.Module, example_inputs: ExampleInputs) -> _Reference:
-        """Raises CaptureError where the model does not run on its example inputs, or not twice alike when folded."""
+        """``own`` is a copy with what is to be folded folded. Raises CaptureError where the model does not run on its
+        example inputs, or not twice alike.
+        """
         check_arguments(model, example_inputs)
         plain = private_copy(model).eval()
         try:
-            observed = observe(_again(own), example_inputs)
-            runs = [(example_inputs, _run(plain, example_inputs))]
+            with OnlyTheCopy(model):
+                observed = observe(_again(own), example_inputs)
+            runs = [(example_inputs, _run(plain, example_inputs, model))]
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} fails on example_inputs: {reason_of(error)}. Pass inputs that it accepts."
             ) from error
-        apart = relative_error(runs[0][1], observed.output)
-        if not apart <= _SAME * tolerance_for(observed.output):
+        if reason := difference(runs[0][1], observed.output, strictness=_SAME):
             raise CaptureError(
-                f"two runs of {type(model).__name__} from one seed differ by {apart:.1e}, so nothing can be compared "
-                "with it. Pass no example_inputs, or make it deterministic."
+                f"two runs of {type(model).__name__} from one seed are not alike: {reason}. Make it deterministic, and "
+                "return tensors; or pass no example_inputs."
             )
         other = drawn_alike(example_inputs)
         with contextlib.suppress(Exception):  # drawn inputs need not be ones that the model takes
-            runs.append((other, _run(plain, other)))
-        return cls(tuple(runs), observed)
+            runs.append((other, _run(plain, other, model)))
+        return cls(model, tuple(runs), observed)
 
-    def check(self, candidate: nn.Module) -> None:
-        """Raise CaptureError unless the candidate computes the same."""
+    def objection(self, candidate: nn.Module) -> str:
+        """Why the candidate does not compute the same; empty where it does."""
         candidate.eval()
         for inputs, expected in self.runs:
             try:
-                found = _run(candidate, inputs)
+                found = _run(candidate, inputs, self.model)
             except Exception as error:
-                raise CaptureError(f"it fails where the model does not: {reason_of(error)}") from error
-            apart = relative_error(expected, found)
-            if not apart <= _SAME * tolerance_for(expected):
-                raise CaptureError(f"its output differs from the model's by {apart:.1e} (relative)")
+                return f"it fails where the model does not: {reason_of(error)}"
+            if reason := difference(expected, found, strictness=_SAME):
+                return reason
+        return ""
 
 
-def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:
-    with ParameterGuard(network):
+def _run(network: nn.Module, example_inputs: ExampleInputs, model: nn.Module) -> Any:
+    with ParameterGuard(network), OnlyTheCopy(model):
         return run_model(network, example_inputs)
 
 
@@ -166,8 +187,8 @@ def _again(own: nn.Module) -> nn.Module:
 
 
 def _checked(captured: Captured, reference: _Reference | None) -> Captured:
-    if reference is not None:
-        reference.check(_again(captured.network))
+    if reference is not None and (reason := reference.objection(_again(captured.network))):
+        raise CaptureError(reason)
     return replace(captured, compared=reference is not None)
 
 
@@ -178,9 +199,26 @@ def _checked_modules(
     trusted: Collection[str] | None,
 ) -> Captured:
     captured = find_modules(own, example_inputs, reference.observed if reference else None, trusted)
-    if reference is not None:
-        reference.check(dense_stand_ins(captured))
-    return replace(captured, compared=reference is not None)
+    if reference is None:
+        return captured
+    wrong = _wrong(captured, captured.sites, reference)
+    left = [Skip(wrong[path_of(item)], path_of(item)) if path_of(item) in wrong else item for item in captured.found]
+    captured = replace(captured, found=tuple(left), compared=True)
+    if wrong and (reason := reference.objection(dense_stand_ins(captured, captured.sites))):
+        raise CaptureError(reason)
+    return captured
+
+
+def _wrong(captured: Captured, sites: Sequence[ConvSite], reference: _Reference) -> dict[str, str]:
+    """The sites whose stand-ins do not compute the same, found by halving, and why."""
+    try:
+        reason = reference.objection(dense_stand_ins(captured, sites))
+    except Exception as error:
+        reason = f"it cannot be replaced: {reason_of(error)}"
+    if not reason or len(sites) < 2:
+        return {site.path: f"in its place, {reason}" for site in sites} if reason else {}
+    half = len(sites) // 2
+    return _wrong(captured, sites[:half], reference) | _wrong(captured, sites[half:], reference)
 
 
 def _best(rungs: dict[Rung, Callable[[], Captured]], name: str) -> Captured:

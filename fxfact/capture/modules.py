@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
 from fxfact.capture.base import Captured, ExampleInputs, samples_of
 from fxfact.capture.observe import Observed
-from fxfact.conv_modules import COMPUTED, computes_weight, is_conv, refusal_of_weight, spec_of, write_conv
+from fxfact.conv_modules import is_conv, refusal_of_state, spec_of, write_conv
 from fxfact.copying import copy_sharing
-from fxfact.errors import SpecError
 from fxfact.sites import ConvSite, tied
 from fxfact.skip import Skip
 from fxfact.stand_ins import StandIn, stand_in, torch_type
@@ -46,10 +45,10 @@ def find_modules(
     )
 
 
-def dense_stand_ins(captured: Captured) -> nn.Module:
-    """A copy in which every site's stand-in runs the convolution itself: it must compute what the model computes."""
+def dense_stand_ins(captured: Captured, sites: Sequence[ConvSite]) -> nn.Module:
+    """A copy in which these sites' stand-ins run the convolution itself: it must compute what the model computes."""
     result = copy_sharing(captured.network, {id(parameter) for parameter in captured.network.parameters()})
-    for site in captured.sites:
+    for site in sites:
         module = result.get_submodule(site.path)
         stages = write_conv(site.spec, cast(Tensor, module.weight), module._parameters.get("bias"))
         stand_in(module, site.spec, [site.spec], stages)
@@ -59,21 +58,20 @@ def dense_stand_ins(captured: Captured) -> nn.Module:
 def _parse(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> ConvSite | Skip:
     if reason := _refusal(path, module, observed, trusted):
         return Skip(reason, path)
-    try:
-        spec = spec_of(module)
-    except SpecError as error:
-        return Skip(str(error), path)
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
     shapes = tuple(observed.calls[path].shapes) if observed else None
-    return ConvSite(path=path, spec=spec, weight=weight, bias=bias, weight_name=f"{path}.weight", input_shapes=shapes)
+    spec, name = spec_of(module), f"{path}.weight"
+    return ConvSite(path=path, spec=spec, weight=weight, bias=bias, weight_name=name, input_shapes=shapes)
 
 
 def _refusal(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> str:
     """Why a stand-in cannot take the module's place; empty where it can."""
     if trusted is not None and path not in trusted:
         return "the plan leaves it"
-    if reason := COMPUTED if computes_weight(module) else refusal_of_weight(cast(Tensor, module.weight)):
+    if reason := refusal_of_state(module):
         return reason
+    if list(module.children()):
+        return "it has modules of its own, which a stand-in would displace"
     kind = type(module)
     if observed is None:
         unknown = trusted is None and kind is not torch_type(kind)

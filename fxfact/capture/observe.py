@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfact.capture.base import ExampleInputs, run_model
 from fxfact.capture.guard import ParameterGuard, storage_of
-from fxfact.conv import Sizes
+from fxfact.conv import ConvSpec, Sizes
 from fxfact.conv_modules import is_conv, spec_of
 from fxfact.errors import SpecError
 from fxfact.skip import Skip
@@ -71,6 +71,7 @@ class _Log:
         self.inside: list[int | None] = []
         self.convs: dict[str, nn.Module] = {}
         self.paths: dict[int | None, str] = {}
+        self.specs: dict[str, ConvSpec] = {}
         self.parameters = {storage_of(tensor): name for name, tensor in network.named_parameters()}
         for path, module in network.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -82,10 +83,12 @@ class _Log:
                 if (weight := module._parameters.get("weight")) is not None:
                     self.paths.setdefault(storage_of(weight), path)
                 vars(module)["_probe"] = (self, path)
+                with contextlib.suppress(SpecError):
+                    self.specs[path] = spec_of(module)
                 module.__class__ = beneath(type(module), _Probe, "Watched")
         self.paths.pop(None, None)
 
-    @contextmanager
+    @contextlib.contextmanager
     def computing(self, path: str, input: Any) -> Iterator[None]:
         """While a convolution is computed as PyTorch's own class would compute it."""
         self.calls[path].shapes.append(tuple(input.shape))
@@ -115,6 +118,8 @@ class _Probe(nn.Module):
         log, path = vars(self)["_probe"]
         if args or any(value is not None for value in kwargs.values()):
             log.calls[path].against["it is called with other arguments than one input"] = None
+        if spec_of(self) != log.specs.get(path):
+            log.calls[path].against["its attributes are changed while the model runs"] = None
         with log.computing(path, input):
             output: Tensor = super().forward(input, *args, **kwargs)
             return output
@@ -142,7 +147,8 @@ class _FunctionCalls(TorchFunctionMode):
 def _as_described(module: nn.Module, call: ConvCall) -> bool:
     """Whether a functional call computes what the attributes of the module describe."""
     try:
-        return spec_of(module) == call.spec_for(call.weight.shape, bias=call.bias is not None)
+        same_bias = call.bias is module._parameters.get("bias")
+        return same_bias and spec_of(module) == call.spec_for(call.weight.shape, bias=call.bias is not None)
     except SpecError:
         return False
 
@@ -181,8 +187,9 @@ class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
         name = log.parameters.get(storage)
         subject = name or f"{log.where}.forward".lstrip(".")
         how = "" if name else ", with a weight that is computed"
-        log.by_function[Skip(f"called as a function{how}, which only a graph can rewrite", subject)] = None
-        if storage in log.paths:
+        if storage not in log.paths:
+            log.by_function[Skip(f"called as a function{how}, which only a graph can rewrite", subject)] = None
+        else:
             log.calls[log.paths[storage]].against[f"its weight is also used in {log.where or 'forward'}"] = None
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fxfact.capture.base import Captured, ExampleInputs, check_arguments, drawn_from_seed, reason_of, samples_of
 from fxfact.capture.guard import ParameterGuard
+from fxfact.capture.surroundings import surroundings, surroundings_changed
+from fxfact.comparing import difference
 from fxfact.conv_modules import has_hooks, is_conv
 from fxfact.copying import private_copy
 from fxfact.errors import CaptureError
-from fxfact.graph import check_contract, fold_computed_weights, match, record_shapes
+from fxfact.graph import check_contract, fold_computed_weights, get_tensor, match, record_shapes
 from fxfact.skip import Skip
 
 
@@ -37,8 +40,9 @@ def trace(
     if isinstance(own, fx.GraphModule):
         traced = own
     else:
+        again = private_copy(own)  # before tracing leaves its constants there
         traced = _traced(own, name, leaves)
-        _check_modes(own, traced, leaves)
+        _check_again(own, traced, again, leaves)
     known = dict(own.named_modules())
     for path, module in traced.named_modules():
         module.training = known[path].training if path in known else own.training
@@ -67,69 +71,121 @@ class _Value(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Records stack traces; modules whose weight a parametrization computes stay whole, and so recognisable."""
+    """Records stack traces; what torch.fx cannot look into stays whole, and so recognisable."""
 
     record_stack_traces = True
 
     def __init__(self, leaves: Sequence[str] = ()) -> None:  # torch.fx makes one of its own to unpickle a graph
         super().__init__()
         self._leaves = leaves
+        self._surroundings = surroundings()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         asked = any(fnmatchcase(qualified_name, pattern) for pattern in self._leaves)
-        return asked or hasattr(module, "parametrizations") or super().is_leaf_module(module, qualified_name)
+        opaque = isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations")
+        return asked or opaque or super().is_leaf_module(module, qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        if now := surroundings_changed(self._surroundings):
+            raise CaptureError(f"forward {now}, which a traced graph would not do")
         return _Value(node, self)
 
 
-class _GradientsStayOn(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "_set_grad_enabled" and not args[0]:
-            raise CaptureError("forward turns gradients off, which a traced graph would not do")
-        return func(*args, **(kwargs or {}))
-
-
-def _traced(own: nn.Module, name: str, leaves: Sequence[str]) -> fx.GraphModule:
-    tracer = _Tracer(leaves)
-    buffers = _buffers(own)
-    with torch.enable_grad(), ParameterGuard(own) as guard:
-        graph = _graph(tracer, own)
+def _traced(own: nn.Module, name: str, leaves: Sequence[str], *, seed: int = 1, **given: Any) -> fx.GraphModule:
+    """``given`` are values that arguments are bound to."""
+    _check_methods(own)
+    buffers, convs = _buffers(own), _conv_attributes(own)
+    with torch.enable_grad(), ParameterGuard(own) as guard, drawn_from_seed(seed):
+        tracer = _Tracer(leaves)
+        try:
+            graph = tracer.trace(own, concrete_args=given or None)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(f"torch.fx cannot trace forward: {reason_of(error)}") from error
     guard.check()
     _check_hooks(tracer, own)
-    for changed, now in _buffers(own).items():
-        if buffers.get(changed) != now:
-            raise CaptureError(f"{changed}: forward changes this buffer, which a traced graph would no longer do")
+    _check_attributes(own, buffers, convs)
     for node in graph.nodes:
         if isinstance(node.type, str):  # a postponed annotation, which torch.fx cannot pickle
             node.type = None
-    return fx.GraphModule(own, graph, name)
-
-
-def _graph(tracer: fx.Tracer, own: nn.Module) -> fx.Graph:
     try:
-        with _GradientsStayOn():
-            return tracer.trace(own)
-    except CaptureError:
-        raise
+        return fx.GraphModule(own, graph, name)
     except Exception as error:
-        raise CaptureError(f"torch.fx cannot trace forward: {reason_of(error)}") from error
+        raise CaptureError(f"torch.fx cannot make a module of the graph: {reason_of(error)}") from error
 
 
-def _check_modes(own: nn.Module, traced: fx.GraphModule, leaves: Sequence[str]) -> None:
-    """Raise CaptureError where forward does different things in training and in evaluation, leaf modules apart."""
-    for training in (True, False):
-        if all(module.training == training for module in own.modules()):
-            continue
-        other = private_copy(own)
+def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leaves: Sequence[str]) -> None:
+    """Trace a second copy in the other mode, from another seed and without arguments that may be left out; raise
+    CaptureError where that makes a difference.
+    """
+    modes = [mode for mode in (True, False) if any(module.training != mode for module in own.modules())]
+    for training in modes:
+        other = private_copy(again)
         for module in other.modules():
             module.training = training
         try:
-            code = _traced(other, "", leaves).code
+            second = _traced(other, "", leaves, seed=2)
         except CaptureError as error:
             raise CaptureError(f"traced with training={training} it fails: {error}") from error
-        if code != traced.code:
+        if second.code != traced.code:
             raise CaptureError("forward depends on self.training, which a traced graph would freeze")
+        if not _same_constants(traced, second):
+            raise CaptureError("forward makes a tensor anew in every call, which a traced graph would freeze")
+    signature = inspect.signature(own.forward).parameters.values()
+    optional = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
+    if optional and _operations(traced) != _operations(_traced(private_copy(again), "", leaves, **optional)):
+        raise CaptureError(
+            f"forward depends on whether {', '.join(optional)} is given, which a traced graph would freeze"
+        )
+
+
+def _same_constants(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    names = [str(n.target) for n in one.graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)]
+    pairs = [(get_tensor(one, name), get_tensor(other, name)) for name in names]
+    return all(a is not None and b is not None and difference(a, b, strictness=0.0) == "" for a, b in pairs)
+
+
+def _operations(graph_module: fx.GraphModule) -> list[tuple[str, str]]:
+    """What the graph does, apart from its arguments and from what torch.fx asserts of those bound to a value."""
+    nodes = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
+    names = [(node.op, getattr(node.target, "__name__", str(node.target))) for node in nodes]
+    return [pair for pair in names if pair[1] not in ("_assert_is_none", "_assert", "eq")]
+
+
+def _check_methods(model: nn.Module) -> None:
+    """Raise CaptureError for a module that is not called as its class says, which torch.fx would not always see."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule | fx.GraphModule) or type(module).__module__.startswith(
+            "torch.nn"
+        ):
+            continue
+        if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+            place = name or type(model).__name__
+            raise CaptureError(f"{place} has a forward or __call__ of its own, which a traced graph would not follow")
+
+
+def _conv_attributes(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return {p: tuple(getattr(m, name) for name in names) for p, m in model.named_modules() if is_conv(m)}
+
+
+def _check_attributes(model: nn.Module, buffers: dict[str, Any], convs: dict[str, Any]) -> None:
+    """Raise CaptureError for what forward has changed in the modules: a traced graph would no longer do it."""
+    for changed, now in _buffers(model).items():
+        if buffers.get(changed) != now:
+            raise CaptureError(f"{changed}: forward changes this buffer, which a traced graph would no longer do")
+    for path, attributes in _conv_attributes(model).items():
+        if convs.get(path) != attributes:
+            raise CaptureError(
+                f"{path}: forward changes the attributes of this convolution, which a graph would freeze"
+            )
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value)):
+                raise CaptureError(
+                    f"{path or 'the model'}: forward sets the attribute {name!r}, which a graph would not"
+                )
 
 
 def _check_hooks(tracer: fx.Tracer, model: nn.Module) -> None:
@@ -143,7 +199,8 @@ def _check_hooks(tracer: fx.Tracer, model: nn.Module) -> None:
 
 def _buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """What tells a buffer that was replaced or written to: its identity and its version."""
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+    buffers = model.named_buffers()
+    return {name: (id(buffer), -1 if buffer.is_inference() else buffer._version) for name, buffer in buffers}
 
 
 def _placeholder_values(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:

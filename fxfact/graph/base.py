@@ -36,11 +36,12 @@ def input_of(call: fx.Node) -> fx.Node:
 
 def shape_of(node: fx.Node) -> Sizes | None:
     """The shape that the node's ``meta`` records (``val`` or ``tensor_meta``), if it does; of a symbolic size what the
-    example had.
+    example had, and nothing where a size depends on values.
     """
     recorded = node.meta.get("val", node.meta.get("tensor_meta"))
     shape = getattr(recorded, "shape", None)
-    return None if shape is None else tuple(size if isinstance(size, int) else size.node.hint for size in shape)
+    sizes = [size if isinstance(size, int) else size.node.hint for size in shape or ()]
+    return None if shape is None or None in sizes else tuple(sizes)
 
 
 def get_tensor(root: nn.Module, target: str) -> Tensor | None:

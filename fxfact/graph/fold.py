@@ -30,7 +30,9 @@ def fold_computed_weights(graph_module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _makers(made: fx.Node) -> list[fx.Node]:
-    """The nodes that compute it, in order; none where they need more than parameters and functions."""
+    """The nodes that compute it, in order; none where they need more than parameters and functions, or where others
+    use what they make: in place, it might be.
+    """
     wanted, found = [made], set()
     while wanted:
         node = wanted.pop()
@@ -39,6 +41,12 @@ def _makers(made: fx.Node) -> list[fx.Node]:
         if node not in found:
             found.add(node)
             wanted += node.all_input_nodes
+    for node in found:
+        for user in node.users:
+            call = call_of(user)
+            convolved = node is made and call is not None and call.weight is made
+            if node.op != "get_attr" and user not in found and not convolved:
+                return []
     return [node for node in made.graph.nodes if node in found]
 
 

@@ -57,6 +57,8 @@ def _parse(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
         return _parse_module(root, node)
     if call := call_of(node):
         return _parse_function(root, node, call)
+    if node.op == "get_attr" and (inside := _convs_in_region(root, str(node.target))):
+        return Skip(f"a region of the graph that is run as a whole; inside it is {', '.join(inside)}", str(node.target))
     if node.op == "call_function" and looks_like_conv(node.target):
         return Skip(
             f"{getattr(node.target, '__name__', node.target)} is not a spelling of a convolution that fxfact knows",
@@ -119,6 +121,18 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
         nodes=(node,),
         attributes=attributes,
     )
+
+
+def _convs_in_region(root: fx.GraphModule, target: str) -> list[str]:
+    """The convolutions in a graph that a higher-order operator runs, such as a part without gradients."""
+    owner, _, name = target.rpartition(".")
+    region = getattr(root.get_submodule(owner), name, None)
+    if not isinstance(region, fx.GraphModule):
+        return []
+    nodes = region.graph.nodes
+    own = [node.name for node in nodes if node.op == "call_function" and looks_like_conv(node.target)]
+    nested = [_convs_in_region(region, str(node.target)) for node in nodes if node.op == "get_attr"]
+    return own + [f"{target}.{inner}" for names in nested for inner in names]
 
 
 def _path_of(root: fx.GraphModule, weight: str) -> str:

@@ -45,7 +45,7 @@ def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mappi
     """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = tree_map(lambda value: _fake(value, mode), (args, kwargs))
-    with _buffers_kept(graph_module), mode, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _buffers_kept(graph_module), mode, FlopCounterMode(display=False) as counter:
         graph_module(*fakes[0], **fakes[1])
     return int(counter.get_total_flops()) // 2
 

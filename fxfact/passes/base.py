@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
+from fxfact.errors import PlanError
 from fxfact.planning import Plan
 
 _KEY = "fxfact"
@@ -22,8 +24,17 @@ class Applied:
 
 def applied(module: nn.Module) -> tuple[Applied, ...]:
     """Every plan carried out on this module, oldest first; they survive copying and pickling."""
-    found: tuple[Applied, ...] | None = getattr(module, "meta", {}).get(_KEY)
+    meta = module.meta if isinstance(module, fx.GraphModule) and isinstance(module.meta, dict) else {}
+    found: tuple[Applied, ...] | None = meta.get(_KEY)
     return found if found is not None else tuple(getattr(module, f"_{_KEY}", ()))
+
+
+def last_plan(network: nn.Module | ExportedProgram) -> Plan:
+    """The plan carried out last on it. Raises PlanError where there is none."""
+    history = applied(network.graph_module if isinstance(network, ExportedProgram) else network)
+    if not history:
+        raise PlanError(f"{type(network).__name__} was not made by a plan. fxfact.factorize returns one that was.")
+    return history[-1].plan
 
 
 def record(network: nn.Module, done: Applied) -> None:

@@ -58,12 +58,12 @@ class Decomposing:
         Sites that share a weight share the stages' weights. Raises WeightError, RankError.
         """
         own = [decision for decision in plan.rewrites if sites[decision.path].tied_to is None]
-        results = zip(own, self._weights([(sites[d.path], d) for d in own]), strict=True)
+        results = iter(self._weights([(sites[d.path], d) for d in own]))
         made: dict[str, tuple[list[Tensor], float | None]] = {}
         for decision in plan.rewrites:
             site = sites[decision.path]
             if site.tied_to is None:
-                _, made[decision.path] = next(results)
+                made[decision.path] = _next(results)
             weights, error = made[site.tied_to or site.path]
             stages = write_chain(decision.stages, weights, site.bias, like=site.weight)
             made[site.path] = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)], error
@@ -83,7 +83,7 @@ class Decomposing:
         workers = getattr(self.executor, "_max_workers", None) or os.cpu_count() or 1
         try:
             for site, decision, seed in jobs:
-                waiting.append(self.executor.submit(_decompose, site.layer, decision, seed))
+                waiting.append(self._submitted(site.layer, decision, seed))
                 if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -92,11 +92,21 @@ class Decomposing:
             for future in waiting:
                 future.cancel()
 
+    def _submitted(self, *job: Any) -> Future[tuple[list[Tensor], float]]:
+        assert self.executor is not None
+        try:
+            return self.executor.submit(_decompose, *job)
+        except RuntimeError as error:
+            raise ArgumentError(f"executor takes no work: {error}. Pass one that has not been shut down.") from error
+
     def _shown(self, results: Iterator[Any], total: int) -> Iterable[Any]:
         if self.progress is False:
             return results
         if callable(self.progress):
-            return self.progress(results, total=total, desc="decomposing")
+            shown = self.progress(results, total=total, desc="decomposing")
+            if not isinstance(shown, Iterable):
+                raise ArgumentTypeError(f"progress must give back an iterable, as tqdm does, got {shown!r}")
+            return shown
         try:
             from tqdm import tqdm  # noqa: PLC0415 (an extra)
         except ImportError as error:
@@ -122,9 +132,17 @@ def _decompose(layer: ConvLayer, decision: Decision, seed: int | None) -> tuple[
     with place(decision.path):
         chain = decision.factorization.decompose(layer, decision.rank, generator=generator)
     wide = torch.promote_types(dense.dtype, torch.float32)
-    norm = float(dense.to(wide).norm())
-    missed = float((compose(chain).to(wide) - dense.to(wide)).norm())
+    with torch.autocast(dense.device.type, enabled=False):
+        norm = float(dense.to(wide).norm())
+        missed = float((compose(chain).to(wide) - dense.to(wide)).norm())
     return [stage.weight for stage in chain.layers], missed / norm if norm else 0.0
+
+
+def _next(results: Iterator[tuple[list[Tensor], float | None]]) -> tuple[list[Tensor], float | None]:
+    found = next(results, None)
+    if found is None:
+        raise ArgumentError("progress must pass on everything that it iterates over, as tqdm does")
+    return found
 
 
 def _seed(generator: torch.Generator) -> int:

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.cost import Cost, cost_of
-from fxfact.errors import PlanError, place
+from fxfact.errors import ArgumentTypeError, PlanError, place
 from fxfact.factorizations import (
     FACTORIZATIONS,
     Factorization,
@@ -139,6 +139,8 @@ class Plan:
         to leave it as it is. Raises PlanError, RankError, RefusedError.
         """
         old = self[path]
+        if skip is not None and not isinstance(skip, str):
+            raise ArgumentTypeError(f"skip is the reason, a string, got {skip!r}")
         if skip is not None:
             new = replace(old, factorization=None, rank=None, reason=skip, note="")
         else:
@@ -179,17 +181,21 @@ class Plan:
         return "\n".join([table, *way])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write the plan as JSON. Raises PlanError where that cannot be."""
+        text = json.dumps(self.to_json(), indent=1) + "\n"
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except (OSError, TypeError) as error:
+            raise PlanError(f"{path}: the plan cannot be written there: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
         """Read a saved plan; ``factorizations`` are classes of your own that it names. Raises PlanError."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise PlanError(f"{os.fspath(path)}: not a plan that can be read: {error}") from error
-        with place(os.fspath(path)):
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"{path}: not a plan that can be read: {error}") from error
+        with place(str(path)):
             return cls.from_json(data, factorizations=factorizations)
 
     def to_json(self) -> dict[str, Any]:
