@@ -75,14 +75,7 @@ def factorize(
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    decided = make_plan(
-        captured,
-        _name(model),
-        strategy,
-        include=include,
-        exclude=exclude,
-        allow_growth=allow_growth,
-    )
+    decided = make_plan(captured, strategy, include=include, exclude=exclude, allow_growth=allow_growth)
     result = _carry_out(decided, captured, decomposing)
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
@@ -125,14 +118,7 @@ def plan(
     """
     strategy = _strategy(factorization, rank, budget, calibration)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    return make_plan(
-        captured,
-        _name(model),
-        strategy,
-        include=include,
-        exclude=exclude,
-        allow_growth=allow_growth,
-    )
+    return make_plan(captured, strategy, include=include, exclude=exclude, allow_growth=allow_growth)
 
 
 def apply(
@@ -179,10 +165,6 @@ def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.M
     program = reexport(captured.program, rewritten)
     record(program.graph_module, applied(rewritten)[-1])
     return program
-
-
-def _name(model: nn.Module | ExportedProgram) -> str:
-    return type(model).__name__
 
 
 def _strategy(factorization: object, rank: object, budget: object, calibration: object) -> Requested:

@@ -21,7 +21,7 @@ FLOORS = [
     ["graph.contract", "graph.fold", "graph.shapes", "graph.splice"],
     ["capture.base", "capture.guard", "capture.surroundings"],
     ["capture.observe"],
-    ["capture.trace", "capture.modules", "capture.exported"],
+    ["capture.reference", "capture.trace", "capture.modules", "capture.exported"],
     ["capture.ladder"],
     ["ranks", "nn"],
     ["planning"],

@@ -33,7 +33,8 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Captured:
-    """A model made ready for rewriting: its structure is a private copy, its parameters still the model's own memory.
+    """A ``model`` (the name of its class) made ready for rewriting: its structure is a private copy, its parameters
+    still the model's own memory.
 
     ``rung``: 'trace', ``network`` is a graph of the whole model; 'modules', it is the model itself, keeping its own
     Python; 'export', it is the graph of ``program``. ``found`` has every convolution, in the order of the calls.
@@ -43,6 +44,7 @@ class Captured:
     """
 
     rung: Rung
+    model: str
     network: nn.Module
     found: tuple[ConvSite | Skip, ...]
     macs: int | None

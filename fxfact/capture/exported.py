@@ -31,6 +31,7 @@ def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Ca
     samples = samples_of(inputs, found.sites)
     return Captured(
         rung="export",
+        model=type(program).__name__,
         network=graph_module,
         found=found.found,
         macs=_macs(graph_module, inputs, samples),

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from fxfact.capture.base import (
-    Captured,
-    ExampleInputs,
-    Rung,
-    check_arguments,
-    drawn_alike,
-    drawn_from_seed,
-    reason_of,
-    run_model,
-)
+from fxfact.capture.base import Captured, ExampleInputs, Rung, drawn_from_seed, reason_of
 from fxfact.capture.exported import find_exported
-from fxfact.capture.guard import OnlyTheCopy, ParameterGuard
+from fxfact.capture.guard import ParameterGuard
 from fxfact.capture.modules import dense_stand_ins, find_modules
-from fxfact.capture.observe import Observed, observe
+from fxfact.capture.reference import Reference, again
 from fxfact.capture.trace import trace
-from fxfact.comparing import difference
 from fxfact.conv_modules import has_hooks
-from fxfact.copying import copy_sharing, private_copy
+from fxfact.copying import private_copy
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
 from fxfact.folding import fold_weights as fold
 from fxfact.sites import ConvSite, path_of
 from fxfact.skip import Skip
 
 How = Literal["auto", "trace", "modules", "export"]
-_SAME = 0.1  # of what rounding may do to other kernels: here they are the same, and so are the operators
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
@@ -78,10 +66,10 @@ def capture(
             fold(own)
     globs = _globs(leaves, own)
     without_values = any(parameter.is_meta for parameter in own.parameters())
-    reference = None if example_inputs is None or without_values else _Reference.of(model, own, example_inputs)
+    reference = None if example_inputs is None or without_values else Reference.of(model, own, example_inputs)
     rungs: dict[Rung, Callable[[], Captured]] = {
         "trace": lambda: _checked(
-            trace(_again(own), example_inputs, fold_weights=fold_weights, leaves=globs), reference
+            trace(again(own), example_inputs, fold_weights=fold_weights, leaves=globs), reference
         ),
         "modules": lambda: _checked_modules(own, example_inputs, reference, trusted),
     }
@@ -129,65 +117,8 @@ def check_model(model: object) -> None:
             raise CaptureError(f"{path}: the parameter was made in inference mode. Make the model outside of it.")
 
 
-@dataclass(frozen=True, eq=False)
-class _Reference:
-    """What the model itself gives on the example inputs and, where it runs on them, on others drawn alike."""
-
-    model: nn.Module
-    runs: tuple[tuple[ExampleInputs, Any], ...]
-    observed: Observed
-
-    @classmethod
-    def of(cls, model: nn.Module, own: nn.Module, example_inputs: ExampleInputs) -> _Reference:
-        """``own`` is a copy with what is to be folded folded. Raises CaptureError where the model does not run on its
-        example inputs, or not twice alike.
-        """
-        check_arguments(model, example_inputs)
-        plain = private_copy(model).eval()
-        try:
-            with OnlyTheCopy(model):
-                observed = observe(_again(own), example_inputs)
-            runs = [(example_inputs, _run(plain, example_inputs, model))]
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(
-                f"{type(model).__name__} fails on example_inputs: {reason_of(error)}. Pass inputs that it accepts."
-            ) from error
-        if reason := difference(runs[0][1], observed.output, strictness=_SAME):
-            raise CaptureError(
-                f"two runs of {type(model).__name__} from one seed are not alike: {reason}. Make it deterministic, and "
-                "return tensors; or pass no example_inputs."
-            )
-        other = drawn_alike(example_inputs)
-        with contextlib.suppress(Exception):  # drawn inputs need not be ones that the model takes
-            runs.append((other, _run(plain, other, model)))
-        return cls(model, tuple(runs), observed)
-
-    def objection(self, candidate: nn.Module) -> str:
-        """Why the candidate does not compute the same; empty where it does."""
-        candidate.eval()
-        for inputs, expected in self.runs:
-            try:
-                found = _run(candidate, inputs, self.model)
-            except Exception as error:
-                return f"it fails where the model does not: {reason_of(error)}"
-            if reason := difference(expected, found, strictness=_SAME):
-                return reason
-        return ""
-
-
-def _run(network: nn.Module, example_inputs: ExampleInputs, model: nn.Module) -> Any:
-    with ParameterGuard(network), OnlyTheCopy(model):
-        return run_model(network, example_inputs)
-
-
-def _again(own: nn.Module) -> nn.Module:
-    return copy_sharing(own, {id(parameter) for parameter in own.parameters()})
-
-
-def _checked(captured: Captured, reference: _Reference | None) -> Captured:
-    if reference is not None and (reason := reference.objection(_again(captured.network))):
+def _checked(captured: Captured, reference: Reference | None) -> Captured:
+    if reference is not None and (reason := reference.objection(again(captured.network))):
         raise CaptureError(reason)
     return replace(captured, compared=reference is not None)
 
@@ -195,7 +126,7 @@ def _checked(captured: Captured, reference: _Reference | None) -> Captured:
 def _checked_modules(
     own: nn.Module,
     example_inputs: ExampleInputs | None,
-    reference: _Reference | None,
+    reference: Reference | None,
     trusted: Collection[str] | None,
 ) -> Captured:
     captured = find_modules(own, example_inputs, reference.observed if reference else None, trusted)
@@ -209,7 +140,7 @@ def _checked_modules(
     return captured
 
 
-def _wrong(captured: Captured, sites: Sequence[ConvSite], reference: _Reference) -> dict[str, str]:
+def _wrong(captured: Captured, sites: Sequence[ConvSite], reference: Reference) -> dict[str, str]:
     """The sites whose stand-ins do not compute the same, found by halving, and why."""
     try:
         reason = reference.objection(dense_stand_ins(captured, sites))

@@ -38,6 +38,7 @@ def find_modules(
     samples = samples_of(example_inputs, sites)
     return Captured(
         rung="modules",
+        model=type(own).__name__,
         network=own,
         found=(*found.values(), *(observed.by_function if observed else ())),
         macs=observed.macs // samples if observed else None,

@@ -56,6 +56,7 @@ def trace(
     samples = samples_of(_recorded_inputs(traced) if example_inputs is None else example_inputs, found.sites)
     return Captured(
         rung="trace",
+        model=name,
         network=traced,
         found=(*found.found, *_unreached(own, traced, folded)),
         macs=None if total is None else total // samples,

@@ -20,7 +20,6 @@ Selection = str | Sequence[str] | Callable[[str, ConvSpec], bool]
 
 def make_plan(
     captured: Captured,
-    model: str,
     strategy: RankStrategy,
     *,
     include: Selection | None = None,
@@ -47,7 +46,7 @@ def make_plan(
             decided = [_decided(d, skip) for d in group]
         decisions |= {d.path: d for d in decided}
     return Plan(
-        model=model,
+        model=captured.model,
         network=_network(captured),
         decisions=tuple(decisions.values()),
         capture=captured.rung,
