@@ -77,7 +77,8 @@ class OnlyTheCopy(TorchFunctionMode):
         self._names = {id(tensor): name for name, tensor in named}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
+        values = () if func is Tensor.__deepcopy__ else tree_leaves((args, kwargs))  # its memo holds everything
+        for value in values:
             if isinstance(value, Tensor) and id(value) in self._names:
                 raise CaptureError(
                     f"{self._names[id(value)]}: forward uses this tensor through a closure, or a method replaced on "

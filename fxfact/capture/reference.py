@@ -32,10 +32,10 @@ class Reference:
         example inputs, or not twice alike.
         """
         check_arguments(model, example_inputs)
-        plain = private_copy(model).eval()
+        plain, watched = private_copy(model).eval(), again(own)
         try:
             with OnlyTheCopy(model):
-                observed = observe(again(own), example_inputs)
+                observed = observe(watched, example_inputs)
             runs = [(example_inputs, _run(plain, example_inputs, model))]
         except CaptureError:
             raise
