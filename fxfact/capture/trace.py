@@ -31,10 +31,11 @@ def trace(
 ) -> Captured:
     """Capture a private copy of a model as a graph. A GraphModule, whose graph says what it does, is taken as it is.
 
-    ``example_inputs`` give the graph its shapes; nothing is computed on them. ``leaves`` are globs on the paths of
-    modules that are not looked into. Raises CaptureError where torch.fx cannot
-    trace the model, or where its graph would not do what the model does: hooks, buffers that forward changes,
-    gradients that it turns off, and Python that depends on the training mode are lost in tracing.
+    ``example_inputs`` give the graph its shapes; nothing is computed on them, unless a leaf decides by values.
+    ``leaves`` are globs on the paths of modules that are not looked into. Raises CaptureError where torch.fx cannot
+    trace the model, or where its graph would not do what the model does: hooks, what forward changes in modules,
+    gradients and autocast that it turns on or off, and what depends on the training mode or on optional arguments would
+    be lost.
     """
     name = type(own).__name__
     if isinstance(own, fx.GraphModule):
