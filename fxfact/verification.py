@@ -121,6 +121,8 @@ def check_rewrite(
 class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Convolves a second time with the composed kernel wherever one of these weights is convolved with."""
 
+    supports_higher_order_operators = True  # which it does not look into
+
     def __init__(self, network: nn.Module, kernels: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels

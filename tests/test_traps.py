@@ -391,3 +391,17 @@ def test_careless_callers_get_errors_of_ours(x: Tensor) -> None:
         with pytest.raises(error, match=words):
             call()
     assert copy.deepcopy(model)(x).equal(model(x))
+
+
+class Choosing(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x)
+        return torch.cond(y.sum() > 0, self.d, lambda t: t * 2, (y,))
+
+
+def test_branches_of_operators_are_listed_and_left(x: Tensor) -> None:
+    model = Choosing().eval()
+    program = export(model, (x,))
+    result = fxfact.factorize(program, verify=True, rank=0.5)
+    assert [d.path for d in fxfact.plan_of(result).rewrites] == ["c"]
+    assert any("inside it is conv2d" in reason for reason in reasons(result).values())

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +17,8 @@ from fxfact.errors import CaptureError
 
 class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises CaptureError, before it happens, where anything inside writes to a parameter of ``network``."""
+
+    supports_higher_order_operators = True  # the branches of torch.cond and its like, which write to nothing
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,6 +63,8 @@ def _changed(name: str) -> CaptureError:
 @cache
 def _written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operator writes to."""
+    if isinstance(func, HigherOrderOperator):
+        return ()
     arguments = enumerate(func._schema.arguments)  # type: ignore[attr-defined]
     return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 

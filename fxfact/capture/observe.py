@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,4 +195,6 @@ class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
 
 
 def _is_view(func: Any) -> bool:
+    if isinstance(func, HigherOrderOperator):
+        return False
     return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
