@@ -33,6 +33,11 @@ def copy_sharing(module: nn.Module, shared: set[int]) -> nn.Module:
     return _copied(module, {id(tensor): tensor for tensor in _tensors(module) if id(tensor) in shared})
 
 
+def copy_on_same_parameters(module: nn.Module) -> nn.Module:
+    """``copy_sharing`` of all parameters: of a private copy another one."""
+    return copy_sharing(module, set(map(id, module.parameters())))
+
+
 def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     """A tensor that is no leaf of autograd, such as the weight that a pruned module computed, is copied detached."""
     own = {id(tensor): tensor for tensor in _tensors(module)}

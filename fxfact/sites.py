@@ -18,16 +18,15 @@ Site = TypeVar("Site", bound="ConvSite")
 class ConvSite:
     """A convolution that can be rewritten.
 
-    ``weight`` (in PyTorch's layout) and ``bias`` are the tensors that the network holds, ``weight_name`` is the dotted
-    name of the former. ``input_shapes`` has the shape at every call, None where unknown. ``tied_to`` is
-    the path of the first site that has the same weight, where that is another one.
+    ``weight`` (in PyTorch's layout) and ``bias`` are the tensors that the network holds. ``input_shapes`` has the shape
+    at every call, None where unknown. ``tied_to`` is the path of the first site that has the same weight, where that is
+    another one.
     """
 
     path: str
     spec: ConvSpec
     weight: Tensor
     bias: Tensor | None
-    weight_name: str
     input_shapes: tuple[Sizes, ...] | None = None
     tied_to: str | None = None
 

@@ -75,12 +75,12 @@ def verify(
     Raises PlanError where ``factorized`` was not made by a plan, CaptureError where one of them does not run.
     """
     plan, network = last_plan(factorized), _plain(factorized)
-    base = _prepared(original, plan)
-    sites = _SiteErrors(base, _kernels(network, plan))
+    base, kernels = _prepared(original, plan), _kernels(network, plan)
+    sites = _SiteErrors(base, kernels)
     with sites:
         _run(base, example_inputs)
     found = _run(network, example_inputs)
-    expected = _run(with_composed_kernels(original, factorized), example_inputs)
+    expected = _run(_with_kernels(_prepared(original, plan), kernels), example_inputs)
     return Verification(
         graph=relative_error(expected, found),
         end_to_end=relative_error(_run(_plain(original), example_inputs), found),
@@ -95,11 +95,8 @@ def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.
 
     Of an ExportedProgram its module, and of weights that a graph computes the graph, are what the kernels are put into.
     """
-    plan, network = last_plan(factorized), _plain(factorized)
-    result = _prepared(original, plan)
-    for path, kernel in _kernels(network, plan).items():
-        _set_weight(result, path, kernel)
-    return result
+    plan = last_plan(factorized)
+    return _with_kernels(_prepared(original, plan), _kernels(_plain(factorized), plan))
 
 
 def check_rewrite(
@@ -191,12 +188,15 @@ def _weight_at(network: nn.Module, path: str) -> Tensor:
     return weight
 
 
-def _set_weight(network: nn.Module, path: str, kernel: Tensor) -> None:
-    owner, _, name = _weight_name(network, path).rpartition(".")
-    module = network.get_submodule(owner)
-    for store in (module._parameters, module._buffers):
-        store.pop(name, None)
-    module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
+def _with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module:
+    """The private copy given, these kernels put in."""
+    for path, kernel in kernels.items():
+        owner, _, name = _weight_name(network, path).rpartition(".")
+        module = network.get_submodule(owner)
+        for store in (module._parameters, module._buffers):
+            store.pop(name, None)
+        module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
+    return network
 
 
 def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:

@@ -16,10 +16,10 @@ from fxfact.capture.base import Captured, ExampleInputs, Rung, drawn_from_seed, 
 from fxfact.capture.exported import find_exported
 from fxfact.capture.guard import ParameterGuard
 from fxfact.capture.modules import dense_stand_ins, find_modules
-from fxfact.capture.reference import Reference, again
+from fxfact.capture.reference import Reference
 from fxfact.capture.trace import trace
 from fxfact.conv_modules import has_hooks
-from fxfact.copying import private_copy
+from fxfact.copying import copy_on_same_parameters, private_copy
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
 from fxfact.folding import fold_weights as fold
 from fxfact.sites import ConvSite, path_of
@@ -69,7 +69,7 @@ def capture(
     reference = None if example_inputs is None or without_values else Reference.of(model, own, example_inputs)
     rungs: dict[Rung, Callable[[], Captured]] = {
         "trace": lambda: _checked(
-            trace(again(own), example_inputs, fold_weights=fold_weights, leaves=globs), reference
+            trace(copy_on_same_parameters(own), example_inputs, fold_weights=fold_weights, leaves=globs), reference
         ),
         "modules": lambda: _checked_modules(own, example_inputs, reference, trusted),
     }
@@ -118,7 +118,7 @@ def check_model(model: object) -> None:
 
 
 def _checked(captured: Captured, reference: Reference | None) -> Captured:
-    if reference is not None and (reason := reference.objection(again(captured.network))):
+    if reference is not None and (reason := reference.objection(copy_on_same_parameters(captured.network))):
         raise CaptureError(reason)
     return replace(captured, compared=reference is not None)
 

@@ -9,9 +9,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from fxfact.capture.base import Captured, ExampleInputs, samples_of
-from fxfact.capture.observe import Observed
+from fxfact.capture.observe import Calls, Observed
 from fxfact.conv_modules import is_conv, refusal_of_state, spec_of, write_conv
-from fxfact.copying import copy_sharing
+from fxfact.copying import copy_on_same_parameters
 from fxfact.sites import ConvSite, tied
 from fxfact.skip import Skip
 from fxfact.stand_ins import StandIn, stand_in, torch_type
@@ -48,7 +48,7 @@ def find_modules(
 
 def dense_stand_ins(captured: Captured, sites: Sequence[ConvSite]) -> nn.Module:
     """A copy in which these sites' stand-ins run the convolution itself: it must compute what the model computes."""
-    result = copy_sharing(captured.network, {id(parameter) for parameter in captured.network.parameters()})
+    result = copy_on_same_parameters(captured.network)
     for site in sites:
         module = result.get_submodule(site.path)
         stages = write_conv(site.spec, cast(Tensor, module.weight), module._parameters.get("bias"))
@@ -61,8 +61,7 @@ def _parse(path: str, module: nn.Module, observed: Observed | None, trusted: Col
         return Skip(reason, path)
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
     shapes = tuple(observed.calls[path].shapes) if observed else None
-    spec, name = spec_of(module), f"{path}.weight"
-    return ConvSite(path=path, spec=spec, weight=weight, bias=bias, weight_name=name, input_shapes=shapes)
+    return ConvSite(path=path, spec=spec_of(module), weight=weight, bias=bias, input_shapes=shapes)
 
 
 def _refusal(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> str:
@@ -73,14 +72,12 @@ def _refusal(path: str, module: nn.Module, observed: Observed | None, trusted: C
         return reason
     if list(module.children()):
         return "it has modules of its own, which a stand-in would displace"
+    if observed is not None:
+        calls = observed.calls.get(path, Calls())
+        return "; ".join(calls.against) if calls.shapes or calls.against else "forward does not call it"
     kind = type(module)
-    if observed is None:
-        unknown = trusted is None and kind is not torch_type(kind)
-        return f"{kind.__name__} may compute more than a convolution: pass example_inputs to find out" * unknown
-    calls = observed.calls.get(path)
-    if calls is None or not (calls.shapes or calls.against):
-        return "forward does not call it"
-    return "; ".join(calls.against)
+    known = trusted is not None or kind is torch_type(kind)
+    return "" if known else f"{kind.__name__} may compute more than a convolution: pass example_inputs to find out"
 
 
 def _held_by_others(own: nn.Module, found: dict[str, ConvSite | Skip]) -> list[Skip]:

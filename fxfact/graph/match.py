@@ -87,7 +87,6 @@ def _parse_module(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
         spec=spec_of(module),
         weight=module.weight,
         bias=module.bias,
-        weight_name=f"{path}.weight",
         input_shapes=_input_shapes([node]),
         nodes=(node,),
     )
@@ -116,7 +115,6 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
         spec=spec,
         weight=weight,
         bias=bias,
-        weight_name=attributes[0],
         input_shapes=_input_shapes([node]),
         nodes=(node,),
         attributes=attributes,
