@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvChain, ConvLayer, ConvSpec, Sizes
+from fxfact.conv import ConvChain, ConvLayer, ConvSpec, Sizes, compose
 from fxfact.errors import ArgumentError, RankError, RefusedError, WeightError
+from fxfact.metric import Metric, fit, in_channel_metric
 from fxfact.skip import Skip
 
 Rank = tuple[int, ...]
+_ITERATIONS = 100  # of the fit in a metric; a few per cent above where it would end
 T = TypeVar("T")
 
 
@@ -49,6 +51,23 @@ class Factorization(ABC):
     @abstractmethod
     def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
         """The stages' weights, in single or double precision, for a weight (out, in, *kernel)."""
+
+    def _weights_in(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, metric: Metric, random: torch.Generator | None
+    ) -> Sequence[Tensor]:
+        """``_weights`` that are near in a metric: begun there in the metric of the channels, then fitted in all of it."""
+        stages = self._stages(replace(block, bias=False), rank)
+
+        def nearest(kernel: Tensor) -> list[Tensor]:
+            found = self._weights(block, kernel, rank, random)
+            return [part.reshape(stage.weight_shape) for part, stage in zip(found, stages, strict=True)]
+
+        start = in_channel_metric(block, weight, metric, nearest)
+        return fit(block, stages, start, weight, metric, iterations=_ITERATIONS)
+
+    def _increases(self, block: ConvSpec, weight: Tensor, metric: Metric) -> Mapping[Rank, float] | None:
+        """By how much the loss grows at every rank, where a formula says it."""
+        return None
 
     def _feasible(self, block: ConvSpec, rank: Rank) -> Rank:
         """``rank``, already within ``_max_rank``, lowered where its entries bound each other."""
@@ -99,14 +118,25 @@ class Factorization(ABC):
         return (*stages[:-1], replace(stages[-1], bias=spec.bias))
 
     @final
-    def decompose(self, layer: ConvLayer, rank: Rank, *, generator: torch.Generator | None = None) -> ConvChain:
-        """The chain of this rank that comes nearest to ``layer`` in the Frobenius norm (CP: that is found).
+    def decompose(
+        self,
+        layer: ConvLayer,
+        rank: Rank,
+        *,
+        metric: Metric | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ConvChain:
+        """The chain of this rank that comes nearest to ``layer`` (CP, and all in a metric but the SVDs: that is found).
 
-        The stages have the weight's dtype and device; half precision is decomposed in single precision. ``generator``
-        is used where the factorization begins at random. Raises RankError, RefusedError, WeightError.
+        Nearest in ``metric``, else in the Frobenius norm, which is also what decides for groups whose metric says that
+        nothing matters. The stages have the weight's dtype and device; half precision is decomposed in single
+        precision. ``generator`` is used where the factorization begins at random. Raises RankError, RefusedError,
+        WeightError, SpecError for the metric of another convolution.
         """
         specs = self.layout(layer.spec, rank)
         check_weight(layer.weight)
+        if metric is not None:
+            metric.check(layer.spec)
         weight = layer.weight.detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
         largest = float(weight.abs().max())
@@ -114,12 +144,33 @@ class Factorization(ABC):
         block = layer.spec.block
         weight = weight if scale == 1.0 else weight / scale
         with torch.autocast(weight.device.type, enabled=False):
-            by_group = [self._weights(block, part, rank, generator) for part in weight.chunk(layer.spec.groups)]
+            by_group = [
+                self._weights(block, part, rank, generator)
+                if own is None
+                else self._weights_in(block, part, rank, own, generator)
+                for part, own in zip(weight.chunk(layer.spec.groups), _by_group(layer.spec, weight, metric), strict=True)
+            ]
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
         weights = [part.to(layer.weight.dtype).reshape(s.weight_shape) for part, s in zip(joined, specs, strict=True)]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
+
+    @final
+    def increases(self, layer: ConvLayer, metric: Metric, ranks: Sequence[Rank]) -> list[float]:
+        """By how much each of the ranks raises the loss, in nats; no chain is made where a formula says it."""
+        by_group = [
+            None if own is None else self._increases(layer.spec.block, part, own)
+            for part, own in zip(
+                layer.weight.float().chunk(layer.spec.groups),
+                _by_group(layer.spec, layer.weight.float(), metric),
+                strict=True,
+            )
+        ]
+        if all(known is not None for known in by_group):
+            return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
+        chains = (self.decompose(layer, rank, metric=metric) for rank in ranks)
+        return [metric.increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
 
     @final
     def ranks(self, spec: ConvSpec) -> tuple[Rank, ...]:
@@ -161,6 +212,15 @@ class Factorization(ABC):
             )
         if (feasible := self._feasible(spec.block, rank)) != rank:
             raise RankError(f"{self.name} ranks bound each other: {rank} can be {feasible} at most on {spec}")
+
+
+def _by_group(spec: ConvSpec, weight: Tensor, metric: Metric | None) -> list[Metric | None]:
+    """The metric of each group, None where there is none, or where it says that nothing matters."""
+    if metric is None:
+        return [None] * spec.groups
+    own = [metric.of_group(group).like(weight) for group in range(spec.groups)]
+    blocks = weight.chunk(spec.groups)
+    return [m if float(m.square(spec.block, part)) > 0 else None for m, part in zip(own, blocks, strict=True)]
 
 
 def check_iteration(sweeps: object, tolerance: object, *, least: int) -> None:

@@ -8,7 +8,7 @@ in both cases the pointwise stage works on the smaller map. Stride, padding and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec
 from fxfact.factorizations.base import Factorization, Rank, pointwise
-from fxfact.tensor import truncated_svd
+from fxfact.metric import Metric, as_matrix, root
+from fxfact.tensor import tiny, truncated_svd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,36 @@ class _MatrixSVD(Factorization):
         if block.transposed:
             return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
         return (right, left)
+
+    def _weights_in(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, metric: Metric, random: torch.Generator | None
+    ) -> Sequence[Tensor]:
+        """In closed form: with R the moment of the rows and Q of the columns, the leading eigenvectors U of
+        R^½ W Q Wᵀ R^½ give R^-½ U · Uᵀ R^½ W (Eckart and Young in the metric).
+        """
+        _, vectors, half, back = _spectrum(block, weight, metric)
+        leading = vectors[:, : rank[0]]
+        left, right = back @ leading, leading.T @ half @ as_matrix(block, weight)
+        even = (right.norm(dim=1) / left.norm(dim=0)).sqrt().clamp_min(tiny(weight) ** 0.5)
+        left, right = left * even, right / even[:, None]
+        if block.transposed:
+            return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
+        return (right, left)
+
+    def _increases(self, block: ConvSpec, weight: Tensor, metric: Metric) -> Mapping[Rank, float]:
+        values, *_ = _spectrum(block, weight, metric)
+        missed = values.double().clamp_min(0).flip(0).cumsum(0).flip(0) / 2
+        rows = len(values)
+        return {(r,): float(missed[r]) if r < rows else 0.0 for r in range(1, self._max_rank(block)[0] + 1)}
+
+
+def _spectrum(block: ConvSpec, weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors of R^½ W Q Wᵀ R^½; R^½ and its inverse."""
+    rows, columns = metric.sides(block)
+    half, back = root(rows.factors[0][0])
+    matrix = half @ as_matrix(block, weight)
+    values, vectors = torch.linalg.eigh((columns.after(matrix) @ matrix.T).double())
+    return values.flip(0).to(weight), vectors.flip(1).to(weight), half, back
 
 
 @final

@@ -1,8 +1,9 @@
 """Decompositions of plain tensors: no convolutions, no groups, no names. Float tensors in, float tensors out."""
 
+from fxfact.tensor.base import tiny
 from fxfact.tensor.cp import cp
 from fxfact.tensor.svd import truncated_svd
 from fxfact.tensor.tt import tt
 from fxfact.tensor.tucker import partial_tucker
 
-__all__ = ["cp", "partial_tucker", "truncated_svd", "tt"]
+__all__ = ["cp", "partial_tucker", "tiny", "truncated_svd", "tt"]

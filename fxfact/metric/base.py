@@ -1,0 +1,137 @@
+"""The Kronecker-factored Fisher metric of a convolution: which errors of its kernel the loss can bear.
+
+With W the kernel as a matrix (out, in · kernel), C = E[p pᵀ] over input patches and G = E[Σ_positions g gᵀ] over the
+gradients at the output, for labels drawn from the model's own output, an error Δ raises the loss by about
+½ tr(G Δ C Δᵀ) (Martens and Grosse 2015; Grosse and Martens 2016). A transposed convolution scatters patches of its
+output instead: W is (in, out · kernel), C = E[x xᵀ] has the size of its input channels, G that of its output patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxfact.conv import ConvSpec
+from fxfact.errors import SpecError
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A second moment for every group: the Kronecker product of ``factors``, each (groups, n_i, n_i), symmetric and
+    positive semidefinite. One factor is the moment itself; two are (channels, kernel positions).
+    """
+
+    factors: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Rows, and columns, of one group's matrix."""
+        return math.prod(factor.shape[-1] for factor in self.factors)
+
+    def of_group(self, group: int) -> Moment:
+        """The moment of one group, as the only one."""
+        return Moment(tuple(factor[group : group + 1] for factor in self.factors))
+
+    def like(self, tensor: Tensor) -> Moment:
+        """The moment in the dtype and on the device of ``tensor``."""
+        return Moment(tuple(factor.to(tensor) for factor in self.factors))
+
+    def after(self, rows: Tensor) -> Tensor:
+        """``rows`` (m, n) times the matrix of the first group."""
+        sizes = [factor.shape[-1] for factor in self.factors]
+        product = rows.reshape(-1, *sizes)
+        for axis, factor in enumerate(self.factors, start=1):
+            product = torch.tensordot(product, factor[0], dims=([axis], [0])).movedim(-1, axis)
+        return product.reshape(rows.shape)
+
+    def channels(self, count: int) -> Tensor:
+        """The first group's moment of channels alone (count, count): summed over positions of the kernel."""
+        if len(self.factors) > 1:
+            return self.factors[0][0] * self.factors[1][0].trace()
+        positions = self.size // count
+        return torch.einsum("iaja->ij", self.factors[0][0].reshape(count, positions, count, positions))
+
+    def damped(self, amount: float) -> Moment:
+        """With ``amount`` times the mean of the diagonal added to the diagonal, for moments that lack rank."""
+        found = []
+        for factor in self.factors:
+            mean = factor.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+            found.append(factor + amount * mean * torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device))
+        return Moment(tuple(found))
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The moments of a convolution's ``input`` and of the gradients at its ``output``, in nats for one sample.
+
+    Of group's channels: a plain one has ``input`` of size in · kernel and ``output`` of size out, a transposed one
+    ``input`` of size in and ``output`` of size out · kernel.
+    """
+
+    input: Moment
+    output: Moment
+
+    def check(self, spec: ConvSpec) -> None:
+        """Raise SpecError unless these are moments for that convolution."""
+        block, positions = spec.block, math.prod(spec.kernel_size)
+        needed = (block.in_channels, block.out_channels * positions) if spec.transposed else (
+            block.in_channels * positions,
+            block.out_channels,
+        )
+        found = (self.input.size, self.output.size)
+        groups = {factor.shape[0] for factor in (*self.input.factors, *self.output.factors)}
+        if found != needed or groups != {spec.groups}:
+            raise SpecError(
+                f"{spec} needs moments of sizes {needed} for {spec.groups} groups, got {found} for {sorted(groups)}. "
+                "Collect them on this network."
+            )
+
+    def of_group(self, group: int) -> Metric:
+        """The metric of one group."""
+        return Metric(self.input.of_group(group), self.output.of_group(group))
+
+    def like(self, tensor: Tensor) -> Metric:
+        """In the dtype and on the device of ``tensor``."""
+        return Metric(self.input.like(tensor), self.output.like(tensor))
+
+    def damped(self, amount: float) -> Metric:
+        """Both moments ``damped``."""
+        return Metric(self.input.damped(amount), self.output.damped(amount))
+
+    def sides(self, spec: ConvSpec) -> tuple[Moment, Moment]:
+        """The moments of the rows and of the columns of ``as_matrix``."""
+        return (self.input, self.output) if spec.transposed else (self.output, self.input)
+
+    def square(self, spec: ConvSpec, difference: Tensor) -> Tensor:
+        """tr(G Δ C Δᵀ) for one group's difference of kernels (out, in, *kernel)."""
+        rows, columns = self.sides(spec)
+        matrix = as_matrix(spec, difference)
+        return (columns.after(matrix) * rows.after(matrix.T).T).sum()
+
+    def increase(self, spec: ConvSpec, difference: Tensor) -> float:
+        """By how much the loss of a sample grows, in nats: ½ tr(G Δ C Δᵀ), summed over groups.
+
+        ``difference`` is of two kernels (out, in / groups, *kernel).
+        """
+        parts = difference.chunk(spec.groups)
+        squares = [self.of_group(k).like(part).square(spec.block, part) for k, part in enumerate(parts)]
+        return max(0.0, float(torch.stack(squares).double().sum()) / 2)
+
+
+def as_matrix(spec: ConvSpec, kernel: Tensor) -> Tensor:
+    """(out, in · kernel) of a kernel (out, in, *kernel); of a transposed convolution (in, out · kernel)."""
+    return (kernel.transpose(0, 1) if spec.transposed else kernel).flatten(1)
+
+
+def root(matrix: Tensor, floor: float = 1e-7) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a positive semidefinite matrix and its inverse, eigenvalues below ``floor`` times
+    the largest raised to that.
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values = values.clamp_min(float(values[-1].clamp_min(torch.finfo(torch.float64).tiny)) * floor).sqrt()
+    pair: Sequence[Tensor] = [(vectors * scale) @ vectors.T for scale in (values, 1 / values)]
+    return pair[0].to(matrix), pair[1].to(matrix)
