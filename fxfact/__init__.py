@@ -4,28 +4,33 @@ The way of the data, top down, which is also the way of the imports::
 
     api, cli, demo           what a user calls
     inspection               graphs, shown
+    loss_budget              the cheapest network under a bound on the measured loss
     verification             is a rewritten network right?
     passes                   a plan carried out: on a graph, or on the model's own modules
     planning                 what is to be done: values to print, edit and save
     ranks, nn                which rank for which convolution; factorized layers
+    calibration              what data say of a network: which errors its loss can bear
     capture                  a model becomes rewritable: traced, by its modules, or exported
     graph                    torch.fx only: match, fold, splice
     factorizations           (convolution, rank) -> chain; knows no graph
     sites, stand_ins         where a convolution is; what takes its place in a model's own Python
     folding                  weights computed from others become parameters
     conv_modules, spellings  modules and functions of PyTorch's <-> conv
+    metric                   what an error of a kernel costs the loss; chains fitted to that
     cost                     parameters and MACs
     copying, comparing       private copies of models; how far apart two outputs are
     conv, tensor             convolutions and chains as values; decompositions of plain tensors
-    errors, skip             how "no" is said
+    errors, skip, progress   how "no" is said; a bar for what takes long
 """
 
-from fxfact import factorizations, nn, passes
-from fxfact.api import apply, factorize, plan, plan_of
+from fxfact import factorizations, nn, passes, ranks
+from fxfact.api import apply, calibrate, factorize, plan, plan_of
+from fxfact.calibration import Statistics
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
 from fxfact.inspection import diff, inspect
 from fxfact.planning import Decision, Plan
+from fxfact.ranks import Loss, Macs, Params
 from fxfact.verification import Verification, verify
 
 __all__ = [
@@ -34,9 +39,14 @@ __all__ = [
     "ConvSpec",
     "Decision",
     "FxfactError",
+    "Loss",
+    "Macs",
+    "Params",
     "Plan",
+    "Statistics",
     "Verification",
     "apply",
+    "calibrate",
     "compose",
     "diff",
     "factorizations",
@@ -46,6 +56,7 @@ __all__ = [
     "passes",
     "plan",
     "plan_of",
+    "ranks",
     "run",
     "verify",
 ]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxfact.capture import Captured, ExampleInputs, How, reexport
+from fxfact.calibration import Batches, Likelihood, Statistics, arguments_for, likelihood_for
+from fxfact.calibration import calibrate as collect
+from fxfact.capture import Captured, ExampleInputs, How, reexport, run_model
 from fxfact.capture import capture as capture_model
-from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.factorizations import Factorization, RankRequest
+from fxfact.copying import private_copy
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError
+from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest
+from fxfact.loss_budget import cheapest_within
 from fxfact.passes import (
     Applied,
     Decomposing,
     FactorizeConvs,
-    Progress,
     Weights,
     applied,
     last_plan,
@@ -27,23 +31,29 @@ from fxfact.passes import (
     swap_convs,
 )
 from fxfact.planning import Plan, Selection, make_plan
-from fxfact.ranks import Requested
+from fxfact.progress import Progress
+from fxfact.ranks import Budget, ByPath, Loss, Macs, Params, RankRule, Requested, WithinBudget, parse_several
 from fxfact.verification import check_rewrite
 
 FactorizationRequest = str | Factorization | Sequence[str | Factorization]
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
-_Ranks = RankRequest | Mapping[str, RankRequest]
+_Rank = RankRequest | RankRule
+_Ranks = _Rank | Mapping[str, _Rank]
+_Budget = Budget | Loss
+_Likelihood = str | Likelihood | Callable[[Any], Tensor]
 _Model = TypeVar("_Model", nn.Module, ExportedProgram)
 
 
 def factorize(
     model: _Model,
-    factorization: _Factorizations = "tucker",
+    factorization: _Factorizations | None = None,
     *,
-    rank: _Ranks = 0.5,
+    rank: _Ranks | None = None,
     example_inputs: ExampleInputs | None = None,
-    budget: None = None,
-    calibration: None = None,
+    budget: _Budget | None = None,
+    calibration: Batches | Statistics | None = None,
+    likelihood: _Likelihood | None = None,
+    multiple_of: int = 1,
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
@@ -70,13 +80,14 @@ def factorize(
     The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises
     ArgumentError, ArgumentTypeError, CaptureError, RankError, WeightError: all of them FxfactError.
     """
-    strategy = _strategy(factorization, rank, budget, calibration)
+    strategy = _strategy(factorization, rank, budget, multiple_of, progress)
     decomposing = Decomposing(generator=generator, executor=executor, progress=progress)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    decided = make_plan(captured, strategy, include=include, exclude=exclude, allow_growth=allow_growth)
-    result = _carry_out(decided, captured, decomposing)
+    chosen = _Selected(include, exclude, allow_growth)
+    decided, statistics = _decide(captured, strategy, chosen, budget, calibration, likelihood, progress)
+    result = _carry_out(decided, captured, replace(decomposing, statistics=statistics))
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     return cast(_Model, result)
@@ -84,26 +95,39 @@ def factorize(
 
 def plan(
     model: nn.Module | ExportedProgram,
-    factorization: _Factorizations = "tucker",
+    factorization: _Factorizations | None = None,
     *,
-    rank: _Ranks = 0.5,
+    rank: _Ranks | None = None,
     example_inputs: ExampleInputs | None = None,
-    budget: None = None,
-    calibration: None = None,
+    budget: _Budget | None = None,
+    calibration: Batches | Statistics | None = None,
+    likelihood: _Likelihood | None = None,
+    multiple_of: int = 1,
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
     capture: How = "auto",
     fold_weights: bool = False,
     leaves: str | Sequence[str] = (),
+    progress: Progress = False,
 ) -> Plan:
     """Decide what every convolution becomes, without doing it. ``print`` the plan, edit it, save it, ``apply`` it.
 
     factorization: a name ('cp', 'cp_factorized', 'tucker', 'tt', 'spatial_svd', 'channel_svd', 'pointwise_svd'), an
-        object of ``fxfact.factorizations``, a list of these (each convolution takes the first that fits), or a
-        mapping from path or glob to any of them.
+        object of ``fxfact.factorizations``, a list of these (each convolution takes the first that fits; under a
+        budget the best), or a mapping from path or glob to any of them. Default: 'tucker', under a budget all.
     rank: the largest fraction of its parameters that a convolution may keep ('same' is 1.0), an int, a tuple (Tucker:
-        (r_out, r_in)), or a mapping from path or glob to any of these.
+        (r_out, r_in)), a rule (``fxfact.ranks.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from path
+        or glob to any of these. Default 0.5.
+    budget: instead of ``rank``, ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share of the whole network's (or
+        ``at_most=`` a number), or ``fxfact.Loss(0.05)``, nats by which the loss may grow, measured on every fourth
+        batch, which is held out. Ranks are chosen for all convolutions together, and dense ones stay where they pay.
+    calibration: batches without labels (an iterable of tensors, tuples or mappings; what ``example_inputs`` lack is cut
+        off), or ``Statistics`` from ``fxfact.calibrate``. Errors then count by what they do to the loss, in the choice
+        of ranks and in the decomposition. Without, all relative errors count alike.
+    likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
+        function of the output that gives a summed loss. Default: categorical for an output (n, classes).
+    multiple_of: ranks under a budget are multiples of it, or full.
     example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
         MACs, show which convolutions the model calls and how, and what was captured is compared with the model on
         them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own.
@@ -114,11 +138,12 @@ def plan(
     fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm, parametrizations,
         pruning, standardisation in a graph) parameters, with the values they have in evaluation mode.
     leaves: globs on the paths of modules that tracing keeps whole, and so leaves alone.
-    budget, calibration: not in this version.
+    progress: True for tqdm's bars, or what is called as tqdm is.
     """
-    strategy = _strategy(factorization, rank, budget, calibration)
+    strategy = _strategy(factorization, rank, budget, multiple_of, progress)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    return make_plan(captured, strategy, include=include, exclude=exclude, allow_growth=allow_growth)
+    chosen = _Selected(include, exclude, allow_growth)
+    return _decide(captured, strategy, chosen, budget, calibration, likelihood, progress)[0]
 
 
 def apply(
@@ -126,23 +151,49 @@ def apply(
     model: _Model,
     *,
     weights: Weights = "decompose",
+    statistics: Statistics | None = None,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> _Model:
     """A copy of ``model`` with the plan carried out, captured in the way that the plan was made for.
 
-    ``weights='empty'`` builds only the structure, for a state_dict to be loaded into; the other arguments are those of
-    ``factorize``. Raises PlanError, naming the first differences, where the plan was made for another model;
+    ``weights='empty'`` builds only the structure, for a state_dict to be loaded into. A plan that was made on data
+    needs their ``statistics`` again. The other arguments are those of ``factorize``. Raises PlanError, naming the first differences, where the plan was made for another model;
     CaptureError, WeightError, ContractError.
     """
-    decomposing = Decomposing(weights=weights, generator=generator, executor=executor, progress=progress)
+    decomposing = Decomposing(
+        weights=weights, generator=generator, executor=executor, progress=progress, statistics=statistics
+    )
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
     trusted = [decision.path for decision in plan if decision.spec is not None]
     how = cast(How, plan.capture)
     captured = capture_model(model, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
     return cast(_Model, _carry_out(plan, captured, decomposing))
+
+
+def calibrate(
+    model: nn.Module | ExportedProgram,
+    batches: Batches,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    likelihood: _Likelihood | None = None,
+    seed: int = 0,
+    capture: How = "auto",
+    fold_weights: bool = False,
+    leaves: str | Sequence[str] = (),
+    progress: Progress = False,
+) -> Statistics:
+    """What unlabelled data say of a model's convolutions: pass it as ``calibration``, as often as you like, and as
+    ``statistics`` to ``apply``; ``save`` it, ``Statistics.load`` it.
+
+    One pass, forward and backward, in evaluation mode, on a private copy. Draws are keyed by ``seed`` and the number of
+    the sample. Where ``torch.distributed`` is initialised every process gives its own samples, and gets the statistics
+    of all. The other arguments are those of ``plan``. Raises CalibrationError, CaptureError.
+    """
+    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
+    return collect(captured, batches, likelihood=likelihood, seed=seed, progress=progress)
 
 
 def plan_of(network: nn.Module | ExportedProgram) -> Plan:
@@ -167,7 +218,77 @@ def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.M
     return program
 
 
-def _strategy(factorization: object, rank: object, budget: object, calibration: object) -> Requested:
-    if budget is not None or calibration is not None:
-        raise ArgumentError("budget and calibration are not in this version. Pass rank=, for all or by path.")
-    return Requested.parse(factorization, rank)
+@dataclass(frozen=True)
+class _Selected:
+    """What of the network a plan is for."""
+
+    include: Selection | None
+    exclude: Selection | None
+    allow_growth: bool
+
+    def plan(self, captured: Captured, strategy: Requested | WithinBudget) -> Plan:
+        return make_plan(
+            captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth
+        )
+
+
+def _strategy(
+    factorization: object, rank: object, budget: object, multiple_of: int, progress: Progress
+) -> Requested | WithinBudget:
+    if budget is None:
+        if multiple_of != 1:
+            raise ArgumentError("multiple_of is for budgets. Pass budget=, or ranks as you want them.")
+        return Requested.parse("tucker" if factorization is None else factorization, 0.5 if rank is None else rank)
+    if not isinstance(budget, Budget | Loss):
+        raise ArgumentTypeError(f"budget must be fxfact.Macs, Params or Loss, got {budget!r}. Pass fxfact.Macs(0.5).")
+    if rank is not None:
+        raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
+    every = [kind() for kind in FACTORIZATIONS]
+    methods = ByPath.parse(every if factorization is None else factorization, parse_several)
+    within = budget if isinstance(budget, Budget) else Macs(1.0)
+    return WithinBudget(within, methods, multiple=multiple_of, progress=progress)
+
+
+def _decide(
+    captured: Captured,
+    strategy: Requested | WithinBudget,
+    selected: _Selected,
+    budget: _Budget | None,
+    calibration: Batches | Statistics | None,
+    likelihood: object,
+    progress: Progress,
+) -> tuple[Plan, Statistics | None]:
+    if isinstance(budget, Loss) and isinstance(strategy, WithinBudget):
+        return _within_loss(captured, strategy, selected, budget, calibration, likelihood, progress)
+    statistics = calibration
+    if calibration is not None and not isinstance(calibration, Statistics):
+        statistics = collect(captured, calibration, likelihood=likelihood, progress=progress)
+    assert statistics is None or isinstance(statistics, Statistics)
+    return selected.plan(captured, replace(strategy, statistics=statistics)), statistics
+
+
+def _within_loss(
+    captured: Captured,
+    strategy: WithinBudget,
+    selected: _Selected,
+    loss: Loss,
+    calibration: Batches | Statistics | None,
+    likelihood: object,
+    progress: Progress,
+) -> tuple[Plan, Statistics]:
+    if calibration is None or isinstance(calibration, Statistics):
+        raise CalibrationError("a budget of loss is met by measurement: pass batches as calibration")
+    batches = list(arguments_for(captured.network, calibration, captured.example_inputs))
+    held_out, kept = batches[3::4] or batches[1:2], [batch for k, batch in enumerate(batches) if k % 4 != 3]
+    if not held_out:
+        raise CalibrationError("a budget of loss holds out every fourth batch, so there must be two at least, got 1")
+    kept = kept if len(batches) > 3 else batches[:1] + batches[2:]
+    known = likelihood_for(likelihood, run_model(private_copy(captured.network).eval(), kept[0]))
+    statistics = collect(captured, kept, likelihood=known, progress=progress)
+    unit = Params if captured.macs is None else Macs
+    strategy = replace(strategy, statistics=statistics)
+
+    def plan_for(share: float) -> Plan:
+        return selected.plan(captured, replace(strategy, budget=unit(share)))
+
+    return cheapest_within(loss.nats, plan_for, captured, statistics, known, held_out), statistics

@@ -46,6 +46,14 @@ class ContractError(FxfactError, ValueError):
     """A graph does not meet the contract that every pass relies on."""
 
 
+class CalibrationError(FxfactError, ValueError):
+    """Data, or statistics of data, from which nothing can be learnt about this model."""
+
+
+class BudgetError(FxfactError, ValueError):
+    """A budget that no plan can meet."""
+
+
 class VerificationError(FxfactError, ValueError):
     """A rewritten network does not compute what its own kernels say."""
 

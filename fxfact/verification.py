@@ -80,7 +80,7 @@ def verify(
     with sites:
         _run(base, example_inputs)
     found = _run(network, example_inputs)
-    expected = _run(_with_kernels(_prepared(original, plan), kernels), example_inputs)
+    expected = _run(with_kernels(_prepared(original, plan), kernels), example_inputs)
     return Verification(
         graph=relative_error(expected, found),
         end_to_end=relative_error(_run(_plain(original), example_inputs), found),
@@ -96,7 +96,7 @@ def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.
     Of an ExportedProgram its module, and of weights that a graph computes the graph, are what the kernels are put into.
     """
     plan = last_plan(factorized)
-    return _with_kernels(_prepared(original, plan), _kernels(_plain(factorized), plan))
+    return with_kernels(_prepared(original, plan), _kernels(_plain(factorized), plan))
 
 
 def check_rewrite(
@@ -123,7 +123,7 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, network: nn.Module, kernels: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
-        self._weights = {path: _weight_at(network, path) for path in kernels}
+        self._weights = {path: _weight_of(network, path) for path in kernels}
         self._paths = {storage_of(weight): path for path, weight in self._weights.items()}
         self._missed: dict[str, float] = defaultdict(float)
         self._total: dict[str, float] = defaultdict(float)
@@ -181,15 +181,15 @@ def _weight_name(network: nn.Module, path: str) -> str:
     return path if get_tensor(network, path) is not None else f"{path}.weight"
 
 
-def _weight_at(network: nn.Module, path: str) -> Tensor:
+def _weight_of(network: nn.Module, path: str) -> Tensor:
     weight = get_tensor(network, _weight_name(network, path))
     if weight is None:
         raise PlanError(f"{path}: the factorized network has a convolution here, the original has none")
     return weight
 
 
-def _with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module:
-    """The private copy given, these kernels put in."""
+def with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module:
+    """The private copy given, these kernels, in PyTorch's layout, put in at these paths."""
     for path, kernel in kernels.items():
         owner, _, name = _weight_name(network, path).rpartition(".")
         module = network.get_submodule(owner)

@@ -12,9 +12,9 @@ import fxfact
 ROOT = Path(fxfact.__file__).parent
 # Bottom first. A name stands for a module, or for a folder whose modules import only what is below it and its base.
 FLOORS = [
-    ["errors", "skip"],
+    ["errors", "skip", "progress"],
     ["conv", "tensor"],
-    ["cost", "conv_modules", "spellings", "comparing", "copying"],
+    ["cost", "metric", "conv_modules", "spellings", "comparing", "copying"],
     ["sites", "folding", "stand_ins"],
     ["factorizations", "graph.base"],
     ["graph.match"],
@@ -23,12 +23,21 @@ FLOORS = [
     ["capture.observe"],
     ["capture.reference", "capture.trace", "capture.modules", "capture.exported"],
     ["capture.ladder"],
-    ["ranks", "nn"],
+    ["calibration.base"],
+    ["calibration.likelihood", "calibration.batches", "calibration.moments"],
+    ["calibration.collecting"],
+    ["ranks.base", "ranks.budgets", "ranks.knapsack", "ranks.bearing", "nn"],
+    ["ranks.rules"],
+    ["ranks.requested"],
+    ["ranks.within_budget"],
+    ["ranks"],
+    ["planning.curve"],
+    ["planning.base"],
     ["planning"],
     ["passes.base", "passes.decomposing"],
     ["passes"],
     ["verification"],
-    ["inspection"],
+    ["inspection", "loss_budget"],
     ["api"],
     ["demo"],
     ["cli"],
@@ -48,6 +57,8 @@ def floor_of(module: str) -> int:
         return floor_of("graph.splice")
     if module == "capture":
         return floor_of("capture.ladder")
+    if module == "calibration":
+        return floor_of("calibration.collecting")
     raise AssertionError(f"fxfact.{module} stands on no floor: add it to FLOORS")
 
 

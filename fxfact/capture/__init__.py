@@ -1,8 +1,19 @@
 """A model becomes something whose convolutions can be found and replaced, in three ways, each compared with it."""
 
-from fxfact.capture.base import Captured, ExampleInputs, Rung, reason_of, run_model
+from fxfact.capture.base import Captured, ExampleInputs, Rung, arguments_of, reason_of, run_model
 from fxfact.capture.exported import reexport
 from fxfact.capture.guard import storage_of
 from fxfact.capture.ladder import How, capture
 
-__all__ = ["Captured", "ExampleInputs", "How", "Rung", "capture", "reason_of", "reexport", "run_model", "storage_of"]
+__all__ = [
+    "Captured",
+    "ExampleInputs",
+    "How",
+    "Rung",
+    "arguments_of",
+    "capture",
+    "reason_of",
+    "reexport",
+    "run_model",
+    "storage_of",
+]

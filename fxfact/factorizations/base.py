@@ -148,7 +148,9 @@ class Factorization(ABC):
                 self._weights(block, part, rank, generator)
                 if own is None
                 else self._weights_in(block, part, rank, own, generator)
-                for part, own in zip(weight.chunk(layer.spec.groups), _by_group(layer.spec, weight, metric), strict=True)
+                for part, own in zip(
+                    weight.chunk(layer.spec.groups), _by_group(layer.spec, weight, metric), strict=True
+                )
             ]
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]

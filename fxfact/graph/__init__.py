@@ -1,6 +1,6 @@
 """torch.fx, and nothing of the mathematics: find a graph's convolutions, put chains in their place."""
 
-from fxfact.graph.base import GraphSite, get_tensor, shape_of
+from fxfact.graph.base import GraphSite, get_tensor, shape_of, weight_at
 from fxfact.graph.contract import check_contract
 from fxfact.graph.fold import fold_computed_weights
 from fxfact.graph.match import Match, match
@@ -19,4 +19,5 @@ __all__ = [
     "refresh_shapes",
     "shape_of",
     "splice",
+    "weight_at",
 ]

@@ -44,6 +44,12 @@ def shape_of(node: fx.Node) -> Sizes | None:
     return None if shape is None or None in sizes else tuple(sizes)
 
 
+def weight_at(network: nn.Module, path: str) -> Tensor | None:
+    """The weight of the convolution at a path, which is the path itself where a bare tensor is convolved with."""
+    found = get_tensor(network, path)
+    return get_tensor(network, f"{path}.weight") if found is None else found
+
+
 def get_tensor(root: nn.Module, target: str) -> Tensor | None:
     """The parameter or buffer at a dotted path, or None where there is none."""
     owner, _, name = target.rpartition(".")

@@ -78,9 +78,13 @@ class Metric:
     def check(self, spec: ConvSpec) -> None:
         """Raise SpecError unless these are moments for that convolution."""
         block, positions = spec.block, math.prod(spec.kernel_size)
-        needed = (block.in_channels, block.out_channels * positions) if spec.transposed else (
-            block.in_channels * positions,
-            block.out_channels,
+        needed = (
+            (block.in_channels, block.out_channels * positions)
+            if spec.transposed
+            else (
+                block.in_channels * positions,
+                block.out_channels,
+            )
         )
         found = (self.input.size, self.output.size)
         groups = {factor.shape[0] for factor in (*self.input.factors, *self.output.factors)}

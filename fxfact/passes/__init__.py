@@ -1,7 +1,7 @@
 """What carries a plan out: on a graph, or on a model that keeps its own Python."""
 
 from fxfact.passes.base import Applied, applied, last_plan, record
-from fxfact.passes.decomposing import Decomposing, Progress, Weights
+from fxfact.passes.decomposing import Decomposing, Weights
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.swap_convs import swap_convs
 
@@ -9,7 +9,6 @@ __all__ = [
     "Applied",
     "Decomposing",
     "FactorizeConvs",
-    "Progress",
     "Weights",
     "applied",
     "last_plan",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -12,15 +12,17 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from fxfact.calibration import Statistics
 from fxfact.conv import ConvLayer, compose
 from fxfact.conv_modules import is_conv, write_chain
-from fxfact.errors import ArgumentError, ArgumentTypeError, place
+from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, place
+from fxfact.metric import Metric
 from fxfact.planning import Decision, Plan
+from fxfact.progress import Progress, shown
 from fxfact.sites import ConvSite
 
 Weights = Literal["decompose", "empty"]
-Progress = bool | Callable[..., Iterable[Any]]
-_Job = tuple[ConvSite, Decision, int | None]
+_Job = tuple[ConvLayer, Decision, int | None, Metric | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,6 +34,7 @@ class Decomposing:
     executor: any ``concurrent.futures.Executor`` (threads, processes, a cluster's); the result is the same. No more
         kernels are on their way than it may have workers, and an interrupt cancels those that have not begun.
     progress: True for tqdm's bar, or what is called as tqdm is: ``progress(iterable, total=…, desc=…)``.
+    statistics: in whose metric plans are carried out that were made in one.
     Raises ArgumentError, ArgumentTypeError.
     """
 
@@ -39,6 +42,7 @@ class Decomposing:
     generator: torch.Generator | None = None
     executor: Executor | None = None
     progress: Progress = False
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
@@ -57,8 +61,11 @@ class Decomposing:
 
         Sites that share a weight share the stages' weights. Raises WeightError, RankError.
         """
+        if plan.metric and self.statistics is None and self.weights == "decompose":
+            raise PlanError("the plan was made in the metric of statistics. Pass statistics=, or weights='empty'.")
+        metrics = self.statistics if plan.metric else None
         own = [decision for decision in plan.rewrites if sites[decision.path].tied_to is None]
-        results = iter(self._weights([(sites[d.path], d) for d in own]))
+        results = iter(self._weights([(sites[d.path], d) for d in own], metrics))
         made: dict[str, tuple[list[Tensor], float | None]] = {}
         for decision in plan.rewrites:
             site = sites[decision.path]
@@ -69,21 +76,27 @@ class Decomposing:
             made[site.path] = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)], error
             yield Chain(site.path, stages, error)
 
-    def _weights(self, jobs: Sequence[tuple[ConvSite, Decision]]) -> Iterable[tuple[list[Tensor], float | None]]:
+    def _weights(
+        self, jobs: Sequence[tuple[ConvSite, Decision]], statistics: Statistics | None
+    ) -> Iterable[tuple[list[Tensor], float | None]]:
         if self.weights == "empty":
             return (([site.weight.new_empty(s.weight_shape) for s in d.stages], None) for site, d in jobs)
         seeds = [None if self.generator is None else _seed(self.generator) for _ in jobs]
-        return self._shown(self._results([(*job, seed) for job, seed in zip(jobs, seeds, strict=True)]), len(jobs))
+        results = self._results(
+            (site.layer, decision, seed, statistics and statistics.metric(site.path, site.spec))
+            for (site, decision), seed in zip(jobs, seeds, strict=True)
+        )
+        return shown(results, len(jobs), "decomposing", self.progress)
 
-    def _results(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[Tensor], float]]:
+    def _results(self, jobs: Iterable[_Job]) -> Iterator[tuple[list[Tensor], float]]:
         if self.executor is None:
-            yield from (_decompose(site.layer, decision, seed) for site, decision, seed in jobs)
+            yield from (_decompose(*job) for job in jobs)
             return
         waiting: deque[Future[tuple[list[Tensor], float]]] = deque()
         workers = getattr(self.executor, "_max_workers", None) or os.cpu_count() or 1
         try:
-            for site, decision, seed in jobs:
-                waiting.append(self._submitted(site.layer, decision, seed))
+            for job in jobs:
+                waiting.append(self._submitted(*job))
                 if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -99,20 +112,6 @@ class Decomposing:
         except RuntimeError as error:
             raise ArgumentError(f"executor takes no work: {error}. Pass one that has not been shut down.") from error
 
-    def _shown(self, results: Iterator[Any], total: int) -> Iterable[Any]:
-        if self.progress is False:
-            return results
-        if callable(self.progress):
-            shown = self.progress(results, total=total, desc="decomposing")
-            if not isinstance(shown, Iterable):
-                raise ArgumentTypeError(f"progress must give back an iterable, as tqdm does, got {shown!r}")
-            return shown
-        try:
-            from tqdm import tqdm  # noqa: PLC0415 (an extra)
-        except ImportError as error:
-            raise ArgumentError("progress=True shows tqdm's bar: pip install 'fxfact[progress]'") from error
-        return tqdm(results, total=total, desc="decomposing")
-
 
 @dataclass(frozen=True, eq=False)
 class Chain:
@@ -123,14 +122,16 @@ class Chain:
     error: float | None
 
 
-def _decompose(layer: ConvLayer, decision: Decision, seed: int | None) -> tuple[list[Tensor], float]:
+def _decompose(
+    layer: ConvLayer, decision: Decision, seed: int | None, metric: Metric | None
+) -> tuple[list[Tensor], float]:
     """The stages' weights, and ‖W − Ŵ‖_F / ‖W‖_F. It runs anywhere, so it takes and gives values only."""
     assert decision.factorization is not None
     assert decision.rank is not None
     dense = layer.weight
     generator = None if seed is None else torch.Generator(dense.device).manual_seed(seed)
     with place(decision.path):
-        chain = decision.factorization.decompose(layer, decision.rank, generator=generator)
+        chain = decision.factorization.decompose(layer, decision.rank, metric=metric, generator=generator)
     wide = torch.promote_types(dense.dtype, torch.float32)
     with torch.autocast(dense.device.type, enabled=False):
         norm = float(dense.to(wide).norm())

@@ -24,9 +24,11 @@ from fxfact.factorizations import (
     parse_rank_request,
     resolve_rank,
 )
+from fxfact.planning.curve import Curve
+from fxfact.ranks import FrontPoint
 from fxfact.skip import Skip
 
-_FORMAT = {"format": "fxfact plan", "version": 2}
+_FORMAT = {"format": "fxfact plan", "version": 3}
 _WAYS = {
     "trace": "as one graph ('trace')",
     "modules": "by its modules, which keep the model's own Python ('modules')",
@@ -39,7 +41,8 @@ class Decision:
     """One convolution: factorized at a rank, or left as it is for a ``reason``.
 
     ``spec`` is None where the convolution could not be parsed, ``input_sizes`` where no example inputs were given.
-    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters.
+    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters. ``increase`` is by
+    how much the loss is expected to grow, in nats for one sample, where data told.
     """
 
     path: str
@@ -50,6 +53,7 @@ class Decision:
     rank: Rank | None = None
     reason: str = ""
     note: str = ""
+    increase: float | None = None
 
     def __post_init__(self) -> None:
         if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
@@ -87,7 +91,9 @@ class Plan:
     ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample. ``capture`` is the
     way in which the model was captured ('trace', 'modules' or 'export'), ``refused`` why others were not taken, and
     ``compared`` whether what was captured computed the same as the model on its example inputs. ``fold_weights``:
-    computed weights were made parameters. ``leaves``: modules that were not looked into.
+    computed weights were made parameters. ``leaves``: modules that were not looked into. ``metric``: the chains are to be
+    decomposed in the metric of statistics. ``front``: other networks that could have been had, cheapest first. ``measured``: by how much the loss grew on
+    held-out data, in nats for one sample, where that was measured.
     """
 
     model: str
@@ -98,6 +104,21 @@ class Plan:
     fold_weights: bool = False
     leaves: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    metric: bool = False
+    front: tuple[FrontPoint, ...] = ()
+    measured: float | None = None
+
+    @property
+    def increase(self) -> float | None:
+        """By how much the loss is expected to grow, in nats for one sample; None unless data told."""
+        known = [decision.increase for decision in self.rewrites if decision.tied_to is None]
+        return sum(nats for nats in known if nats is not None) if self.metric and None not in known else None
+
+    def curve(self) -> Curve:
+        """The budgets that could have been met, and what each costs the loss. Raises PlanError for a plan without."""
+        if not self.front:
+            raise PlanError("the plan was made without a budget, so it knows no other. Pass budget=fxfact.Macs(0.5).")
+        return Curve(network=self.network, points=self.front)
 
     @cached_property
     def rewrites(self) -> tuple[Decision, ...]:
@@ -142,13 +163,13 @@ class Plan:
         if skip is not None and not isinstance(skip, str):
             raise ArgumentTypeError(f"skip is the reason, a string, got {skip!r}")
         if skip is not None:
-            new = replace(old, factorization=None, rank=None, reason=skip, note="")
+            new = replace(old, factorization=None, rank=None, reason=skip, note="", increase=None)
         else:
             with place(path):
                 new = _chosen(old, rank, factorization)
         together = {path, old.tied_to or path}
         changed = [
-            replace(d, factorization=new.factorization, rank=new.rank, reason=new.reason, note=new.note)
+            replace(d, factorization=new.factorization, rank=new.rank, reason=new.reason, note=new.note, increase=None)
             if d.path in together or d.tied_to in together
             else d
             for d in self.decisions
@@ -171,13 +192,18 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "remark"]
+        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "loss +", "remark"]
         rows = [_row(decision) for decision in self.decisions]
-        total = ["network", self.model, f"{len(self.rewrites)} of {len(self)} rewritten", "", *_change(self), ""]
-        table = tabulate([*rows, total], headers, disable_numparse=True, maxcolwidths=[None] * 6 + [60])
+        rewritten = f"{len(self.rewrites)} of {len(self)} rewritten"
+        rows.append(["network", self.model, rewritten, "", *_change(self), _nats(self.increase), ""])
+        if not self.metric:  # then there is nothing to say of the loss
+            headers, *rows = [row[:6] + row[7:] for row in (headers, *rows)]
+        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * (len(headers) - 1) + [60])
         way = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
         if self.capture != "export":
             way[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
+        if self.measured is not None:
+            way.append(f"measured on held-out data: the loss grows by {self.measured:.3g} nats")
         return "\n".join([table, *way])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -214,7 +240,8 @@ class Plan:
         try:
             decisions = tuple(_decision_from_json(entry, known) for entry in data["decisions"])
             values = {field.name: _tuples(data[field.name]) for field in fields(cls)}
-            plan = cls(**{**values, "network": Cost(**data["network"]), "decisions": decisions})
+            front = tuple(FrontPoint(Cost(**point["cost"]), point["increase"]) for point in data["front"])
+            plan = cls(**{**values, "network": Cost(**data["network"]), "decisions": decisions, "front": front})
             str(plan)  # computes every layout
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):
@@ -251,7 +278,19 @@ def _row(decision: Decision) -> list[str]:
         remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
     shown = "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
     costs = ["", ""] if decision.spec is None else _change(decision)
-    return [decision.path, str(decision.spec or ""), method.name if method else "-", shown, *costs, remark]
+    return [
+        decision.path,
+        str(decision.spec or ""),
+        method.name if method else "-",
+        shown,
+        *costs,
+        _nats(decision.increase),
+        remark,
+    ]
+
+
+def _nats(increase: float | None) -> str:
+    return "" if increase is None else f"{increase:.2g}"
 
 
 def _change(what: Decision | Plan) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from fxfact.capture import Captured
-from fxfact.conv import ConvSpec
+from fxfact.conv import ConvSpec, Sizes
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.planning.base import Decision, Plan
@@ -32,28 +32,32 @@ def make_plan(
     _check_patterns(include, exclude, list(decisions))
     tied = [[d for d in decisions.values() if leader.path in (d.path, d.tied_to)] for leader in decisions.values()]
     together = [group for group in tied if group[0].spec is not None and not group[0].tied_to]
+    layers = {site.path: site.layer for site in captured.sites}
     candidates: list[Candidate] = []
     chosen: list[list[Decision]] = []
     for group in together:
         if left_out := next((skip for d in group if (skip := _left_out(d, included, excluded))), None):
             decisions |= {d.path: _decided(d, left_out) for d in group}
-        elif (spec := group[0].spec) is not None:
-            candidates.append(Candidate(group[0].path, spec, group[0].input_sizes))
+        else:
+            candidates.append(Candidate(group[0].path, layers[group[0].path], _sizes(group)))
             chosen.append(group)
-    for group, choice in zip(chosen, strategy.choose(candidates), strict=True):
+    network = _network(captured)
+    for group, choice in zip(chosen, strategy.choose(candidates, network), strict=True):
         decided = [_decided(d, choice) for d in group]
         if not allow_growth and (skip := _grows(decided)):
             decided = [_decided(d, skip) for d in group]
         decisions |= {d.path: d for d in decided}
     return Plan(
         model=captured.model,
-        network=_network(captured),
+        network=network,
         decisions=tuple(decisions.values()),
         capture=captured.rung,
         compared=captured.compared,
         fold_weights=captured.fold_weights,
         leaves=captured.leaves,
         refused=captured.refused,
+        metric=strategy.in_metric,
+        front=strategy.front(candidates, network),
     )
 
 
@@ -62,6 +66,12 @@ def _network(captured: Captured) -> Cost:
     tensors = [*captured.network.parameters(), *(t for site in captured.sites for t in (site.weight, site.bias))]
     params = sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
     return Cost(params, captured.macs)
+
+
+def _sizes(group: Sequence[Decision]) -> tuple[Sizes, ...] | None:
+    """Of every call of the convolutions that share a weight."""
+    sizes = [decision.input_sizes for decision in group]
+    return None if None in sizes else tuple(size for each in sizes for size in each or ())
 
 
 def _undecided(item: ConvSite | Skip, samples: int) -> Decision:
@@ -75,6 +85,8 @@ def _decided(decision: Decision, choice: Choice | Skip) -> Decision:
     if isinstance(choice, Skip):
         return replace(decision, factorization=None, rank=None, reason=choice.reason, note="")
     decided = replace(decision, factorization=choice.factorization, rank=choice.rank, note=choice.note)
+    if choice.increase is not None and not decision.tied_to:
+        decided = replace(decided, increase=choice.increase)
     if len(decided.stages) > 1:
         return decided
     return _decided(decision, Skip("at full rank the chain is the convolution itself"))

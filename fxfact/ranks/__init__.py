@@ -1,6 +1,26 @@
 """Which rank for which convolution. A strategy is a file here; it is handed all it needs and fetches nothing."""
 
-from fxfact.ranks.base import Candidate, Choice, RankStrategy
-from fxfact.ranks.requested import ByPath, Requested
+from fxfact.ranks.base import Candidate, Choice, FrontPoint, RankStrategy
+from fxfact.ranks.budgets import Budget, Loss, Macs, Params
+from fxfact.ranks.requested import ByPath, Requested, parse_several
+from fxfact.ranks.rules import VBMF, Energy, LargestThatPays, RankRule
+from fxfact.ranks.within_budget import WithinBudget
 
-__all__ = ["ByPath", "Candidate", "Choice", "RankStrategy", "Requested"]
+__all__ = [
+    "VBMF",
+    "Budget",
+    "ByPath",
+    "Candidate",
+    "Choice",
+    "Energy",
+    "FrontPoint",
+    "LargestThatPays",
+    "Loss",
+    "Macs",
+    "Params",
+    "RankRule",
+    "RankStrategy",
+    "Requested",
+    "WithinBudget",
+    "parse_several",
+]

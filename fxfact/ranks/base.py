@@ -6,32 +6,60 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxfact.conv import ConvSpec, Sizes
+from fxfact.conv import ConvLayer, ConvSpec, Sizes
+from fxfact.cost import Cost
 from fxfact.factorizations import Factorization, Rank
 from fxfact.skip import Skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
-    """A convolution to choose for; ``input_sizes`` has its spatial size at every call, None where unknown."""
+    """A convolution to choose for; ``input_sizes`` has its spatial size at every call, None where unknown. ``layer``
+    holds the numbers, for strategies that look at them.
+    """
 
     path: str
-    spec: ConvSpec
+    layer: ConvLayer
     input_sizes: tuple[Sizes, ...] | None
+
+    @property
+    def spec(self) -> ConvSpec:
+        """The convolution without its numbers."""
+        return self.layer.spec
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a convolution becomes; ``note`` says what of the request could not be met."""
+    """What a convolution becomes; ``note`` says what of the request could not be met, ``increase`` by how much the loss
+    is expected to grow, in nats, where the strategy knows.
+    """
 
     factorization: Factorization
     rank: Rank
     note: str = ""
+    increase: float | None = None
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A network that could be had: its cost, and by how much its loss is expected to grow, in nats."""
+
+    cost: Cost
+    increase: float
 
 
 class RankStrategy(ABC):
     """Chooses for all convolutions of a network together."""
 
     @abstractmethod
-    def choose(self, candidates: Sequence[Candidate]) -> tuple[Choice | Skip, ...]:
-        """One answer for each candidate, in order."""
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> tuple[Choice | Skip, ...]:
+        """One answer for each candidate, in order; ``network`` is the cost of the whole dense network."""
+
+    @property
+    def in_metric(self) -> bool:
+        """Whether the ranks were chosen for chains decomposed in the metric of statistics."""
+        return False
+
+    def front(self, candidates: Sequence[Candidate], network: Cost) -> tuple[FrontPoint, ...]:
+        """The best networks at all budgets, cheapest first, where the strategy knows them."""
+        return ()

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Generic, TypeVar, final
 
+from fxfact.calibration import Statistics
+from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, place
-from fxfact.factorizations import Factorization, ParsedRank, parse_factorization, parse_rank_request, resolve_rank
+from fxfact.factorizations import (
+    Factorization,
+    ParsedRank,
+    Rank,
+    parse_factorization,
+    parse_rank_request,
+    resolve_rank,
+)
 from fxfact.ranks.base import Candidate, Choice, RankStrategy
+from fxfact.ranks.rules import RankRule
 from fxfact.skip import Skip
 
 T = TypeVar("T")
@@ -62,14 +72,20 @@ class Requested(RankStrategy):
     """
 
     factorizations: ByPath[tuple[Factorization, ...]]
-    ranks: ByPath[ParsedRank]
+    ranks: ByPath[ParsedRank | RankRule]
+    statistics: Statistics | None = None
 
     @classmethod
     def parse(cls, factorization: object, rank: object) -> Requested:
         """From what ``fxfact.factorize`` takes. Raises ArgumentError, ArgumentTypeError, RankError."""
-        return cls(ByPath.parse(factorization, _parse_several), ByPath.parse(rank, parse_rank_request))
+        return cls(ByPath.parse(factorization, parse_several), ByPath.parse(rank, _parse_rank))
 
-    def choose(self, candidates: Sequence[Candidate]) -> tuple[Choice | Skip, ...]:
+    @property
+    def in_metric(self) -> bool:
+        """With statistics, in whose metric the chains are then decomposed."""
+        return self.statistics is not None
+
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> tuple[Choice | Skip, ...]:
         """One by one: nothing is traded between convolutions."""
         paths = [candidate.path for candidate in candidates]
         self.factorizations.check(paths, "factorization")
@@ -84,24 +100,37 @@ class Requested(RankStrategy):
         refusals = []
         for method in methods:
             with place(candidate.path):
-                rank = resolve_rank(method, candidate.spec, request, clip=not named)
+                rank = _resolved(method, candidate, request, clip=not named)
             if isinstance(rank, Skip):
                 refusals.append(rank.reason)
                 continue
             with place(candidate.path):
                 method.layout(candidate.spec, rank)
             asked = (request,) * len(rank) if isinstance(request, int) else request
-            lowered = not isinstance(request, float) and asked != rank
+            lowered = isinstance(request, int | tuple) and asked != rank
             return Choice(method, rank, f"rank {request} lowered to what is feasible" if lowered else "")
         return Skip("; ".join(dict.fromkeys(refusals)))
 
 
-def _parse_several(request: object) -> tuple[Factorization, ...]:
+def parse_several(request: object) -> tuple[Factorization, ...]:
+    """One factorization, or a list of them, by name or as objects."""
     if isinstance(request, Sequence) and not isinstance(request, str):
         if not request:
             raise ArgumentError("factorization: the list is empty. Name at least one.")
         return tuple(parse_factorization(one) for one in request)
     return (parse_factorization(request),)
+
+
+def _parse_rank(request: object) -> ParsedRank | RankRule:
+    return request if isinstance(request, RankRule) else parse_rank_request(request)
+
+
+def _resolved(
+    method: Factorization, candidate: Candidate, request: ParsedRank | RankRule, *, clip: bool
+) -> Rank | Skip:
+    if not isinstance(request, RankRule):
+        return resolve_rank(method, candidate.spec, request, clip=clip)
+    return method.rejects(candidate.spec) or request.rank_for(method, candidate)
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -1,0 +1,109 @@
+"""The statistics of a network on data: a value to keep in a file, from which plans are made again in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxfact.conv import ConvSpec
+from fxfact.errors import CalibrationError
+from fxfact.metric import Metric, Moment
+
+_FORMAT = {"format": "fxfact statistics", "version": 1}
+_DAMPING = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """Second moments of every convolution that gradients reached, by path; those that share a weight under the first.
+
+    ``samples`` is how many there were, ``likelihood`` the name of what labels were drawn from, ``variance`` that of the
+    outputs. ``curves`` keeps increases of the loss that planning has computed: by path, then by the factorization
+    (its name and options), pairs of a rank and nats. It is filled as plans are made, and saved along.
+    """
+
+    samples: int
+    likelihood: str
+    variance: float
+    specs: Mapping[str, ConvSpec]
+    moments: Mapping[str, Metric]
+    curves: dict[str, dict[str, list[tuple[tuple[int, ...], float]]]] = field(default_factory=dict)
+
+    def metric(self, path: str, spec: ConvSpec) -> Metric | None:
+        """What errors of a convolution cost, damped by a thousandth of the mean; None where no gradient reached it.
+
+        Raises CalibrationError where the statistics are of another convolution.
+        """
+        if path not in self.moments:
+            return None
+        if (known := self.specs[path]) != spec:
+            raise CalibrationError(f"{path}: the statistics are of {known}, the model has {spec}. Calibrate it.")
+        return self.moments[path].damped(_DAMPING)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a NumPy archive of plain arrays and JSON, without pickle. Raises CalibrationError."""
+        header = {
+            **_FORMAT,
+            "samples": self.samples,
+            "likelihood": self.likelihood,
+            "variance": self.variance,
+            "specs": {name: vars(spec) for name, spec in self.specs.items()},
+            "curves": self.curves,
+        }
+        arrays = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
+        for name, metric in self.moments.items():
+            for side, moment in (("input", metric.input), ("output", metric.output)):
+                arrays |= {f"{side}.{k}.{name}": factor.cpu().numpy() for k, factor in enumerate(moment.factors)}
+        try:
+            with open(path, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+        except OSError as error:
+            raise CalibrationError(f"{path}: the statistics cannot be written there: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read what ``save`` wrote. Raises CalibrationError."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "header"}
+                header = json.loads(file["header"].tobytes())
+            if {key: header[key] for key in _FORMAT} != _FORMAT:
+                raise CalibrationError(f"{path}: {header['format']} {header['version']} is not {_FORMAT}")
+            return cls(
+                samples=header["samples"],
+                likelihood=header["likelihood"],
+                variance=header["variance"],
+                specs={name: ConvSpec(**_tuples(spec)) for name, spec in header["specs"].items()},
+                moments={name: _metric(name, arrays) for name in header["specs"]},
+                curves={
+                    name: {kind: [(tuple(rank), nats) for rank, nats in curve] for kind, curve in curves.items()}
+                    for name, curves in header["curves"].items()
+                },
+            )
+        except CalibrationError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise CalibrationError(f"{path}: these are no statistics that can be read: {error}") from error
+
+
+def _metric(name: str, arrays: Mapping[str, torch.Tensor]) -> Metric:
+    sides = []
+    for side in ("input", "output"):
+        factors = [arrays[key] for k in range(2) if (key := f"{side}.{k}.{name}") in arrays]
+        sides.append(Moment(tuple(factors)))
+    return Metric(*sides)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _tuple(value) for key, value in values.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value

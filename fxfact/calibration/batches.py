@@ -1,0 +1,78 @@
+"""A caller's batches, one by one, as the arguments of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxfact.capture import ExampleInputs
+from fxfact.errors import CalibrationError
+
+Batches = Iterable[ExampleInputs]
+
+
+def arguments_for(
+    network: nn.Module, batches: Batches, example_inputs: ExampleInputs | None
+) -> Iterator[ExampleInputs]:
+    """Every batch without what the model does not take, such as labels, on the device of the model.
+
+    A tuple is cut to the length of ``example_inputs``, or to the arguments that forward needs, a mapping to the names
+    known. Raises CalibrationError: for what is no batch, NaN and Inf, an empty loader, and where the loader raises.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration must be an iterable of batches, got {type(batches).__name__}. Pass a DataLoader, or a list: "
+            "x.split(128)."
+        )
+    tensors = [*network.parameters(), *network.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    count = -1
+    for count, batch in enumerate(_raising(batches)):
+        cut = _cut(network, batch, example_inputs)
+        for tensor in tree_leaves(cut):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CalibrationError(f"calibration: batch {count} holds NaN or Inf. Repair or drop it.")
+        yield tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, cut)
+    if count < 0:
+        raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
+
+
+def _raising(batches: Batches) -> Iterator[ExampleInputs]:
+    iterator, count = iter(batches), 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise CalibrationError(f"calibration: the loader raised after {count} batches: {error!r}") from error
+        yield batch
+        count += 1
+
+
+def _cut(network: nn.Module, batch: Any, example_inputs: ExampleInputs | None) -> ExampleInputs:
+    if isinstance(batch, Mapping):
+        known: Iterable[str] = (
+            example_inputs if isinstance(example_inputs, Mapping) else inspect.signature(network.forward).parameters
+        )
+        return {name: value for name, value in batch.items() if name in known}
+    if isinstance(batch, tuple | list):
+        return tuple(batch)[: _length(network, example_inputs)]
+    if not isinstance(batch, Tensor):
+        raise CalibrationError(f"calibration: a batch is a tensor, a tuple or a mapping, got {type(batch).__name__}")
+    return batch
+
+
+def _length(network: nn.Module, example_inputs: ExampleInputs | None) -> int:
+    if isinstance(example_inputs, tuple | list):
+        return len(example_inputs)
+    if example_inputs is not None:
+        return 1
+    parameters = inspect.signature(network.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return max(1, len(needed))

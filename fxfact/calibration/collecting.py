@@ -1,0 +1,193 @@
+"""One pass over the data, forward and backward: every convolution shows what it is given and what its output means."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxfact.calibration.base import Statistics
+from fxfact.calibration.batches import Batches, arguments_for
+from fxfact.calibration.likelihood import Draw, Likelihood, dense_of, likelihood_for
+from fxfact.calibration.moments import Sums, Window
+from fxfact.capture import Captured, arguments_of, reason_of, storage_of
+from fxfact.copying import private_copy
+from fxfact.errors import CalibrationError
+from fxfact.graph import weight_at
+from fxfact.progress import Progress, shown
+
+_POSITIONS = 64  # patches of a sample that are looked at, of each convolution
+_backward = torch.ops.aten.convolution_backward.default
+
+
+@torch.inference_mode(False)
+def calibrate(
+    captured: Captured,
+    batches: Batches,
+    *,
+    likelihood: object = None,
+    seed: int = 0,
+    progress: Progress = False,
+) -> Statistics:
+    """The statistics of a captured network's convolutions, in evaluation mode, on a private copy.
+
+    Random draws are keyed by ``seed`` and the number of the sample, so that batch sizes do not matter. Where
+    ``torch.distributed`` is initialised, sums are all-reduced and every process gets the same; the samples of rank r of
+    w are then taken for numbers r, r + w, r + 2w, …, as ``DistributedSampler`` deals them. Raises CalibrationError.
+    """
+    network = _prepared(captured.network)
+    leaders = [site for site in captured.sites if site.tied_to is None]
+    sums = {}
+    for site in leaders:
+        weight = weight_at(network, site.path)
+        if weight is not None:
+            sums[site.path] = (storage_of(weight), Sums(site.spec, weight.device))
+    collector = _Collector({storage: found for storage, found in sums.values()})
+    drawing, known = _Drawing(seed), None
+    output_sums = torch.zeros(3, dtype=torch.float64)  # count, sum, squares
+    for batch in shown(arguments_for(network, batches, captured.example_inputs), None, "calibrating", progress):
+        with torch.enable_grad():
+            output = _run(network, batch)
+            known = known or likelihood_for(likelihood, output)
+            dense = dense_of(output)
+            drawing.begin(len(dense[0]))
+            tensors, gradients = known.pull(output, drawing.normal)
+            if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
+                raise CalibrationError("calibration: the model's own output holds NaN or Inf on this data")
+            if not any(tensor.requires_grad for tensor in tensors):
+                raise CalibrationError("calibration: no gradient leads from the output to a convolution")
+            output_sums += _moments_of([tensor.detach() for tensor in dense])
+            with collector.on(drawing.fractions):
+                torch.autograd.backward(tensors, gradients)
+        drawing.end()
+    if known is None:
+        raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
+    counted = torch.tensor([float(drawing.samples)], dtype=torch.float64)
+    _all_reduce([counted, output_sums, *(tensor for _, found in sums.values() for tensor in found.tensors)])
+    return _statistics(sums, known, float(counted), output_sums)
+
+
+def _statistics(
+    sums: Mapping[str, tuple[int | None, Sums]], known: Likelihood, samples: float, output_sums: Tensor
+) -> Statistics:
+    count, total, squares = output_sums.tolist()
+    variance = max(0.0, squares / count - (total / count) ** 2) if count else 0.0
+    metrics = {path: found.metric(samples, known.scale(variance)) for path, (_, found) in sums.items()}
+    return Statistics(
+        samples=int(samples),
+        likelihood=known.name,
+        variance=variance,
+        specs={path: found.spec for path, (_, found) in sums.items() if metrics[path] is not None},
+        moments={path: metric for path, metric in metrics.items() if metric is not None},
+    )
+
+
+class _Drawing:
+    """Random numbers of every sample, from its own generator, whatever batch it comes in."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self.samples = seed, 0
+        world = dist.is_available() and dist.is_initialized()
+        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if world else (0, 1)
+        self._generators: list[torch.Generator] = []
+        self.fractions = torch.empty(0)
+
+    def begin(self, count: int) -> None:
+        """The next ``count`` samples: their positions, and generators for what ``normal`` draws."""
+        numbers = [(self.samples + k) * self._world + self._rank for k in range(count)]
+        self._generators = [torch.Generator().manual_seed((self._seed << 40) + number) for number in numbers]
+        self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own) for own in self._generators])
+
+    def end(self) -> None:
+        """The samples are done with."""
+        self.samples += len(self._generators)
+
+    @property
+    def normal(self) -> Draw:
+        """Standard normal numbers in the shape of a tensor, the first axis being the samples'."""
+
+        def draw(tensor: Tensor) -> Tensor:
+            if len(tensor) != len(self._generators):
+                raise CalibrationError(
+                    f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis"
+                )
+            rows = [torch.randn(tensor.shape[1:], generator=own) for own in self._generators]
+            return torch.stack(rows).to(tensor.device)
+
+        return draw
+
+
+class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the backward pass come to every convolution, which gets input and gradient there; spares their weights'."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, sums: Mapping[int | None, Sums]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sums, self._fractions = sums, torch.empty(0)
+
+    def on(self, fractions: Tensor) -> _Collector:
+        """To look at the patches of these samples at these fractions of all positions."""
+        self._fractions = fractions
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not _backward:
+            return func(*args, **(kwargs or {}))
+        gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, mask = args
+        if (found := self._sums.get(storage_of(weight))) is not None:
+            with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+                order = input.ndim - 2
+                window = Window(weight.shape[2:], *(_per_axis(v, order) for v in (stride, padding, dilation)))
+                samples = self._fractions
+                samples = samples if len(input) % len(samples) == 0 else samples[:1]
+                found.add(input, gradient, window, samples)
+        if not mask[0]:
+            return None, None, None
+        only_input = [True, False, False]
+        return func(gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, only_input)
+
+
+def _prepared(network: nn.Module) -> nn.Module:
+    """A private copy, in evaluation mode, whose weights ask for gradients, so that every convolution gets one."""
+    own = private_copy(network)
+    with contextlib.suppress(NotImplementedError):  # the module of an exported program has its mode exported
+        own.eval()
+    for parameter in own.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and parameter.ndim > 2)
+    return own
+
+
+def _run(network: nn.Module, batch: Any) -> Any:
+    args, kwargs = arguments_of(batch)
+    try:
+        return network(*args, **kwargs)
+    except Exception as error:
+        raise CalibrationError(f"calibration: the model fails on a batch: {reason_of(error)}") from error
+
+
+def _per_axis(values: Sequence[int], order: int) -> list[int]:
+    return list(values) * order if len(values) == 1 else list(values)
+
+
+def _moments_of(tensors: Sequence[Tensor]) -> Tensor:
+    sums = [
+        torch.stack([t.new_tensor(t.numel()).double(), t.double().sum(), t.double().square().sum()]) for t in tensors
+    ]
+    return torch.stack(sums).sum(dim=0).cpu()
+
+
+def _all_reduce(tensors: Sequence[Tensor]) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for tensor in tensors:
+        on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        dist.all_reduce(on_device)
+        tensor.copy_(on_device)

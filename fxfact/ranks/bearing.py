@@ -1,0 +1,50 @@
+"""By how much the loss grows with every rank of every factorization of a convolution: few computed, the rest between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from fxfact.conv import ConvLayer, compose
+from fxfact.factorizations import Factorization, Rank
+from fxfact.metric import Metric
+
+Curve = list[tuple[Rank, float]]
+Curves = dict[str, Curve]  # by factorization and its options
+_COMPUTED = 6  # ranks of a factorization without a formula
+
+
+def curve_of(
+    layer: ConvLayer, factorization: Factorization, ranks: Sequence[Rank], metric: Metric | None, known: Curves
+) -> list[float]:
+    """Nats for each of the ranks, ascending; without a metric, ‖W − Ŵ‖² / ‖W‖². What is computed is kept in ``known``.
+
+    Increases are computed at six ranks at most, where no formula gives them all, and interpolated between, their
+    logarithm over the rank.
+    """
+    key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
+    if key not in known:
+        places = np.unique(np.linspace(0, len(ranks) - 1, _COMPUTED).round().astype(int))
+        computed = [ranks[k] for k in places]
+        if metric is not None:
+            known[key] = list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
+        else:
+            known[key] = [(rank, relative_square(layer, factorization, rank)) for rank in computed]
+    return _between(known[key], ranks)
+
+
+def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
+    """‖W − Ŵ‖² / ‖W‖² of the chain that comes nearest in the Frobenius norm."""
+    dense = layer.weight.float()
+    missed = compose(factorization.decompose(layer, rank)).float() - dense
+    return float(missed.square().sum() / dense.square().sum().clamp_min(1e-30))
+
+
+def _between(known: Curve, ranks: Sequence[Rank]) -> list[float]:
+    sizes, nats = [sum(rank) for rank, _ in known], [value for _, value in known]
+    lowest = np.minimum.accumulate(np.maximum(nats, 1e-12 * max(nats, default=0.0) + 1e-300))
+    found: list[float] = np.exp(np.interp([sum(rank) for rank in ranks], sizes, np.log(lowest))).tolist()
+    return found

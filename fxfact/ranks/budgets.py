@@ -1,0 +1,85 @@
+"""What a network may cost."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+from fxfact.cost import Cost
+from fxfact.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Budget(ABC):
+    """A share of what the whole dense network costs, linear layers and all, or an absolute bound ``at_most``.
+
+    Raises BudgetError unless it is one of the two, positive, the share within 1.
+    """
+
+    fraction: float | None = None
+    at_most: int | None = None
+
+    unit = ""
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.fraction, self.at_most) if value is not None]
+        name = type(self).__name__
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in given)
+        if len(given) != 1 or not numbers or not given[0] > 0 or (self.fraction or 0) > 1:
+            raise BudgetError(
+                f"{name}({self.fraction}, at_most={self.at_most}) is no budget. Pass a share, {name}(0.5), or "
+                f"{name}(at_most=900_000)."
+            )
+
+    @abstractmethod
+    def amount(self, cost: Cost) -> int:
+        """Of a cost what this budget is about. Raises BudgetError where it is not known."""
+
+    def allowed(self, network: Cost) -> int:
+        """The bound for a network that costs this much."""
+        return (
+            self.at_most if self.fraction is None and self.at_most else int((self.fraction or 0) * self.amount(network))
+        )
+
+
+@final
+@dataclass(frozen=True)
+class Macs(Budget):
+    """Multiply-accumulates for one sample."""
+
+    unit = "MACs"
+
+    def amount(self, cost: Cost) -> int:
+        """The MACs."""
+        if cost.macs is None:
+            raise BudgetError("a budget of MACs needs example_inputs, which give the sizes")
+        return cost.macs
+
+
+@final
+@dataclass(frozen=True)
+class Params(Budget):
+    """Numbers stored."""
+
+    unit = "parameters"
+
+    def amount(self, cost: Cost) -> int:
+        """The parameters."""
+        return cost.params
+
+
+@final
+@dataclass(frozen=True)
+class Loss:
+    """By how much the loss may grow, in nats for one sample, measured on data: the KL divergence from the original.
+
+    The cheapest network under it is looked for, by MACs where they are known. Raises BudgetError unless positive.
+    """
+
+    nats: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.nats, bool) or not isinstance(self.nats, int | float) or not 0 < self.nats < math.inf:
+            raise BudgetError(f"Loss({self.nats!r}) is no budget: it is a positive number of nats for one sample")

@@ -1,0 +1,139 @@
+"""The ranks that a loss bears best under a budget: a knapsack over every factorization and rank of all convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+from fxfact.calibration import Statistics
+from fxfact.conv import ConvSpec
+from fxfact.cost import Cost, cost_of
+from fxfact.errors import ArgumentError, BudgetError
+from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
+from fxfact.progress import Progress, shown
+from fxfact.ranks.base import Candidate, Choice, FrontPoint, RankStrategy
+from fxfact.ranks.bearing import Curves, curve_of
+from fxfact.ranks.budgets import Budget
+from fxfact.ranks.knapsack import Class, Knapsack
+from fxfact.ranks.requested import ByPath
+from fxfact.skip import Skip
+
+_RANKS = 40  # of a factorization among which to choose
+_FRONT = 40  # points
+_DENSE = Skip("within the budget it may stay dense")
+
+
+class Option(NamedTuple):
+    """What could become of a convolution, its cost and by how much the loss would grow."""
+
+    choice: Choice | Skip
+    cost: Cost
+    increase: float
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WithinBudget(RankStrategy):
+    """Of all networks within ``budget`` the one whose loss is expected to grow least, by the errors of its kernels.
+
+    With ``statistics`` errors are in nats, else squares of relative errors, all convolutions counted alike. Ranks are
+    ``multiple`` or its multiples. Options that cost more than the convolution, in parameters or in MACs, are none.
+    """
+
+    budget: Budget
+    factorizations: ByPath[tuple[Factorization, ...]] = field(
+        default_factory=lambda: ByPath(tuple(kind() for kind in FACTORIZATIONS), {})
+    )
+    statistics: Statistics | None = None
+    multiple: int = 1
+    progress: Progress = False
+    _curves: dict[str, Curves] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
+            raise ArgumentError(f"multiple_of must be an int, at least 1, got {self.multiple!r}")
+
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> tuple[Choice | Skip, ...]:
+        """Raises BudgetError where not even the smallest ranks meet the budget."""
+        self.factorizations.check([candidate.path for candidate in candidates], "factorization")
+        allowed = self.budget.allowed(network)
+        options = self._options(candidates)
+        fixed = self._fixed(options, network)
+        picked = self._knapsack(options).at(allowed - fixed) if options else [] if fixed <= allowed else None
+        if picked is None:
+            least = fixed + self._knapsack(options).least if options else fixed
+            whole = self.budget.amount(network)
+            raise BudgetError(
+                f"the budget is {allowed:,} {self.budget.unit}, and these factorizations can go down to {least:,.0f} "
+                f"({least / whole:.3f} of {whole:,}). Raise it, include more convolutions, or allow more factorizations."
+            )
+        return tuple(each[k].choice for each, k in zip(options, picked, strict=True))
+
+    @property
+    def in_metric(self) -> bool:
+        """With statistics."""
+        return self.statistics is not None
+
+    def front(self, candidates: Sequence[Candidate], network: Cost) -> tuple[FrontPoint, ...]:
+        """At budgets spread evenly between the cheapest network and the dense one."""
+        options = self._options(candidates)
+        if not options:
+            return ()
+        knapsack, fixed = self._knapsack(options), self._fixed(options, network)
+        most = self.budget.amount(network) - fixed
+        points = {}
+        for k in range(_FRONT + 1):
+            picked = knapsack.at(knapsack.least + (most - knapsack.least) * k / _FRONT)
+            if picked is not None:
+                taken = [each[p] for each, p in zip(options, picked, strict=True)]
+                dense = sum((each[0].cost for each in options), Cost(0, 0))
+                cost = network - dense + sum((option.cost for option in taken), Cost(0, 0))
+                points[cost] = FrontPoint(cost, sum(option.increase for option in taken))
+        return tuple(points.values())
+
+    def _fixed(self, options: Sequence[Sequence[Option]], network: Cost) -> int:
+        """What of the network no choice changes."""
+        return self.budget.amount(network) - sum(self.budget.amount(each[0].cost) for each in options)
+
+    def _knapsack(self, options: Sequence[Sequence[Option]]) -> Knapsack:
+        return Knapsack(
+            [Class([self.budget.amount(o.cost) for o in each], [o.increase for o in each]) for each in options]
+        )
+
+    def _options(self, candidates: Sequence[Candidate]) -> list[list[Option]]:
+        """For each candidate the dense one first."""
+        return [self._options_of(each) for each in shown(candidates, len(candidates), "planning", self.progress)]
+
+    def _options_of(self, candidate: Candidate) -> list[Option]:
+        spec, dense = candidate.spec, cost_of((candidate.spec,), candidate.input_sizes)
+        options = [Option(_DENSE, dense, 0.0)]
+        metric = None if self.statistics is None else self.statistics.metric(candidate.path, spec)
+        if self.statistics is not None and metric is None:
+            return [Option(Skip("no gradient reached it in calibration"), dense, 0.0)]
+        kept = self._curves if self.statistics is None else self.statistics.curves
+        known = kept.setdefault(candidate.path, {})
+        methods, _ = self.factorizations.get(candidate.path)
+        for method in methods or ():
+            if method.rejects(spec):
+                continue
+            ranks = _thinned([r for r in method.ranks(spec) if self._allowed(r, method.max_rank(spec))], method, spec)
+            costs = {rank: cost_of(method.layout(spec, rank), candidate.input_sizes) for rank in ranks}
+            smaller = [rank for rank, cost in costs.items() if not cost.exceeds(dense)]
+            if smaller:
+                nats = curve_of(candidate.layer, method, smaller, metric, known)
+                options += [
+                    Option(Choice(method, rank, increase=None if metric is None else n), costs[rank], n)
+                    for rank, n in zip(smaller, nats, strict=True)
+                ]
+        return options
+
+    def _allowed(self, rank: Rank, most: Rank) -> bool:
+        return all(r % self.multiple == 0 or r == m for r, m in zip(rank, most, strict=True))
+
+
+def _thinned(ranks: Sequence[Rank], method: Factorization, spec: ConvSpec) -> list[Rank]:
+    """The ranks that cost no more than the convolution, at most so many, spread evenly."""
+    ranks = [rank for rank in ranks if sum(s.params for s in method.layout(spec, rank)) <= spec.params]
+    step = max(1, -(-len(ranks) // _RANKS))
+    return ranks[::-1][::step][::-1]
