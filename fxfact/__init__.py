@@ -3,6 +3,7 @@
 The way of the data, top down, which is also the way of the imports::
 
     api, cli, demo           what a user calls
+    recovery                 a factorized network learns from its original, without labels
     inspection               graphs, shown
     loss_budget              the cheapest network under a bound on the measured loss
     verification             is a rewritten network right?
@@ -31,6 +32,7 @@ from fxfact.errors import FxfactError
 from fxfact.inspection import diff, inspect
 from fxfact.planning import Decision, Plan
 from fxfact.ranks import Loss, Macs, Params
+from fxfact.recovery import Recovery, recover
 from fxfact.verification import Verification, verify
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Macs",
     "Params",
     "Plan",
+    "Recovery",
     "Statistics",
     "Verification",
     "apply",
@@ -57,6 +60,7 @@ __all__ = [
     "plan",
     "plan_of",
     "ranks",
+    "recover",
     "run",
     "verify",
 ]

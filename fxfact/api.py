@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxfact.calibration import Batches, Likelihood, Statistics, arguments_for, likelihood_for
+from fxfact.calibration import Batches, Likelihood, Statistics, arguments_for, held_out_of, likelihood_for
 from fxfact.calibration import calibrate as collect
 from fxfact.capture import Captured, ExampleInputs, How, reexport, run_model
 from fxfact.capture import capture as capture_model
@@ -86,7 +86,9 @@ def factorize(
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     chosen = _Selected(include, exclude, allow_growth)
-    decided, statistics = _decide(captured, strategy, chosen, budget, calibration, likelihood, progress)
+    decided, statistics = _decide(
+        captured, strategy, chosen, budget, calibration=calibration, likelihood=likelihood, progress=progress
+    )
     result = _carry_out(decided, captured, replace(decomposing, statistics=statistics))
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
@@ -143,7 +145,9 @@ def plan(
     strategy = _strategy(factorization, rank, budget, multiple_of, progress)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     chosen = _Selected(include, exclude, allow_growth)
-    return _decide(captured, strategy, chosen, budget, calibration, likelihood, progress)[0]
+    return _decide(
+        captured, strategy, chosen, budget, calibration=calibration, likelihood=likelihood, progress=progress
+    )[0]
 
 
 def apply(
@@ -159,7 +163,8 @@ def apply(
     """A copy of ``model`` with the plan carried out, captured in the way that the plan was made for.
 
     ``weights='empty'`` builds only the structure, for a state_dict to be loaded into. A plan that was made on data
-    needs their ``statistics`` again. The other arguments are those of ``factorize``. Raises PlanError, naming the first differences, where the plan was made for another model;
+    needs their ``statistics`` again. The other arguments are those of ``factorize``. Raises PlanError, naming the first
+    differences, where the plan was made for another model;
     CaptureError, WeightError, ContractError.
     """
     decomposing = Decomposing(
@@ -227,9 +232,7 @@ class _Selected:
     allow_growth: bool
 
     def plan(self, captured: Captured, strategy: Requested | WithinBudget) -> Plan:
-        return make_plan(
-            captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth
-        )
+        return make_plan(captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth)
 
 
 def _strategy(
@@ -254,12 +257,15 @@ def _decide(
     strategy: Requested | WithinBudget,
     selected: _Selected,
     budget: _Budget | None,
+    *,
     calibration: Batches | Statistics | None,
     likelihood: object,
     progress: Progress,
 ) -> tuple[Plan, Statistics | None]:
     if isinstance(budget, Loss) and isinstance(strategy, WithinBudget):
-        return _within_loss(captured, strategy, selected, budget, calibration, likelihood, progress)
+        return _within_loss(
+            captured, strategy, selected, budget, calibration=calibration, likelihood=likelihood, progress=progress
+        )
     statistics = calibration
     if calibration is not None and not isinstance(calibration, Statistics):
         statistics = collect(captured, calibration, likelihood=likelihood, progress=progress)
@@ -272,6 +278,7 @@ def _within_loss(
     strategy: WithinBudget,
     selected: _Selected,
     loss: Loss,
+    *,
     calibration: Batches | Statistics | None,
     likelihood: object,
     progress: Progress,
@@ -279,10 +286,7 @@ def _within_loss(
     if calibration is None or isinstance(calibration, Statistics):
         raise CalibrationError("a budget of loss is met by measurement: pass batches as calibration")
     batches = list(arguments_for(captured.network, calibration, captured.example_inputs))
-    held_out, kept = batches[3::4] or batches[1:2], [batch for k, batch in enumerate(batches) if k % 4 != 3]
-    if not held_out:
-        raise CalibrationError("a budget of loss holds out every fourth batch, so there must be two at least, got 1")
-    kept = kept if len(batches) > 3 else batches[:1] + batches[2:]
+    kept, held_out = held_out_of(batches)
     known = likelihood_for(likelihood, run_model(private_copy(captured.network).eval(), kept[0]))
     statistics = collect(captured, kept, likelihood=known, progress=progress)
     unit = Params if captured.macs is None else Macs
@@ -291,4 +295,6 @@ def _within_loss(
     def plan_for(share: float) -> Plan:
         return selected.plan(captured, replace(strategy, budget=unit(share)))
 
-    return cheapest_within(loss.nats, plan_for, captured, statistics, known, held_out), statistics
+    return cheapest_within(
+        loss.nats, plan_for, captured, statistics=statistics, likelihood=known, held_out=held_out
+    ), statistics

@@ -23,6 +23,7 @@ def cheapest_within(
     nats: float,
     plan_for: Callable[[float], Plan],
     captured: Captured,
+    *,
     statistics: Statistics,
     likelihood: Likelihood,
     held_out: Sequence[ExampleInputs],

@@ -37,7 +37,7 @@ FLOORS = [
     ["passes.base", "passes.decomposing"],
     ["passes"],
     ["verification"],
-    ["inspection", "loss_budget"],
+    ["inspection", "loss_budget", "recovery"],
     ["api"],
     ["demo"],
     ["cli"],

@@ -70,7 +70,9 @@ def test_channel_svd_is_the_best_there_is(name: str) -> None:
             ConvLayer(
                 stage.spec,
                 stage.weight
-                + 1e-2 * stage.weight.norm() / stage.weight.numel() ** 0.5
+                + 1e-2
+                * stage.weight.norm()
+                / stage.weight.numel() ** 0.5
                 * torch.randn(stage.weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
                 stage.bias,
             )
@@ -82,7 +84,9 @@ def test_channel_svd_is_the_best_there_is(name: str) -> None:
 def test_a_metric_of_ones_is_the_frobenius_norm() -> None:
     spec = ConvSpec.parse(6, 8, (3, 3))
     layer = random_layer(spec)
-    ones = Metric(Moment((torch.eye(54, dtype=torch.float64)[None],)), Moment((torch.eye(8, dtype=torch.float64)[None],)))
+    ones = Metric(
+        Moment((torch.eye(54, dtype=torch.float64)[None],)), Moment((torch.eye(8, dtype=torch.float64)[None],))
+    )
     plain = ChannelSVD().decompose(layer, (3,))
     chain = ChannelSVD().decompose(layer, (3,), metric=ones)
     assert torch.allclose(compose(plain), compose(chain), atol=1e-8)

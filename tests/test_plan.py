@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact import api
 from fxfact.conv import ConvSpec
-from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, RankError
+from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, CalibrationError, PlanError, RankError
 from fxfact.factorizations import CPMobilenet, Tucker
 from fxfact.passes import FactorizeConvs
 from tests.conftest import ALL, Small, apart, by_name, params_of
@@ -229,7 +229,7 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
         ({"rank": 8.0}, RankError, "Pass 8 for the rank 8"),
         ({"rank": b"ab"}, ArgumentTypeError, "bytes"),
         ({"rank": ()}, RankError, "tuple"),
-        ({"rank": None}, ArgumentTypeError, "NoneType"),
+        ({"rank": b"same"}, ArgumentTypeError, "bytes"),
         ({"rank": True}, ArgumentTypeError, "bool"),
         ({"rank": {"second": 0}}, RankError, "second: a rank must be positive"),
         ({"rank": {"secnod": 3}}, ArgumentError, "Did you mean 'second'"),
@@ -239,7 +239,12 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
         ({"factorization": 3}, ArgumentTypeError, "name"),
         ({"factorization": Tucker}, ArgumentTypeError, "name"),
         ({"factorization": {"third": "cp"}}, ArgumentError, "nothing to factorize at 'third'"),
-        ({"budget": 0.5}, ArgumentError, "not in this version"),
+        ({"budget": 0.5}, ArgumentTypeError, "fxfact.Macs(0.5)"),
+        ({"budget": fxfact.Params(0.5), "rank": 0.5}, ArgumentError, "not both"),
+        ({"budget": fxfact.Macs(0.5)}, BudgetError, "example_inputs"),
+        ({"multiple_of": 8}, ArgumentError, "for budgets"),
+        ({"budget": fxfact.Params(0.5), "multiple_of": 0}, ArgumentError, "multiple_of"),
+        ({"budget": fxfact.Loss(0.1)}, CalibrationError, "pass batches"),
         ({"calibration": [torch.zeros(1)]}, ArgumentError, "not in this version"),
         ({"capture": "dynamo"}, ArgumentError, "'auto', 'trace', 'modules', 'export'"),
         ({"capture": "export"}, ArgumentError, r"torch\.export\.export"),

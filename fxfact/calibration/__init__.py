@@ -1,9 +1,9 @@
 """What data say of a network: which errors of which kernel its loss can bear. One pass, forward and backward."""
 
 from fxfact.calibration.base import Statistics
-from fxfact.calibration.batches import Batches, arguments_for
+from fxfact.calibration.batches import Batches, arguments_for, held_out_of
 from fxfact.calibration.collecting import calibrate
-from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, LikelihoodRequest, likelihood_for
+from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
 
 __all__ = [
     "CATEGORICAL",
@@ -14,5 +14,7 @@ __all__ = [
     "Statistics",
     "arguments_for",
     "calibrate",
+    "dense_of",
+    "held_out_of",
     "likelihood_for",
 ]

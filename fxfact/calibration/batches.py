@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,17 @@ def arguments_for(
         yield tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, cut)
     if count < 0:
         raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
+
+
+def held_out_of(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
+    """The batches to learn from, and those held out to measure on: every fourth, the last of two or three.
+
+    Raises CalibrationError for a single one.
+    """
+    if len(batches) < 2:
+        raise CalibrationError("every fourth batch is held out to measure on, so there must be two at least, got 1")
+    out = set(range(3, len(batches), 4)) or {len(batches) - 1}
+    return [b for k, b in enumerate(batches) if k not in out], [b for k, b in enumerate(batches) if k in out]
 
 
 def _raising(batches: Batches) -> Iterator[ExampleInputs]:

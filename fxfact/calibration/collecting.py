@@ -47,7 +47,7 @@ def calibrate(
         weight = weight_at(network, site.path)
         if weight is not None:
             sums[site.path] = (storage_of(weight), Sums(site.spec, weight.device))
-    collector = _Collector({storage: found for storage, found in sums.values()})
+    collector = _Collector(dict(sums.values()))
     drawing, known = _Drawing(seed), None
     output_sums = torch.zeros(3, dtype=torch.float64)  # count, sum, squares
     for batch in shown(arguments_for(network, batches, captured.example_inputs), None, "calibrating", progress):

@@ -33,7 +33,7 @@ class Likelihood(ABC):
         return 1.0
 
     def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """By how much ``found`` is worse than ``expected``, the original's, in nats, by sample (n,): the KL divergence."""
+        """By how much ``found`` is worse than the original's ``expected``: KL divergence by sample (n,), in nats."""
         raise CalibrationError(f"a likelihood of your own ({self.name}) tells gradients, not how to measure a loss")
 
 

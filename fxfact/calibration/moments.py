@@ -97,12 +97,13 @@ def _add(factors: list[Tensor], rows: Tensor, weight: float) -> None:
         flat = rows.flatten(2)
         factors[0] += weight * (flat.transpose(1, 2) @ flat)
         return
-    for factor, kept in zip(factors, (rows.transpose(2, 3).flatten(1, 2), rows.flatten(1, 2)), strict=True):
-        factor += weight * (kept.transpose(1, 2) @ kept)
+    channels, positions = rows.transpose(2, 3).flatten(1, 2), rows.flatten(1, 2)
+    factors[0] += weight * (channels.transpose(1, 2) @ channels)
+    factors[1] += weight * (positions.transpose(1, 2) @ positions)
 
 
 def _strips(patches: Tensor, groups: int, fractions: Tensor) -> Iterator[tuple[Tensor, float]]:
-    """Patches (n, channels, *positions, *kernel) as (groups, count, channels / groups, kernel), and what one stands for."""
+    """Patches (n, channels, *positions, *kernel) as (groups, count, channels / groups, kernel), and what one counts."""
     order = (patches.ndim - 2) // 2
     maps = patches.shape[0] // len(fractions)
     sizes, kernel = patches.shape[2 : 2 + order], math.prod(patches.shape[2 + order :])
@@ -131,6 +132,6 @@ def _strips(patches: Tensor, groups: int, fractions: Tensor) -> Iterator[tuple[T
 def _flat(maps: Tensor, groups: int) -> Iterator[Tensor]:
     """Maps (n, channels, *size) as rows (groups, count, channels / groups), a strip of samples at a time."""
     step = max(1, _CHUNK // max(1, maps[0].numel()))
-    for part in maps.split(step):
+    for part in torch.split(maps, step):
         rows = part.reshape(len(part), groups, part.shape[1] // groups, -1)
         yield rows.permute(1, 0, 3, 2).flatten(1, 2).float()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar, final
 
@@ -55,7 +55,7 @@ class Factorization(ABC):
     def _weights_in(
         self, block: ConvSpec, weight: Tensor, rank: Rank, metric: Metric, random: torch.Generator | None
     ) -> Sequence[Tensor]:
-        """``_weights`` that are near in a metric: begun there in the metric of the channels, then fitted in all of it."""
+        """``_weights`` that are near in a metric: begun in the metric of the channels, then fitted in all of it."""
         stages = self._stages(replace(block, bias=False), rank)
 
         def nearest(kernel: Tensor) -> list[Tensor]:
@@ -148,9 +148,7 @@ class Factorization(ABC):
                 self._weights(block, part, rank, generator)
                 if own is None
                 else self._weights_in(block, part, rank, own, generator)
-                for part, own in zip(
-                    weight.chunk(layer.spec.groups), _by_group(layer.spec, weight, metric), strict=True
-                )
+                for part, own in _by_group(layer.spec, weight, metric)
             ]
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
@@ -163,11 +161,7 @@ class Factorization(ABC):
         """By how much each of the ranks raises the loss, in nats; no chain is made where a formula says it."""
         by_group = [
             None if own is None else self._increases(layer.spec.block, part, own)
-            for part, own in zip(
-                layer.weight.float().chunk(layer.spec.groups),
-                _by_group(layer.spec, layer.weight.float(), metric),
-                strict=True,
-            )
+            for part, own in _by_group(layer.spec, layer.weight.float(), metric)
         ]
         if all(known is not None for known in by_group):
             return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
@@ -216,13 +210,11 @@ class Factorization(ABC):
             raise RankError(f"{self.name} ranks bound each other: {rank} can be {feasible} at most on {spec}")
 
 
-def _by_group(spec: ConvSpec, weight: Tensor, metric: Metric | None) -> list[Metric | None]:
-    """The metric of each group, None where there is none, or where it says that nothing matters."""
-    if metric is None:
-        return [None] * spec.groups
-    own = [metric.of_group(group).like(weight) for group in range(spec.groups)]
-    blocks = weight.chunk(spec.groups)
-    return [m if float(m.square(spec.block, part)) > 0 else None for m, part in zip(own, blocks, strict=True)]
+def _by_group(spec: ConvSpec, weight: Tensor, metric: Metric | None) -> Iterator[tuple[Tensor, Metric | None]]:
+    """The weight and the metric of each group, None where there is none, or where it says that nothing matters."""
+    for group, part in enumerate(weight.chunk(spec.groups)):
+        own = None if metric is None else metric.of_group(group).like(weight)
+        yield part, None if own is None or not float(own.square(spec.block, part)) > 0 else own
 
 
 def check_iteration(sweeps: object, tolerance: object, *, least: int) -> None:

@@ -55,7 +55,7 @@ def fit(
 
     with torch.enable_grad():
         before = float(error())
-        optimizer.step(error)  # type: ignore[arg-type]
+        optimizer.step(error)  # type: ignore[no-untyped-call]
         after = float(error())
     if not after < before:
         return list(start)

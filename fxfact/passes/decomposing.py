@@ -83,7 +83,7 @@ class Decomposing:
             return (([site.weight.new_empty(s.weight_shape) for s in d.stages], None) for site, d in jobs)
         seeds = [None if self.generator is None else _seed(self.generator) for _ in jobs]
         results = self._results(
-            (site.layer, decision, seed, statistics and statistics.metric(site.path, site.spec))
+            (site.layer, decision, seed, statistics.metric(site.path, site.spec) if statistics else None)
             for (site, decision), seed in zip(jobs, seeds, strict=True)
         )
         return shown(results, len(jobs), "decomposing", self.progress)

@@ -91,9 +91,9 @@ class Plan:
     ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample. ``capture`` is the
     way in which the model was captured ('trace', 'modules' or 'export'), ``refused`` why others were not taken, and
     ``compared`` whether what was captured computed the same as the model on its example inputs. ``fold_weights``:
-    computed weights were made parameters. ``leaves``: modules that were not looked into. ``metric``: the chains are to be
-    decomposed in the metric of statistics. ``front``: other networks that could have been had, cheapest first. ``measured``: by how much the loss grew on
-    held-out data, in nats for one sample, where that was measured.
+    computed weights were made parameters. ``leaves``: modules that were not looked into. ``metric``: the chains are to
+    be decomposed in the metric of statistics. ``front``: other networks that could have been had, cheapest first.
+    ``measured``: by how much the loss grew on held-out data, in nats for one sample, where that was measured.
     """
 
     model: str

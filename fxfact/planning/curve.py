@@ -23,12 +23,8 @@ class Curve:
     def __str__(self) -> str:
         rows = [
             [
-                f"{point.cost.params:,}",
-                f"{point.cost.params / self.network.params:.2f}",
-                "" if point.cost.macs is None else f"{point.cost.macs:,}",
-                ""
-                if point.cost.macs is None or not self.network.macs
-                else f"{point.cost.macs / self.network.macs:.2f}",
+                *_shown(point.cost.params, self.network.params),
+                *_shown(point.cost.macs, self.network.macs),
                 f"{point.increase:.3g}",
             ]
             for point in self.points
@@ -55,3 +51,7 @@ class Curve:
         axes.set_ylabel("expected increase of the loss (nats)")
         axes.grid(visible=True, alpha=0.3)
         return figure
+
+
+def _shown(cost: int | None, dense: int | None) -> tuple[str, str]:
+    return ("", "") if cost is None or not dense else (f"{cost:,}", f"{cost / dense:.2f}")

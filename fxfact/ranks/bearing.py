@@ -1,4 +1,4 @@
-"""By how much the loss grows with every rank of every factorization of a convolution: few computed, the rest between."""
+"""By how much the loss grows with every rank of a factorization: few computed, the others read off between them."""
 
 from __future__ import annotations
 

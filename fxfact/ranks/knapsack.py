@@ -52,7 +52,8 @@ class Knapsack:
     def _steps(self, k: int) -> NDArray[np.int64]:
         """What the options of a class cost beyond its cheapest, in whole steps."""
         costs = self._costs[k][self._kept[k]]
-        return np.ceil((costs - costs[0]) / self._step - 1e-9).astype(np.int64)
+        steps: NDArray[np.int64] = np.ceil((costs - costs[0]) / self._step - 1e-9).astype(np.int64)
+        return steps
 
     def _solve(self) -> NDArray[np.float64]:
         best = np.zeros(_STEPS + 1)
@@ -91,4 +92,5 @@ def _undominated(costs: NDArray[np.float64], values: NDArray[np.float64]) -> NDA
     order = np.lexsort((values, costs))
     lowest = np.minimum.accumulate(values[order])
     first = np.concatenate([[True], values[order][1:] < lowest[:-1]])
-    return order[first]
+    kept: NDArray[np.int64] = order[first]
+    return kept

@@ -48,7 +48,7 @@ class WithinBudget(RankStrategy):
     statistics: Statistics | None = None
     multiple: int = 1
     progress: Progress = False
-    _curves: dict[str, Curves] = field(default_factory=dict, init=False)
+    _curves: dict[str, Curves] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
@@ -66,7 +66,7 @@ class WithinBudget(RankStrategy):
             whole = self.budget.amount(network)
             raise BudgetError(
                 f"the budget is {allowed:,} {self.budget.unit}, and these factorizations can go down to {least:,.0f} "
-                f"({least / whole:.3f} of {whole:,}). Raise it, include more convolutions, or allow more factorizations."
+                f"({least / whole:.3f} of {whole:,}). Raise it, or let it have more convolutions and factorizations."
             )
         return tuple(each[k].choice for each, k in zip(options, picked, strict=True))
 

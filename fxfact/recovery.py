@@ -1,0 +1,212 @@
+"""A short recovery without labels: the factorized network learns from its original what it did on the same data."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fxfact.calibration import Batches, Likelihood, arguments_for, dense_of, held_out_of, likelihood_for
+from fxfact.capture import ExampleInputs, arguments_of
+from fxfact.copying import private_copy
+from fxfact.errors import ArgumentError, ArgumentTypeError
+from fxfact.passes import last_plan
+from fxfact.progress import Progress, shown
+
+_Network = TypeVar("_Network", bound=nn.Module)
+Augment = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What ``recover`` did: the divergence from the original on held-out batches before and behind, in nats for one
+    sample, how many ``steps`` were taken and how many ``seconds`` that took.
+    """
+
+    before: float
+    after: float
+    steps: int
+    seconds: float
+
+
+def recover(
+    factorized: _Network,
+    original: nn.Module,
+    batches: Batches,
+    *,
+    steps: int = 1000,
+    seconds: float = math.inf,
+    lr: float = 1e-3,
+    augment: Augment | None = None,
+    example_inputs: ExampleInputs | None = None,
+    likelihood: object = None,
+    patience: int = 20,
+    seed: int = 0,
+    progress: Progress = False,
+) -> tuple[_Network, Recovery]:
+    """A trained copy of a factorized network, and what the training did. The networks given are not changed.
+
+    Distillation (Hinton, Vinyals and Dean 2015) on ``batches``, without labels: the copy is to give what the original
+    gives, at the output (its divergence) and behind every rewritten convolution that is a module of the original
+    (relative squares, after Romero et al. 2015). AdamW, its rate ``lr`` falling along a cosine over ``steps``, or
+    sooner, over ``seconds``; in evaluation mode, so that batch norms stay what they are. Every fourth batch is held out
+    and looked at after every pass over the others, ten times at least; the best state is what comes back, and
+    ``patience`` looks without a gain end it. ``augment`` is called on the floating-point tensors of a training batch
+    (random flips, shifts); the original sees the same. Without an end by ``seconds``, and with an ``augment`` that is,
+    deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
+    """
+    _check(original, steps, seconds, lr, patience)
+    paths = [decision.path for decision in last_plan(factorized).rewrites]
+    teacher, student = private_copy(original).eval(), copy.deepcopy(factorized)
+    modes = {name: module.training for name, module in student.named_modules()}
+    student.eval()
+    kept, held_out = held_out_of(list(arguments_for(teacher, batches, example_inputs)))
+    with torch.no_grad():
+        known = likelihood_for(likelihood, _run(teacher, kept[0]))
+    pair = _Pair(teacher, student, paths, known)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+    best = _Best(student, pair.divergence(held_out))
+    looks = max(1, min(steps // 10, len(kept)))
+    order, started, before = torch.Generator().manual_seed(seed), time.perf_counter(), best.divergence
+    step = 0
+    for step in shown(range(1, steps + 1), steps, "recovering", progress):
+        share = max(step / steps, (time.perf_counter() - started) / seconds)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, share))) * min(1.0, step / 20)
+        batch = kept[int(torch.randint(len(kept), (), generator=order))]
+        optimizer.zero_grad()
+        torch.autograd.backward(pair.loss(_augmented(batch, augment)))
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        last = share >= 1.0 or step == steps
+        if last or step % looks == 0:
+            best.look(pair.divergence(held_out))
+        if last or best.since >= patience:
+            break
+    pair.close()
+    best.restore()
+    for name, module in student.named_modules():
+        module.training = modes[name]
+    return student, Recovery(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
+
+
+class _Pair:
+    """The original and its copy to be trained, and what both compute behind every rewritten convolution."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, paths: Sequence[str], likelihood: Likelihood) -> None:
+        self._networks, self._likelihood = (teacher, student), likelihood
+        self._features: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        modules = dict(teacher.named_modules())
+        self._handles = []
+        for path in paths:
+            if path not in modules:
+                continue  # convolved by a function: the output alone tells
+            *_, last = student.get_submodule(path).children()
+            for module, features in zip((modules[path], last), self._features, strict=True):
+                self._handles.append(module.register_forward_hook(_keeping(features, path)))
+
+    def loss(self, batch: ExampleInputs) -> Tensor:
+        """To be minimised: divergence, and the mean of the features' relative squares."""
+        wanted, given = self._outputs(batch)
+        divergence = self._likelihood.divergence(wanted, given, _variance(wanted)).mean()
+        squares = [_relative(self._features[0][path], self._features[1][path]) for path in self._features[1]]
+        return divergence + torch.stack(squares).mean() if squares else divergence
+
+    def divergence(self, batches: Sequence[ExampleInputs]) -> float:
+        """The mean over samples, in nats."""
+        with torch.no_grad():
+            outputs = (self._outputs(batch) for batch in batches)
+            found = [self._likelihood.divergence(one, other, _variance(one)) for one, other in outputs]
+        return float(torch.cat(found).mean())
+
+    def close(self) -> None:
+        """Stop looking."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _outputs(self, batch: ExampleInputs) -> tuple[Any, Any]:
+        for features in self._features:
+            features.clear()
+        with torch.no_grad():
+            wanted = _run(self._networks[0], batch)
+        return wanted, _run(self._networks[1], batch)
+
+
+@dataclass
+class _Best:
+    """The best state so far, and how many looks ago that was."""
+
+    network: nn.Module
+    divergence: float
+    since: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = self._now()
+
+    def look(self, divergence: float) -> None:
+        """Keep the present state if it is better."""
+        if divergence < self.divergence:
+            self.divergence, self.state, self.since = divergence, self._now(), 0
+        else:
+            self.since += 1
+
+    def restore(self) -> None:
+        """Put the best state back."""
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(self.state[name])
+        self.network.zero_grad()
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
+
+
+def _keeping(features: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        features[path] = output
+
+    return keep
+
+
+def _relative(wanted: Tensor, given: Tensor) -> Tensor:
+    square = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
+    return (given - wanted).square().mean() / square
+
+
+def _variance(output: Any) -> float:
+    """Of all numbers of an output."""
+    numbers = torch.cat([tensor.detach().double().flatten() for tensor in dense_of(output)])
+    return float(numbers.var(correction=0))
+
+
+def _run(network: nn.Module, batch: ExampleInputs) -> Any:
+    args, kwargs = arguments_of(batch)
+    return network(*args, **kwargs)
+
+
+def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
+    def changed(value: Any) -> Any:
+        return augment(value) if augment and isinstance(value, Tensor) and value.is_floating_point() else value
+
+    augmented: ExampleInputs = tree_map(changed, batch)
+    return augmented
+
+
+def _check(original: object, steps: int, seconds: float, lr: float, patience: int) -> None:
+    if not isinstance(original, nn.Module):
+        raise ArgumentTypeError(f"original must be a torch.nn.Module, got {type(original).__name__}")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (steps, patience))
+    if not whole or not seconds > 0 or not 0 < lr < math.inf:
+        raise ArgumentError(
+            f"steps and patience are positive ints, seconds and lr positive, got {steps!r}, {patience!r}, {seconds!r}, "
+            f"{lr!r}"
+        )
