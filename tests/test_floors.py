@@ -12,8 +12,8 @@ import fxfact
 ROOT = Path(fxfact.__file__).parent
 # Bottom first. A name stands for a module, or for a folder whose modules import only what is below it and its base.
 FLOORS = [
-    ["errors", "skip", "progress"],
-    ["conv", "tensor"],
+    ["errors", "skip"],
+    ["conv", "tensor", "progress"],
     ["cost", "metric", "conv_modules", "spellings", "comparing", "copying"],
     ["sites", "folding", "stand_ins"],
     ["factorizations", "graph.base"],
@@ -31,7 +31,7 @@ FLOORS = [
     ["ranks.requested"],
     ["ranks.within_budget"],
     ["ranks"],
-    ["planning.curve"],
+    ["planning.curve", "planning.decision"],
     ["planning.base"],
     ["planning"],
     ["passes.base", "passes.decomposing"],

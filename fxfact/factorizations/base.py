@@ -26,7 +26,7 @@ from fxfact.metric import Metric, fit, in_channel_metric
 from fxfact.skip import Skip
 
 Rank = tuple[int, ...]
-_ITERATIONS = 100  # of the fit in a metric; a few per cent above where it would end
+_FITTED, _FORESEEN = 100, 25  # iterations of the fit in a metric: of weights to be used, of errors to be planned with
 T = TypeVar("T")
 
 
@@ -53,7 +53,13 @@ class Factorization(ABC):
         """The stages' weights, in single or double precision, for a weight (out, in, *kernel)."""
 
     def _weights_in(
-        self, block: ConvSpec, weight: Tensor, rank: Rank, metric: Metric, random: torch.Generator | None
+        self,
+        block: ConvSpec,
+        weight: Tensor,
+        rank: Rank,
+        metric: Metric,
+        random: torch.Generator | None,
+        iterations: int,
     ) -> Sequence[Tensor]:
         """``_weights`` that are near in a metric: begun in the metric of the channels, then fitted in all of it."""
         stages = self._stages(replace(block, bias=False), rank)
@@ -63,7 +69,7 @@ class Factorization(ABC):
             return [part.reshape(stage.weight_shape) for part, stage in zip(found, stages, strict=True)]
 
         start = in_channel_metric(block, weight, metric, nearest)
-        return fit(block, stages, start, weight, metric, iterations=_ITERATIONS)
+        return fit(block, stages, start, weight, metric, iterations=iterations)
 
     def _increases(self, block: ConvSpec, weight: Tensor, metric: Metric) -> Mapping[Rank, float] | None:
         """By how much the loss grows at every rank, where a formula says it."""
@@ -133,6 +139,11 @@ class Factorization(ABC):
         precision. ``generator`` is used where the factorization begins at random. Raises RankError, RefusedError,
         WeightError, SpecError for the metric of another convolution.
         """
+        return self._chain(layer, rank, metric, generator, _FITTED)
+
+    def _chain(
+        self, layer: ConvLayer, rank: Rank, metric: Metric | None, generator: torch.Generator | None, iterations: int
+    ) -> ConvChain:
         specs = self.layout(layer.spec, rank)
         check_weight(layer.weight)
         if metric is not None:
@@ -147,7 +158,7 @@ class Factorization(ABC):
             by_group = [
                 self._weights(block, part, rank, generator)
                 if own is None
-                else self._weights_in(block, part, rank, own, generator)
+                else self._weights_in(block, part, rank, metric=own, random=generator, iterations=iterations)
                 for part, own in _by_group(layer.spec, weight, metric)
             ]
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
@@ -158,14 +169,16 @@ class Factorization(ABC):
 
     @final
     def increases(self, layer: ConvLayer, metric: Metric, ranks: Sequence[Rank]) -> list[float]:
-        """By how much each of the ranks raises the loss, in nats; no chain is made where a formula says it."""
+        """By how much each of the ranks raises the loss, in nats: by a formula where there is one, else by a short fit,
+        some per cent above what ``decompose`` will reach.
+        """
         by_group = [
             None if own is None else self._increases(layer.spec.block, part, own)
             for part, own in _by_group(layer.spec, layer.weight.float(), metric)
         ]
         if all(known is not None for known in by_group):
             return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
-        chains = (self.decompose(layer, rank, metric=metric) for rank in ranks)
+        chains = (self._chain(layer, rank, metric, None, _FORESEEN) for rank in ranks)
         return [metric.increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
 
     @final

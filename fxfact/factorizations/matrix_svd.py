@@ -41,7 +41,13 @@ class _MatrixSVD(Factorization):
         return (right, left)
 
     def _weights_in(
-        self, block: ConvSpec, weight: Tensor, rank: Rank, metric: Metric, random: torch.Generator | None
+        self,
+        block: ConvSpec,
+        weight: Tensor,
+        rank: Rank,
+        metric: Metric,
+        random: torch.Generator | None,
+        iterations: int,
     ) -> Sequence[Tensor]:
         """In closed form: with R the moment of the rows and Q of the columns, the leading eigenvectors U of
         R^½ W Q Wᵀ R^½ give R^-½ U · Uᵀ R^½ W (Eckart and Young in the metric).

@@ -39,7 +39,7 @@ def fit(
         return list(start)
     parameters = [part.detach().contiguous().requires_grad_() for part in _balanced(_scaled(start, into, out))]
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=iterations, history_size=20, tolerance_grad=1e-10, tolerance_change=1e-10,
+        parameters, max_iter=iterations, history_size=10, tolerance_grad=1e-10, tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 

@@ -12,19 +12,19 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fxfact.conv import ConvSpec, Sizes
-from fxfact.cost import Cost, cost_of
+from fxfact.conv import ConvSpec
+from fxfact.cost import Cost
 from fxfact.errors import ArgumentTypeError, PlanError, place
 from fxfact.factorizations import (
     FACTORIZATIONS,
     Factorization,
-    Rank,
     RankRequest,
     parse_factorization,
     parse_rank_request,
     resolve_rank,
 )
 from fxfact.planning.curve import Curve
+from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, tuples
 from fxfact.ranks import FrontPoint
 from fxfact.skip import Skip
 
@@ -34,54 +34,6 @@ _WAYS = {
     "modules": "by its modules, which keep the model's own Python ('modules')",
     "export": "as an exported program ('export')",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """One convolution: factorized at a rank, or left as it is for a ``reason``.
-
-    ``spec`` is None where the convolution could not be parsed, ``input_sizes`` where no example inputs were given.
-    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters. ``increase`` is by
-    how much the loss is expected to grow, in nats for one sample, where data told.
-    """
-
-    path: str
-    spec: ConvSpec | None
-    input_sizes: tuple[Sizes, ...] | None = None
-    tied_to: str | None = None
-    factorization: Factorization | None = None
-    rank: Rank | None = None
-    reason: str = ""
-    note: str = ""
-    increase: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
-            raise PlanError(f"{self.path}: a rewrite needs a convolution, a factorization and a rank, got {self.rank}")
-
-    @property
-    def stages(self) -> tuple[ConvSpec, ...]:
-        """The convolutions that will stand here: those of the chain, or the one that is there."""
-        if self.spec is None:
-            return ()
-        if self.factorization is None or self.rank is None:
-            return (self.spec,)
-        return self.factorization.layout(self.spec, self.rank)
-
-    @property
-    def before(self) -> Cost:
-        """The cost of the convolution as it is."""
-        return self._cost((self.spec,) if self.spec else ())
-
-    @property
-    def after(self) -> Cost:
-        """The cost of what will stand here."""
-        return self._cost(self.stages)
-
-    def _cost(self, stages: Sequence[ConvSpec]) -> Cost:
-        cost = cost_of(stages, self.input_sizes)
-        biases = sum(spec.out_channels for spec in stages if spec.bias)
-        return Cost(biases, cost.macs) if self.tied_to else cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,9 +178,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: numbers, strings, lists and dicts."""
-        decisions = [_decision_to_json(decision) for decision in self.decisions]
+        decisions = [decision_to_json(decision) for decision in self.decisions]
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**_FORMAT, **plain, "network": asdict(self.network), "decisions": decisions}
+        return {**_FORMAT, **plain, "network": asdict(self.network), "decisions": decisions} | {
+            "front": [asdict(point) for point in self.front]
+        }
 
     @classmethod
     def from_json(cls, data: Any, *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
@@ -238,8 +192,8 @@ class Plan:
             raise PlanError(f"expected a plan with {_FORMAT}, found {found}. Save it with Plan.save.")
         known = {kind.name: kind for kind in (*FACTORIZATIONS, *factorizations)}
         try:
-            decisions = tuple(_decision_from_json(entry, known) for entry in data["decisions"])
-            values = {field.name: _tuples(data[field.name]) for field in fields(cls)}
+            decisions = tuple(decision_from_json(entry, known) for entry in data["decisions"])
+            values = {field.name: tuples(data[field.name]) for field in fields(cls)}
             front = tuple(FrontPoint(Cost(**point["cost"]), point["increase"]) for point in data["front"])
             plan = cls(**{**values, "network": Cost(**data["network"]), "decisions": decisions, "front": front})
             str(plan)  # computes every layout
@@ -306,32 +260,3 @@ def _arrow(before: int | None, after: int | None) -> str:
     if before == after:
         return f"{before:,}"
     return f"{before:,} → {after:,} ({after / before:.2f})" if before else f"{before:,} → {after:,}"
-
-
-def _decision_to_json(decision: Decision) -> dict[str, Any]:
-    data = {field.name: getattr(decision, field.name) for field in fields(decision)}
-    data["spec"] = asdict(decision.spec) if decision.spec else None
-    if method := decision.factorization:
-        data["factorization"] = {
-            "name": method.name,
-            "options": {field.name: getattr(method, field.name) for field in fields(method)},
-        }
-    return data
-
-
-def _decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Decision:
-    values = dict(data)
-    spec, method = values["spec"], values["factorization"]
-    if spec is not None:
-        values["spec"] = ConvSpec(**{key: _tuples(value) for key, value in spec.items()})
-    if method is not None:
-        if method["name"] not in known:
-            raise PlanError(f"unknown factorization {method['name']!r}. Pass its class as factorizations=[...].")
-        values["factorization"] = known[method["name"]](**method["options"])
-    for name in ("input_sizes", "rank"):
-        values[name] = _tuples(values[name])
-    return Decision(**values)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

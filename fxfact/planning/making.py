@@ -10,7 +10,8 @@ from fxfact.capture import Captured
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.planning.base import Decision, Plan
+from fxfact.planning.base import Plan
+from fxfact.planning.decision import Decision
 from fxfact.ranks import Candidate, Choice, RankStrategy
 from fxfact.sites import ConvSite, path_of
 from fxfact.skip import Skip

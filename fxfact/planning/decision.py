@@ -1,0 +1,92 @@
+"""What is to become of one convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fxfact.conv import ConvSpec, Sizes
+from fxfact.cost import Cost, cost_of
+from fxfact.errors import PlanError
+from fxfact.factorizations import Factorization, Rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One convolution: factorized at a rank, or left as it is for a ``reason``.
+
+    ``spec`` is None where the convolution could not be parsed, ``input_sizes`` where no example inputs were given.
+    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters. ``increase`` is by
+    how much the loss is expected to grow, in nats for one sample, where data told.
+    """
+
+    path: str
+    spec: ConvSpec | None
+    input_sizes: tuple[Sizes, ...] | None = None
+    tied_to: str | None = None
+    factorization: Factorization | None = None
+    rank: Rank | None = None
+    reason: str = ""
+    note: str = ""
+    increase: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
+            raise PlanError(f"{self.path}: a rewrite needs a convolution, a factorization and a rank, got {self.rank}")
+
+    @property
+    def stages(self) -> tuple[ConvSpec, ...]:
+        """The convolutions that will stand here: those of the chain, or the one that is there."""
+        if self.spec is None:
+            return ()
+        if self.factorization is None or self.rank is None:
+            return (self.spec,)
+        return self.factorization.layout(self.spec, self.rank)
+
+    @property
+    def before(self) -> Cost:
+        """The cost of the convolution as it is."""
+        return self._cost((self.spec,) if self.spec else ())
+
+    @property
+    def after(self) -> Cost:
+        """The cost of what will stand here."""
+        return self._cost(self.stages)
+
+    def _cost(self, stages: Sequence[ConvSpec]) -> Cost:
+        cost = cost_of(stages, self.input_sizes)
+        biases = sum(spec.out_channels for spec in stages if spec.bias)
+        return Cost(biases, cost.macs) if self.tied_to else cost
+
+
+def decision_to_json(decision: Decision) -> dict[str, Any]:
+    """Plain data."""
+    data = {field.name: getattr(decision, field.name) for field in fields(decision)}
+    data["spec"] = asdict(decision.spec) if decision.spec else None
+    if method := decision.factorization:
+        data["factorization"] = {
+            "name": method.name,
+            "options": {field.name: getattr(method, field.name) for field in fields(method)},
+        }
+    return data
+
+
+def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Decision:
+    """From plain data; ``known`` has the factorizations by name. Raises PlanError."""
+    values = dict(data)
+    spec, method = values["spec"], values["factorization"]
+    if spec is not None:
+        values["spec"] = ConvSpec(**{key: tuples(value) for key, value in spec.items()})
+    if method is not None:
+        if method["name"] not in known:
+            raise PlanError(f"unknown factorization {method['name']!r}. Pass its class as factorizations=[...].")
+        values["factorization"] = known[method["name"]](**method["options"])
+    for name in ("input_sizes", "rank"):
+        values[name] = tuples(values[name])
+    return Decision(**values)
+
+
+def tuples(value: Any) -> Any:
+    """Lists, as JSON has them, made tuples."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value

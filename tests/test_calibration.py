@@ -1,0 +1,325 @@
+"""Calibration: moments against autograd's own, budgets that are met, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfact
+from fxfact.calibration.moments import Window
+from fxfact.errors import ArgumentTypeError, BudgetError, CalibrationError, PlanError
+from fxfact.metric import as_matrix
+from fxfact.ranks.knapsack import Class, Knapsack
+
+
+class Classifier(nn.Module):
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.grouped = nn.Conv2d(12, 16, 3, stride=2, groups=2)
+        self.up = nn.ConvTranspose2d(16, 8, 3, stride=2)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        return self.head(F.relu(self.up(F.relu(self.grouped(x)))).mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Classifier().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(24, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+def summed(output: Tensor) -> Tensor:
+    return output.square().sum()
+
+
+@pytest.mark.parametrize("path", ["first", "grouped", "up"])
+def test_moments_are_those_of_inputs_and_gradients(model: nn.Module, x: Tensor, path: str) -> None:
+    x = x[:, :, :7, :7]  # with fewer positions than are sampled, so that the moments are exact
+    found = fxfact.calibrate(model, x.split(5), likelihood=summed)
+    layer, seen = model.get_submodule(path), {}
+    layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output) or output.retain_grad())
+    summed(model(x)).backward()
+    inputs, gradients = seen["x"].detach(), seen["y"].grad
+    window = Window(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    groups, metric = layer.groups, found.moments[path]
+
+    def rows(maps: Tensor, *, patched: bool) -> Tensor:
+        maps = window.patches(maps).flatten(4) if patched else maps[..., None]
+        n, channels, *_, positions = maps.shape
+        flat = maps.reshape(n, groups, channels // groups, -1, positions).permute(1, 0, 3, 2, 4)
+        return flat.reshape(groups, -1, channels // groups * positions)
+
+    def second(rows: Tensor) -> Tensor:
+        return rows.transpose(1, 2) @ rows
+
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    into, out = rows(inputs, patched=not transposed), rows(gradients, patched=transposed)
+    torch.testing.assert_close(
+        metric.input.factors[0], into.transpose(1, 2) @ into / into.shape[1], rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(metric.output.factors[0], second(out) / len(x), rtol=1e-4, atol=1e-6)
+
+
+def test_the_kernel_gradient_is_the_product_of_what_the_moments_are_of() -> None:
+    layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, bias=False)
+    x = torch.randn(1, 4, 9, 9)
+    y = layer(x)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    patches = Window(layer.kernel_size, layer.stride, layer.padding, layer.dilation).patches(x)
+    flat = patches[0].movedim(0, 2).flatten(2).flatten(0, 1)  # positions, channels · kernel
+    spec = fxfact.ConvSpec.parse(4, 6, (3, 3), stride=2, padding=1, dilation=2)
+    torch.testing.assert_close(gradient[0].flatten(1) @ flat, as_matrix(spec, layer.weight.grad), rtol=1e-4, atol=1e-4)
+
+
+def test_the_categorical_draw_has_the_covariance_of_the_fisher_information(model: nn.Module) -> None:
+    from fxfact.calibration import CATEGORICAL  # noqa: PLC0415
+
+    logits = torch.randn(1, 4).expand(200_000, 4)
+    generator = torch.Generator().manual_seed(0)
+    _, (pulled,) = CATEGORICAL.pull(logits, lambda t: torch.randn(t.shape, generator=generator))
+    p = logits[0].softmax(0)
+    torch.testing.assert_close(pulled.T @ pulled / len(pulled), torch.diag(p) - p[:, None] * p, rtol=0.05, atol=2e-3)
+
+
+def test_batches_do_not_matter_and_the_model_is_untouched(model: nn.Module, x: Tensor) -> None:
+    before = copy.deepcopy(model.state_dict())
+    one, other = fxfact.calibrate(model, x.split(24)), fxfact.calibrate(model, x.split(7))
+    assert one.samples == other.samples == 24
+    for path, metric in one.moments.items():
+        for mine, theirs in zip(
+            (metric.input, metric.output), (other.moments[path].input, other.moments[path].output), strict=True
+        ):
+            assert float((mine.factors[0] - theirs.factors[0]).norm()) <= 1e-6 * float(mine.factors[0].norm())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_statistics_survive_their_file_and_give_the_same_network(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    statistics = fxfact.calibrate(model, x.split(8))
+    plan = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=statistics, example_inputs=x[:1])
+    statistics.save(tmp_path / "statistics.npz")
+    plan.save(tmp_path / "plan.json")
+    loaded = fxfact.Statistics.load(tmp_path / "statistics.npz")
+    assert loaded.curves == statistics.curves
+    again = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=loaded, example_inputs=x[:1])
+    assert again == plan == fxfact.Plan.load(tmp_path / "plan.json")
+    one, other = (fxfact.apply(plan, model, statistics=each) for each in (statistics, loaded))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    with pytest.raises(PlanError, match="statistics"):
+        fxfact.apply(plan, model)
+    assert fxfact.apply(plan, model, weights="empty")
+    (tmp_path / "broken.npz").write_bytes(b"nothing")
+    with pytest.raises(CalibrationError, match="broken"):
+        fxfact.Statistics.load(tmp_path / "broken.npz")
+
+
+@pytest.mark.parametrize(
+    "budget", [fxfact.Macs(0.5), fxfact.Params(0.5), fxfact.Params(at_most=1500), fxfact.Macs(0.9)]
+)
+@pytest.mark.parametrize("data", [True, False])
+def test_budgets_are_met(model: nn.Module, x: Tensor, budget: fxfact.ranks.Budget, data: bool) -> None:
+    calibration = x.split(8) if data else None
+    small = fxfact.factorize(model, budget=budget, calibration=calibration, example_inputs=x[:1], verify=True)
+    plan = fxfact.plan_of(small)
+    assert plan.rewrites
+    assert budget.amount(plan.after) <= budget.allowed(plan.network)
+    assert (plan.increase is not None) == data
+    if isinstance(budget, fxfact.Params):
+        assert sum(p.numel() for p in small.parameters()) == plan.after.params
+    assert "loss +" in str(plan.curve())
+    increases = [point.increase for point in plan.curve().points]
+    assert increases == sorted(increases, reverse=True)
+
+
+def test_ranks_are_multiples(model: nn.Module, x: Tensor) -> None:
+    plan = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=[x], example_inputs=x[:1], multiple_of=4)
+    for decision in plan.rewrites:
+        most = decision.factorization.max_rank(decision.spec)
+        assert all(rank % 4 == 0 or rank == top for rank, top in zip(decision.rank, most, strict=True))
+
+
+def test_a_bound_on_the_loss_is_met_by_measurement(model: nn.Module, x: Tensor) -> None:
+    plans = [
+        fxfact.plan(model, budget=fxfact.Loss(n), calibration=x.split(4), example_inputs=x[:1]) for n in (1e-4, 1e-1)
+    ]
+    assert all(plan.measured <= nats for plan, nats in zip(plans, (1e-7, 1e-4), strict=True))
+    assert plans[1].after.macs <= plans[0].after.macs
+    assert plans[0].rewrites
+    assert "held-out" in str(plans[1])
+
+
+def test_a_decomposition_on_data_is_nearer_in_what_comes_out(model: nn.Module, x: Tensor) -> None:
+    x = x * torch.logspace(0, -3, 3)[:, None, None]  # one channel of the input hardly matters
+    plain, aware = (
+        fxfact.factorize(model, "channel_svd", rank=0.4, calibration=calibration, example_inputs=x[:1])
+        for calibration in (None, x.split(8))
+    )
+    expected = model(x)
+    assert (aware(x) - expected).norm() < (plain(x) - expected).norm()
+
+
+def raising(x: Tensor) -> Iterator[Tensor]:
+    yield x
+    raise OSError("the disk is gone")
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(x), x
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        (lambda x: [], "no batch"),
+        (lambda x: x, "iterable of batches"),
+        (lambda x: [x, x * float("nan")], "batch 1 holds NaN"),
+        (raising, "raised after 1 batches.*disk is gone"),
+        (lambda x: ["abc"], "a batch is a tensor"),
+        (lambda x: [x[:, :2]], "fails on a batch"),
+    ],
+)
+def test_bad_batches_are_refused(model: nn.Module, x: Tensor, batches: Callable[[Tensor], object], words: str) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        fxfact.calibrate(model, batches(x))
+
+
+def test_outputs_that_do_not_say_their_loss_are_refused(x: Tensor) -> None:
+    with pytest.raises(CalibrationError, match="does not say what its loss is"):
+        fxfact.calibrate(Dense(), [x])
+    with pytest.raises(CalibrationError, match="cannot be 'poisson'"):
+        fxfact.calibrate(Dense(), [x], likelihood="poisson")
+    assert set(fxfact.calibrate(Dense(), [x], likelihood="gaussian").moments) == {"conv"}
+
+
+def test_labels_are_ignored(model: nn.Module, x: Tensor) -> None:
+    labels = torch.zeros(len(x), dtype=torch.long)
+    one = fxfact.calibrate(model, [x])
+    for batch in ((x, labels), [x, labels], {"x": x, "labels": labels}):
+        other = fxfact.calibrate(model, [batch])
+        assert all(torch.equal(m.output.factors[0], other.moments[p].output.factors[0]) for p, m in one.moments.items())
+
+
+def test_budgets_that_cannot_be(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(BudgetError, match="can go down to"):
+        fxfact.plan(model, "tucker", budget=fxfact.Macs(0.001), calibration=[x], example_inputs=x[:1])
+    for bad in (0, 1.5, "half", True, float("nan")):
+        with pytest.raises(BudgetError):
+            fxfact.Macs(bad)
+    with pytest.raises(BudgetError):
+        fxfact.Params()
+    with pytest.raises(BudgetError):
+        fxfact.Loss(-1)
+    with pytest.raises(CalibrationError, match="at least, got 1"):
+        fxfact.plan(model, budget=fxfact.Loss(0.1), calibration=[x], example_inputs=x[:1])
+    other, statistics = Classifier(), fxfact.calibrate(model, [x])
+    other.first = nn.Conv2d(3, 12, 5, padding=2)
+    with pytest.raises(CalibrationError, match="the statistics are of"):
+        fxfact.plan(other, budget=fxfact.Params(0.5), calibration=statistics)
+
+
+def test_rules_choose_ranks(model: nn.Module) -> None:
+    from fxfact.ranks import VBMF, Energy, LargestThatPays  # noqa: PLC0415
+    from fxfact.ranks.rules import vbmf_rank  # noqa: PLC0415
+
+    ranks = [sum(sum(d.rank) for d in fxfact.plan(model, "tucker", rank=Energy(s)).rewrites) for s in (0.3, 0.6)]
+    assert 0 < ranks[0] < ranks[1]
+    for decision in fxfact.plan(model, "channel_svd", rank=LargestThatPays()).rewrites:
+        assert not decision.after.exceeds(decision.before)
+        (rank,) = decision.rank
+        larger = decision.factorization.layout(decision.spec, (rank + 1,))
+        assert sum(stage.params for stage in larger) >= decision.before.params
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(60, 5, generator=generator), torch.randn(5, 200, generator=generator)
+    assert vbmf_rank(left @ right + 0.3 * torch.randn(60, 200, generator=generator)) == 5
+    assert vbmf_rank(torch.randn(60, 200, generator=generator)) <= 1
+    assert "VBMF finds ranks of matrices" in fxfact.plan(model, "cp", rank=VBMF())["first"].reason
+
+
+def test_the_knapsack_is_within_a_hundredth_of_the_optimum() -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        classes = []
+        for _ in range(8):
+            costs = np.sort(random.uniform(1, 100, 12))
+            classes.append(
+                Class(costs.tolist(), (random.uniform(1, 10) * np.exp(-costs / random.uniform(10, 60))).tolist())
+            )
+        knapsack = Knapsack(classes)
+        bound = random.uniform(knapsack.least, sum(max(c.costs) for c in classes))
+        picked = knapsack.at(bound)
+        assert sum(c.costs[k] for c, k in zip(classes, picked, strict=True)) <= bound
+        value = sum(c.values[k] for c, k in zip(classes, picked, strict=True))
+        costs, values = (np.concatenate([getattr(c, name) for c in classes]) for name in ("costs", "values"))
+        one_of_each = np.kron(np.eye(8), np.ones(12))
+        constraints = [optimize.LinearConstraint(one_of_each, 1, 1), optimize.LinearConstraint(costs[None], 0, bound)]
+        exact = optimize.milp(values, constraints=constraints, integrality=1, bounds=optimize.Bounds(0, 1))
+        assert value <= 1.01 * exact.fun
+        assert knapsack.at(knapsack.least - 1) is None
+
+
+def test_recovery_brings_a_network_nearer(model: nn.Module, x: Tensor) -> None:
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=x[:1])
+    before = copy.deepcopy(small.state_dict())
+    recovered, report = fxfact.recover(small, model, x.split(4), steps=60, lr=3e-3)
+    assert report.after < report.before
+    assert report.steps <= 60
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert fxfact.plan_of(recovered) == fxfact.plan_of(small)
+    again, _ = fxfact.recover(small, model, x.split(4), steps=60, lr=3e-3)
+    assert torch.equal(again(x), recovered(x))
+    with pytest.raises(ArgumentTypeError):
+        fxfact.recover(small, None, x.split(4))  # type: ignore[arg-type]
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = Classifier().eval()
+    x = torch.randn(24, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    statistics = fxfact.calibrate(model, x[rank::2].split(5))
+    statistics.save(f"{folder}/{rank}.npz")
+    plan = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=statistics, example_inputs=x[:1])
+    plan.save(f"{folder}/{rank}.json")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_plan_of_one(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    alone = fxfact.calibrate(model, x.split(8))
+    plan = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=alone, example_inputs=x[:1])
+    for rank in range(2):
+        together = fxfact.Statistics.load(tmp_path / f"{rank}.npz")
+        assert together.samples == alone.samples
+        for path, metric in alone.moments.items():
+            for side in ("input", "output"):
+                mine, theirs = (getattr(m, side).factors[0] for m in (metric, together.moments[path]))
+                assert float((mine - theirs).norm()) <= 1e-6 * float(mine.norm())
+        found = fxfact.Plan.load(tmp_path / f"{rank}.json")
+        assert [(d.factorization, d.rank) for d in found] == [(d.factorization, d.rank) for d in plan]
