@@ -47,13 +47,18 @@ def top1(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return 100 * float(right) / len(labels)
 
 
-def cifar10(network: nn.Module, *, normalised: bool) -> float:
-    data = arrays("cifar10_test_a")
+def cifar10_images(name: str, *, normalised: bool) -> tuple[Tensor, Tensor]:
+    """Images and labels of a part of CIFAR-10."""
+    data = arrays(name)
     x = torch.from_numpy(data["x"]).float()
     if normalised:
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         x = (x / 255 - mean) / std
-    return top1(network, x, torch.from_numpy(data["y"]))
+    return x, torch.from_numpy(data["y"])
+
+
+def cifar10(network: nn.Module, *, normalised: bool) -> float:
+    return top1(network, *cifar10_images("cifar10_test_a", normalised=normalised))
 
 
 def imagenet(network: nn.Module) -> float:

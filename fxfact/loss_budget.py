@@ -37,8 +37,11 @@ def cheapest_within(
     cheapest = dense.front[0].cost if dense.front else dense.network
     low, high = (cheapest.macs or cheapest.params) / network, 1.0
     best = replace(dense, measured=measure(dense))
-    while_there_is = range(_HALVINGS) if dense.front else range(0)
-    for _ in while_there_is:
+    if measure(dense) > nats:  # even what costs next to nothing by prediction
+        for decision in dense.rewrites:
+            best = best.edited(decision.path, skip="the loss cannot bear it")
+        best = replace(best, measured=0.0)
+    for _ in range(_HALVINGS if dense.front else 0):
         middle = (low + high) / 2
         plan = plan_for(middle)
         loss = measure(plan)

@@ -62,9 +62,9 @@ def calibrate(
             if not any(tensor.requires_grad for tensor in tensors):
                 raise CalibrationError("calibration: no gradient leads from the output to a convolution")
             output_sums += _moments_of([tensor.detach() for tensor in dense])
-            pulled = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad]
+            pulled = [k for k, tensor in enumerate(tensors) if tensor.requires_grad]
             with collector.on(drawing.fractions):
-                torch.autograd.backward(*zip(*pulled, strict=True))
+                torch.autograd.backward([tensors[k] for k in pulled], [gradients[k] for k in pulled])
         drawing.end()
     if known is None:
         raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")

@@ -57,6 +57,7 @@ class Factorization(ABC):
         block: ConvSpec,
         weight: Tensor,
         rank: Rank,
+        *,
         metric: Metric,
         random: torch.Generator | None,
         iterations: int,

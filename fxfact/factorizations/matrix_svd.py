@@ -45,6 +45,7 @@ class _MatrixSVD(Factorization):
         block: ConvSpec,
         weight: Tensor,
         rank: Rank,
+        *,
         metric: Metric,
         random: torch.Generator | None,
         iterations: int,
