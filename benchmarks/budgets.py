@@ -1,4 +1,4 @@
-"""What a budget costs a trained CIFAR-10 network: ranks by what the loss can bear, against plain Tucker, no fine-tuning.
+"""What a budget costs a trained CIFAR-10 network whose ranks are chosen by what the loss can bear.
 
     python -m benchmarks.budgets                    # ResNet-20, about ten minutes on two cores
     python -m benchmarks.budgets --networks wide_resnet8 --budgets 0.7 0.5 0.35 --recover 300
@@ -99,7 +99,7 @@ def main() -> None:
     for name in given.networks:
         rows, correlation = measure(name, given)
         show(
-            f"{name}, {given.images} images; rank correlation of predicted and measured increases {correlation:.3f}",
+            f"{name}, {given.images} images; predicted and measured: rank correlation {correlation:.3f}",
             rows,
         )
         content[name] = {"rows": rows, "rank correlation": correlation}
