@@ -160,11 +160,11 @@ def test_ranks_are_multiples(model: nn.Module, x: Tensor) -> None:
 
 def test_a_bound_on_the_loss_is_met_by_measurement(model: nn.Module, x: Tensor) -> None:
     plans = [
-        fxfact.plan(model, budget=fxfact.Loss(n), calibration=x.split(4), example_inputs=x[:1]) for n in (1e-4, 1e-1)
+        fxfact.plan(model, budget=fxfact.Loss(n), calibration=x.split(4), example_inputs=x[:1]) for n in (1e-6, 1e-4)
     ]
-    assert all(plan.measured <= nats for plan, nats in zip(plans, (1e-7, 1e-4), strict=True))
+    assert all(plan.measured <= nats for plan, nats in zip(plans, (1e-6, 1e-4), strict=True))
     assert plans[1].after.macs <= plans[0].after.macs
-    assert plans[0].rewrites
+    assert plans[1].rewrites
     assert "held-out" in str(plans[1])
 
 

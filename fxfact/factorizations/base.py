@@ -3,7 +3,6 @@
 A factorization is a frozen value that knows two things of one convolution without groups: the shapes of the stages
 for a rank (``_stages``) and their weights (``_weights``). Groups, biases, precisions and ranks by fraction are the
 same for all and live here. Laws, each tested for every factorization:
-
 - ``layout(spec, rank)`` equals the specs of ``decompose(layer, rank)``, which it needs no tensor for;
 - ``layout`` maps any input size to the output size of ``spec``;
 - at ``max_rank`` the chain composes to the kernel itself (CP: begun at singular components, its default).
