@@ -1,32 +1,64 @@
-"""What the trained networks were trained for: their data, and one figure that says how well they do it.
+"""What the trained networks were trained for: data to test on, one figure that says how well, and data to calibrate on.
 
 The figures of the dense networks are those of the data's own README; a test holds our definitions against them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.networks import data_folder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PATCH = 64  # pixels a side of a patch to calibrate on
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Batches to test on, and ``score``: of a batch's number and its output the scores of its samples (n,)."""
+
+    batches: Sequence[Tensor]
+    score: Callable[[int, Any], Tensor]
+
+    def run(self, network: nn.Module) -> Iterator[tuple[Any, Tensor]]:
+        """The output and the scores of every batch."""
+        for number, batch in enumerate(self.batches):
+            with torch.inference_mode():
+                output = network(batch)
+            yield output, self.score(number, output)
 
 
 @dataclass(frozen=True)
 class Task:
-    """``figure`` measures a network, in ``unit``; ``dense`` is what the trained network reaches."""
+    """``tests`` are all samples to test on, ``calibration`` unlabelled others; where ``shared``, the tests at even places,
+    so that only those at odd ones stay. ``dense`` is the figure, in ``unit``, of the trained network on all tests.
+    """
 
-    figure: Callable[[nn.Module], float]
+    tests: Callable[[], Tests]
+    calibration: Callable[[], Tensor]
     unit: str
     dense: float
+    likelihood: str = "categorical"
+    shared: bool = False
+
+    def figure(self, network: nn.Module) -> float:
+        """The mean score of all samples."""
+        return float(torch.cat([scores for _, scores in self.tests().run(network)]).double().mean())
+
+    def batches(self, count: int, seed: int, size: int = 64) -> tuple[Tensor, ...]:
+        """That many samples to calibrate on, drawn without replacement."""
+        samples = self.calibration()
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+        return samples[order[:count]].split(size)
 
 
 def arrays(name: str) -> Any:
@@ -36,18 +68,19 @@ def arrays(name: str) -> Any:
     return np.load(folder / f"{name}.npz")
 
 
-def outputs(network: nn.Module, inputs: Tensor, batch: int = 250) -> Iterator[Tensor]:
-    with torch.inference_mode():
-        for part in inputs.split(batch):
-            yield network(part)
+def classified(inputs: Tensor, labels: Tensor, size: int = 250) -> Tests:
+    """100 for a right class, 0 for a wrong one."""
+    parts = labels.split(size)
+    return Tests(inputs.split(size), lambda number, output: 100.0 * (output.argmax(1) == parts[number]))
 
 
-def top1(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    right = (torch.cat([y.argmax(1) for y in outputs(network, inputs)]) == labels).sum()
-    return 100 * float(right) / len(labels)
+def psnr(found: Tensor, truth: Tensor, peak: float) -> Tensor:
+    """In dB, of one image, as (1,)."""
+    return 10 * torch.log10(peak**2 / (found - truth).square().mean())[None]
 
 
-def cifar10_images(name: str, *, normalised: bool) -> tuple[Tensor, Tensor]:
+@cache
+def cifar10(name: str, *, normalised: bool) -> tuple[Tensor, Tensor]:
     """Images and labels of a part of CIFAR-10."""
     data = arrays(name)
     x = torch.from_numpy(data["x"]).float()
@@ -57,72 +90,105 @@ def cifar10_images(name: str, *, normalised: bool) -> tuple[Tensor, Tensor]:
     return x, torch.from_numpy(data["y"])
 
 
-def cifar10(network: nn.Module, *, normalised: bool) -> float:
-    return top1(network, *cifar10_images("cifar10_test_a", normalised=normalised))
-
-
-def imagenet(network: nn.Module) -> float:
+@cache
+def imagenet() -> tuple[Tensor, Tensor]:
     data = arrays("imagenet_a")
     x = np.cumsum(data["delta"], axis=-1, dtype=np.uint8)
     x[:, 0] += x[:, 1]
     x[:, 2] += x[:, 1]
-    images = torch.from_numpy(x).float() - torch.tensor((123.0, 117.0, 104.0))[:, None, None]
-    return top1(network, images, torch.from_numpy(data["y"]))
+    return torch.from_numpy(x).float() - torch.tensor((123.0, 117.0, 104.0))[:, None, None], torch.from_numpy(data["y"])
 
 
-def denoising(network: nn.Module) -> float:
+@cache
+def denoising() -> Tests:
     images = arrays("set12")
-    scores = []
-    for index, name in enumerate(sorted(images.files)):
-        x = torch.from_numpy(images[name]).float()[None, None] / 255
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(index))
-        noisy = x + 25 / 255 * noise
-        (found,) = outputs(network, noisy)
-        scores.append(psnr((noisy - found).clamp(0, 1), x, 1))
-    return sum(scores) / len(scores)
+    clean = [torch.from_numpy(images[name]).float()[None, None] / 255 for name in sorted(images.files)]
+    noise = [torch.randn(x.shape, generator=torch.Generator().manual_seed(k)) for k, x in enumerate(clean)]
+    noisy = [x + 25 / 255 * e for x, e in zip(clean, noise, strict=True)]
+    return Tests(noisy, lambda k, output: psnr((noisy[k] - output).clamp(0, 1), clean[k], 1))
 
 
-def super_resolution(network: nn.Module) -> float:
+@cache
+def noisy_patches() -> Tensor:
+    """Of the luma of Set5, every 32 pixels, with noise of the same deviation."""
+    names = _set5()
+    clean = torch.cat([_patches(torch.from_numpy(arrays("set5")[f"{name}_hr_y"])[None, None] / 255) for name in names])
+    return clean + 25 / 255 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def super_resolution() -> Tests:
     images = arrays("set5")
-    names = sorted(name.removesuffix("_rgb") for name in images.files if name.endswith("_rgb"))
-    scores = []
-    for name in names:
-        low, high = (torch.from_numpy(images[f"{name}_{kind}"])[None, None] for kind in ("lr4_y", "hr_y"))
-        ((_, found),) = outputs(network, low / 255)
-        inside = (..., slice(4, -4), slice(4, -4))
-        scores.append(psnr((found * 255).clamp(0, 255)[inside], high[inside], 255))
-    return sum(scores) / len(scores)
+    low, high = (
+        [torch.from_numpy(images[f"{name}_{kind}"])[None, None] for name in _set5()] for kind in ("lr4_y", "hr_y")
+    )
+    inside = (..., slice(4, -4), slice(4, -4))
+    return Tests(
+        [x / 255 for x in low], lambda k, output: psnr((output[1] * 255).clamp(0, 255)[inside], high[k][inside], 255)
+    )
 
 
-def psnr(found: Tensor, truth: Tensor, peak: float) -> float:
-    return 10 * math.log10(peak**2 / float((found - truth).square().mean()))
+@cache
+def small_patches() -> Tensor:
+    """Of Set12, reduced four times in size."""
+    images = arrays("set12")
+    clean = [torch.from_numpy(images[name]).float()[None, None] / 255 for name in sorted(images.files)]
+    reduced = [F.interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1) for x in clean]
+    return torch.cat([_patches(x, _PATCH // 2) for x in reduced])
 
 
-def fashion(network: nn.Module) -> float:
+def _set5() -> list[str]:
+    return sorted(name.removesuffix("_rgb") for name in arrays("set5").files if name.endswith("_rgb"))
+
+
+def _patches(image: Tensor, size: int = _PATCH) -> Tensor:
+    """(count, 1, size, size), overlapping by half."""
+    return F.unfold(image, size, stride=size // 2).transpose(1, 2).reshape(-1, 1, size, size)
+
+
+@cache
+def fashion(part: str) -> tuple[Tensor, Tensor]:
     data = arrays("fashion_mnist")
-    x = (torch.from_numpy(data["test_x"]).float()[:, None] / 255 - 0.286) / 0.353
-    return top1(network, x, torch.from_numpy(data["test_y"]))
+    x = (torch.from_numpy(data[f"{part}_x"]).float()[:, None] / 255 - 0.286) / 0.353
+    return x, torch.from_numpy(data[f"{part}_y"])
 
 
-def spoken_digits(network: nn.Module) -> float:
-    data = arrays("fsdd_a")
-    return top1(network, torch.from_numpy(data["test_x"]).float()[:, None] / 32768, torch.from_numpy(data["test_y"]))
+@cache
+def scaled(name: str, part: str, peak: float) -> tuple[Tensor, Tensor]:
+    """Samples of one channel, divided by ``peak``, and labels."""
+    data = arrays(name)
+    return torch.from_numpy(data[f"{part}_x"]).float()[:, None] / peak, torch.from_numpy(data[f"{part}_y"])
 
 
-def adrenal(network: nn.Module) -> float:
-    data = arrays("adrenal3d_a")
-    x = torch.from_numpy(data["test_x"]).float()[:, None] / 255
-    return top1(network, x, torch.from_numpy(data["test_y"]))
+def _cifar10(dense: float, *, normalised: bool) -> Task:
+    return Task(
+        lambda: classified(*cifar10("cifar10_test_a", normalised=normalised)),
+        lambda: cifar10("cifar10_train", normalised=normalised)[0],
+        "top-1 %",
+        dense,
+    )
+
+
+def _scaled(name: str, peak: float, unit: str, dense: float) -> Task:
+    return Task(lambda: classified(*scaled(name, "test", peak)), lambda: scaled(name, "train", peak)[0], unit, dense)
 
 
 TASKS: dict[str, Task] = {
-    "resnet20": Task(lambda net: cifar10(net, normalised=True), "top-1 %", 100 * 4565 / 4990),
-    "resnet56": Task(lambda net: cifar10(net, normalised=True), "top-1 %", 100 * 4638 / 4990),
-    "wide_resnet8": Task(lambda net: cifar10(net, normalised=False), "top-1 %", 100 * 4550 / 4990),
-    "squeezenet": Task(imagenet, "top-1 %", 100 * 300 / 500),
-    "dncnn": Task(denoising, "PSNR dB", 30.397),
-    "lapsrn": Task(super_resolution, "PSNR dB", 31.645),
-    "fashion_cnn": Task(fashion, "top-1 %", 100 * 9107 / 10000),
-    "fsdd_conv1d": Task(spoken_digits, "top-1 %", 100 * 175 / 180),
-    "adrenal_conv3d": Task(adrenal, "accuracy %", 100 * 136 / 149),
+    "resnet20": _cifar10(100 * 4565 / 4990, normalised=True),
+    "resnet56": _cifar10(100 * 4638 / 4990, normalised=True),
+    "wide_resnet8": _cifar10(100 * 4550 / 4990, normalised=False),
+    "squeezenet": Task(
+        lambda: classified(*imagenet(), size=50),
+        lambda: imagenet()[0][::2],
+        "top-1 %",
+        100 * 300 / 500,
+        shared=True,
+    ),
+    "dncnn": Task(denoising, noisy_patches, "PSNR dB", 30.397, "gaussian"),
+    "lapsrn": Task(super_resolution, small_patches, "PSNR dB", 31.645, "gaussian"),
+    "fashion_cnn": Task(
+        lambda: classified(*fashion("test")), lambda: fashion("train")[0], "top-1 %", 100 * 9107 / 10000
+    ),
+    "fsdd_conv1d": _scaled("fsdd_a", 32768, "top-1 %", 100 * 175 / 180),
+    "adrenal_conv3d": _scaled("adrenal3d_a", 255, "accuracy %", 100 * 136 / 149),
 }
