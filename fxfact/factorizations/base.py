@@ -25,7 +25,7 @@ from fxfact.metric import Metric, fit, in_channel_metric
 from fxfact.skip import Skip
 
 Rank = tuple[int, ...]
-_FITTED, _FORESEEN = 100, 25  # iterations of the fit in a metric: of weights to be used, of errors to be planned with
+_FITTED, _FORESEEN = 200, 12  # iterations of the fit in a metric: of weights to be used, of errors to be planned with
 T = TypeVar("T")
 
 

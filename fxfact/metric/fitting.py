@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvSpec, compose_weights
-from fxfact.metric.base import Metric, root
+from fxfact.conv import ConvSpec, compose_weights, to_torch
+from fxfact.metric.base import Metric, Moment, as_matrix, root
 
 Weights = Sequence[Tensor]
 
@@ -21,8 +23,11 @@ def in_channel_metric(
     The kernel (out, in, *kernel) goes in multiplied by the square roots of both moments of channels; what comes out is
     the stages' weights, of which the first is multiplied by the inverse on its inputs, the last on its outputs.
     """
-    (into, back_in), (out, back_out) = _channel_roots(block, metric)
-    return _scaled(decompose(_scaled([weight], into, out)[0]), back_in, back_out)
+    into, back_in = root(metric.input.channels(block.in_channels))
+    out, back_out = root(metric.output.channels(block.out_channels))
+    first, *rest = decompose(_on_outputs(out, _on_inputs(weight, into)))
+    scaled = [_on_inputs(first, back_in), *rest]
+    return [*scaled[:-1], _on_outputs(back_out, scaled[-1])]
 
 
 def fit(
@@ -30,57 +35,122 @@ def fit(
 ) -> list[Tensor]:
     """The stages' weights that bring their composed kernel near to ``weight``, in the whole metric, begun at ``start``.
 
-    Minimises tr(G Δ C Δᵀ) by L-BFGS (torch.optim, strong Wolfe line search) over the weights of all stages at once,
-    in coordinates in which the moments of channels are identities. Ends at ``start`` where that was better.
+    Minimises tr(G Δ C Δᵀ) by variable projection (Golub and Pereyra 1973): the last stage is the least-squares solution
+    for those before it, over whose weights L-BFGS (torch.optim, strong Wolfe line search) runs, in coordinates in which
+    the moment of the first's channels is the identity. Of a transposed convolution, whose matrix is the mirror image,
+    it is the first stage that is solved for. Ends at ``start`` where that was better.
     """
-    (into, back_in), (out, back_out) = _channel_roots(block, metric)
-    total = float(metric.square(block, weight))
-    if not total > 0:
+    if len(stages) == 1:
         return list(start)
-    parameters = [part.detach().contiguous().requires_grad_() for part in _balanced(_scaled(start, into, out))]
+    if block.transposed:
+        mirrored = _mirrored(stages, start)
+        found = _fit(block, mirrored, weight, metric, iterations=iterations)
+        return _mirrored(mirrored[0], found)[1]
+    return _fit(block, (stages, start), weight, metric, iterations=iterations)
+
+
+def _fit(
+    block: ConvSpec, chain: tuple[Sequence[ConvSpec], Weights], weight: Tensor, metric: Metric, *, iterations: int
+) -> list[Tensor]:
+    """The weights for a chain of stages and their weights to begin at, whose last stage is solved for."""
+    stages, start = chain
+    rows, columns = metric.sides(block)
+    half, back = root(rows.factors[0][0])
+    last = _LastStage(half @ as_matrix(block, weight), columns)
+    if not last.total > 0:
+        return list(start)
+    into, back_in = root(columns.channels(stages[0].in_channels))
+    free, rest = stages[:-1], stages[-1]
+    parameters = [part.detach().contiguous() for part in _balanced([_on_inputs(start[0], into), *start[1:-1]])]
+    for parameter in parameters:
+        parameter.requires_grad_()
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=iterations, history_size=10, tolerance_grad=1e-10, tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 
+    def weights() -> list[Tensor]:
+        return [_on_inputs(parameters[0], back_in), *parameters[1:]]
+
     def error() -> Tensor:
         optimizer.zero_grad()
-        kernel = compose_weights(stages, _scaled(parameters, back_in, back_out))
-        with torch.no_grad():
-            difference = kernel - weight
-            gradient = 2 / total * _gradient(block, difference, metric)
-            value = (gradient * difference).sum() / 2
-        torch.autograd.backward(kernel, gradient)
+        kernels = _seen_by(free, weights(), rest)
+        value, gradient = last.error(kernels.detach().flatten(1))
+        torch.autograd.backward(kernels, gradient.reshape(kernels.shape))
         return value
 
     with torch.enable_grad():
-        before = float(error())
         optimizer.step(error)  # type: ignore[no-untyped-call]
-        after = float(error())
-    if not after < before:
-        return list(start)
-    return [part.detach() for part in _scaled(parameters, back_in, back_out)]
+    with torch.no_grad():
+        found = [part.detach() for part in weights()]
+        solved = back @ last.solved(_seen_by(free, found, rest).flatten(1))[0]
+    found = _balanced([*found, solved.reshape(start[-1].shape)])
+    before, after = (float(last.missed(half @ compose_weights(stages, w).flatten(1))) for w in (start, found))
+    return found if after < before else list(start)
 
 
-def _gradient(block: ConvSpec, difference: Tensor, metric: Metric) -> Tensor:
-    """G Δ C, in the layout of the kernel."""
-    rows, columns = metric.sides(block)
-    matrix = difference.transpose(0, 1) if block.transposed else difference
-    product = rows.after(columns.after(matrix.flatten(1)).T).T.reshape(matrix.shape)
-    return product.transpose(0, 1) if block.transposed else product
+class _LastStage:
+    """The last stage, rows for rows: with B the kernels that its inputs see, M of tr((M B − T) C (M B − T)ᵀ) least."""
+
+    def __init__(self, target: Tensor, columns: Moment) -> None:
+        self._target, self._columns = target, columns
+        self._wanted = columns.after(target)
+        self.total = float((self._wanted * target).sum())
+
+    def solved(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
+        """M, and B C. The normal equations are damped by some units of rounding of their diagonal."""
+        seen = self._columns.after(kernels)
+        gram = (kernels @ seen.T).double()
+        ridge = 10 * torch.finfo(kernels.dtype).eps
+        least = float(gram.diagonal().mean()) * ridge
+        while True:
+            damped = gram + torch.diag(ridge * gram.diagonal() + least)
+            triangle, failed = torch.linalg.cholesky_ex(damped)
+            if not failed or not least < float("inf"):
+                break
+            ridge, least = 10 * ridge, 10 * least
+        right = (self._wanted @ kernels.T).double().T
+        return torch.cholesky_solve(right, triangle).T.to(kernels), seen
+
+    def error(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of the target that is missed, and its gradient by the kernels, M being the solution for them."""
+        matrix, seen = self.solved(kernels)
+        missed, weighed = matrix @ kernels - self._target, matrix @ seen - self._wanted
+        return (missed * weighed).sum() / self.total, 2 / self.total * (matrix.T @ weighed)
+
+    def missed(self, found: Tensor) -> Tensor:
+        """The part of the target that something found misses."""
+        difference = found - self._target
+        return (self._columns.after(difference) * difference).sum() / self.total
 
 
-def _channel_roots(block: ConvSpec, metric: Metric) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Square roots, and their inverses, of the moments of the input and of the output channels."""
-    return root(metric.input.channels(block.in_channels)), root(metric.output.channels(block.out_channels))
+def _seen_by(stages: Sequence[ConvSpec], weights: Weights, last: ConvSpec) -> Tensor:
+    """The kernels (r · k, in, *kernel) of what the positions k of the last stage's kernel see, in its r channels."""
+    if last.is_pointwise:
+        return compose_weights(stages, weights)
+    rows = last.in_channels * prod(last.kernel_size)
+    every = torch.eye(rows, dtype=weights[0].dtype, device=weights[0].device)
+    shape = (rows, last.in_channels, *last.kernel_size)
+    return compose_weights([*stages, replace(last, out_channels=rows)], [*weights, every.reshape(shape)])
 
 
-def _scaled(weights: Weights, into: Tensor, out: Tensor) -> list[Tensor]:
-    """The weights, the first multiplied on its input channels, the last on its output channels."""
-    first = torch.tensordot(weights[0], into, dims=([1], [0])).movedim(-1, 1)
-    scaled = [first, *weights[1:]]
-    scaled[-1] = torch.tensordot(out, scaled[-1], dims=([1], [0]))
-    return scaled
+def _mirrored(stages: Sequence[ConvSpec], weights: Weights) -> tuple[list[ConvSpec], list[Tensor]]:
+    """The chain from its end to its beginning, inputs for outputs. What is mirrored twice is what it was."""
+    turned = [replace(stage, in_channels=stage.out_channels, out_channels=stage.in_channels) for stage in stages]
+    swapped = [to_torch(replace(stage, transposed=True), weight) for stage, weight in zip(stages, weights, strict=True)]
+    return turned[::-1], swapped[::-1]
+
+
+def _on_inputs(weight: Tensor, matrix: Tensor) -> Tensor:
+    """The weight (out, in, *kernel), its input channels multiplied."""
+    product: Tensor = torch.tensordot(weight, matrix, dims=([1], [0]))
+    return product.movedim(-1, 1)
+
+
+def _on_outputs(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The weight (out, in, *kernel), its output channels multiplied."""
+    product: Tensor = torch.tensordot(matrix, weight, dims=([1], [0]))
+    return product
 
 
 def _balanced(weights: Weights) -> list[Tensor]:
