@@ -1,20 +1,23 @@
 """What a budget costs every trained network at its task: ranks by what the loss can bear, against the classic rules.
 
-    python -m benchmarks.accuracy                                          # all networks: hours on two cores
-    python -m benchmarks.accuracy --networks resnet20 --budgets 0.7 0.5    # ten minutes
-    python -m benchmarks.accuracy --networks wide_resnet8 --budgets 0.5 --recover 300
+    python -m benchmarks.accuracy                                          # all networks: many hours on two cores
+    python -m benchmarks.accuracy --networks resnet20 --seeds 0 --samples 2048 --units macs           # ten minutes
+    python -m benchmarks.accuracy --networks resnet20 --budgets 0.5 0.35 --units macs --recover 300
 
 No labels, no fine-tuning; the samples calibrated on are not those tested. ``difference`` is from the dense network, on
-the same samples, with its paired standard error; ``KL`` the mean divergence from it. VBMF has no budget: it is listed
-at its own cost, and ours at the same. Needs the trained weights and data sets (FXFACT_DATA).
+the same samples, with its paired standard error; ``KL`` the mean divergence from it, in nats for one sample; both mean
+and, over seeds, deviation. ``behind`` is by how many paired standard errors ours is behind a rule on the same samples
+(at most 2 is asked; negative: ahead), the worst seed. VBMF has no budget: it is listed at its own cost, and ours at the
+same. Needs the trained weights and data sets (FXFACT_DATA).
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics as stats
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,47 +26,65 @@ from torch import Tensor, nn
 import fxfact
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
-from benchmarks.tasks import TASKS, Task
+from benchmarks.tasks import TASKS, Task, Tests
 from fxfact.calibration import Statistics, dense_of, likelihood_for
+from fxfact.errors import BudgetError
 from fxfact.metric import Metric, Moment
 from fxfact.ranks import VBMF, Energy
 
 UNITS = {"macs": fxfact.Macs, "params": fxfact.Params}
+OURS = ("ours", "ours, repaired", "ours, recovered")
+
+
+@dataclass
+class Row:
+    """One network on all tests: scores and divergences by sample."""
+
+    network: str
+    unit: str
+    share: float
+    rule: str
+    scores: Tensor
+    divergences: Tensor
+    seconds: float
+    samples: int | None = None
+    seed: int | None = None
+    predicted: float | None = None
 
 
 class Measured:
-    """The dense network on its tests, and how far others are from it."""
+    """The dense network on its tests, and how others do there."""
 
-    def __init__(self, task: Task, network: nn.Module) -> None:
-        self._tests, self._kept = task.tests(), slice(1, None, 2) if task.shared else slice(None)
+    def __init__(self, task: Task, network: nn.Module, most: int | None) -> None:
+        tests = task.tests()
+        self._tests = Tests(tests.batches[:most], tests.score)
+        self._kept = slice(1, None, 2) if task.shared else slice(None)
         self._expected, scores = zip(*self._tests.run(network), strict=True)
         self._likelihood = likelihood_for(task.likelihood, self._expected[0])
         self._variance = float(torch.cat([t.flatten() for y in self._expected for t in dense_of(y)]).var())
-        self._scores = torch.cat(scores)[self._kept].double()
+        self.dense = torch.cat(scores)[self._kept].double()
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
-        found, scores, divergences = self._tests.run(network), [], []
-        for expected, (output, score) in zip(self._expected, found, strict=True):
+    def __call__(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        scores, divergences = [], []
+        for expected, (output, score) in zip(self._expected, self._tests.run(network), strict=True):
             scores.append(score)
             divergences.append(self._likelihood.divergence(expected, output, self._variance))
-        score = torch.cat(scores)[self._kept].double()
-        difference = score - self._scores
-        return {
-            "score": float(score.mean()),
-            "difference": float(difference.mean()),
-            "error": float(difference.std() / len(difference) ** 0.5),
-            "KL": float(torch.cat(divergences)[self._kept].mean()),
-        }
+        return torch.cat(scores)[self._kept].double(), torch.cat(divergences)[self._kept]
 
 
 def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
-    """The data-aware rule that looks at inputs only: ‖(W − Ŵ) C^½‖² / ‖W C^½‖², every convolution counted alike."""
+    """The data-aware rule that looks at inputs only: ‖(W − Ŵ) C^½‖² / ‖W C^½‖², every convolution counted alike.
+
+    Of a transposed convolution the inputs are the moment of the rows, and it is the patches of its output that count
+    alike.
+    """
     moments = {}
     for path, metric in statistics.moments.items():
         spec, output = statistics.specs[path], metric.output.factors[0]
         eye = torch.eye(metric.output.size).expand(output.shape[0], -1, -1).to(output)
         plain = Metric(metric.input, Moment((eye,)))
-        whole = plain.increase(spec, model.get_submodule(path).weight.detach())
+        weight = model.get_submodule(path).weight.detach()
+        whole = plain.increase(spec, weight.transpose(0, 1) if spec.transposed else weight)
         moments[path] = Metric(metric.input, Moment((eye / max(whole, 1e-30),)))
     return replace(statistics, moments=moments, curves={})
 
@@ -81,55 +102,110 @@ def within(model: nn.Module, example: Tensor, budget: Any, rank_at: Callable[[fl
     return best
 
 
-def plans(
-    model: nn.Module, example: Tensor, budget: Any, ours: Statistics, inputs: Statistics, kinds: list[str] | None
-) -> dict[str, tuple[fxfact.Plan | None, Statistics | None]]:
-    """For every rule its plan under a budget, and the statistics to carry it out with."""
+class Trial:
+    """One network under all budgets and rules."""
 
-    def chosen(statistics: Statistics) -> fxfact.Plan | None:
+    def __init__(self, name: str, given: argparse.Namespace) -> None:
+        self._name, self._given, self._task = name, given, TASKS[name]
+        self._model = NETWORKS[name].load()
+        self.measure = Measured(self._task, self._model, given.tests)
+        self._example = self._task.batches(1, 0)[0]
+        self._vbmf = fxfact.plan(self._model, "tucker", rank=VBMF(), example_inputs=self._example)
+        self._network = self._vbmf.network
+        budgets = [UNITS[unit](share) for unit in given.units for share in given.budgets]
+        self._budgets = [*budgets, fxfact.Macs(at_most=self._vbmf.after.macs)]
+
+    def classic(self) -> Iterator[Row]:
+        """By the kernels alone, Tucker throughout."""
+        yield self._row(self._budgets[-1], "VBMF", self._vbmf)
+        rules: dict[str, Callable[[float], object]] = {"uniform": lambda x: x, "energy": Energy}
+        for budget in self._budgets:
+            for rule, rank_at in rules.items():
+                plan = within(self._model, self._example, budget, rank_at)
+                if plan is not None:
+                    yield self._row(budget, rule, plan)
+
+    def on_data(self, samples: int, seed: int) -> Iterator[Row]:
+        """By what data say: the inputs alone, and ours."""
+        task, batches = self._task, self._task.batches(samples, seed)
+        started = time.perf_counter()
+        ours = fxfact.calibrate(self._model, batches, likelihood=task.likelihood, seed=seed)
+        print(f"{self._name}: {ours.samples} samples in {time.perf_counter() - started:.1f} s", flush=True)
+        known: dict[str, Any] = {"samples": ours.samples, "seed": seed}
+        inputs = inputs_alone(ours, self._model)
+        for budget in self._budgets:
+            for rule, statistics in (("inputs", inputs), ("ours", ours)):
+                plan = self._chosen(budget, statistics)
+                if plan is None:
+                    continue
+                row = self._row(budget, rule, plan, statistics)
+                yield replace(row, **known, predicted=plan.increase)
+            if plan is not None:
+                small = fxfact.apply(plan, self._model, statistics=ours)
+                yield from self._better(budget, small, batches, known)
+
+    def _better(self, budget: Any, small: nn.Module, batches: Any, known: dict[str, Any]) -> Iterator[Row]:
+        options: dict[str, Any] = {"likelihood": self._task.likelihood, "seed": known["seed"]}
+        repaired, repair = fxfact.repair(small, self._model, batches, **options)
+        yield replace(self._measured(budget, "ours, repaired", repaired, repair.seconds), **known)
+        if self._given.recover:
+            best, recovery = fxfact.recover(
+                repaired, self._model, batches, steps=10**6, seconds=self._given.recover, **options
+            )
+            yield replace(self._measured(budget, "ours, recovered", best, recovery.seconds), **known)
+
+    def _chosen(self, budget: Any, statistics: Statistics) -> fxfact.Plan | None:
+        kinds = self._given.factorizations
         try:
-            return fxfact.plan(model, kinds, budget=budget, example_inputs=example, calibration=statistics)
-        except fxfact.BudgetError:
+            return fxfact.plan(self._model, kinds, budget=budget, example_inputs=self._example, calibration=statistics)
+        except BudgetError:
             return None
 
-    return {
-        "uniform Tucker": (within(model, example, budget, lambda x: max(x, 1e-6)), None),
-        "energy": (within(model, example, budget, lambda x: Energy(max(x, 1e-6))), None),
-        "inputs alone": (chosen(inputs), inputs),
-        "ours": (chosen(ours), ours),
-    }
+    def _row(self, budget: Any, rule: str, plan: fxfact.Plan, statistics: Statistics | None = None) -> Row:
+        started = time.perf_counter()
+        small = fxfact.apply(plan, self._model, statistics=statistics)
+        return self._measured(budget, rule, small, time.perf_counter() - started)
+
+    def _measured(self, budget: Any, rule: str, network: nn.Module, seconds: float) -> Row:
+        share = round(budget.allowed(self._network) / budget.amount(self._network), 3)
+        scores, divergences = self.measure(network)
+        row = Row(self._name, budget.unit, share, rule, scores, divergences, seconds)
+        print(f"  {rule:16} {share} of the {budget.unit}: {scores.mean():.2f}, KL {divergences.mean():.4f}", flush=True)
+        return row
 
 
-def rows_of(name: str, samples: int, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every budget and rule."""
-    task, model = TASKS[name], NETWORKS[name].load()
-    measure, batches = Measured(task, model), task.batches(samples, seed)
-    started = time.perf_counter()
-    statistics = fxfact.calibrate(model, batches, likelihood=task.likelihood, seed=seed)
-    print(f"{name}: calibrated on {statistics.samples} samples in {time.perf_counter() - started:.1f} s", flush=True)
-    inputs, example = inputs_alone(statistics, model), batches[0][:1]
-    budgets = [(unit, UNITS[unit](share)) for unit in given.units for share in given.budgets]
-    vbmf = fxfact.plan(model, "tucker", rank=VBMF(), example_inputs=example)
-    at_vbmf = fxfact.Macs(at_most=vbmf.after.macs)
+def summary(rows: list[Row], dense: Tensor) -> list[dict[str, Any]]:
+    """A line for every budget, calibration and rule, over the seeds."""
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row.unit, row.share, row.samples, row.rule), []).append(row)
     found = []
-    for unit, budget in [*budgets, ("macs", at_vbmf)]:
-        rules = plans(model, example, budget, statistics, inputs, given.factorizations)
-        for rule, (plan, own) in (rules if budget is not at_vbmf else {"VBMF": (vbmf, None), **rules}).items():
-            row = {"network": name, "samples": statistics.samples, "seed": seed, "unit": unit, "rule": rule}
-            row["share"] = round(budget.allowed(vbmf.network) / budget.amount(vbmf.network), 3)
-            if plan is None:
-                found.append(row)
-                continue
-            started = time.perf_counter()
-            small = fxfact.apply(plan, model, statistics=own)
-            found.append(row | measure(small) | {"predicted": plan.increase, "s": time.perf_counter() - started})
-            print(found[-1], flush=True)
-            if rule == "ours" and given.recover:
-                recovered, report = fxfact.recover(
-                    small, model, batches, steps=10**6, seconds=given.recover, likelihood=task.likelihood, seed=seed
-                )
-                found.append(row | measure(recovered) | {"rule": "ours, recovered", "s": report.seconds})
-    return found
+    for (unit, share, samples, rule), group in lines.items():
+        scores, divergences = ([float(getattr(row, n).mean()) for row in group] for n in ("scores", "divergences"))
+        difference = [float((row.scores - dense).mean()) for row in group]
+        others = [r for r in rows if (r.unit, r.share) == (unit, share) and r.rule == "ours"]
+        behind = [_behind(mine, row) for row in group for mine in others if row.seed in (None, mine.seed)]
+        found.append({
+            "unit": unit, "share": share, "samples": samples, "rule": rule, "seeds": len(group),
+            "score": stats.mean(scores), "± seeds": _spread(scores), "difference": stats.mean(difference),
+            "± paired": max(_error(row.scores - dense) for row in group), "KL": stats.mean(divergences),
+            "KL ± seeds": _spread(divergences), "behind": max(behind) if behind and rule not in OURS else None,
+            "s": stats.mean(row.seconds for row in group),
+        })  # fmt: skip
+    return sorted(found, key=lambda line: (line["unit"], -line["share"], line["samples"] or 0))
+
+
+def _behind(mine: Row, other: Row) -> float:
+    difference = other.scores - mine.scores
+    return float(difference.mean()) / max(_error(difference), 1e-9)
+
+
+def _error(difference: Tensor) -> float:
+    return float(difference.std() / len(difference) ** 0.5)
+
+
+def _spread(values: list[float]) -> float | None:
+    return stats.stdev(values) if len(values) > 1 else None
 
 
 def main() -> None:
@@ -141,14 +217,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factorizations", nargs="+", default=None, help="default: all, mixed")
     parser.add_argument("--recover", type=float, default=0, help="seconds of distillation")
+    parser.add_argument("--tests", type=int, default=None, help="batches to test on; default: all")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", default="accuracy", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    torch.set_num_threads(given.threads)
+    tables = {}
     for name in given.networks:
-        mine = [row for samples in given.samples for seed in given.seeds for row in rows_of(name, samples, seed, given)]
-        rows += mine
-        show(f"{name}: {TASKS[name].unit}, dense {TASKS[name].dense:.2f} on all tests", mine, ".4g")
-        save(given.save, {"rows": rows})
+        trial = Trial(name, given)
+        rows = list(trial.classic())
+        for samples in given.samples:
+            for seed in given.seeds:
+                rows += trial.on_data(samples, seed)
+        dense = trial.measure.dense
+        tables[name] = {"dense": float(dense.mean()), "tests": len(dense), "rows": summary(rows, dense)}
+        show(f"{name}: {TASKS[name].unit}, dense {dense.mean():.2f} on {len(dense)} tests", tables[name]["rows"], ".4g")
+        save(given.save, tables)
 
 
 if __name__ == "__main__":

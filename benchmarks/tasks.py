@@ -39,8 +39,9 @@ class Tests:
 
 @dataclass(frozen=True)
 class Task:
-    """``tests`` are all samples to test on, ``calibration`` unlabelled others; where ``shared``, the tests at even places,
-    so that only those at odd ones stay. ``dense`` is the figure, in ``unit``, of the trained network on all tests.
+    """``tests`` are all samples to test on, ``calibration`` unlabelled others; where ``shared``, the tests at even
+    places, so that only those at odd ones stay. ``dense`` is the figure, in ``unit``, of the trained network
+    on all tests.
     """
 
     tests: Callable[[], Tests]

@@ -3,7 +3,8 @@
 The way of the data, top down, which is also the way of the imports::
 
     api, cli, demo           what a user calls
-    recovery                 a factorized network learns from its original, without labels
+    repairs, recovery        a factorized network brought nearer to its original, without labels
+    pairs                    both side by side on the same data
     inspection               graphs, shown
     loss_budget              the cheapest network under a bound on the measured loss
     verification             is a rewritten network right?
@@ -33,6 +34,7 @@ from fxfact.inspection import diff, inspect
 from fxfact.planning import Decision, Plan
 from fxfact.ranks import Loss, Macs, Params
 from fxfact.recovery import Recovery, recover
+from fxfact.repairs import Repair, repair
 from fxfact.verification import Verification, verify
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Params",
     "Plan",
     "Recovery",
+    "Repair",
     "Statistics",
     "Verification",
     "apply",
@@ -61,6 +64,7 @@ __all__ = [
     "plan_of",
     "ranks",
     "recover",
+    "repair",
     "run",
     "verify",
 ]

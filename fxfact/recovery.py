@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
-from fxfact.calibration import Batches, Likelihood, arguments_for, dense_of, held_out_of, likelihood_for
-from fxfact.capture import ExampleInputs, arguments_of
-from fxfact.copying import private_copy
-from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.passes import last_plan
+from fxfact.calibration import Batches
+from fxfact.capture import ExampleInputs
+from fxfact.errors import ArgumentError
+from fxfact.pairs import Pair
 from fxfact.progress import Progress, shown
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -62,82 +61,59 @@ def recover(
     (random flips, shifts); the original sees the same. Without an end by ``seconds``, and with an ``augment`` that is,
     deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
-    _check(original, steps, seconds, lr, patience)
-    paths = [decision.path for decision in last_plan(factorized).rewrites]
-    teacher, student = private_copy(original).eval(), copy.deepcopy(factorized)
-    modes = {name: module.training for name, module in student.named_modules()}
-    student.eval()
-    kept, held_out = held_out_of(list(arguments_for(teacher, batches, example_inputs)))
-    with torch.no_grad():
-        known = likelihood_for(likelihood, _run(teacher, kept[0]))
-    pair = _Pair(teacher, student, paths, known)
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    _check(steps, seconds, lr, patience)
+    pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
+    trained = [parameter for parameter in pair.factorized.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
-    best = _Best(student, pair.divergence(held_out))
-    looks = max(1, min(steps // 10, len(kept)))
+    best = _Best(pair.factorized, pair.divergence())
+    looks = max(1, min(steps // 10, len(pair.batches)))
     order, started, before = torch.Generator().manual_seed(seed), time.perf_counter(), best.divergence
     step = 0
-    for step in shown(range(1, steps + 1), steps, "recovering", progress):
-        share = max(step / steps, (time.perf_counter() - started) / seconds)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, share))) * min(1.0, step / 20)
-        batch = kept[int(torch.randint(len(kept), (), generator=order))]
-        optimizer.zero_grad()
-        torch.autograd.backward(pair.loss(_augmented(batch, augment)))
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        last = share >= 1.0 or step == steps
-        if last or step % looks == 0:
-            best.look(pair.divergence(held_out))
-        if last or best.since >= patience:
-            break
-    pair.close()
+    with _Distillation(pair) as distillation:
+        for step in shown(range(1, steps + 1), steps, "recovering", progress):
+            share = max(step / steps, (time.perf_counter() - started) / seconds)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, share))) * min(1.0, step / 20)
+            batch = pair.batches[int(torch.randint(len(pair.batches), (), generator=order))]
+            optimizer.zero_grad()
+            torch.autograd.backward(distillation.loss(_augmented(batch, augment)))
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            last = share >= 1.0 or step == steps
+            if last or step % looks == 0:
+                best.look(pair.divergence())
+            if last or best.since >= patience:
+                break
     best.restore()
-    for name, module in student.named_modules():
-        module.training = modes[name]
-    return student, Recovery(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
+    taken = Recovery(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
+    return cast(_Network, pair.finished()), taken
 
 
-class _Pair:
-    """The original and its copy to be trained, and what both compute behind every rewritten convolution."""
+class _Distillation:
+    """What a pair computes behind every rewritten convolution, kept while it lasts."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, paths: Sequence[str], likelihood: Likelihood) -> None:
-        self._networks, self._likelihood = (teacher, student), likelihood
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
         self._features: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        modules = dict(teacher.named_modules())
-        self._handles = []
-        for path in paths:
-            if path not in modules:
-                continue  # convolved by a function: the output alone tells
-            *_, last = student.get_submodule(path).children()
-            for module, features in zip((modules[path], last), self._features, strict=True):
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> _Distillation:
+        for path, conv in self._pair.rewritten().items():
+            for module, features in zip((conv, self._pair.last_stage(path)), self._features, strict=True):
                 self._handles.append(module.register_forward_hook(_keeping(features, path)))
+        return self
 
-    def loss(self, batch: ExampleInputs) -> Tensor:
-        """To be minimised: divergence, and the mean of the features' relative squares."""
-        wanted, given = self._outputs(batch)
-        divergence = self._likelihood.divergence(wanted, given, _variance(wanted)).mean()
-        squares = [_relative(self._features[0][path], self._features[1][path]) for path in self._features[1]]
-        return divergence + torch.stack(squares).mean() if squares else divergence
-
-    def divergence(self, batches: Sequence[ExampleInputs]) -> float:
-        """The mean over samples, in nats."""
-        with torch.no_grad():
-            outputs = (self._outputs(batch) for batch in batches)
-            found = [self._likelihood.divergence(one, other, _variance(one)) for one, other in outputs]
-        return float(torch.cat(found).mean())
-
-    def close(self) -> None:
-        """Stop looking."""
+    def __exit__(self, *raised: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _outputs(self, batch: ExampleInputs) -> tuple[Any, Any]:
+    def loss(self, batch: ExampleInputs) -> Tensor:
+        """To be minimised: divergence, and the mean of the features' relative squares."""
         for features in self._features:
             features.clear()
-        with torch.no_grad():
-            wanted = _run(self._networks[0], batch)
-        return wanted, _run(self._networks[1], batch)
+        divergence = self._pair.divergences(batch).mean()
+        squares = [_relative(self._features[0][path], self._features[1][path]) for path in self._features[1]]
+        return divergence + torch.stack(squares).mean() if squares else divergence
 
 
 @dataclass
@@ -182,17 +158,6 @@ def _relative(wanted: Tensor, given: Tensor) -> Tensor:
     return (given - wanted).square().mean() / square
 
 
-def _variance(output: Any) -> float:
-    """Of all numbers of an output."""
-    numbers = torch.cat([tensor.detach().double().flatten() for tensor in dense_of(output)])
-    return float(numbers.var(correction=0))
-
-
-def _run(network: nn.Module, batch: ExampleInputs) -> Any:
-    args, kwargs = arguments_of(batch)
-    return network(*args, **kwargs)
-
-
 def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
     def changed(value: Any) -> Any:
         return augment(value) if augment and isinstance(value, Tensor) and value.is_floating_point() else value
@@ -201,9 +166,7 @@ def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
     return augmented
 
 
-def _check(original: object, steps: int, seconds: float, lr: float, patience: int) -> None:
-    if not isinstance(original, nn.Module):
-        raise ArgumentTypeError(f"original must be a torch.nn.Module, got {type(original).__name__}")
+def _check(steps: int, seconds: float, lr: float, patience: int) -> None:
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (steps, patience))
     if not whole or not seconds > 0 or not 0 < lr < math.inf:
         raise ArgumentError(

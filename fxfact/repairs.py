@@ -1,0 +1,232 @@
+"""Repairs in closed form: every chain is made to give what its convolution gave, on the inputs that it really gets.
+
+From the beginning of the factorized network to its end: the last stage of a chain is refit by least squares, and what
+is left of a difference in the mean goes into its bias, or into the mean of the batch norm behind it. (A projection has
+a smaller variance than what it projects, and rightly so: that of a batch norm stays. Estimated anew, it would scale
+signal and error up.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxfact.calibration import Batches
+from fxfact.capture import ExampleInputs
+from fxfact.conv import from_torch, run_weight, to_torch
+from fxfact.conv_modules import is_conv, spec_of
+from fxfact.errors import ArgumentError
+from fxfact.pairs import Pair, run
+from fxfact.progress import Progress, shown
+
+_Network = TypeVar("_Network", bound=nn.Module)
+_POSITIONS = 32  # of a sample that are looked at, behind each convolution
+_PART = 8  # samples whose patches are held at once
+_DAMPING = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """What ``repair`` did: the divergence from the original on held-out batches before and behind, in nats for one
+    sample, the paths of the chains that were changed, and how many ``seconds`` it took.
+    """
+
+    before: float
+    after: float
+    paths: tuple[str, ...]
+    seconds: float
+
+
+@torch.no_grad()
+def repair(
+    factorized: _Network,
+    original: nn.Module,
+    batches: Batches,
+    *,
+    refit: bool = True,
+    means: bool = True,
+    example_inputs: ExampleInputs | None = None,
+    likelihood: object = None,
+    seed: int = 0,
+    progress: Progress = False,
+) -> tuple[_Network, Repair]:
+    """A copy of a factorized network that is nearer to its original, and what was done. Neither is changed.
+
+    ``refit``: the last stage of every chain is solved for, by least squares damped by a thousandth; ``means``: biases,
+    or the running means of batch norms that follow convolutions without, take up what is left of a difference in the
+    mean. No labels, no gradients: one run of the original over the batches and, for every chain, one of the factorized
+    network up to it. Every fourth batch is held out, to measure on; a network that came out farther from the original
+    there is given back as it was. Convolutions that are no modules, and those that share their weights, stay as they
+    are. Memory: the outputs of all convolutions at 32 positions of every sample.
+    Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
+    """
+    if not refit and not means:
+        raise ArgumentError("repair has nothing to do: pass refit=True or means=True")
+    started = time.perf_counter()
+    pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
+    before = pair.divergence()
+    sites = _sites(pair, seed)
+    for site in shown(sites, len(sites), "repairing", progress):
+        _mend(pair, site, _observed(pair, site, seed), refit=refit, means=means)
+    after = pair.divergence()
+    paths = tuple(site.path for site in sites)
+    if not after < before:
+        pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
+        after, paths = before, ()
+    seconds = time.perf_counter() - started
+    return cast(_Network, pair.finished()), Repair(before=before, after=after, paths=paths, seconds=seconds)
+
+
+@dataclass
+class _Site:
+    """A rewritten convolution of the original. ``wanted`` is its output at the positions looked at, call by call, each
+    (samples, positions, out); ``norm`` the path of the batch norm that takes its output, where one does.
+    """
+
+    path: str
+    wanted: list[Tensor] = field(default_factory=list)
+    norm: str | None = None
+
+
+def _sites(pair: Pair, seed: int) -> list[_Site]:
+    """In the order in which a run of the original reaches them."""
+    ties = {path for d in pair.plan if d.tied_to for path in (d.path, d.tied_to)}
+    convs = {m: _Site(p) for p, m in pair.rewritten().items() if p not in ties and is_conv(pair.last_stage(p))}
+    norms: dict[nn.Module, str] = {m: name for name, m in pair.original.named_modules() if isinstance(m, _BatchNorm)}
+    reached: dict[str, _Site] = {}
+    latest: list[tuple[_Site, Any]] = []
+
+    def behind(module: nn.Module, args: Any, output: Any) -> None:
+        site = reached.setdefault(convs[module].path, convs[module])
+        latest.append((site, output))
+        site.wanted.append(_at_positions(output, spec_of(module).order, seed + len(site.wanted)))
+
+    def before(module: nn.Module, args: Any) -> None:
+        for site in (site for site, output in latest if args and args[0] is output):
+            site.norm = norms[module]
+
+    handles = [module.register_forward_hook(behind) for module in convs]
+    handles += [module.register_forward_pre_hook(before) for module in norms]
+    for batch in pair.batches:
+        run(pair.original, batch)
+        latest.clear()
+    for handle in handles:
+        handle.remove()
+    return list(reached.values())
+
+
+class _Reached(BaseException):
+    """The run may end here. (No Exception: graph modules print those.)"""
+
+
+@dataclass
+class _Moments:
+    """Means of what the last stage sees (groups, seen), of what is wanted behind it (groups, out), and of the products
+    of the one with itself and with the other.
+    """
+
+    seen: Tensor
+    wanted: Tensor
+    square: Tensor
+    product: Tensor
+
+
+def _observed(pair: Pair, site: _Site, seed: int) -> _Moments:
+    """The moments of one site in the factorized network as it is by now."""
+    stage, calls = pair.last_stage(site.path), len(site.wanted) // len(pair.batches)
+    groups, sums, count = spec_of(stage).groups, list[Tensor](), 0
+    number = 0
+
+    def before(module: nn.Module, args: Any) -> None:
+        nonlocal sums, count, number
+        wanted = torch.split(site.wanted[number], _PART)
+        for rows in zip(_seen(stage, args[0], seed + number), wanted, strict=True):
+            x, y = (part.reshape(-1, groups, part.shape[-1] // groups).movedim(1, 0).double() for part in rows)
+            parts = [x.sum(dim=1), y.sum(dim=1), x.mT @ x, y.mT @ x]
+            sums = [one + other for one, other in zip(sums, parts, strict=True)] if sums else parts
+            count += x.shape[1]
+        number += 1
+        if number % calls == 0:
+            raise _Reached
+
+    handle = stage.register_forward_pre_hook(before)
+    for batch in pair.batches:
+        with contextlib.suppress(_Reached):
+            run(pair.factorized, batch)
+    handle.remove()
+    return _Moments(*(total / count for total in sums))
+
+
+def _mend(pair: Pair, site: _Site, found: _Moments, *, refit: bool, means: bool) -> None:
+    """Give the last stage of a site its new weight, and what stands for its bias a new mean."""
+    stage: Any = pair.last_stage(site.path)
+    norm: Any = pair.factorized.get_submodule(site.norm) if site.norm else None
+    mean = stage.bias if norm is None or stage.bias is not None else norm.running_mean
+    centred = means and mean is not None
+    spec = spec_of(stage)
+    weight = from_torch(spec, stage.weight)
+    matrix = weight.reshape(spec.groups, spec.out_channels // spec.groups, -1).double()
+    if refit:
+        bias = weight.new_zeros(spec.out_channels) if stage.bias is None else stage.bias
+        about = found.wanted if centred else bias.reshape(found.wanted.shape).double()
+        matrix = _refit(matrix, found, about, centred=centred)
+        stage.weight.copy_(to_torch(spec, matrix.reshape(weight.shape).to(weight)))
+    if centred:
+        missing = (found.wanted - (matrix @ found.seen[..., None])[..., 0]).flatten()
+        mean.copy_(missing if stage.bias is not None else mean - missing)
+
+
+def _refit(matrix: Tensor, found: _Moments, about: Tensor, *, centred: bool) -> Tensor:
+    """The least squares (groups, out, seen) from what is seen, centred or not, to what is wanted beyond ``about``."""
+    own = found.seen if centred else torch.zeros_like(found.seen)
+    square = found.square - own[:, :, None] * own[:, None]
+    product = found.product - about[:, :, None] * found.seen[:, None]
+    scale = square.diagonal(dim1=1, dim2=2)
+    damped = square + torch.diag_embed(_DAMPING * (scale + scale.mean(dim=1, keepdim=True)) + 1e-30)
+    step = torch.linalg.solve(damped, product - matrix @ square, left=False)
+    return matrix + step if bool(step.isfinite().all()) else matrix
+
+
+def _seen(stage: nn.Module, maps: Tensor, seed: int) -> Iterator[Tensor]:
+    """What a stage's weight is multiplied with, at the positions looked at, a part of the samples after the other: rows
+    (samples, positions, in · kernel), channels first.
+
+    For every position of the kernel that is the stage with ones there, on every channel alone; that goes for any
+    padding, dilation and for transposed stages.
+    """
+    spec = spec_of(stage)
+    size, batch = prod(spec.kernel_size), maps if maps.ndim == spec.order + 2 else maps[None]
+    rows = spec.in_channels * size
+    alone = replace(spec, out_channels=rows, groups=spec.in_channels, bias=False)
+    ones = torch.eye(size, dtype=maps.dtype, device=maps.device).reshape(size, 1, *spec.kernel_size)
+    ones = ones.repeat(spec.in_channels, *[1] * (spec.order + 1))
+    fractions = _fractions(len(batch), seed)
+    for part, places in zip(torch.split(batch, _PART), torch.split(fractions, _PART), strict=True):
+        yield _gathered(part if spec.is_pointwise else run_weight(alone, ones, None, part), places)
+
+
+def _at_positions(maps: Tensor, order: int, seed: int) -> Tensor:
+    batch = maps if maps.ndim == order + 2 else maps[None]
+    return _gathered(batch, _fractions(len(batch), seed))
+
+
+def _fractions(samples: int, seed: int) -> Tensor:
+    """Of all positions, 0 … 1."""
+    return torch.rand(samples, _POSITIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _gathered(maps: Tensor, fractions: Tensor) -> Tensor:
+    """Maps (samples, channels, *size) at those fractions of their positions; at all, where there are no more."""
+    flat = maps.flatten(2).mT
+    if flat.shape[1] <= _POSITIONS:
+        return flat
+    places = (fractions * flat.shape[1]).long().clamp_max(flat.shape[1] - 1).to(flat.device)
+    return flat.gather(1, places[..., None].expand(-1, -1, flat.shape[2]))
