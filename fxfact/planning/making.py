@@ -43,7 +43,8 @@ def make_plan(
             candidates.append(Candidate(group[0].path, layers[group[0].path], _sizes(group)))
             chosen.append(group)
     network = _network(captured)
-    for group, choice in zip(chosen, strategy.choose(candidates, network), strict=True):
+    answer = strategy.choose(candidates, network)
+    for group, choice in zip(chosen, answer.choices, strict=True):
         decided = [_decided(d, choice) for d in group]
         if not allow_growth and (skip := _grows(decided)):
             decided = [_decided(d, skip) for d in group]
@@ -58,7 +59,7 @@ def make_plan(
         leaves=captured.leaves,
         refused=captured.refused,
         metric=strategy.in_metric,
-        front=strategy.front(candidates, network),
+        front=answer.front,
     )
 
 

@@ -1,6 +1,6 @@
 """Which rank for which convolution. A strategy is a file here; it is handed all it needs and fetches nothing."""
 
-from fxfact.ranks.base import Candidate, Choice, FrontPoint, RankStrategy
+from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
 from fxfact.ranks.budgets import Budget, Loss, Macs, Params
 from fxfact.ranks.requested import ByPath, Requested, parse_several
 from fxfact.ranks.rules import VBMF, Energy, LargestThatPays, RankRule
@@ -12,6 +12,7 @@ __all__ = [
     "ByPath",
     "Candidate",
     "Choice",
+    "Chosen",
     "Energy",
     "FrontPoint",
     "LargestThatPays",

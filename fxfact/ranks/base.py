@@ -48,18 +48,24 @@ class FrontPoint:
     increase: float
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a strategy says: one of the ``choices`` for each candidate, and the ``front`` of the best networks at other
+    budgets, cheapest first, where it knows them.
+    """
+
+    choices: tuple[Choice | Skip, ...]
+    front: tuple[FrontPoint, ...] = ()
+
+
 class RankStrategy(ABC):
     """Chooses for all convolutions of a network together."""
 
     @abstractmethod
-    def choose(self, candidates: Sequence[Candidate], network: Cost) -> tuple[Choice | Skip, ...]:
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
         """One answer for each candidate, in order; ``network`` is the cost of the whole dense network."""
 
     @property
     def in_metric(self) -> bool:
         """Whether the ranks were chosen for chains decomposed in the metric of statistics."""
         return False
-
-    def front(self, candidates: Sequence[Candidate], network: Cost) -> tuple[FrontPoint, ...]:
-        """The best networks at all budgets, cheapest first, where the strategy knows them."""
-        return ()

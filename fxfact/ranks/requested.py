@@ -19,7 +19,7 @@ from fxfact.factorizations import (
     parse_rank_request,
     resolve_rank,
 )
-from fxfact.ranks.base import Candidate, Choice, RankStrategy
+from fxfact.ranks.base import Candidate, Choice, Chosen, RankStrategy
 from fxfact.ranks.rules import RankRule
 from fxfact.skip import Skip
 
@@ -85,12 +85,12 @@ class Requested(RankStrategy):
         """With statistics, in whose metric the chains are then decomposed."""
         return self.statistics is not None
 
-    def choose(self, candidates: Sequence[Candidate], network: Cost) -> tuple[Choice | Skip, ...]:
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
         """One by one: nothing is traded between convolutions."""
         paths = [candidate.path for candidate in candidates]
         self.factorizations.check(paths, "factorization")
         self.ranks.check(paths, "rank")
-        return tuple(self._choose(candidate) for candidate in candidates)
+        return Chosen(tuple(self._choose(candidate) for candidate in candidates))
 
     def _choose(self, candidate: Candidate) -> Choice | Skip:
         methods, _ = self.factorizations.get(candidate.path)

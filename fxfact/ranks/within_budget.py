@@ -12,7 +12,7 @@ from fxfact.cost import Cost, cost_of
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
 from fxfact.progress import Progress, shown
-from fxfact.ranks.base import Candidate, Choice, FrontPoint, RankStrategy
+from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
 from fxfact.ranks.bearing import Curves, curve_of
 from fxfact.ranks.budgets import Budget
 from fxfact.ranks.knapsack import Class, Knapsack
@@ -54,40 +54,38 @@ class WithinBudget(RankStrategy):
         if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
             raise ArgumentError(f"multiple_of must be an int, at least 1, got {self.multiple!r}")
 
-    def choose(self, candidates: Sequence[Candidate], network: Cost) -> tuple[Choice | Skip, ...]:
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
         """Raises BudgetError where not even the smallest ranks meet the budget."""
         self.factorizations.check([candidate.path for candidate in candidates], "factorization")
         allowed = self.budget.allowed(network)
         options = self._options(candidates)
         fixed = self._fixed(options, network)
-        picked = self._knapsack(options).at(allowed - fixed) if options else [] if fixed <= allowed else None
+        knapsack = self._knapsack(options)
+        picked = knapsack.at(allowed - fixed)
         if picked is None:
-            least = fixed + self._knapsack(options).least if options else fixed
-            whole = self.budget.amount(network)
+            least, whole = fixed + knapsack.least, self.budget.amount(network)
             raise BudgetError(
                 f"the budget is {allowed:,} {self.budget.unit}, and these factorizations can go down to {least:,.0f} "
                 f"({least / whole:.3f} of {whole:,}). Raise it, or let it have more convolutions and factorizations."
             )
-        return tuple(each[k].choice for each, k in zip(options, picked, strict=True))
+        choices = tuple(each[k].choice for each, k in zip(options, picked, strict=True))
+        return Chosen(choices, self._front(options, knapsack, network))
 
     @property
     def in_metric(self) -> bool:
         """With statistics."""
         return self.statistics is not None
 
-    def front(self, candidates: Sequence[Candidate], network: Cost) -> tuple[FrontPoint, ...]:
+    def _front(self, options: Sequence[Sequence[Option]], knapsack: Knapsack, network: Cost) -> tuple[FrontPoint, ...]:
         """At budgets spread evenly between the cheapest network and the dense one."""
-        options = self._options(candidates)
         if not options:
             return ()
-        knapsack, fixed = self._knapsack(options), self._fixed(options, network)
-        most = self.budget.amount(network) - fixed
-        points = {}
+        dense = sum((each[0].cost for each in options), Cost(0, 0))
+        most, points = self.budget.amount(dense), {}
         for k in range(_FRONT + 1):
             picked = knapsack.at(knapsack.least + (most - knapsack.least) * k / _FRONT)
             if picked is not None:
                 taken = [each[p] for each, p in zip(options, picked, strict=True)]
-                dense = sum((each[0].cost for each in options), Cost(0, 0))
                 cost = network - dense + sum((option.cost for option in taken), Cost(0, 0))
                 points[cost] = FrontPoint(cost, sum(option.increase for option in taken))
         return tuple(points.values())
