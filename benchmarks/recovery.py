@@ -62,7 +62,8 @@ def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str
         difference = scores - measure.dense
         found.append({
             "network": name, "MACs": plan.after.macs / plan.network.macs,
-            "params": plan.after.params / plan.network.params, "what": what, "score": float(scores.mean()), "difference": float(difference.mean()),
+            "params": plan.after.params / plan.network.params, "what": what,
+            "score": float(scores.mean()), "difference": float(difference.mean()),
             "± paired": float(difference.std() / len(difference) ** 0.5), "KL": float(divergences.mean()),
             "s": seconds, "steps": steps,
         })  # fmt: skip

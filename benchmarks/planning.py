@@ -1,0 +1,60 @@
+"""Seconds and memory of calibrating a network and of planning it under a budget, from the beginning and again.
+
+    python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: a quarter of an hour
+    python -m benchmarks.planning --factorizations cp channel_svd  # some of the factorizations
+
+Random weights and images: neither changes what it takes. The peak is the kernel's own count of resident pages (VmHWM)
+beyond what the model and the images take, for each step. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fxfact
+from benchmarks.memory import forget_the_peak, resident
+from benchmarks.networks import NETWORKS
+from benchmarks.report import save, show
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=["resnet18", "resnet50"], default="resnet18")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--budget", type=float, default=0.5, help="share of the MACs")
+    parser.add_argument("--factorizations", nargs="+", default=None, help="default: all")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    model = NETWORKS[given.network].build().eval()
+    images = torch.randn(given.samples, 3, 224, 224)
+    known: dict[str, Any] = {"example_inputs": images[:1], "budget": fxfact.Macs(given.budget)}
+    rows: list[dict[str, Any]] = []
+
+    def measured(step: str, run: Callable[[], Any]) -> Any:
+        forget_the_peak()
+        before, started = resident("VmRSS"), time.perf_counter()
+        result = run()
+        rows.append({"step": step, "s": time.perf_counter() - started, "peak GB": (resident("VmHWM") - before) / 1e9})
+        print(rows[-1], flush=True)
+        return result
+
+    statistics = measured("calibrate", lambda: fxfact.calibrate(model, images.split(given.batch)))
+
+    def plan() -> fxfact.Plan:
+        return fxfact.plan(model, given.factorizations, calibration=statistics, **known)
+
+    measured("plan", plan)
+    found = measured("plan again", plan)
+    measured("apply", lambda: fxfact.apply(found, model, statistics=statistics))
+    show(f"{given.network}, {given.samples} images of 224², {torch.get_num_threads()} threads", rows)
+    save("planning", {"network": given.network, "samples": given.samples, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
