@@ -86,7 +86,7 @@ def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
         weight = model.get_submodule(path).weight.detach()
         whole = plain.increase(spec, weight.transpose(0, 1) if spec.transposed else weight)
         moments[path] = Metric(metric.input, Moment((eye / max(whole, 1e-30),)))
-    return replace(statistics, moments=moments, curves={})
+    return replace(statistics, moments=moments, shrinkage=0.0, curves={})
 
 
 def within(model: nn.Module, example: Tensor, budget: Any, rank_at: Callable[[float], object]) -> fxfact.Plan | None:

@@ -131,3 +131,11 @@ def test_the_matrix_is_what_the_moments_are_of(transposed: bool) -> None:
     spec = ConvSpec.parse(4, 6, (3, 3), transposed=transposed)
     rows = 4 if transposed else 6
     assert as_matrix(spec, random_layer(spec).weight).shape == (rows, 24 // rows * 9)
+
+
+def test_a_moment_shrinks_to_the_identity_of_the_same_trace() -> None:
+    whole = Moment((moment(2, 6, torch.Generator().manual_seed(0)),))
+    (half,), (own,) = whole.shrunk(0.5).factors, whole.factors
+    mean = own.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(6, dtype=own.dtype)
+    torch.testing.assert_close(half, (own + mean) / 2)
+    assert whole.shrunk(0.0) is whole

@@ -16,7 +16,7 @@ from fxfact.conv import ConvSpec
 from fxfact.errors import CalibrationError
 from fxfact.metric import Metric, Moment
 
-_FORMAT = {"format": "fxfact statistics", "version": 1}
+_FORMAT = {"format": "fxfact statistics", "version": 2}
 _DAMPING = 1e-3
 
 
@@ -25,13 +25,15 @@ class Statistics:
     """Second moments of every convolution that gradients reached, by path; those that share a weight under the first.
 
     ``samples`` is how many there were, ``likelihood`` the name of what labels were drawn from, ``variance`` that of the
-    outputs. ``curves`` keeps increases of the loss that planning has computed: by path, then by the factorization
-    (its name and options), pairs of a rank and nats. It is filled as plans are made, and saved along.
+    outputs. The moments of gradients count shrunk by ``shrinkage`` towards multiples of the identity. ``curves`` keeps
+    increases of the loss that planning has computed: by path, then by the factorization (its name and options), pairs
+    of a rank and nats. It is filled as plans are made, and saved along.
     """
 
     samples: int
     likelihood: str
     variance: float
+    shrinkage: float
     specs: Mapping[str, ConvSpec]
     moments: Mapping[str, Metric]
     curves: dict[str, dict[str, list[tuple[tuple[int, ...], float]]]] = field(default_factory=dict)
@@ -43,9 +45,12 @@ class Statistics:
         """
         if path not in self.moments:
             return None
-        if (known := self.specs[path]) != spec:
-            raise CalibrationError(f"{path}: the statistics are of {known}, the model has {spec}. Calibrate it.")
-        return self.moments[path].damped(_DAMPING)
+        if self.specs[path] != spec:
+            raise CalibrationError(
+                f"{path}: the statistics are of {self.specs[path]}, the model has {spec}. Calibrate it."
+            )
+        known = self.moments[path]
+        return Metric(known.input, known.output.shrunk(self.shrinkage)).damped(_DAMPING)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a NumPy archive of plain arrays and JSON, without pickle. Raises CalibrationError."""
@@ -54,6 +59,7 @@ class Statistics:
             "samples": self.samples,
             "likelihood": self.likelihood,
             "variance": self.variance,
+            "shrinkage": self.shrinkage,
             "specs": {name: vars(spec) for name, spec in self.specs.items()},
             "curves": self.curves,
         }
@@ -80,6 +86,7 @@ class Statistics:
                 samples=header["samples"],
                 likelihood=header["likelihood"],
                 variance=header["variance"],
+                shrinkage=header["shrinkage"],
                 specs={name: ConvSpec(**_tuples(spec)) for name, spec in header["specs"].items()},
                 moments={name: _metric(name, arrays) for name in header["specs"]},
                 curves={

@@ -55,6 +55,12 @@ class Moment:
         positions = self.size // count
         return torch.einsum("iaja->ij", self.factors[0][0].reshape(count, positions, count, positions))
 
+    def shrunk(self, share: float) -> Moment:
+        """Moved by that share, 0 … 1, towards the multiple of the identity that has the same trace, as estimates of
+        covariances are that are to hold for other data (Ledoit and Wolf 2004).
+        """
+        return Moment(tuple((1 - share) * own for own in self.factors)).damped(share / (1 - share)) if share else self
+
     def damped(self, amount: float) -> Moment:
         """With ``amount`` times the mean of the diagonal added to the diagonal, for moments that lack rank."""
         found = []
