@@ -28,6 +28,7 @@ from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task, Tests
 from fxfact.calibration import Statistics, dense_of, likelihood_for
+from fxfact.conv import from_torch
 from fxfact.errors import BudgetError
 from fxfact.metric import Metric, Moment
 from fxfact.ranks import VBMF, Energy
@@ -84,7 +85,7 @@ def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
         eye = torch.eye(metric.output.size).expand(output.shape[0], -1, -1).to(output)
         plain = Metric(metric.input, Moment((eye,)))
         weight = model.get_submodule(path).weight.detach()
-        whole = plain.increase(spec, weight.transpose(0, 1) if spec.transposed else weight)
+        whole = plain.increase(spec, from_torch(spec, weight))
         moments[path] = Metric(metric.input, Moment((eye / max(whole, 1e-30),)))
     return replace(statistics, moments=moments, shrinkage=0.0, curves={})
 
@@ -184,7 +185,7 @@ def summary(rows: list[Row], dense: Tensor) -> list[dict[str, Any]]:
         scores, divergences = ([float(getattr(row, n).mean()) for row in group] for n in ("scores", "divergences"))
         difference = [float((row.scores - dense).mean()) for row in group]
         others = [r for r in rows if (r.unit, r.share) == (unit, share) and r.rule == "ours"]
-        behind = [_behind(mine, row) for row in group for mine in others if row.seed in (None, mine.seed)]
+        behind = [_behind(mine, row) for row in group for mine in others if _comparable(row, mine)]
         found.append({
             "unit": unit, "share": share, "samples": samples, "rule": rule, "seeds": len(group),
             "score": stats.mean(scores), "± seeds": _spread(scores), "difference": stats.mean(difference),
@@ -193,6 +194,11 @@ def summary(rows: list[Row], dense: Tensor) -> list[dict[str, Any]]:
             "s": stats.mean(row.seconds for row in group),
         })  # fmt: skip
     return sorted(found, key=lambda line: (line["unit"], -line["share"], line["samples"] or 0))
+
+
+def _comparable(row: Row, mine: Row) -> bool:
+    """Whether both saw the same data, or the one none."""
+    return row.seed is None or (row.seed, row.samples) == (mine.seed, mine.samples)
 
 
 def _behind(mine: Row, other: Row) -> float:

@@ -46,7 +46,11 @@ def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str
     small = fxfact.apply(plan, model, statistics=statistics)
     options: dict[str, Any] = {"likelihood": task.likelihood, "seed": given.seed}
     repaired, repair = fxfact.repair(small, model, batches, **options)
-    augment = partial(moved, draw=torch.Generator().manual_seed(given.seed)) if given.augment else None
+    augment = (
+        partial(moved, draw=torch.Generator().manual_seed(given.seed))
+        if given.augment and batches[0].ndim == 4
+        else None
+    )
     recovered, recovery = fxfact.recover(
         repaired, model, batches, steps=10**6, seconds=given.seconds, lr=given.lr, augment=augment, patience=10**6,
         **options,

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from fxfact.calibration import Batches, arguments_for, dense_of, held_out_of, likelihood_for
-from fxfact.capture import ExampleInputs, arguments_of
-from fxfact.copying import private_copy
-from fxfact.errors import ArgumentTypeError
+from fxfact.calibration import Batches, arguments_for, dense_of, held_out_of, likelihood_for, run_batch
+from fxfact.capture import ExampleInputs
+from fxfact.conv_modules import is_conv, spec_of
+from fxfact.copying import copy_sharing, private_copy
+from fxfact.errors import ArgumentTypeError, PlanError
 from fxfact.passes import last_plan
-from fxfact.planning import Plan
+from fxfact.planning import Decision, Plan
+from fxfact.stand_ins import torch_type
 
 
 class Pair:
-    """Copies of both in evaluation mode, ``factorized`` one to be changed, and ``batches`` without those ``held_out``.
+    """Copies of both in evaluation mode, ``factorized`` one to be changed, and ``batches`` without those held out.
 
-    ``plan`` is the one that made the network. Raises ArgumentTypeError, CalibrationError, PlanError.
+    ``plan`` is the one that made the network. Raises ArgumentTypeError, CalibrationError, CaptureError, PlanError.
     """
 
     def __init__(
@@ -32,31 +30,34 @@ class Pair:
         example_inputs: ExampleInputs | None,
         likelihood: object,
     ) -> None:
-        if not isinstance(original, nn.Module):
-            raise ArgumentTypeError(f"original must be a torch.nn.Module, got {type(original).__name__}")
+        for name, network in (("factorized", factorized), ("original", original)):
+            if not isinstance(network, nn.Module):
+                raise ArgumentTypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
         self.plan: Plan = last_plan(factorized)
-        self.original, self.factorized = private_copy(original).eval(), copy.deepcopy(factorized)
+        self.original, self.factorized = private_copy(original).eval(), copy_sharing(factorized, set())
         self._modes = {name: module.training for name, module in self.factorized.named_modules()}
         self.factorized.eval()
-        self.batches, self.held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
+        modules = dict(self.original.named_modules())
+        self.rewritten = {d.path: modules[d.path] for d in self.plan.rewrites if _is_there(d, modules)}
+        self.batches, self._held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
         with torch.no_grad():
-            self.likelihood = likelihood_for(likelihood, run(self.original, self.batches[0]))
-
-    def outputs(self, batch: ExampleInputs) -> tuple[Any, Any]:
-        """Of the original, without gradients, and of the factorized network."""
-        with torch.no_grad():
-            wanted = run(self.original, batch)
-        return wanted, run(self.factorized, batch)
+            self._wanted = [run_batch(self.original, batch) for batch in self._held_out]
+        self.likelihood = likelihood_for(likelihood, self._wanted[0])
+        numbers = [tensor.double().flatten() for output in self._wanted for tensor in dense_of(output)]
+        self._variance = float(torch.cat(numbers).var(correction=0))
 
     def divergences(self, batch: ExampleInputs) -> Tensor:
         """Of the factorized network's output from the original's, by sample (n,), in nats."""
-        wanted, given = self.outputs(batch)
-        return self.likelihood.divergence(wanted, given, _variance(wanted))
+        with torch.no_grad():
+            wanted = run_batch(self.original, batch)
+        return self.likelihood.divergence(wanted, run_batch(self.factorized, batch), self._variance)
 
     @torch.no_grad()
     def divergence(self) -> float:
         """The mean over the samples held out."""
-        return float(torch.cat([self.divergences(batch) for batch in self.held_out]).mean())
+        pairs = zip(self._wanted, self._held_out, strict=True)
+        found = [self.likelihood.divergence(y, run_batch(self.factorized, x), self._variance) for y, x in pairs]
+        return float(torch.cat(found).mean())
 
     def finished(self) -> nn.Module:
         """The factorized network, in the modes of the one that was given."""
@@ -64,24 +65,26 @@ class Pair:
             module.training = self._modes[name]
         return self.factorized
 
-    def rewritten(self) -> dict[str, nn.Module]:
-        """By path the convolutions of the original, in the plan's order, that are modules and were rewritten."""
-        modules = dict(self.original.named_modules())
-        return {decision.path: modules[decision.path] for decision in self.plan.rewrites if decision.path in modules}
-
     def last_stage(self, path: str) -> nn.Module:
         """The last of the stages that took a convolution's place."""
         *_, last = self.factorized.get_submodule(path).children()
         return last
 
 
-def run(network: nn.Module, batch: ExampleInputs) -> Any:
-    """The network's output for a batch."""
-    args, kwargs = arguments_of(batch)
-    return network(*args, **kwargs)
+def _is_there(decision: Decision, modules: dict[str, nn.Module]) -> bool:
+    """Whether the convolution that was rewritten is a module whose output is the convolution's.
 
-
-def _variance(output: Any) -> float:
-    """Of all numbers of an output."""
-    numbers: Sequence[Tensor] = [tensor.detach().double().flatten() for tensor in dense_of(output)]
-    return float(torch.cat(list(numbers)).var(correction=0))
+    Raises PlanError where it is another one.
+    """
+    module = modules.get(decision.path)
+    if module is None or not is_conv(module):
+        return False
+    kind = type(module)
+    plain = torch_type(kind)
+    if any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward")):
+        return False
+    if (found := spec_of(module)) != decision.spec:
+        raise PlanError(
+            f"{decision.path}: the plan is of {decision.spec}, the original has {found}. Pass that original."
+        )
+    return True

@@ -35,6 +35,8 @@ class Recovery:
     seconds: float
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def recover(
     factorized: _Network,
     original: nn.Module,
@@ -64,6 +66,11 @@ def recover(
     _check(steps, seconds, lr, patience)
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     trained = [parameter for parameter in pair.factorized.parameters() if parameter.requires_grad]
+    if not trained or any(parameter.dtype == torch.float16 for parameter in trained):
+        raise ArgumentError(
+            "recover trains the parameters that require gradients, in float32, float64 or bfloat16; the network has "
+            f"{'float16 ones' if trained else 'none'}. Convert it with .float(), or set requires_grad."
+        )
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
     best = _Best(pair.factorized, pair.divergence())
     looks = max(1, min(steps // 10, len(pair.batches)))
@@ -98,7 +105,7 @@ class _Distillation:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> _Distillation:
-        for path, conv in self._pair.rewritten().items():
+        for path, conv in self._pair.rewritten.items():
             for module, features in zip((conv, self._pair.last_stage(path)), self._features, strict=True):
                 self._handles.append(module.register_forward_hook(_keeping(features, path)))
         return self
@@ -112,7 +119,8 @@ class _Distillation:
         for features in self._features:
             features.clear()
         divergence = self._pair.divergences(batch).mean()
-        squares = [_relative(self._features[0][path], self._features[1][path]) for path in self._features[1]]
+        both = self._features[0].keys() & self._features[1].keys()  # what was called, in both
+        squares = [_relative(*(features[path] for features in self._features)) for path in sorted(both)]
         return divergence + torch.stack(squares).mean() if squares else divergence
 
 
@@ -148,12 +156,13 @@ class _Best:
 
 def _keeping(features: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, Any], None]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        features[path] = output
+        features[path] = output.clone()  # which what comes next may write to
 
     return keep
 
 
 def _relative(wanted: Tensor, given: Tensor) -> Tensor:
+    wanted, given = wanted.float(), given.float()
     square = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
     return (given - wanted).square().mean() / square
 

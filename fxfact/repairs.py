@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfact.calibration import Batches
+from fxfact.calibration import Batches, run_batch
 from fxfact.capture import ExampleInputs
 from fxfact.conv import from_torch, run_weight, to_torch
-from fxfact.conv_modules import is_conv, spec_of
+from fxfact.conv_modules import spec_of
+from fxfact.copying import copy_sharing
 from fxfact.errors import ArgumentError
-from fxfact.pairs import Pair, run
+from fxfact.pairs import Pair
 from fxfact.progress import Progress, shown
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -45,6 +47,7 @@ class Repair:
     seconds: float
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def repair(
     factorized: _Network,
@@ -73,54 +76,72 @@ def repair(
     started = time.perf_counter()
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     before = pair.divergence()
-    sites = _sites(pair, seed)
+    sites, paths = _sites(pair, seed), []
     for site in shown(sites, len(sites), "repairing", progress):
-        _mend(pair, site, _observed(pair, site, seed), refit=refit, means=means)
-    after = pair.divergence()
-    paths = tuple(site.path for site in sites)
+        found = _observed(pair, site, seed)
+        if found is not None and _mend(pair, site, found, refit=refit, means=means):
+            paths.append(site.path)
+    after, result = pair.divergence(), cast(_Network, pair.finished())
     if not after < before:
-        pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
-        after, paths = before, ()
+        after, result, paths = before, cast(_Network, copy_sharing(factorized, set())), []
     seconds = time.perf_counter() - started
-    return cast(_Network, pair.finished()), Repair(before=before, after=after, paths=paths, seconds=seconds)
+    return result, Repair(before=before, after=after, paths=tuple(paths), seconds=seconds)
 
 
 @dataclass
 class _Site:
-    """A rewritten convolution of the original. ``wanted`` is its output at the positions looked at, call by call, each
-    (samples, positions, out); ``norm`` the path of the batch norm that takes its output, where one does.
+    """A rewritten convolution of the original. ``wanted`` is its output at the positions looked at, of every batch call
+    by call, each (samples, positions, out); ``norm`` the path of a batch norm that takes its output and no other.
     """
 
     path: str
-    wanted: list[Tensor] = field(default_factory=list)
+    wanted: list[list[Tensor]] = field(default_factory=list)
     norm: str | None = None
 
 
 def _sites(pair: Pair, seed: int) -> list[_Site]:
     """In the order in which a run of the original reaches them."""
     ties = {path for d in pair.plan if d.tied_to for path in (d.path, d.tied_to)}
-    convs = {m: _Site(p) for p, m in pair.rewritten().items() if p not in ties and is_conv(pair.last_stage(p))}
+    convs = {m: _Site(p) for p, m in pair.rewritten.items() if p not in ties}
     norms: dict[nn.Module, str] = {m: name for name, m in pair.original.named_modules() if isinstance(m, _BatchNorm)}
     reached: dict[str, _Site] = {}
-    latest: list[tuple[_Site, Any]] = []
+    latest: list[tuple[_Site, weakref.ref[Tensor], int]] = []
+    taken: dict[str, set[str | None]] = {}  # by every norm, from which sites
 
-    def behind(module: nn.Module, args: Any, output: Any) -> None:
+    def behind(module: nn.Module, args: Any, output: Tensor) -> None:
         site = reached.setdefault(convs[module].path, convs[module])
-        latest.append((site, output))
-        site.wanted.append(_at_positions(output, spec_of(module).order, seed + len(site.wanted)))
+        latest.append((site, weakref.ref(output), output._version))
+        calls = site.wanted[-1]
+        own_seed = _seed(seed, len(site.wanted) - 1, len(calls))
+        calls.append(_at_positions(output, spec_of(module).order, own_seed))
 
     def before(module: nn.Module, args: Any) -> None:
-        for site in (site for site, output in latest if args and args[0] is output):
-            site.norm = norms[module]
+        own = [site.path for site, output, version in latest if args and _is(args[0], output(), version)]
+        taken.setdefault(norms[module], set()).update(own or [None])
 
     handles = [module.register_forward_hook(behind) for module in convs]
     handles += [module.register_forward_pre_hook(before) for module in norms]
     for batch in pair.batches:
-        run(pair.original, batch)
+        for site in convs.values():
+            site.wanted.append([])
+        run_batch(pair.original, batch)
         latest.clear()
     for handle in handles:
         handle.remove()
+    for norm, paths in taken.items():
+        if len(paths) == 1 and (path := paths.pop()):
+            reached[path].norm = norm
     return list(reached.values())
+
+
+def _is(tensor: Any, output: Tensor | None, version: int) -> bool:
+    """Whether a tensor is that output, not written to since."""
+    return tensor is output and tensor is not None and tensor._version == version
+
+
+def _seed(seed: int, batch: int, call: int) -> int:
+    """Of the positions looked at in a call."""
+    return (seed << 40) + (batch << 20) + call
 
 
 class _Reached(BaseException):
@@ -139,34 +160,39 @@ class _Moments:
     product: Tensor
 
 
-def _observed(pair: Pair, site: _Site, seed: int) -> _Moments:
-    """The moments of one site in the factorized network as it is by now."""
-    stage, calls = pair.last_stage(site.path), len(site.wanted) // len(pair.batches)
+def _observed(pair: Pair, site: _Site, seed: int) -> _Moments | None:
+    """The moments of one site in the factorized network as it is by now; None where that does not call it as often."""
+    stage = pair.last_stage(site.path)
     groups, sums, count = spec_of(stage).groups, list[Tensor](), 0
-    number = 0
+    number = call = missing = 0
 
     def before(module: nn.Module, args: Any) -> None:
-        nonlocal sums, count, number
-        wanted = torch.split(site.wanted[number], _PART)
-        for rows in zip(_seen(stage, args[0], seed + number), wanted, strict=True):
+        nonlocal sums, count, call
+        wanted = torch.split(site.wanted[number][call], _PART)
+        for rows in zip(_seen(stage, args[0], _seed(seed, number, call)), wanted, strict=True):
             x, y = (part.reshape(-1, groups, part.shape[-1] // groups).movedim(1, 0).double() for part in rows)
             parts = [x.sum(dim=1), y.sum(dim=1), x.mT @ x, y.mT @ x]
             sums = [one + other for one, other in zip(sums, parts, strict=True)] if sums else parts
             count += x.shape[1]
-        number += 1
-        if number % calls == 0:
+        call += 1
+        if call == len(site.wanted[number]):
             raise _Reached
 
     handle = stage.register_forward_pre_hook(before)
-    for batch in pair.batches:
+    for number, batch in enumerate(pair.batches):
+        call = 0
         with contextlib.suppress(_Reached):
-            run(pair.factorized, batch)
+            if site.wanted[number]:
+                run_batch(pair.factorized, batch)
+        missing = len(site.wanted[number]) - call
+        if missing:
+            break
     handle.remove()
-    return _Moments(*(total / count for total in sums))
+    return None if missing else _Moments(*(total / count for total in sums))
 
 
-def _mend(pair: Pair, site: _Site, found: _Moments, *, refit: bool, means: bool) -> None:
-    """Give the last stage of a site its new weight, and what stands for its bias a new mean."""
+def _mend(pair: Pair, site: _Site, found: _Moments, *, refit: bool, means: bool) -> bool:
+    """Give the last stage of a site a new weight, and its mean to what stands for a bias; whether anything is new."""
     stage: Any = pair.last_stage(site.path)
     norm: Any = pair.factorized.get_submodule(site.norm) if site.norm else None
     mean = stage.bias if norm is None or stage.bias is not None else norm.running_mean
@@ -182,6 +208,7 @@ def _mend(pair: Pair, site: _Site, found: _Moments, *, refit: bool, means: bool)
     if centred:
         missing = (found.wanted - (matrix @ found.seen[..., None])[..., 0]).flatten()
         mean.copy_(missing if stage.bias is not None else mean - missing)
+    return refit or centred
 
 
 def _refit(matrix: Tensor, found: _Moments, about: Tensor, *, centred: bool) -> Tensor:
@@ -214,8 +241,9 @@ def _seen(stage: nn.Module, maps: Tensor, seed: int) -> Iterator[Tensor]:
 
 
 def _at_positions(maps: Tensor, order: int, seed: int) -> Tensor:
+    """The maps (samples, channels, *size), or of one sample, at the positions looked at: a copy of their own."""
     batch = maps if maps.ndim == order + 2 else maps[None]
-    return _gathered(batch, _fractions(len(batch), seed))
+    return _gathered(batch, _fractions(len(batch), seed)).clone()
 
 
 def _fractions(samples: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact.conv import ConvSpec, from_torch
 from fxfact.conv_modules import spec_of, write_conv
-from fxfact.errors import ArgumentError, CalibrationError
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, PlanError
 from fxfact.pairs import Pair
 from fxfact.repairs import _seen, _sites
 
@@ -135,8 +135,78 @@ def test_shared_weights_and_functions_stay_and_what_gets_worse_is_given_back_as_
     assert torch.equal(repaired(x), small(x))
 
 
+def test_what_comes_next_may_write_to_the_output() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, bias=False), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 3)
+    ).eval()
+    x = torch.randn(16, 4, 6, 6)  # with 16 positions, all of which are looked at
+    small = fxfact.factorize(model, "channel_svd", rank=0.5, example_inputs=x)
+    (site,) = _sites(Pair(small, model, x.split(4), example_inputs=None, likelihood=None), 0)
+    torch.testing.assert_close(torch.cat([rows for calls in site.wanted for rows in calls]), _rows(model[0], x[:12]))
+    assert site.norm is None  # it takes what the activation made of the output, in the same tensor
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x).detach().flatten(2).mT
+
+
+class Sometimes(Small):
+    """Calls one convolution only for some batches, and writes to its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(1.0)
+        if x.mean() > 0:
+            x = x + self.first(x)[:, :4]
+        return self.head(torch.relu(self.second(self.norm(self.first(x)))).mean((2, 3)))
+
+
+def test_calls_that_differ_from_batch_to_batch_and_batches_that_come_once() -> None:
+    torch.manual_seed(0)
+    model, x = Sometimes().eval(), torch.randn(32, 4, 10, 10)
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=x[:2])
+    before = x.clone()
+    with torch.inference_mode():
+        repaired, report = fxfact.repair(small, model, (batch for batch in x.split(4)))
+    assert report.after <= report.before
+    assert torch.equal(x, before)
+    assert not any(parameter.is_inference() for parameter in repaired.parameters())
+    with torch.no_grad():
+        _, recovery = fxfact.recover(small, model, (batch for batch in x.split(4)), steps=20)
+    assert recovery.after < recovery.before
+
+
+def test_modules_that_are_no_plain_convolutions_are_not_compared_with_chains(data: Tensor) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 4, 3, 3) / 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight).relu()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Own(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(216, 3)).eval()
+    small = fxfact.factorize(model, "tucker", rank=0.5, example_inputs=data)
+    assert len(fxfact.plan_of(small).rewrites) == 2
+    _, report = fxfact.repair(small, model, data.split(8))
+    assert set(report.paths) <= {"1"}
+    fxfact.recover(small, model, data.split(8), steps=3)
+
+
 def test_bad_requests(small: Small, factorized: nn.Module, data: Tensor) -> None:
     with pytest.raises(ArgumentError, match="nothing to do"):
         fxfact.repair(factorized, small, data.split(8), refit=False, means=False)
     with pytest.raises(CalibrationError, match="two at least"):
         fxfact.repair(factorized, small, [data])
+    with pytest.raises(CalibrationError, match="fails on a batch"):
+        fxfact.repair(factorized, small, data[:, :3].split(8))
+    other = Small()
+    other.first = nn.Conv2d(4, 8, 5, padding=2)
+    with pytest.raises(PlanError, match="first: the plan is of"):
+        fxfact.repair(factorized, other.eval(), data.split(8))
+    with pytest.raises(ArgumentTypeError, match="original must be"):
+        fxfact.repair(factorized, None, data.split(8))  # type: ignore[arg-type]
+    frozen = copy.deepcopy(factorized).requires_grad_(False)
+    with pytest.raises(ArgumentError, match="has none"):
+        fxfact.recover(frozen, small, data.split(8))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxfact.capture import ExampleInputs
+from fxfact.capture import ExampleInputs, arguments_of, reason_of
 from fxfact.errors import CalibrationError
 
 Batches = Iterable[ExampleInputs]
@@ -40,6 +40,15 @@ def arguments_for(
         yield tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, cut)
     if count < 0:
         raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
+
+
+def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:
+    """The network's output for a copy of the batch. Raises CalibrationError where the network does."""
+    args, kwargs = arguments_of(tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, batch))
+    try:
+        return network(*args, **kwargs)
+    except Exception as error:
+        raise CalibrationError(f"{type(network).__name__} fails on a batch: {reason_of(error)}") from error
 
 
 def held_out_of(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], list[ExampleInputs]]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfact.calibration.base import Statistics
-from fxfact.calibration.batches import Batches, arguments_for
+from fxfact.calibration.batches import Batches, arguments_for, run_batch
 from fxfact.calibration.likelihood import Draw, Likelihood, dense_of, likelihood_for
 from fxfact.calibration.moments import Sums, Window
-from fxfact.capture import Captured, arguments_of, reason_of, storage_of
+from fxfact.capture import Captured, storage_of
 from fxfact.copying import private_copy
 from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
@@ -52,7 +52,7 @@ def calibrate(
     output_sums = torch.zeros(3, dtype=torch.float64)  # count, sum, squares
     for batch in shown(arguments_for(network, batches, captured.example_inputs), None, "calibrating", progress):
         with torch.enable_grad():
-            output = _run(network, batch)
+            output = run_batch(network, batch)
             known = known or likelihood_for(likelihood, output)
             dense = dense_of(output)
             drawing.begin(len(dense[0]))
@@ -165,14 +165,6 @@ def _prepared(network: nn.Module) -> nn.Module:
     for parameter in own.parameters():
         parameter.requires_grad_(parameter.is_floating_point() and parameter.ndim > 2)
     return own
-
-
-def _run(network: nn.Module, batch: Any) -> Any:
-    args, kwargs = arguments_of(batch)
-    try:
-        return network(*args, **kwargs)
-    except Exception as error:
-        raise CalibrationError(f"calibration: the model fails on a batch: {reason_of(error)}") from error
 
 
 def _per_axis(values: Sequence[int], order: int) -> list[int]:

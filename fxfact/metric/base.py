@@ -56,17 +56,21 @@ class Moment:
         return torch.einsum("iaja->ij", self.factors[0][0].reshape(count, positions, count, positions))
 
     def shrunk(self, share: float) -> Moment:
-        """Moved by that share, 0 … 1, towards the multiple of the identity that has the same trace, as estimates of
-        covariances are that are to hold for other data (Ledoit and Wolf 2004).
+        """Each factor moved by that share, 0 … 1, towards the multiple of the identity that has the same trace, as
+        estimates of covariances are that are to hold for other data (Ledoit and Wolf 2004).
         """
-        return Moment(tuple((1 - share) * own for own in self.factors)).damped(share / (1 - share)) if share else self
+        return self._with_identity(1 - share, share)
 
     def damped(self, amount: float) -> Moment:
         """With ``amount`` times the mean of the diagonal added to the diagonal, for moments that lack rank."""
+        return self._with_identity(1.0, amount)
+
+    def _with_identity(self, own: float, amount: float) -> Moment:
         found = []
         for factor in self.factors:
             mean = factor.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
-            found.append(factor + amount * mean * torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device))
+            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+            found.append(own * factor + amount * mean * eye)
         return Moment(tuple(found))
 
 

@@ -110,7 +110,7 @@ class _LastStage:
         seen = self._columns.after(kernels)
         gram = (kernels @ seen.T).double()
         ridge = 10 * torch.finfo(kernels.dtype).eps
-        least = float(gram.diagonal().mean()) * ridge
+        least = max(float(gram.diagonal().mean()) * ridge, torch.finfo(gram.dtype).tiny)
         while True:
             damped = gram + torch.diag(ridge * gram.diagonal() + least)
             triangle, failed = torch.linalg.cholesky_ex(damped)
