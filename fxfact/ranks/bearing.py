@@ -22,12 +22,12 @@ def curve_of(
 ) -> list[float]:
     """Nats for each of the ranks, ascending; without a metric, ‖W − Ŵ‖² / ‖W‖². What is computed is kept in ``known``.
 
-    Increases are computed at six ranks at most, where no formula gives them all, and interpolated between, their
-    logarithm over the rank.
+    Increases are computed at six ranks at most, where no formula gives them all, nearer to each other among the small
+    ones, where they change most, and interpolated between, their logarithm over the rank.
     """
     key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
     if key not in known:
-        places = np.unique(np.linspace(0, len(ranks) - 1, _COMPUTED).round().astype(int))
+        places = np.unique((np.linspace(0, 1, _COMPUTED) ** 2 * (len(ranks) - 1)).round().astype(int))
         computed = [ranks[k] for k in places]
         if metric is not None:
             known[key] = list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
