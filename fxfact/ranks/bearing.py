@@ -27,7 +27,7 @@ def curve_of(
     """
     key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
     if key not in known:
-        places = np.unique((np.linspace(0, 1, _COMPUTED) ** 2 * (len(ranks) - 1)).round().astype(int))
+        places = np.unique((np.linspace(0, 1, _COMPUTED) ** 1.5 * (len(ranks) - 1)).round().astype(int))
         computed = [ranks[k] for k in places]
         if metric is not None:
             known[key] = list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
