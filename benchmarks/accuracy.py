@@ -118,13 +118,13 @@ class Trial:
 
     def classic(self) -> Iterator[Row]:
         """By the kernels alone, Tucker throughout."""
-        yield self._row(self._budgets[-1], "VBMF", self._vbmf)
+        yield self._measured(self._budgets[-1], "VBMF", *self._applied(self._vbmf))
         rules: dict[str, Callable[[float], object]] = {"uniform": lambda x: x, "energy": Energy}
         for budget in self._budgets:
             for rule, rank_at in rules.items():
                 plan = within(self._model, self._example, budget, rank_at)
                 if plan is not None:
-                    yield self._row(budget, rule, plan)
+                    yield self._measured(budget, rule, *self._applied(plan))
 
     def on_data(self, samples: int, seed: int) -> Iterator[Row]:
         """By what data say: the inputs alone, and ours."""
@@ -139,11 +139,10 @@ class Trial:
                 plan = self._chosen(budget, statistics)
                 if plan is None:
                     continue
-                row = self._row(budget, rule, plan, statistics)
-                yield replace(row, **known, predicted=plan.increase)
-            if plan is not None:
-                small = fxfact.apply(plan, self._model, statistics=ours)
-                yield from self._better(budget, small, batches, known)
+                small, seconds = self._applied(plan, statistics)
+                yield replace(self._measured(budget, rule, small, seconds), **known, predicted=plan.increase)
+                if rule == "ours":
+                    yield from self._better(budget, small, batches, known)
 
     def _better(self, budget: Any, small: nn.Module, batches: Any, known: dict[str, Any]) -> Iterator[Row]:
         options: dict[str, Any] = {"likelihood": self._task.likelihood, "seed": known["seed"]}
@@ -162,10 +161,9 @@ class Trial:
         except BudgetError:
             return None
 
-    def _row(self, budget: Any, rule: str, plan: fxfact.Plan, statistics: Statistics | None = None) -> Row:
+    def _applied(self, plan: fxfact.Plan, statistics: Statistics | None = None) -> tuple[nn.Module, float]:
         started = time.perf_counter()
-        small = fxfact.apply(plan, self._model, statistics=statistics)
-        return self._measured(budget, rule, small, time.perf_counter() - started)
+        return fxfact.apply(plan, self._model, statistics=statistics), time.perf_counter() - started
 
     def _measured(self, budget: Any, rule: str, network: nn.Module, seconds: float) -> Row:
         share = round(budget.allowed(self._network) / budget.amount(self._network), 3)

@@ -1,6 +1,6 @@
 """Seconds and memory of calibrating a network and of planning it under a budget, from the beginning and again.
 
-    python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: a quarter of an hour
+    python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: over half an hour
     python -m benchmarks.planning --factorizations cp channel_svd  # some of the factorizations
 
 Random weights and images: neither changes what it takes. The peak is the kernel's own count of resident pages (VmHWM)

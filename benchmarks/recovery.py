@@ -58,8 +58,8 @@ def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str
     states: list[tuple[str, nn.Module, float, int]] = [
         ("ours", small, 0.0, 0),
         ("repaired", repaired, repair.seconds, 0),
+        ("recovered", recovered, recovery.seconds, recovery.steps),
     ]
-    states.append(("recovered", recovered, recovery.seconds, recovery.steps))
     found = []
     for what, network, seconds, steps in states:
         scores, divergences = measure(network)

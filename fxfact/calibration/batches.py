@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxfact.capture import ExampleInputs, arguments_of, reason_of
+from fxfact.capture import ExampleInputs, copied_arguments, reason_of
 from fxfact.errors import CalibrationError
 
 Batches = Iterable[ExampleInputs]
@@ -44,7 +44,7 @@ def arguments_for(
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:
     """The network's output for a copy of the batch. Raises CalibrationError where the network does."""
-    args, kwargs = arguments_of(tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, batch))
+    args, kwargs = copied_arguments(batch)
     try:
         return network(*args, **kwargs)
     except Exception as error:

@@ -1,6 +1,6 @@
 """A model becomes something whose convolutions can be found and replaced, in three ways, each compared with it."""
 
-from fxfact.capture.base import Captured, ExampleInputs, Rung, arguments_of, reason_of, run_model
+from fxfact.capture.base import Captured, ExampleInputs, Rung, copied_arguments, reason_of, run_model
 from fxfact.capture.exported import reexport
 from fxfact.capture.guard import storage_of
 from fxfact.capture.ladder import How, capture
@@ -10,8 +10,8 @@ __all__ = [
     "ExampleInputs",
     "How",
     "Rung",
-    "arguments_of",
     "capture",
+    "copied_arguments",
     "reason_of",
     "reexport",
     "run_model",

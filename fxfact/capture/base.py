@@ -110,9 +110,14 @@ def drawn_alike(example_inputs: Any) -> Any:
     return tree_map(draw, example_inputs)
 
 
+def copied_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``arguments_of`` copies, which a model may write to."""
+    return arguments_of(tree_map(_copied, example_inputs))
+
+
 def run_model(forward: Callable[..., Any], example_inputs: ExampleInputs) -> Any:
     """The output on copies of the inputs, without gradients; whatever is random is drawn alike in every run."""
-    args, kwargs = arguments_of(tree_map(_copied, example_inputs))
+    args, kwargs = copied_arguments(example_inputs)
     with torch.no_grad(), drawn_from_seed():
         return forward(*args, **kwargs)
 
