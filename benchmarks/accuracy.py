@@ -27,7 +27,7 @@ import fxfact
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task, Tests
-from fxfact.calibration import Statistics, dense_of, likelihood_for
+from fxfact.calibration import Statistics, dense_of, held_out_of, likelihood_for
 from fxfact.conv import from_torch
 from fxfact.errors import BudgetError
 from fxfact.metric import Metric, Moment
@@ -127,20 +127,21 @@ class Trial:
                     yield self._measured(budget, rule, *self._applied(plan))
 
     def on_data(self, samples: int, seed: int) -> Iterator[Row]:
-        """By what data say: the inputs alone, and ours."""
+        """By what data say: the inputs alone, all of them, and ours, which measures plans on every fourth batch."""
         task, batches = self._task, self._task.batches(samples, seed)
-        started = time.perf_counter()
-        ours = fxfact.calibrate(self._model, batches, likelihood=task.likelihood, seed=seed)
-        print(f"{self._name}: {ours.samples} samples in {time.perf_counter() - started:.1f} s", flush=True)
-        known: dict[str, Any] = {"samples": ours.samples, "seed": seed}
-        inputs = inputs_alone(ours, self._model)
+        kept, held_out = held_out_of(batches)
+        known: dict[str, Any] = {"samples": sum(map(len, batches)), "seed": seed}
+        every, ours = (fxfact.calibrate(self._model, b, likelihood=task.likelihood, seed=seed) for b in (batches, kept))
+        inputs = inputs_alone(every, self._model)
         for budget in self._budgets:
-            for rule, statistics in (("inputs", inputs), ("ours", ours)):
-                plan = self._chosen(budget, statistics)
+            for rule, statistics, measured in (("inputs", inputs, None), ("ours", ours, held_out)):
+                started = time.perf_counter()
+                plan = self._chosen(budget, statistics, measured)
                 if plan is None:
                     continue
-                small, seconds = self._applied(plan, statistics)
-                yield replace(self._measured(budget, rule, small, seconds), **known, predicted=plan.increase)
+                small, _ = self._applied(plan, statistics)
+                row = self._measured(budget, rule, small, time.perf_counter() - started)
+                yield replace(row, **known, predicted=plan.increase)
                 if rule == "ours":
                     yield from self._better(budget, small, batches, known)
 
@@ -154,10 +155,10 @@ class Trial:
             )
             yield replace(self._measured(budget, "ours, recovered", best, recovery.seconds), **known)
 
-    def _chosen(self, budget: Any, statistics: Statistics) -> fxfact.Plan | None:
-        kinds = self._given.factorizations
+    def _chosen(self, budget: Any, statistics: Statistics, held_out: Any) -> fxfact.Plan | None:
+        options: dict[str, Any] = {"calibration": statistics, "held_out": held_out, "example_inputs": self._example}
         try:
-            return fxfact.plan(self._model, kinds, budget=budget, example_inputs=self._example, calibration=statistics)
+            return fxfact.plan(self._model, self._given.factorizations, budget=budget, **options)
         except BudgetError:
             return None
 

@@ -41,10 +41,11 @@ def moved(images: Tensor, draw: torch.Generator) -> Tensor:
 def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str, Any]]:
     task, model = TASKS[name], NETWORKS[name].load()
     measure, batches = Measured(task, model, None), task.batches(given.samples, given.seed, 128)
-    statistics = fxfact.calibrate(model, batches, likelihood=task.likelihood, seed=given.seed)
-    plan = fxfact.plan(model, budget=fxfact.Macs(share), calibration=statistics, example_inputs=batches[0][:1])
-    small = fxfact.apply(plan, model, statistics=statistics)
-    options: dict[str, Any] = {"likelihood": task.likelihood, "seed": given.seed}
+    options: dict[str, Any] = {"likelihood": task.likelihood}
+    example = batches[0][:1]
+    small = fxfact.factorize(model, budget=fxfact.Macs(share), calibration=batches, example_inputs=example, **options)
+    plan = fxfact.plan_of(small)
+    options["seed"] = given.seed
     repaired, repair = fxfact.repair(small, model, batches, **options)
     augment = (
         partial(moved, draw=torch.Generator().manual_seed(given.seed))

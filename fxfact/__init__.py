@@ -6,7 +6,7 @@ The way of the data, top down, which is also the way of the imports::
     repairs, recovery        a factorized network brought nearer to its original, without labels
     pairs                    both side by side on the same data
     inspection               graphs, shown
-    loss_budget              the cheapest network under a bound on the measured loss
+    choosing                 the plan for a budget: of those foreseen the one that measures best
     verification             is a rewritten network right?
     passes                   a plan carried out: on a graph, or on the model's own modules
     planning                 what is to be done: values to print, edit and save

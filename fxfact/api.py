@@ -5,21 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxfact.calibration import Batches, Likelihood, Statistics, arguments_for, held_out_of, likelihood_for
+from fxfact.calibration import Batches, Likelihood, Statistics
 from fxfact.calibration import calibrate as collect
-from fxfact.capture import Captured, ExampleInputs, How, reexport, run_model
+from fxfact.capture import Captured, ExampleInputs, How, reexport
 from fxfact.capture import capture as capture_model
-from fxfact.copying import private_copy
-from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError
+from fxfact.choosing import Data, Selected, choose
+from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest
-from fxfact.loss_budget import cheapest_within
 from fxfact.passes import (
     Applied,
     Decomposing,
@@ -30,9 +29,9 @@ from fxfact.passes import (
     record,
     swap_convs,
 )
-from fxfact.planning import Plan, Selection, make_plan
+from fxfact.planning import Plan, Selection
 from fxfact.progress import Progress
-from fxfact.ranks import Budget, ByPath, Loss, Macs, Params, RankRule, Requested, WithinBudget, parse_several
+from fxfact.ranks import Budget, ByPath, Loss, Macs, RankRule, Requested, WithinBudget, parse_several
 from fxfact.verification import check_rewrite
 
 FactorizationRequest = str | Factorization | Sequence[str | Factorization]
@@ -52,6 +51,7 @@ def factorize(
     example_inputs: ExampleInputs | None = None,
     budget: _Budget | None = None,
     calibration: Batches | Statistics | None = None,
+    held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
     multiple_of: int = 1,
     include: Selection | None = None,
@@ -85,10 +85,9 @@ def factorize(
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    chosen = _Selected(include, exclude, allow_growth)
-    decided, statistics = _decide(
-        captured, strategy, chosen, budget, calibration=calibration, likelihood=likelihood, progress=progress
-    )
+    selected = Selected(include, exclude, allow_growth)
+    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, progress=progress)
+    decided, statistics = choose(captured, strategy, selected, budget, data)
     result = _carry_out(decided, captured, replace(decomposing, statistics=statistics))
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
@@ -103,6 +102,7 @@ def plan(
     example_inputs: ExampleInputs | None = None,
     budget: _Budget | None = None,
     calibration: Batches | Statistics | None = None,
+    held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
     multiple_of: int = 1,
     include: Selection | None = None,
@@ -122,11 +122,14 @@ def plan(
         (r_out, r_in)), a rule (``fxfact.ranks.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from path
         or glob to any of these. Default 0.5.
     budget: instead of ``rank``, ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share of the whole network's (or
-        ``at_most=`` a number), or ``fxfact.Loss(0.05)``, nats by which the loss may grow, measured on every fourth
-        batch, which is held out. Ranks are chosen for all convolutions together, and dense ones stay where they pay.
+        ``at_most=`` a number), or ``fxfact.Loss(0.05)``, nats by which the loss may grow, as measured. Ranks are chosen
+        for all convolutions together, and dense ones stay where they pay.
     calibration: batches without labels (an iterable of tensors, tuples or mappings; what ``example_inputs`` lack is cut
         off), or ``Statistics`` from ``fxfact.calibrate``. Errors then count by what they do to the loss, in the choice
         of ranks and in the decomposition. Without, all relative errors count alike.
+    held_out: batches on which plans for the budget are measured, of which the best is taken. Default: every fourth of
+        the batches given as calibration (of two or three the last); none with ``Statistics``, whose plan is foreseen
+        only.
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
     multiple_of: ranks under a budget are multiples of it, or full.
@@ -144,10 +147,9 @@ def plan(
     """
     strategy = _strategy(factorization, rank, budget, multiple_of, progress)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    chosen = _Selected(include, exclude, allow_growth)
-    return _decide(
-        captured, strategy, chosen, budget, calibration=calibration, likelihood=likelihood, progress=progress
-    )[0]
+    selected = Selected(include, exclude, allow_growth)
+    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, progress=progress)
+    return choose(captured, strategy, selected, budget, data)[0]
 
 
 def apply(
@@ -223,18 +225,6 @@ def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.M
     return program
 
 
-@dataclass(frozen=True)
-class _Selected:
-    """What of the network a plan is for."""
-
-    include: Selection | None
-    exclude: Selection | None
-    allow_growth: bool
-
-    def plan(self, captured: Captured, strategy: Requested | WithinBudget) -> Plan:
-        return make_plan(captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth)
-
-
 def _strategy(
     factorization: object, rank: object, budget: object, multiple_of: int, progress: Progress
 ) -> Requested | WithinBudget:
@@ -250,51 +240,3 @@ def _strategy(
     methods = ByPath.parse(every if factorization is None else factorization, parse_several)
     within = budget if isinstance(budget, Budget) else Macs(1.0)
     return WithinBudget(within, methods, multiple=multiple_of, progress=progress)
-
-
-def _decide(
-    captured: Captured,
-    strategy: Requested | WithinBudget,
-    selected: _Selected,
-    budget: _Budget | None,
-    *,
-    calibration: Batches | Statistics | None,
-    likelihood: object,
-    progress: Progress,
-) -> tuple[Plan, Statistics | None]:
-    if isinstance(budget, Loss) and isinstance(strategy, WithinBudget):
-        return _within_loss(
-            captured, strategy, selected, budget, calibration=calibration, likelihood=likelihood, progress=progress
-        )
-    statistics = calibration
-    if calibration is not None and not isinstance(calibration, Statistics):
-        statistics = collect(captured, calibration, likelihood=likelihood, progress=progress)
-    assert statistics is None or isinstance(statistics, Statistics)
-    return selected.plan(captured, replace(strategy, statistics=statistics)), statistics
-
-
-def _within_loss(
-    captured: Captured,
-    strategy: WithinBudget,
-    selected: _Selected,
-    loss: Loss,
-    *,
-    calibration: Batches | Statistics | None,
-    likelihood: object,
-    progress: Progress,
-) -> tuple[Plan, Statistics]:
-    if calibration is None or isinstance(calibration, Statistics):
-        raise CalibrationError("a budget of loss is met by measurement: pass batches as calibration")
-    batches = list(arguments_for(captured.network, calibration, captured.example_inputs))
-    kept, held_out = held_out_of(batches)
-    known = likelihood_for(likelihood, run_model(private_copy(captured.network).eval(), kept[0]))
-    statistics = collect(captured, kept, likelihood=known, progress=progress)
-    unit = Params if captured.macs is None else Macs
-    strategy = replace(strategy, statistics=statistics)
-
-    def plan_for(share: float) -> Plan:
-        return selected.plan(captured, replace(strategy, budget=unit(share)))
-
-    return cheapest_within(
-        loss.nats, plan_for, captured, statistics=statistics, likelihood=known, held_out=held_out
-    ), statistics

@@ -2,7 +2,7 @@
 
 from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, held_out_of, run_batch
-from fxfact.calibration.collecting import calibrate
+from fxfact.calibration.collecting import all_reduce, calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Likelihood",
     "LikelihoodRequest",
     "Statistics",
+    "all_reduce",
     "arguments_for",
     "calibrate",
     "dense_of",

@@ -69,7 +69,7 @@ def calibrate(
     if known is None:
         raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
     counted = torch.tensor([float(drawing.samples)], dtype=torch.float64)
-    _all_reduce([counted, output_sums, *(tensor for _, found in sums.values() for tensor in found.tensors)])
+    all_reduce([counted, output_sums, *(tensor for _, found in sums.values() for tensor in found.tensors)])
     return _statistics(sums, known, float(counted), output_sums)
 
 
@@ -178,7 +178,8 @@ def _moments_of(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(sums).sum(dim=0).cpu()
 
 
-def _all_reduce(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
+    """Sum them over all processes, in place, where ``torch.distributed`` is initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     for tensor in tensors:

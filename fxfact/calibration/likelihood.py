@@ -22,6 +22,7 @@ class Likelihood(ABC):
     """How a network's output is read."""
 
     name: ClassVar[str]
+    measures: ClassVar[bool] = True  # whether there is a ``divergence``
     shrinkage: ClassVar[float] = 0.0  # of the moments of gradients towards multiples of the identity, 0 … 1
 
     @abstractmethod
@@ -92,6 +93,7 @@ class OwnLoss(Likelihood):
     """A function of the output that gives a scalar, the summed loss of all samples: its gradient is taken as it is."""
 
     name = "callable"
+    measures = False
 
     def __init__(self, loss: Callable[[Any], Tensor]) -> None:
         self._loss = loss

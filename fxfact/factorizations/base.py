@@ -14,19 +14,18 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvChain, ConvLayer, ConvSpec, Sizes, compose
+from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose
 from fxfact.errors import ArgumentError, RankError, RefusedError, WeightError
 from fxfact.metric import Metric, fit, in_channel_metric
 from fxfact.skip import Skip
 
 Rank = tuple[int, ...]
 _FITTED, _FORESEEN = 200, 12  # iterations of the fit in a metric: of weights to be used, of errors to be planned with
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +73,10 @@ class Factorization(ABC):
     def _increases(self, block: ConvSpec, weight: Tensor, metric: Metric) -> Mapping[Rank, float] | None:
         """By how much the loss grows at every rank, where a formula says it."""
         return None
+
+    def _foreseeing(self, block: ConvSpec, rank: Rank) -> Factorization:
+        """What stands for this one where only its increase of the loss is wanted, and need not be exact."""
+        return self
 
     def _feasible(self, block: ConvSpec, rank: Rank) -> Rank:
         """``rank``, already within ``_max_rank``, lowered where its entries bound each other."""
@@ -178,7 +181,8 @@ class Factorization(ABC):
         ]
         if all(known is not None for known in by_group):
             return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
-        chains = (self._chain(layer, rank, metric, None, _FORESEEN) for rank in ranks)
+        block = layer.spec.block
+        chains = (self._foreseeing(block, rank)._chain(layer, rank, metric, None, _FORESEEN) for rank in ranks)
         return [metric.increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
 
     @final
@@ -248,52 +252,6 @@ def check_weight(weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
         raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Repair or exclude it.")
-
-
-def no_channel_modes(block: ConvSpec) -> str | None:
-    """Why a factorization over channels and space has nothing to work on, or None."""
-    if set(block.kernel_size) == {1}:
-        return "a 1×1 kernel is a matrix: pointwise_svd factorizes it"
-    if block.in_channels == block.out_channels == 1:
-        return "a depthwise kernel, one channel to one, has no channel modes: spatial_svd may split it"
-    return None
-
-
-def pointwise(block: ConvSpec, in_channels: int, out_channels: int) -> ConvSpec:
-    """A 1×1 stage that keeps sizes."""
-    return ConvSpec.parse(in_channels, out_channels, 1, order=block.order)
-
-
-def spatial(block: ConvSpec, axes: Sizes, in_channels: int, out_channels: int, *, groups: int = 1) -> ConvSpec:
-    """A stage that does on ``axes`` what ``block`` does there, and nothing on the other axes."""
-
-    def on_axes(values: Sequence[T], neutral: T) -> tuple[T, ...]:
-        return tuple(value if axis in axes else neutral for axis, value in enumerate(values))
-
-    padding = on_axes(block.padding, (0, 0))
-    return replace(
-        block,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        groups=groups,
-        kernel_size=on_axes(block.kernel_size, 1),
-        stride=on_axes(block.stride, 1),
-        padding=padding,
-        padding_mode=block.padding_mode if any(map(any, padding)) else "zeros",
-        dilation=on_axes(block.dilation, 1),
-        output_padding=on_axes(block.output_padding, 0),
-    )
-
-
-def spatial_axes(block: ConvSpec) -> tuple[Sizes, ...]:
-    """The axes by stage where they are split: an axis of kernel size 1 rides the next stage, or the last."""
-    stages: list[Sizes] = []
-    riding: Sizes = ()
-    for axis, size in enumerate(block.kernel_size):
-        riding = (*riding, axis)
-        if size > 1:
-            stages, riding = [*stages, riding], ()
-    return (*stages[:-1], stages[-1] + riding) if stages else ()
 
 
 def _show(rank: Rank) -> str:

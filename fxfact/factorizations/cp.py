@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
@@ -18,16 +18,11 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.errors import ArgumentError
-from fxfact.factorizations.base import (
-    Factorization,
-    Rank,
-    check_iteration,
-    no_channel_modes,
-    pointwise,
-    spatial,
-    spatial_axes,
-)
+from fxfact.factorizations.base import Factorization, Rank, check_iteration
+from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
 from fxfact.tensor import cp
+
+_SWEEP = 5e8  # multiplications
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +69,11 @@ class _CP(Factorization):
         tensor = weight.reshape(self._sizes(block))
         out, into, *space = cp(tensor, *rank, sweeps=self.sweeps, tolerance=self.tolerance, random=start)
         return (into.T, *(factor.T for factor in space), out)
+
+    def _foreseeing(self, block: ConvSpec, rank: Rank) -> _CP:
+        """With fewer sweeps, ten at least, where one takes more than 5·10⁸ multiplications."""
+        share = _SWEEP / (2 * rank[0] * math.prod(self._sizes(block)))
+        return self if share >= 1 else replace(self, sweeps=min(self.sweeps, max(10, round(self.sweeps * share))))
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
         return (int(validate_cp_rank(self._sizes(block), fraction)),)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fxfact.conv import ConvSpec
-from fxfact.factorizations.base import Factorization, Rank, pointwise
+from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.stages import pointwise
 from fxfact.metric import Metric, as_matrix, root
 from fxfact.tensor import tiny, truncated_svd
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.factorizations.base import Factorization, Rank, spatial, spatial_axes
+from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.stages import spatial, spatial_axes
 from fxfact.tensor import truncated_svd
 
 

@@ -16,7 +16,8 @@ from tensorly.tt_tensor import validate_tt_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.factorizations.base import Factorization, Rank, no_channel_modes, pointwise, spatial, spatial_axes
+from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
 from fxfact.tensor import tt
 
 

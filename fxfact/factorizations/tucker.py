@@ -14,7 +14,8 @@ from tensorly.tucker_tensor import validate_tucker_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec
-from fxfact.factorizations.base import Factorization, Rank, check_iteration, no_channel_modes, pointwise
+from fxfact.factorizations.base import Factorization, Rank, check_iteration
+from fxfact.factorizations.stages import no_channel_modes, pointwise
 from fxfact.tensor import partial_tucker
 
 

@@ -14,7 +14,7 @@ from fxfact.metric import Metric
 
 Curve = list[tuple[Rank, float]]
 Curves = dict[str, Curve]  # by factorization and its options
-_COMPUTED = 6  # ranks of a factorization without a formula
+_COMPUTED, _LAST = 6, 0.9  # ranks of a factorization without a formula; the last of them, among all
 
 
 def curve_of(
@@ -22,13 +22,14 @@ def curve_of(
 ) -> list[float]:
     """Nats for each of the ranks, ascending; without a metric, ‖W − Ŵ‖² / ‖W‖². What is computed is kept in ``known``.
 
-    Increases are computed at six ranks at most, where no formula gives them all, nearer to each other among the small
-    ones, where they change most, and interpolated between, their logarithm over the rank.
+    Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
+    ones, where they change most, and interpolated between, their logarithm over the rank. The largest ranks, which save
+    little and take long, count as the last that was computed.
     """
     key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
     if key not in known:
-        places = np.unique((np.linspace(0, 1, _COMPUTED) ** 1.5 * (len(ranks) - 1)).round().astype(int))
-        computed = [ranks[k] for k in places]
+        places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(ranks) - 1)
+        computed = [ranks[k] for k in np.unique(places.round().astype(int))]
         if metric is not None:
             known[key] = list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
         else:

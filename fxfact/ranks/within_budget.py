@@ -25,11 +25,12 @@ _DENSE = Skip("within the budget it may stay dense")
 
 
 class Option(NamedTuple):
-    """What could become of a convolution, its cost and by how much the loss would grow."""
+    """What could become of a convolution, its cost, by how much the loss would grow, and how much that counts."""
 
     choice: Choice | Skip
     cost: Cost
     increase: float
+    counted: float
 
 
 @final
@@ -39,6 +40,10 @@ class WithinBudget(RankStrategy):
 
     With ``statistics`` errors are in nats, else squares of relative errors, all convolutions counted alike. Ranks are
     ``multiple`` or its multiples. Options that cost more than the convolution, in parameters or in MACs, are none.
+
+    Increases of the loss add up while they are small. ``evenness``, 0 … 1, is for budgets under which they are not: the
+    increases of each convolution count divided by that power of what it would cost to lose its output altogether, so
+    that none loses nearly all of it.
     """
 
     budget: Budget
@@ -47,6 +52,7 @@ class WithinBudget(RankStrategy):
     )
     statistics: Statistics | None = None
     multiple: int = 1
+    evenness: float = 0.0
     progress: Progress = False
     _curves: dict[str, Curves] = field(default_factory=dict)
 
@@ -96,7 +102,7 @@ class WithinBudget(RankStrategy):
 
     def _knapsack(self, options: Sequence[Sequence[Option]]) -> Knapsack:
         return Knapsack(
-            [Class([self.budget.amount(o.cost) for o in each], [o.increase for o in each]) for each in options]
+            [Class([self.budget.amount(o.cost) for o in each], [o.counted for o in each]) for each in options]
         )
 
     def _options(self, candidates: Sequence[Candidate]) -> list[list[Option]]:
@@ -105,10 +111,11 @@ class WithinBudget(RankStrategy):
 
     def _options_of(self, candidate: Candidate) -> list[Option]:
         spec, dense = candidate.spec, cost_of((candidate.spec,), candidate.input_sizes)
-        options = [Option(_DENSE, dense, 0.0)]
+        options = [Option(_DENSE, dense, 0.0, 0.0)]
         metric = None if self.statistics is None else self.statistics.metric(candidate.path, spec)
         if self.statistics is not None and metric is None:
-            return [Option(Skip("no gradient reached it in calibration"), dense, 0.0)]
+            return [Option(Skip("no gradient reached it in calibration"), dense, 0.0, 0.0)]
+        whole = 1.0 if metric is None else metric.increase(spec, -candidate.layer.weight.float())
         kept = self._curves if self.statistics is None else self.statistics.curves
         known = kept.setdefault(candidate.path, {})
         methods, _ = self.factorizations.get(candidate.path)
@@ -121,7 +128,12 @@ class WithinBudget(RankStrategy):
             if smaller:
                 nats = curve_of(candidate.layer, method, smaller, metric, known)
                 options += [
-                    Option(Choice(method, rank, increase=None if metric is None else n), costs[rank], n)
+                    Option(
+                        Choice(method, rank, increase=None if metric is None else n),
+                        costs[rank],
+                        n,
+                        n / max(whole, 1e-30) ** self.evenness,
+                    )
                     for rank, n in zip(smaller, nats, strict=True)
                 ]
         return options

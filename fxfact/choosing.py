@@ -1,0 +1,202 @@
+"""The plan for a budget: what statistics foresee proposes, what is measured on held-out data decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfact.calibration import (
+    Batches,
+    Likelihood,
+    Statistics,
+    all_reduce,
+    arguments_for,
+    calibrate,
+    held_out_of,
+    likelihood_for,
+    run_batch,
+)
+from fxfact.capture import Captured, ExampleInputs
+from fxfact.conv import compose, to_torch
+from fxfact.copying import private_copy
+from fxfact.errors import ArgumentError, CalibrationError
+from fxfact.planning import Decision, Plan, Selection, make_plan
+from fxfact.progress import Progress, shown
+from fxfact.ranks import Budget, Loss, Macs, Params, Requested, WithinBudget
+from fxfact.verification import with_kernels
+
+_EVENNESS = (0.0, 0.5, 1.0)  # of the plans that are measured for one budget
+_HALVINGS = 8
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What of the network a plan is for."""
+
+    include: Selection | None
+    exclude: Selection | None
+    allow_growth: bool
+
+    def plan(self, captured: Captured, strategy: Requested | WithinBudget) -> Plan:
+        """What the strategy makes of it."""
+        return make_plan(captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a caller gives: batches or the statistics of some, batches to measure on, and what the output means."""
+
+    calibration: Batches | Statistics | None
+    held_out: Batches | None
+    likelihood: object
+    progress: Progress = False
+
+
+def choose(
+    captured: Captured,
+    strategy: Requested | WithinBudget,
+    selected: Selected,
+    budget: Budget | Loss | None,
+    data: Data,
+) -> tuple[Plan, Statistics | None]:
+    """The plan, and the statistics that it was made with. Raises ArgumentError, BudgetError, CalibrationError."""
+    if not isinstance(strategy, WithinBudget):
+        if data.held_out is not None:
+            raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
+        statistics = data.calibration
+        if statistics is not None and not isinstance(statistics, Statistics):
+            statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.progress)
+        return selected.plan(captured, replace(strategy, statistics=statistics)), statistics
+    statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
+    strategy = replace(strategy, statistics=statistics)
+
+    def plan_for(some: Budget) -> Plan:
+        plans = [selected.plan(captured, replace(strategy, budget=some))]
+        if measure is None:
+            return plans[0]
+        for evenness in shown(_EVENNESS[1:], len(_EVENNESS) - 1, "measuring", data.progress):
+            even = selected.plan(captured, replace(strategy, budget=some, evenness=evenness))
+            plans.append(replace(even, front=plans[0].front))
+        return min((replace(plan, measured=measure(plan)) for plan in plans), key=lambda plan: plan.measured or 0.0)
+
+    if isinstance(budget, Loss):
+        assert measure is not None
+        return _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs), statistics
+    assert budget is not None
+    return plan_for(budget), statistics
+
+
+def _cheapest_within(nats: float, plan_for: Callable[[Budget], Plan], unit: type[Macs | Params]) -> Plan:
+    """The cheapest of the plans for shares of the dense cost, 0 … 1, whose measured loss is within ``nats``; found by
+    halving, to a 256th of the way between its cheapest network and the dense one.
+    """
+    dense = plan_for(unit(1.0))
+    network = dense.network.macs or dense.network.params
+    cheapest = dense.front[0].cost if dense.front else dense.network
+    low, high = (cheapest.macs or cheapest.params) / network, 1.0
+    best = dense
+    if not _within(dense, nats):  # even what costs next to nothing by prediction
+        for decision in dense.rewrites:
+            best = best.edited(decision.path, skip="the loss cannot bear it")
+        best = replace(best, measured=0.0)
+    for _ in range(_HALVINGS if dense.front else 0):
+        middle = (low + high) / 2
+        plan = plan_for(unit(middle))
+        if _within(plan, nats):
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
+
+
+def _within(plan: Plan, nats: float) -> bool:
+    return plan.measured is not None and plan.measured <= nats
+
+
+def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statistics | None, _Measure | None]:
+    """The statistics, and what measures plans, where there is data to measure on. Raises CalibrationError."""
+    given = data.calibration
+    kept, held_out = _batches(captured, data, needed=needed)
+    if not kept and not held_out:
+        assert given is None or isinstance(given, Statistics)
+        return given, None
+    request = given.likelihood if isinstance(given, Statistics) and data.likelihood is None else data.likelihood
+    likelihood = likelihood_for(request, _outputs(captured.network, (held_out or kept)[:1])[0])
+    if isinstance(given, Statistics):
+        statistics = given
+    else:
+        statistics = calibrate(captured, kept, likelihood=likelihood, progress=data.progress)
+    if not held_out or not (needed or likelihood.measures or data.held_out is not None):
+        return statistics, None
+    return statistics, _Measure(captured, statistics, likelihood, held_out)
+
+
+def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
+    """Those to calibrate on, none with statistics, and those to measure on, none where there are none to spare."""
+
+    def listed(batches: Batches) -> list[ExampleInputs]:
+        return list(arguments_for(captured.network, batches, captured.example_inputs))
+
+    given = data.calibration
+    kept = [] if given is None or isinstance(given, Statistics) else listed(given)
+    held_out = [] if data.held_out is None else listed(data.held_out)
+    if kept and not held_out and (needed or len(kept) > 1):
+        kept, held_out = held_out_of(kept)
+    if (needed and not held_out) or (held_out and given is None):
+        raise CalibrationError(
+            "a loss is measured on batches: pass batches as calibration, or fxfact.Statistics and held_out=batches"
+        )
+    return kept, held_out
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, batches: Sequence[ExampleInputs]) -> list[Any]:
+    """In evaluation mode, of a private copy."""
+    own = private_copy(network).eval()
+    return [run_batch(own, batch) for batch in batches]
+
+
+class _Measure:
+    """The mean divergence from the original on held-out data of the network that a plan would make; of every process's
+    data, where there are several.
+    """
+
+    def __init__(
+        self, captured: Captured, statistics: Statistics, likelihood: Likelihood, held_out: Sequence[ExampleInputs]
+    ) -> None:
+        self._captured, self._statistics, self._likelihood = captured, statistics, likelihood
+        self._held_out = held_out
+        self._sites = {site.path: site for site in captured.sites}
+        self._kernels: dict[str, Tensor] = {}
+        self._known: dict[frozenset[str], float] = {}
+        self._expected = _outputs(captured.network, held_out)
+
+    def __call__(self, plan: Plan) -> float:
+        """Nats for one sample."""
+        key = frozenset(_rewrite(decision) for decision in plan.rewrites)
+        if key not in self._known:
+            kernels = {decision.path: self._kernel(decision) for decision in plan.rewrites}
+            network = with_kernels(private_copy(self._captured.network), kernels)
+            pairs = zip(self._expected, _outputs(network, self._held_out), strict=True)
+            parts = [self._likelihood.divergence(one, other, self._statistics.variance) for one, other in pairs]
+            sums = torch.stack([torch.cat(parts).double().sum().cpu(), torch.tensor(sum(map(len, parts))).double()])
+            all_reduce([sums])
+            self._known[key] = float(sums[0] / sums[1])
+        return self._known[key]
+
+    def _kernel(self, decision: Decision) -> Tensor:
+        site = self._sites[decision.tied_to or decision.path]
+        key = _rewrite(replace(decision, path=site.path))
+        if key not in self._kernels and decision.factorization and decision.rank:
+            metric = self._statistics.metric(site.path, site.spec)
+            chain = decision.factorization.decompose(site.layer, decision.rank, metric=metric)
+            self._kernels[key] = to_torch(site.spec, compose(chain))
+        return self._kernels[key]
+
+
+def _rewrite(decision: Decision) -> str:
+    return f"{decision.path} {decision.factorization} {decision.rank}"
