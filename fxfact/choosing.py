@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxfact.calibration import (
-    Batches,
-    Likelihood,
-    Statistics,
-    all_reduce,
-    arguments_for,
-    calibrate,
-    held_out_of,
-    likelihood_for,
-    run_batch,
-)
+from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose, to_torch
 from fxfact.copying import private_copy
@@ -124,15 +112,18 @@ def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statis
     if not kept and not held_out:
         assert given is None or isinstance(given, Statistics)
         return given, None
+    network = private_copy(captured.network).eval()
     request = given.likelihood if isinstance(given, Statistics) and data.likelihood is None else data.likelihood
-    likelihood = likelihood_for(request, _outputs(captured.network, (held_out or kept)[:1])[0])
+    if not held_out:
+        return calibrate(captured, kept, likelihood=request, progress=data.progress), None
+    measured = HeldOut(network, held_out, request)
     if isinstance(given, Statistics):
         statistics = given
     else:
-        statistics = calibrate(captured, kept, likelihood=likelihood, progress=data.progress)
-    if not held_out or not (needed or likelihood.measures or data.held_out is not None):
+        statistics = calibrate(captured, kept, likelihood=measured.likelihood, progress=data.progress)
+    if not (needed or measured.likelihood.measures or data.held_out is not None):
         return statistics, None
-    return statistics, _Measure(captured, statistics, likelihood, held_out)
+    return statistics, _Measure(captured, statistics, measured)
 
 
 def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
@@ -153,39 +144,22 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[Exam
     return kept, held_out
 
 
-@torch.no_grad()
-def _outputs(network: nn.Module, batches: Sequence[ExampleInputs]) -> list[Any]:
-    """In evaluation mode, of a private copy."""
-    own = private_copy(network).eval()
-    return [run_batch(own, batch) for batch in batches]
-
-
 class _Measure:
-    """The mean divergence from the original on held-out data of the network that a plan would make; of every process's
-    data, where there are several.
-    """
+    """How far the network that a plan would make is from the original on held-out data."""
 
-    def __init__(
-        self, captured: Captured, statistics: Statistics, likelihood: Likelihood, held_out: Sequence[ExampleInputs]
-    ) -> None:
-        self._captured, self._statistics, self._likelihood = captured, statistics, likelihood
-        self._held_out = held_out
+    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut) -> None:
+        self._captured, self._statistics, self._held_out = captured, statistics, held_out
         self._sites = {site.path: site for site in captured.sites}
         self._kernels: dict[str, Tensor] = {}
         self._known: dict[frozenset[str], float] = {}
-        self._expected = _outputs(captured.network, held_out)
 
     def __call__(self, plan: Plan) -> float:
         """Nats for one sample."""
         key = frozenset(_rewrite(decision) for decision in plan.rewrites)
         if key not in self._known:
             kernels = {decision.path: self._kernel(decision) for decision in plan.rewrites}
-            network = with_kernels(private_copy(self._captured.network), kernels)
-            pairs = zip(self._expected, _outputs(network, self._held_out), strict=True)
-            parts = [self._likelihood.divergence(one, other, self._statistics.variance) for one, other in pairs]
-            sums = torch.stack([torch.cat(parts).double().sum().cpu(), torch.tensor(sum(map(len, parts))).double()])
-            all_reduce([sums])
-            self._known[key] = float(sums[0] / sums[1])
+            network = with_kernels(private_copy(self._captured.network), kernels).eval()
+            self._known[key] = self._held_out.divergence(network)
         return self._known[key]
 
     def _kernel(self, decision: Decision) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxfact.calibration import Batches, arguments_for, dense_of, held_out_of, likelihood_for, run_batch
+from fxfact.calibration import Batches, HeldOut, arguments_for, held_out_of, run_batch
 from fxfact.capture import ExampleInputs
 from fxfact.conv_modules import is_conv, spec_of
 from fxfact.copying import copy_sharing, private_copy
@@ -39,25 +39,19 @@ class Pair:
         self.factorized.eval()
         modules = dict(self.original.named_modules())
         self.rewritten = {d.path: modules[d.path] for d in self.plan.rewrites if _is_there(d, modules)}
-        self.batches, self._held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
-        with torch.no_grad():
-            self._wanted = [run_batch(self.original, batch) for batch in self._held_out]
-        self.likelihood = likelihood_for(likelihood, self._wanted[0])
-        numbers = [tensor.double().flatten() for output in self._wanted for tensor in dense_of(output)]
-        self._variance = float(torch.cat(numbers).var(correction=0))
+        self.batches, held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
+        self._held_out = HeldOut(self.original, held_out, likelihood)
 
     def divergences(self, batch: ExampleInputs) -> Tensor:
         """Of the factorized network's output from the original's, by sample (n,), in nats."""
         with torch.no_grad():
             wanted = run_batch(self.original, batch)
-        return self.likelihood.divergence(wanted, run_batch(self.factorized, batch), self._variance)
+        known = self._held_out
+        return known.likelihood.divergence(wanted, run_batch(self.factorized, batch), known.variance)
 
-    @torch.no_grad()
     def divergence(self) -> float:
         """The mean over the samples held out."""
-        pairs = zip(self._wanted, self._held_out, strict=True)
-        found = [self.likelihood.divergence(y, run_batch(self.factorized, x), self._variance) for y, x in pairs]
-        return float(torch.cat(found).mean())
+        return self._held_out.divergence(self.factorized)
 
     def finished(self) -> nn.Module:
         """The factorized network, in the modes of the one that was given."""

@@ -27,6 +27,7 @@ FLOORS = [
     ["calibration.base"],
     ["calibration.likelihood", "calibration.batches", "calibration.moments"],
     ["calibration.collecting"],
+    ["calibration.measuring"],
     ["ranks.base", "ranks.budgets", "ranks.knapsack", "ranks.bearing", "nn"],
     ["ranks.rules"],
     ["ranks.requested"],
@@ -60,7 +61,7 @@ def floor_of(module: str) -> int:
     if module == "capture":
         return floor_of("capture.ladder")
     if module == "calibration":
-        return floor_of("calibration.collecting")
+        return floor_of("calibration.measuring")
     raise AssertionError(f"fxfact.{module} stands on no floor: add it to FLOORS")
 
 

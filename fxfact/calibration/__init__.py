@@ -2,17 +2,18 @@
 
 from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, held_out_of, run_batch
-from fxfact.calibration.collecting import all_reduce, calibrate
+from fxfact.calibration.collecting import calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
+from fxfact.calibration.measuring import HeldOut
 
 __all__ = [
     "CATEGORICAL",
     "GAUSSIAN",
     "Batches",
+    "HeldOut",
     "Likelihood",
     "LikelihoodRequest",
     "Statistics",
-    "all_reduce",
     "arguments_for",
     "calibrate",
     "dense_of",

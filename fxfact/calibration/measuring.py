@@ -1,0 +1,47 @@
+"""How far a network is from its original on batches that neither has learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fxfact.calibration.batches import run_batch
+from fxfact.calibration.collecting import all_reduce
+from fxfact.calibration.likelihood import Likelihood, dense_of, likelihood_for
+from fxfact.capture import ExampleInputs
+
+
+class HeldOut:
+    """Batches to measure on, and what the original, in evaluation mode, gives for them.
+
+    ``variance`` is that of the output, by which differences of numbers are judged; by default of what it gives here.
+    Raises CalibrationError where the original fails on a batch, or its output does not say what its loss is.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        original: nn.Module,
+        batches: Sequence[ExampleInputs],
+        likelihood: object,
+        *,
+        variance: float | None = None,
+    ) -> None:
+        self._batches = batches
+        self._expected = [run_batch(original, batch) for batch in batches]
+        self.likelihood: Likelihood = likelihood_for(likelihood, self._expected[0])
+        if variance is None:
+            numbers = [tensor.double().flatten() for output in self._expected for tensor in dense_of(output)]
+            variance = float(torch.cat(numbers).var(correction=0))
+        self.variance = variance
+
+    @torch.no_grad()
+    def divergence(self, network: nn.Module) -> float:
+        """The mean divergence from the original, in nats for one sample, over the samples of every process."""
+        pairs = zip(self._expected, self._batches, strict=True)
+        parts = [self.likelihood.divergence(y, run_batch(network, x), self.variance) for y, x in pairs]
+        sums = torch.stack([torch.cat(parts).double().sum().cpu(), torch.tensor(sum(map(len, parts))).double()])
+        all_reduce([sums])
+        return float(sums[0] / sums[1])

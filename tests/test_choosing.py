@@ -1,0 +1,159 @@
+"""Plans for a budget: what is measured decides, on data that was held out, and what cannot be measured is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfact
+from fxfact.calibration import CATEGORICAL, held_out_of
+from fxfact.capture import capture
+from fxfact.choosing import Selected
+from fxfact.conv import ConvLayer
+from fxfact.conv_modules import read_conv
+from fxfact.errors import ArgumentError, CalibrationError
+from fxfact.ranks import WithinBudget
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(n, m, 3) for n, m in ((3, 12), (12, 16), (16, 20))]
+        layers = [layer for conv in convs for layer in (conv, nn.ReLU())]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 5)).eval()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return network()
+
+
+def data(seed: int = 0) -> Tensor:
+    x = torch.randn(32, 3, 11, 11, generator=torch.Generator().manual_seed(seed))
+    return F.avg_pool2d(x, 3, 1, 1)
+
+
+def planned(model: nn.Module, **arguments: Any) -> fxfact.Plan:
+    return fxfact.plan(model, example_inputs=data()[:1], **arguments)
+
+
+def divergence(model: nn.Module, small: nn.Module, batches: tuple[Tensor, ...] | list[Any]) -> float:
+    with torch.no_grad():
+        return float(torch.cat([CATEGORICAL.divergence(model(x), small(x), 1.0) for x in batches]).mean())
+
+
+@pytest.mark.parametrize("budget", [fxfact.Macs(0.3), fxfact.Params(0.3), fxfact.Loss(1e-4)], ids=str)
+def test_what_a_plan_says_was_measured_is_what_the_network_does(model: nn.Module, budget: Any) -> None:
+    batches = data().split(4)
+    kept, held_out = held_out_of(batches)
+    plan = planned(model, budget=budget, calibration=batches)
+    small = fxfact.apply(plan, model, statistics=fxfact.calibrate(model, kept))
+    assert plan.measured == pytest.approx(divergence(model, small, held_out), rel=1e-3)
+    again = fxfact.factorize(model, budget=budget, calibration=batches, example_inputs=data()[:1])
+    assert fxfact.plan_of(again) == plan
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), small.parameters(), strict=True))
+
+
+def test_the_plan_that_measures_best_is_taken(model: nn.Module) -> None:
+    statistics, others = fxfact.calibrate(model, data().split(8)), data(1).split(8)
+    for share in (0.5, 0.3, 0.2):
+        foreseen = planned(model, budget=fxfact.Macs(share), calibration=statistics)
+        assert foreseen.measured is None
+        best = planned(model, budget=fxfact.Macs(share), calibration=statistics, held_out=others)
+        assert best.after.macs <= share * best.network.macs
+        assert best.front == foreseen.front
+        small = fxfact.apply(foreseen, model, statistics=statistics)
+        assert best.measured is not None
+        assert best.measured <= divergence(model, small, others) * 1.001
+
+
+def test_a_bound_on_the_loss_is_met_on_batches_of_the_callers_own(model: nn.Module) -> None:
+    statistics, others = fxfact.calibrate(model, data().split(8)), data(1).split(8)
+    plan = planned(model, budget=fxfact.Loss(1e-4), calibration=statistics, held_out=others)
+    assert plan.rewrites
+    assert divergence(model, fxfact.apply(plan, model, statistics=statistics), others) <= 1.001e-4
+
+
+def test_evenness_lowers_what_is_relative_to_losing_a_convolution(model: nn.Module) -> None:
+    statistics = fxfact.calibrate(model, data().split(8))
+    captured, selected = capture(model, data()[:1]), Selected(None, None, allow_growth=False)
+    plans = [
+        selected.plan(captured, WithinBudget(fxfact.Macs(0.3), statistics=statistics, evenness=evenness))
+        for evenness in (0.0, 1.0)
+    ]
+
+    def relative(plan: fxfact.Plan) -> float:
+        total = 0.0
+        for decision in plan.rewrites:
+            layer = read_conv(model.get_submodule(decision.path))
+            assert isinstance(layer, ConvLayer)
+            metric = statistics.metric(decision.path, layer.spec)
+            assert metric is not None
+            assert decision.increase is not None
+            total += decision.increase / metric.increase(layer.spec, -layer.weight.detach())
+        return total
+
+    nats = [plan.increase for plan in plans]
+    assert nats[0] is not None
+    assert nats[1] is not None
+    assert nats[0] < nats[1]
+    assert relative(plans[1]) < relative(plans[0])
+
+
+def test_a_loss_of_ones_own_is_planned_with_and_not_measured(model: nn.Module) -> None:
+    def own(output: Tensor) -> Tensor:
+        return output.square().sum()
+
+    assert planned(model, budget=fxfact.Macs(0.5), calibration=data().split(8), likelihood=own).measured is None
+    with pytest.raises(CalibrationError, match="not how to measure"):
+        planned(model, budget=fxfact.Loss(0.1), calibration=data().split(8), likelihood=own)
+
+
+def test_one_batch_is_planned_with_and_not_measured(model: nn.Module) -> None:
+    assert planned(model, budget=fxfact.Macs(0.5), calibration=[data()]).measured is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda s: {"budget": fxfact.Macs(0.5), "held_out": [data()]}, "measured on batches"),
+        (lambda s: {"budget": fxfact.Loss(0.5), "calibration": s}, "held_out=batches"),
+        (lambda s: {"budget": fxfact.Loss(0.5)}, "pass batches as calibration"),
+        (lambda s: {"budget": fxfact.Macs(0.5), "calibration": s, "held_out": []}, "no batch"),
+        (lambda s: {"budget": fxfact.Macs(0.5), "calibration": s, "held_out": [data() / 0]}, "holds NaN or Inf"),
+        (lambda s: {"budget": fxfact.Macs(0.5), "calibration": s, "held_out": [data()[:, :2]]}, "fails on a batch"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    model: nn.Module, arguments: Callable[[fxfact.Statistics], dict[str, Any]], words: str
+) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        planned(model, **arguments(fxfact.calibrate(model, [data()])))
+
+
+def test_given_ranks_are_not_measured(model: nn.Module) -> None:
+    with pytest.raises(ArgumentError, match="held_out is for budgets"):
+        planned(model, rank=0.5, held_out=[data()])
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    plan = planned(network(), budget=fxfact.Macs(0.3), calibration=data()[rank::2].split(2))
+    plan.save(f"{folder}/{rank}.json")
+    dist.destroy_process_group()
+
+
+def test_two_processes_measure_on_the_data_of_both(tmp_path: Path) -> None:
+    mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    one, other = (fxfact.Plan.load(tmp_path / f"{rank}.json") for rank in range(2))
+    assert one == other
+    assert one.measured is not None
