@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35], help="of the MACs")
     parser.add_argument("--seconds", type=float, default=300, help="of distillation")
     parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", default="recovery", help="the name of the JSON file in benchmarks/results")

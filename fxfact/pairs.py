@@ -42,12 +42,12 @@ class Pair:
         self.batches, held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
         self._held_out = HeldOut(self.original, held_out, likelihood)
 
-    def divergences(self, batch: ExampleInputs) -> Tensor:
-        """Of the factorized network's output from the original's, by sample (n,), in nats."""
+    def distances(self, batch: ExampleInputs) -> Tensor:
+        """Of the factorized network's output from the original's, by sample (n,), to be learned from."""
         with torch.no_grad():
             wanted = run_batch(self.original, batch)
         known = self._held_out
-        return known.likelihood.divergence(wanted, run_batch(self.factorized, batch), known.variance)
+        return known.likelihood.distance(wanted, run_batch(self.factorized, batch), known.variance)
 
     def divergence(self) -> float:
         """The mean over the samples held out."""

@@ -44,7 +44,7 @@ def recover(
     *,
     steps: int = 1000,
     seconds: float = math.inf,
-    lr: float = 1e-3,
+    lr: float = 1e-4,
     augment: Augment | None = None,
     example_inputs: ExampleInputs | None = None,
     likelihood: object = None,
@@ -55,8 +55,8 @@ def recover(
     """A trained copy of a factorized network, and what the training did. The networks given are not changed.
 
     Distillation (Hinton, Vinyals and Dean 2015) on ``batches``, without labels: the copy is to give what the original
-    gives, at the output (its divergence) and behind every rewritten convolution that is a module of the original
-    (relative squares, after Romero et al. 2015). AdamW, its rate ``lr`` falling along a cosine over ``steps``, or
+    gives, at the output (of logits at temperature 4) and behind every rewritten convolution that is a module of the
+    original (relative squares, after Romero et al. 2015). AdamW, its rate ``lr`` falling along a cosine over ``steps``, or
     sooner, over ``seconds``; in evaluation mode, so that batch norms stay what they are. Every fourth batch is held out
     and looked at after every pass over the others, ten times at least; the best state is what comes back, and
     ``patience`` looks without a gain end it. ``augment`` is called on the floating-point tensors of a training batch
@@ -115,13 +115,13 @@ class _Distillation:
             handle.remove()
 
     def loss(self, batch: ExampleInputs) -> Tensor:
-        """To be minimised: divergence, and the mean of the features' relative squares."""
+        """To be minimised: distance of the outputs, and the mean of the features' relative squares."""
         for features in self._features:
             features.clear()
-        divergence = self._pair.divergences(batch).mean()
+        distance = self._pair.distances(batch).mean()
         both = self._features[0].keys() & self._features[1].keys()  # what was called, in both
         squares = [_relative(*(features[path] for features in self._features)) for path in sorted(both)]
-        return divergence + torch.stack(squares).mean() if squares else divergence
+        return distance + torch.stack(squares).mean() if squares else distance
 
 
 @dataclass

@@ -14,7 +14,7 @@ from fxfact.comparing import tensors_of
 from fxfact.errors import CalibrationError
 
 Draw = Callable[[Tensor], Tensor]  # standard normal numbers, as many as the tensor has
-_TEMPERATURE = 2.0
+_TEMPERATURE, _DISTILLED = 2.0, 4.0  # of gradients, and of what is learned
 LikelihoodRequest = "str | Likelihood | Callable[[Any], Tensor] | None"
 
 
@@ -39,6 +39,12 @@ class Likelihood(ABC):
         """By how much ``found`` is worse than the original's ``expected``: KL divergence by sample (n,), in nats."""
         raise CalibrationError(f"a likelihood of your own ({self.name}) tells gradients, not how to measure a loss")
 
+    def distance(self, expected: Any, found: Any, variance: float) -> Tensor:
+        """What a network that learns from the original is to make small, by sample (n,): the divergence, unless another
+        teaches more.
+        """
+        return self.divergence(expected, found, variance)
+
 
 @final
 class Categorical(Likelihood):
@@ -62,8 +68,11 @@ class Categorical(Likelihood):
 
     def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
         """Summed over positions."""
-        q, p = (F.log_softmax(logits_of(output).double(), dim=1) for output in (found, expected))
-        return (p.exp() * (p - q)).flatten(1).sum(dim=1)
+        return _divergence(expected, found, 1.0)
+
+    def distance(self, expected: Any, found: Any, variance: float) -> Tensor:
+        """The divergence at temperature 4, times its square, which shows what is also likely (Hinton et al. 2015)."""
+        return _DISTILLED**2 * _divergence(expected, found, _DISTILLED)
 
 
 @final
@@ -153,6 +162,11 @@ def dense_of(output: Any) -> list[Tensor]:
     if not found:
         raise CalibrationError("likelihood='gaussian' needs a floating-point tensor in the output, got none")
     return found
+
+
+def _divergence(expected: Any, found: Any, temperature: float) -> Tensor:
+    q, p = (F.log_softmax(logits_of(output).double() / temperature, dim=1) for output in (found, expected))
+    return (p.exp() * (p - q)).flatten(1).sum(dim=1)
 
 
 def _named_logits(output: Any) -> Tensor | None:

@@ -122,7 +122,7 @@ class WithinBudget(RankStrategy):
         for method in methods or ():
             if method.rejects(spec):
                 continue
-            ranks = _thinned([r for r in method.ranks(spec) if self._allowed(r, method.max_rank(spec))], method, spec)
+            ranks = self._ranks(method, spec)
             costs = {rank: cost_of(method.layout(spec, rank), candidate.input_sizes) for rank in ranks}
             smaller = [rank for rank, cost in costs.items() if not cost.exceeds(dense)]
             if smaller:
@@ -138,12 +138,10 @@ class WithinBudget(RankStrategy):
                 ]
         return options
 
-    def _allowed(self, rank: Rank, most: Rank) -> bool:
-        return all(r % self.multiple == 0 or r == m for r, m in zip(rank, most, strict=True))
-
-
-def _thinned(ranks: Sequence[Rank], method: Factorization, spec: ConvSpec) -> list[Rank]:
-    """The ranks that cost no more than the convolution, at most so many, spread evenly."""
-    ranks = [rank for rank in ranks if sum(s.params for s in method.layout(spec, rank)) <= spec.params]
-    step = max(1, -(-len(ranks) // _RANKS))
-    return ranks[::-1][::step][::-1]
+    def _ranks(self, method: Factorization, spec: ConvSpec) -> list[Rank]:
+        """Those that have no more parameters than the convolution, at most so many, spread evenly."""
+        ranks, largest, most = method.ranks(spec), method.rank_within(spec, 1.0), method.max_rank(spec)
+        fitting = ranks[: ranks.index(largest) + 1] if largest else ()
+        allowed = [r for r in fitting if all(n % self.multiple == 0 or n == m for n, m in zip(r, most, strict=True))]
+        step = max(1, -(-len(allowed) // _RANKS))
+        return allowed[::-1][::step][::-1]
