@@ -56,9 +56,9 @@ def recover(
 
     Distillation (Hinton, Vinyals and Dean 2015) on ``batches``, without labels: the copy is to give what the original
     gives, at the output (of logits at temperature 4) and behind every rewritten convolution that is a module of the
-    original (relative squares, after Romero et al. 2015). AdamW, its rate ``lr`` falling along a cosine over ``steps``, or
-    sooner, over ``seconds``; in evaluation mode, so that batch norms stay what they are. Every fourth batch is held out
-    and looked at after every pass over the others, ten times at least; the best state is what comes back, and
+    original (relative squares, after Romero et al. 2015). AdamW, its rate ``lr`` falling along a cosine over ``steps``,
+    or sooner, over ``seconds``; in evaluation mode, so that batch norms stay what they are. Every fourth batch is held
+    out and looked at after every pass over the others, ten times at least; the best state is what comes back, and
     ``patience`` looks without a gain end it. ``augment`` is called on the floating-point tensors of a training batch
     (random flips, shifts); the original sees the same. Without an end by ``seconds``, and with an ``augment`` that is,
     deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
