@@ -2,7 +2,9 @@
 
 The way of the data, top down, which is also the way of the imports::
 
-    api, cli, demo           what a user calls
+    cli, demo                what a user calls from a shell
+    files                    networks written and read
+    api                      what a user calls
     repairs, recovery        a factorized network brought nearer to its original, without labels
     pairs                    both side by side on the same data
     inspection               graphs, shown
@@ -23,6 +25,7 @@ The way of the data, top down, which is also the way of the imports::
     copying, comparing       private copies of models; how far apart two outputs are
     conv, tensor             convolutions and chains as values; decompositions of plain tensors
     errors, skip, progress   how "no" is said; a bar for what takes long
+    writing                  files that are whole or not there
 """
 
 from fxfact import factorizations, nn, passes, ranks
@@ -30,6 +33,7 @@ from fxfact.api import apply, calibrate, factorize, plan, plan_of
 from fxfact.calibration import Statistics
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
+from fxfact.files import load, save
 from fxfact.inspection import diff, inspect
 from fxfact.planning import Decision, Plan
 from fxfact.ranks import Loss, Macs, Params
@@ -58,6 +62,7 @@ __all__ = [
     "factorizations",
     "factorize",
     "inspect",
+    "load",
     "nn",
     "passes",
     "plan",
@@ -66,5 +71,6 @@ __all__ = [
     "recover",
     "repair",
     "run",
+    "save",
     "verify",
 ]

@@ -54,6 +54,10 @@ class BudgetError(FxfactError, ValueError):
     """A budget that no plan can meet."""
 
 
+class FileError(FxfactError, ValueError):
+    """A file that cannot be written, is damaged, is of another network, or holds what could be executed."""
+
+
 class VerificationError(FxfactError, ValueError):
     """A rewritten network does not compute what its own kernels say."""
 

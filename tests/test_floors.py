@@ -13,7 +13,7 @@ ROOT = Path(fxfact.__file__).parent
 # Bottom first. A name stands for a module, or for a folder whose modules import only what is below it and its base.
 FLOORS = [
     ["errors", "skip"],
-    ["conv", "tensor", "progress"],
+    ["conv", "tensor", "progress", "writing"],
     ["cost", "metric", "conv_modules", "spellings", "comparing", "copying"],
     ["sites", "folding", "stand_ins"],
     ["factorizations.stages"],
@@ -39,9 +39,11 @@ FLOORS = [
     ["passes.base", "passes.decomposing"],
     ["passes"],
     ["verification"],
-    ["choosing", "inspection", "pairs"],
+    ["choosing", "files.base", "inspection", "pairs"],
     ["recovery", "repairs"],
     ["api"],
+    ["files.states", "files.programs"],
+    ["files.doors"],
     ["demo"],
     ["cli"],
     ["__main__", ""],
@@ -58,6 +60,8 @@ def floor_of(module: str) -> int:
             return level
     if module == "graph":  # the folder's door shows what its topmost module gives
         return floor_of("graph.splice")
+    if module == "files":
+        return floor_of("files.doors")
     if module == "capture":
         return floor_of("capture.ladder")
     if module == "calibration":

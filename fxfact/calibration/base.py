@@ -15,6 +15,7 @@ import torch
 from fxfact.conv import ConvSpec
 from fxfact.errors import CalibrationError
 from fxfact.metric import Metric, Moment
+from fxfact.writing import written
 
 _FORMAT = {"format": "fxfact statistics", "version": 2}
 _DAMPING = 1e-3
@@ -68,7 +69,7 @@ class Statistics:
             for side, moment in (("input", metric.input), ("output", metric.output)):
                 arrays |= {f"{side}.{k}.{name}": factor.cpu().numpy() for k, factor in enumerate(moment.factors)}
         try:
-            with open(path, "wb") as file:
+            with written(path) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
         except OSError as error:
             raise CalibrationError(f"{path}: the statistics cannot be written there: {error}") from error

@@ -1,6 +1,6 @@
 """What carries a plan out: on a graph, or on a model that keeps its own Python."""
 
-from fxfact.passes.base import Applied, applied, last_plan, record
+from fxfact.passes.base import Applied, applied, last_plan, record, record_all
 from fxfact.passes.decomposing import Decomposing, Weights
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.swap_convs import swap_convs
@@ -13,5 +13,6 @@ __all__ = [
     "applied",
     "last_plan",
     "record",
+    "record_all",
     "swap_convs",
 ]

@@ -39,7 +39,11 @@ def last_plan(network: nn.Module | ExportedProgram) -> Plan:
 
 def record(network: nn.Module, done: Applied) -> None:
     """Add to what ``applied`` gives."""
-    history = (*applied(network), done)
+    record_all(network, (*applied(network), done))
+
+
+def record_all(network: nn.Module, history: tuple[Applied, ...]) -> None:
+    """What ``applied`` is to give."""
     if isinstance(network, fx.GraphModule):
         network.meta[_KEY] = history  # what copy.deepcopy keeps of one
     setattr(network, f"_{_KEY}", history)  # what pickling keeps

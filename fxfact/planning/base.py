@@ -27,6 +27,7 @@ from fxfact.planning.curve import Curve
 from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, tuples
 from fxfact.ranks import FrontPoint
 from fxfact.skip import Skip
+from fxfact.writing import written
 
 _FORMAT = {"format": "fxfact plan", "version": 3}
 _WAYS = {
@@ -162,7 +163,8 @@ class Plan:
         """Write the plan as JSON. Raises PlanError where that cannot be."""
         text = json.dumps(self.to_json(), indent=1) + "\n"
         try:
-            Path(path).write_text(text, encoding="utf-8")
+            with written(path) as file:
+                file.write(text.encode())
         except (OSError, TypeError) as error:
             raise PlanError(f"{path}: the plan cannot be written there: {error}") from error
 

@@ -1,0 +1,312 @@
+"""Files: what is written comes back, whole or not at all, and nothing in a file is executed."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfact
+from fxfact.errors import ArgumentTypeError, FileError, PlanError
+from fxfact.files.programs import _is_arithmetic
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 12, *, normed: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, 16, 3, stride=2)
+        if normed:
+            nn.utils.parametrizations.weight_norm(self.second)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+def net(seed: int = 0, **options: Any) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = Net(**options)
+        made.norm.running_mean.normal_()
+        return made.eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def program(x: Tensor) -> torch.export.ExportedProgram:
+    exported = torch.export.export(net(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
+    return fxfact.factorize(exported, "tucker", rank=0.4)
+
+
+@pytest.mark.parametrize("capture", ["trace", "modules"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_comes_back_into_another_instance(
+    x: Tensor, tmp_path: Path, capture: Any, dtype: torch.dtype
+) -> None:
+    x, path = x.to(dtype), tmp_path / "small.pt"
+    small = fxfact.factorize(net().to(dtype), "tucker", rank=0.4, example_inputs=x, capture=capture)
+    fxfact.save(small, path)
+    other = net(1).to(dtype)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    again = fxfact.load(path, other)
+    assert torch.equal(again(x), small(x))
+    assert fxfact.plan_of(again) == fxfact.plan_of(small)
+    errors = [[row.relative_error for row in fxfact.inspect(each).rows] for each in (again, small)]
+    assert errors[0] == errors[1]
+    assert any(error for error in errors[0])
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_network_that_was_factorized_twice_and_one_with_folded_weights(x: Tensor, tmp_path: Path) -> None:
+    once = fxfact.factorize(net(normed=True), "channel_svd", rank=0.6, example_inputs=x, fold_weights=True)
+    twice = fxfact.factorize(once, "pointwise_svd", rank=0.7, include="*", allow_growth=True)
+    assert fxfact.plan_of(twice).rewrites
+    for network in (once, twice):
+        fxfact.save(network, tmp_path / "small.pt")
+        again = fxfact.load(tmp_path / "small.pt", net(1, normed=True))
+        assert torch.equal(again(x), network(x))
+
+
+def test_a_recovered_network_comes_back(x: Tensor, tmp_path: Path) -> None:
+    model = net()
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=x)
+    tuned, _ = fxfact.recover(small, model, torch.randn(16, 3, 9, 9).split(4), steps=20, lr=1e-2)
+    fxfact.save(tuned, tmp_path / "small.pt")
+    assert torch.equal(fxfact.load(tmp_path / "small.pt", net(1))(x), tuned(x))
+
+
+def test_a_program_comes_back_here_and_in_pytorch(
+    program: torch.export.ExportedProgram, x: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.pt2"
+    fxfact.save(program, path)
+    expected = program.module()(x)
+    again = fxfact.load(path)
+    assert torch.equal(again.module()(x), expected)
+    assert torch.equal(torch.export.load(path).module()(x), expected)
+    assert again.module()(torch.cat([x, x, x])).shape == (6, 4)
+    assert fxfact.plan_of(again) == fxfact.plan_of(program)
+    assert [row.relative_error for row in fxfact.inspect(again).rows] == [
+        row.relative_error for row in fxfact.inspect(program).rows
+    ]
+    plain = tmp_path / "plain.pt2"
+    torch.export.save(program, plain)  # without a word of ours
+    assert torch.equal(fxfact.load(plain).module()(x), expected)
+    with pytest.raises(FileError, match="needs no model"):
+        fxfact.load(path, net())
+
+
+def test_another_model_is_refused_with_the_first_differences(x: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "small.pt"
+    fxfact.save(fxfact.factorize(net(), "tucker", rank=0.4, example_inputs=x, exclude="first"), path)
+    with pytest.raises(PlanError, match=r"first: the plan has .*, the model .*"):
+        fxfact.load(path, net(width=10))
+    wider = net()
+    wider.head = nn.Linear(16, 5)
+    with pytest.raises(FileError, match=r"head.weight: the file has float32 \(4, 16\), the model float32 \(5, 16\)"):
+        fxfact.load(path, wider)
+    with pytest.raises(FileError, match=r"float32 .*, the model float64"):
+        fxfact.load(path, net().double())
+    with pytest.raises(FileError, match="Pass the model"):
+        fxfact.load(path)
+    with pytest.raises(ArgumentTypeError):
+        fxfact.load(path, "resnet")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError):
+        fxfact.save("resnet", path)  # type: ignore[arg-type]
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self._mark,))
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes], added: dict[str, bytes] | None = None) -> None:
+    """The same archive, each part changed."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    folder = next(iter(parts)).partition("/")[0]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, change(name, data))
+        for name, data in (added or {}).items():
+            archive.writestr(f"{folder}/{name}", data)
+
+
+def test_a_pickle_in_a_file_is_not_executed(x: Tensor, tmp_path: Path) -> None:
+    mark, path = tmp_path / "mark", tmp_path / "small.pt"
+    state = fxfact.factorize(net(), "tucker", rank=0.4, example_inputs=x).state_dict()
+    torch.save({"fxfact": "{}", "state": state, "more": Payload(mark)}, path)
+    with pytest.raises(FileError, match="more than tensors"):
+        fxfact.load(path, net())
+    path.write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(FileError, match="can be read"):
+        fxfact.load(path, net())
+    assert not mark.exists()
+
+
+def payload(mark: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(Payload(mark), buffer)
+    return buffer.getvalue()
+
+
+def test_nothing_in_a_program_is_executed(program: torch.export.ExportedProgram, tmp_path: Path) -> None:
+    path, mark = tmp_path / "small.pt2", tmp_path / "mark"
+    fxfact.save(program, path)
+    whole = path.read_bytes()
+
+    def refused(words: str, change: Callable[[str, bytes], bytes], added: dict[str, bytes] | None = None) -> None:
+        path.write_bytes(whole)
+        rewritten(path, change, added)
+        with pytest.raises(FileError, match=words):
+            fxfact.load(path)
+        assert not mark.exists()
+
+    refused("more than tensors", lambda name, data: payload(mark) if "sample_inputs" in name else data)
+    hostile = f"__import__('pathlib').Path('{mark}').touch()"
+    symbol = json.dumps(hostile).encode()
+    refused("is no size", lambda name, data: data.replace(b'"Symbol(', b'"exec(') if "models/" in name else data)
+    refused(
+        "is no size",
+        lambda name, data: (
+            data.replace(b'"expr_str": "', b'"expr_str": ' + symbol + b', "old": "') if "models/" in name else data
+        ),
+    )
+    refused("no part of a plain", lambda name, data: data, {"data/aotinductor/model/a.so": b"\x7fELF"})
+    refused("no part of a plain", lambda name, data: data, {"data/constants/custom_obj_0": payload(mark)})
+    refused("does not say", lambda name, data: b"[]" if name.endswith("fxfact.json") else data)
+    refused("cannot read|damaged", lambda name, data: b"{" if "models/" in name else data)
+
+
+@pytest.mark.parametrize(
+    ("expression", "harmless"),
+    [
+        ("Symbol('s77', positive=True, integer=True)", True),
+        ("Add(Mul(Integer(2), Symbol('u0', integer=True)), Integer(-1))", True),
+        ("FloorDiv(s0, 2)", False),  # a bare symbol is no name of anybody's
+        ("Max(Integer(1), FloorDiv(Symbol('s1'), Integer(2)))", True),
+        ("eval(Symbol('s1'))", False),
+        ("chr(95)", False),
+        ("Symbol('__import__')", False),
+        ("().__class__", False),
+        ("Integer(1) if 1 else 2", False),
+    ],
+)
+def test_which_expressions_are_sizes(expression: str, harmless: bool) -> None:
+    assert _is_arithmetic(expression) == harmless
+
+
+@pytest.mark.parametrize("kind", ["module", "program"])
+def test_damaged_files_are_refused(program: torch.export.ExportedProgram, x: Tensor, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "small"
+    if kind == "program":
+        fxfact.save(program, path)
+    else:
+        fxfact.save(fxfact.factorize(net(), "tucker", rank=0.4, example_inputs=x), path)
+    model = net() if kind == "module" else None
+    whole = path.read_bytes()
+    for part in range(0, 20):
+        path.write_bytes(whole[: len(whole) * part // 20])
+        with pytest.raises(FileError, match="small"):
+            fxfact.load(path, model)
+    for place in range(40, len(whole), len(whole) // 20):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            again = fxfact.load(path, model)
+        except FileError:
+            continue
+        network = again.module() if kind == "program" else again  # the byte was one that means nothing
+        assert torch.isfinite(network(x)).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", json.dumps({"format": "fxfact plan"}).encode()])
+def test_foreign_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="can be read"):
+        fxfact.load(path, net())
+    torch.save(net().state_dict(), path)
+    with pytest.raises(FileError, match="load_state_dict"):
+        fxfact.load(path, net())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme", "hello")
+    with pytest.raises(FileError):
+        fxfact.load(path, net())
+    with pytest.raises(FileError, match="no such file"):
+        fxfact.load(tmp_path / "nowhere", net())
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(x: Tensor, tmp_path: Path) -> None:
+    small = fxfact.factorize(net(), "tucker", rank=0.4, example_inputs=x)
+    with pytest.raises(FileError, match="cannot be written"):
+        fxfact.save(small, tmp_path)
+    with pytest.raises(FileError, match="cannot be written"):
+        fxfact.save(small, tmp_path / "no" / "folder.pt")
+    small.head.register_buffer("strange", torch.ones(2))
+    small.head.get_extra_state = lambda: "a string"
+    kind = type(small.head)
+    small.head.__class__ = type("Strange", (kind,), {"get_extra_state": lambda self: "text"})
+    with pytest.raises(FileError, match="only tensors"):
+        fxfact.save(small, tmp_path / "small.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+_KILLED = """
+import os, random, signal, sys, time
+import torch, fxfact
+from torch import nn
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+path = sys.argv[1]
+model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 64, 3))
+small = fxfact.factorize(model, "tucker", rank=0.5)
+fxfact.save(small, path)
+random.seed(0)
+killed = 0
+for turn in range(100):
+    child = os.fork()
+    if not child:
+        while True:
+            for parameter in small.parameters():
+                parameter.data.fill_(turn)
+            fxfact.save(small, path)
+    time.sleep(random.uniform(0, 0.01))
+    os.kill(child, signal.SIGKILL)
+    killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    values = {float(p.flatten()[0]) for p in fxfact.load(path, model).parameters()}
+    assert turn == 0 or len(values) == 1, values
+print(killed)
+"""
+
+
+def test_a_process_that_is_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path / "small.pt")],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.strip() == "100", done.stderr
