@@ -8,6 +8,7 @@ The way of the data, top down, which is also the way of the imports::
     repairs, recovery        a factorized network brought nearer to its original, without labels
     pairs                    both side by side on the same data
     inspection               graphs, shown
+    compile_backend          torch.compile(model, backend="fxfact")
     choosing                 the plan for a budget: of those foreseen the one that measures best
     verification             is a rewritten network right?
     passes                   a plan carried out: on a graph, or on the model's own modules
@@ -31,6 +32,7 @@ The way of the data, top down, which is also the way of the imports::
 from fxfact import factorizations, nn, passes, ranks
 from fxfact.api import apply, calibrate, factorize, plan, plan_of
 from fxfact.calibration import Statistics
+from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
 from fxfact.files import load, save
@@ -56,6 +58,7 @@ __all__ = [
     "Statistics",
     "Verification",
     "apply",
+    "backend",
     "calibrate",
     "compose",
     "diff",

@@ -59,6 +59,13 @@ def read_call(function: object, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return ConvCall(source, weight, bias, given, transposed)
 
 
+def write_call(module: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The function that an ``nn.Conv`` without a padding mode is, and its arguments behind input, weight and bias."""
+    names = _TRANSPOSE if module.transposed else _CONV
+    functions = [function for function, known in _ARGUMENTS.items() if known is names]
+    return functions[len(module.kernel_size) - 1], tuple(getattr(module, name) for name in names[3:])
+
+
 def looks_like_conv(function: object) -> bool:
     """Whether the name of a function says that it convolves."""
     return bool(_LOOKS_LIKE_ONE.search(getattr(function, "__name__", "")))

@@ -1,6 +1,6 @@
 """A model becomes something whose convolutions can be found and replaced, in three ways, each compared with it."""
 
-from fxfact.capture.base import Captured, ExampleInputs, Rung, copied_arguments, reason_of, run_model
+from fxfact.capture.base import Captured, ExampleInputs, Rung, copied_arguments, reason_of, run_model, samples_of
 from fxfact.capture.exported import reexport
 from fxfact.capture.guard import storage_of
 from fxfact.capture.ladder import How, capture
@@ -15,5 +15,6 @@ __all__ = [
     "reason_of",
     "reexport",
     "run_model",
+    "samples_of",
     "storage_of",
 ]

@@ -3,16 +3,21 @@
 from fxfact.graph.base import GraphSite, get_tensor, shape_of, weight_at
 from fxfact.graph.contract import check_contract
 from fxfact.graph.fold import fold_computed_weights
+from fxfact.graph.lift import Factor, Lifted, lift, lower
 from fxfact.graph.match import Match, match
 from fxfact.graph.shapes import record_macs, record_shapes, refresh_shapes
 from fxfact.graph.splice import splice
 
 __all__ = [
+    "Factor",
     "GraphSite",
+    "Lifted",
     "Match",
     "check_contract",
     "fold_computed_weights",
     "get_tensor",
+    "lift",
+    "lower",
     "match",
     "record_macs",
     "record_shapes",

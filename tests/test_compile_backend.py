@@ -1,0 +1,264 @@
+"""torch.compile(model, backend="fxfact"): the same network as factorize gives, and never a stale or silent wrong one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfact
+from fxfact import compile_backend
+from fxfact.errors import ArgumentTypeError, RankError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.middle = nn.Conv2d(12, 16, 3, padding="same", groups=2)
+        self.up = nn.ConvTranspose2d(16, 8, 3, stride=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.middle(self.features(x)))
+        return self.head(F.relu(self.up(x)).mean((2, 3)))
+
+
+def made(seed: int = 0) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Net().eval()
+
+
+@pytest.fixture
+def model() -> Net:
+    return made()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The specs of what was decomposed, as it is."""
+    seen: list[str] = []
+    own = compile_backend._decomposed
+
+    def counted(weight: Tensor, decision: Any) -> Any:
+        seen.append(decision.path)
+        return own(weight, decision)
+
+    monkeypatch.setattr(compile_backend, "_decomposed", counted)
+    return seen
+
+
+def factorized(model: nn.Module, x: Tensor) -> nn.Module:
+    return fxfact.factorize(model, "tucker", rank=0.5, example_inputs=x)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_is_the_network_that_factorize_gives(model: Net, x: Tensor) -> None:
+    backend = fxfact.backend("tucker", rank=0.5, inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    small = factorized(model, x)
+    assert close(compiled(x), small(x))
+    assert not close(compiled(x), model(x))
+    (plan,) = backend.plans
+    assert [(d.path, d.rank) for d in plan.rewrites] == [(d.path, d.rank) for d in fxfact.plan_of(small).rewrites]
+    assert [d.path for d in plan.rewrites] == ["features.0", "middle", "up"]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@torch.no_grad()
+def test_other_backends_compile_it_on(model: Net, x: Tensor, inner: str) -> None:
+    compiled = torch.compile(model, backend=fxfact.backend("tucker", rank=0.5, inner=inner))
+    assert close(compiled(x), factorized(model, x)(x))
+
+
+@torch.no_grad()
+def test_factors_follow_their_parameters_without_compiling_again(model: Net, x: Tensor, decomposed: list[str]) -> None:
+    backend = fxfact.backend("tucker", rank=0.5, inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    assert sorted(decomposed) == ["features.0", "middle", "up"]
+    compiled(x)
+    assert len(decomposed) == 3
+    model.middle.weight.mul_(torch.linspace(0.5, 2, 16)[:, None, None, None])
+    assert close(compiled(x), factorized(model, x)(x))
+    assert decomposed[3:] == ["middle"]
+    model.load_state_dict(made(1).state_dict())
+    assert close(compiled(x), factorized(model, x)(x))
+    assert len(decomposed) == 7
+    model.up.weight = nn.Parameter(torch.randn_like(model.up.weight))
+    assert close(compiled(x), factorized(model, x)(x))
+    model.middle.weight.data = torch.randn_like(model.middle.weight)
+    assert close(compiled(x), factorized(model, x)(x))
+    assert len(decomposed) == 9
+    assert len(backend.plans) == 1
+
+
+@torch.no_grad()
+def test_another_dtype_and_back(model: Net, x: Tensor) -> None:
+    compiled = torch.compile(model, backend=fxfact.backend("tucker", rank=0.5, inner="eager"))
+    compiled(x)
+    model.double()
+    found = compiled(x.double())
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, factorized(model, x.double())(x.double()))
+    model.float()
+    assert close(compiled(x), factorized(model, x)(x))
+
+
+def test_weights_that_are_trained_stay_dense_and_get_their_gradients(
+    model: Net, x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = fxfact.backend("tucker", rank=0.5, inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    with caplog.at_level(logging.WARNING, logger="fxfact"):
+        compiled(x).sum().backward()
+    assert "3 convolutions stay dense: gradients are on" in caplog.text
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    other = copy.deepcopy(model)
+    other.zero_grad()
+    other(x).sum().backward()
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    assert all(torch.allclose(found[name], p.grad, atol=1e-5) for name, p in other.named_parameters())
+    assert not backend.plans[0].rewrites
+    with torch.no_grad():
+        assert close(compiled(x), factorized(model, x)(x))
+    assert len(backend.plans[1].rewrites) == 3
+
+
+def test_frozen_weights_are_factorized_and_inputs_get_their_gradients(model: Net, x: Tensor) -> None:
+    model.requires_grad_(False)
+    compiled = torch.compile(model, backend=fxfact.backend("tucker", rank=0.5, inner="eager"))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    compiled(inputs[0]).sum().backward()
+    factorized(model, x)(inputs[1]).sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_new_shapes_reuse_the_factors(model: Net, x: Tensor, decomposed: list[str], dynamic: bool | None) -> None:
+    compiled = torch.compile(model, backend=fxfact.backend("tucker", rank=0.5, inner="eager"), dynamic=dynamic)
+    small = factorized(model, x)
+    for size in (10, 12, 15):
+        y = torch.randn(3, 3, size, size)
+        assert close(compiled(y), small(y))
+    assert len(decomposed) == 3
+
+
+@torch.no_grad()
+def test_breaks_in_the_graph(x: Tensor) -> None:
+    class Broken(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.features(x)
+            torch._dynamo.graph_break()
+            return self.head(F.relu(self.up(F.relu(self.middle(x)))).mean((2, 3)))
+
+    model = Broken().eval()
+    backend = fxfact.backend("tucker", rank=0.5, inner="eager")
+    found = torch.compile(model, backend=backend)(x)
+    assert [[d.path for d in plan.rewrites] for plan in backend.plans] == [["features.0"], ["middle", "up"]]
+    plain = Net().eval()
+    plain.load_state_dict(model.state_dict())
+    assert close(found, factorized(plain, x)(x))
+
+
+@torch.no_grad()
+def test_shared_computed_and_bare_weights(x: Tensor) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+            self.two.weight = self.one.weight
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+            self.kernel = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(self.normed(self.two(self.one(x))), self.kernel)
+
+    model = Odd().eval()
+    backend = fxfact.backend("channel_svd", rank=0.9, inner="eager", allow_growth=True)
+    found = torch.compile(model, backend=backend)(x)
+    (plan,) = backend.plans
+    assert any("computed in the graph" in d.reason for d in plan)
+    assert "kernel" in {d.path for d in plan.rewrites}
+    expected = fxfact.factorize(model, "channel_svd", rank=0.9, allow_growth=True, example_inputs=x)
+    assert close(found, expected(x))
+
+
+def test_inference_mode(model: Net, x: Tensor) -> None:
+    compiled = torch.compile(model, backend=fxfact.backend("tucker", rank=0.5, inner="eager"))
+    with torch.inference_mode():
+        assert close(compiled(x), factorized(model, x)(x))
+    with torch.inference_mode():
+        born = Net().eval()
+        backend = fxfact.backend("tucker", rank=0.5, inner="eager")
+        assert close(torch.compile(born, backend=backend)(x), born(x))
+    assert "inference mode" in next(iter(backend.plans[0])).reason
+
+
+@torch.no_grad()
+def test_what_is_selected_by_path(model: Net, x: Tensor) -> None:
+    backend = fxfact.backend(
+        {"middle": "cp", "*": "tucker"}, rank={"up": 3, "*": 0.5}, exclude="features*", inner="eager"
+    )
+    torch.compile(model, backend=backend)(x)
+    assert [(d.path, d.factorization.name) for d in backend.plans[0].rewrites] == [
+        ("middle", "cp_mobilenet"),
+        ("up", "tucker"),
+    ]
+
+
+def test_what_cannot_be(model: Net, x: Tensor) -> None:
+    with pytest.raises(RankError):
+        fxfact.backend("tucker", rank=1.5)
+    with pytest.raises(ArgumentTypeError, match="inner"):
+        fxfact.backend("tucker", inner=3)  # type: ignore[arg-type]
+    compiled = torch.compile(model, backend="fxfact", options={"rank": -1, "inner": "eager"})
+    with torch.no_grad(), pytest.raises(Exception, match="rank"):
+        compiled(x)
+
+
+_ONLY_TORCH = """
+import sys, torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
+x = torch.randn(1, 8, 12, 12)
+assert "fxfact" not in sys.modules and "fxfact" in torch.compiler.list_backends()
+compiled = torch.compile(model, backend="fxfact", options={"factorization": "tucker", "rank": 0.5, "inner": "eager"})
+with torch.no_grad():
+    found = compiled(x)
+import fxfact
+expected = fxfact.factorize(model, "tucker", rank=0.5, example_inputs=x)(x)
+print(float((found - expected).norm() / expected.norm()) < 1e-5, float((found - model(x)).norm()) > 0)
+"""
+
+
+def test_the_name_is_known_to_torch_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", _ONLY_TORCH], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "True"], done.stderr
