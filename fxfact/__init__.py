@@ -26,7 +26,7 @@ The way of the data, top down, which is also the way of the imports::
     copying, comparing       private copies of models; how far apart two outputs are
     conv, tensor             convolutions and chains as values; decompositions of plain tensors
     errors, skip, progress   how "no" is said; a bar for what takes long
-    writing                  files that are whole or not there
+    timing, writing          how long calls take; files that are whole or not there
 """
 
 from fxfact import factorizations, nn, passes, ranks

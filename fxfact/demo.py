@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from fxfact.api import FactorizationRequest, factorize, plan_of
 from fxfact.api import plan as prepare
 from fxfact.errors import FxfactError
 from fxfact.factorizations import RankRequest
 from fxfact.inspection import diff
+from fxfact.timing import medians
 
 Say = Callable[[str], None]
 
@@ -96,7 +97,8 @@ def run_demo(
             say(f"The graph around {first}, before and after:\n\n{diff(dense, alone, context=1, width=76)}\n")
     networks: dict[str, nn.Module] = {"dense": dense, "factorized": small}
     macs = [plan.network.macs, plan.after.macs]
-    times = latencies(list(networks.values()), digits.test[0][:128])
+    images = digits.test[0][:128]
+    times = medians([partial(network, images) for network in networks.values()])
     rows = [
         [
             name,
@@ -148,15 +150,3 @@ def accuracy(network: nn.Module, digits: Digits) -> float:
     images, labels = digits.test
     with torch.no_grad():
         return float((network(images).argmax(1) == labels).float().mean())
-
-
-def latencies(networks: list[nn.Module], images: Tensor, repeats: int = 7) -> list[float]:
-    """Median milliseconds of a forward pass, the networks taking turns."""
-    with torch.no_grad():
-        timers = [
-            Timer("net(x)", globals={"net": net, "x": images}, num_threads=torch.get_num_threads()) for net in networks
-        ]
-        for timer in timers:
-            timer.timeit(3)
-        turns = [[timer.timeit(10).median for timer in timers] for _ in range(repeats)]
-    return [1e3 * sorted(turn[k] for turn in turns)[repeats // 2] for k in range(len(networks))]

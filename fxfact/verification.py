@@ -155,7 +155,7 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
     """The original, for other kernels to be put in; with its computed weights folded, where the plan says so."""
     if plan.fold_weights or isinstance(original, ExportedProgram):
-        how: Any = plan.capture
+        how: Any = "export" if isinstance(original, ExportedProgram) else plan.capture
         trusted = [decision.path for decision in plan.rewrites]
         return capture(original, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted).network
     return private_copy(original)

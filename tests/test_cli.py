@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import fxfact
 from fxfact.cli import main
 
 
@@ -43,3 +51,122 @@ def test_it_runs_as_a_module_and_as_a_command() -> None:
     assert "example: fxfact demo" in shown
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="fxfact")
     assert command.load() is main
+
+
+_MODELS = """
+import torch
+from torch import nn
+
+def small():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(24, 4)).eval()
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a module of models, an exported one, and data."""
+    (tmp_path / "shop.py").write_text(_MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import shop  # noqa: PLC0415
+
+    model, x = shop.small(), torch.randn(48, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    batch = torch.export.Dim("batch", max=64)
+    torch.export.save(torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},)), "net.pt2")
+    torch.save(model.state_dict(), "state.pt")
+    np.save("data.npy", x.numpy())
+    yield tmp_path
+    sys.modules.pop("shop", None)
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
+    assert main([*arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_program_is_inspected_compressed_verified_and_timed(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = told(capsys, "inspect", "net.pt2")["convolutions"]
+    assert [row["parameters"] for row in rows] == [448, 3480]
+    done = told(
+        capsys, "compress", "net.pt2", "-o", "small.pt2", "--macs", "0.5", "--calibration", "data.npy", "--batch", "8"
+    )
+    assert done["after"]["macs"] <= 0.5 * done["before"]["macs"]
+    assert done["measured_loss_increase"] > 0
+    verified = told(capsys, "verify", "net.pt2", "small.pt2")
+    assert verified["right"]
+    assert 0 < verified["end_to_end"] < 1
+    assert not told(capsys, "verify", "net.pt2", "small.pt2", "--tolerance", "1e-9", code=3)["near"]
+    timed = told(capsys, "bench", "net.pt2", "small.pt2", "--repeats", "3", "--number", "2")
+    assert timed["networks"][0]["parameters"] > timed["networks"][1]["parameters"] == done["after"]["parameters"]
+    assert timed["speedup"] > 0
+    script = "import torch; print(torch.export.load('small.pt2').module()(torch.randn(7, 3, 10, 10)).shape)"
+    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=room)
+    assert alone.stdout.strip() == "torch.Size([7, 4])"
+    assert main(["inspect", "small.pt2"]) == 0
+    assert "Conv2d(3→16, 3×3)" in capsys.readouterr().out
+
+
+def test_a_module_becomes_a_program_or_weights(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--input", "2,3,10,10"]
+    told(capsys, "compress", "shop:small", "-o", "small.pt2", "--rank", "0.5", *shape, "--dynamic-batch")
+    assert told(capsys, "verify", "shop:small", "small.pt2", *shape)["right"]
+    assert fxfact.load("small.pt2").module()(torch.randn(5, 3, 10, 10)).shape == (5, 4)
+    told(capsys, "compress", "shop:small", "-o", "small.pt", "--rank", "0.5", "--weights", "state.pt", *shape)
+    import shop  # noqa: PLC0415
+
+    x = torch.randn(2, 3, 10, 10)
+    expected = fxfact.factorize(shop.small(), rank=0.5, example_inputs=x)(x)
+    assert torch.allclose(fxfact.load("small.pt", shop.small())(x), expected, atol=1e-5)
+    assert not told(capsys, "verify", "shop:small", "net.pt2", *shape)["graph"]  # of what fxfact did not make
+
+
+def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--calibration", "data.npy", "--batch", "8", "--macs", "0.6", "--factorization", "tucker,channel_svd"]
+    told(capsys, "plan", "net.pt2", *data, "-o", "plan.json", "--keep-statistics", "kept.npz")
+    plan = fxfact.Plan.load("plan.json")
+    assert {d.factorization.name for d in plan.rewrites if d.factorization} <= {"tucker", "channel_svd"}
+    done = told(capsys, "compress", "net.pt2", "-o", "small.pt2", "--plan", "plan.json", "--statistics", "kept.npz")
+    assert done["after"]["macs"] == plan.after.macs
+    told(capsys, "plan", "net.pt2", "--params", "0.5", "--statistics", "kept.npz", "--multiple-of", "2")
+    assert main(["plan", "net.pt2", "--rank", "0.5", "--exclude", "0"]) == 0
+    assert "excluded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "nowhere.pt2"], "no such file"),
+        (["inspect", "shop.py"], "package.module:callable"),
+        (["inspect", "shop:missing"], "cannot be called"),
+        (["inspect", "shop:nothing"], "gives a int"),
+        (["inspect", "shop:small", "--weights", "data.npy"], "no state_dict"),
+        (["inspect", "net.pt2", "--weights", "state.pt"], "has its own"),
+        (["plan", "net.pt2", "--macs", "0.5", "--rank", "0.5"], "one of --rank"),
+        (["plan", "net.pt2", "--macs", "0.5", "--calibration", "shop.py"], "no array"),
+        (["plan", "net.pt2", "--macs", "0.5", "--calibration", "."], "fails on a batch|no array|shape"),
+        (["compress", "net.pt2", "-o", "small.onnx"], "NAME.pt2 or NAME.pt"),
+        (["compress", "net.pt2", "-o", "small.pt"], "written as one"),
+        (["compress", "shop:small", "-o", "small.pt2"], "pass --input"),
+        (["compress", "net.pt2", "-o", "small.pt2", "--plan", "data.npy"], "not a plan"),
+        (["bench", "shop:small", "shop:small"], "pass --input"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    room: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    np.save("other.npy", np.zeros((4, 5, 10, 10), dtype=np.float32))
+    assert main(arguments) == 1
+    assert re.search(words, capsys.readouterr().err)
+    assert not (room / "small.pt2").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "compress", "verify", "bench", "demo"])
+def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"example: fxfact {command}" in capsys.readouterr().out

@@ -13,7 +13,7 @@ ROOT = Path(fxfact.__file__).parent
 # Bottom first. A name stands for a module, or for a folder whose modules import only what is below it and its base.
 FLOORS = [
     ["errors", "skip"],
-    ["conv", "tensor", "progress", "writing"],
+    ["conv", "tensor", "progress", "timing", "writing"],
     ["cost", "metric", "conv_modules", "spellings", "comparing", "copying"],
     ["sites", "folding", "stand_ins"],
     ["factorizations.stages"],
@@ -45,7 +45,9 @@ FLOORS = [
     ["files.states", "files.programs"],
     ["files.doors"],
     ["demo"],
-    ["cli"],
+    ["cli.base"],
+    ["cli.commands"],
+    ["cli.parsing"],
     ["__main__", ""],
 ]
 MODULES = {
@@ -60,6 +62,8 @@ def floor_of(module: str) -> int:
             return level
     if module == "graph":  # the folder's door shows what its topmost module gives
         return floor_of("graph.splice")
+    if module == "cli":
+        return floor_of("cli.parsing")
     if module == "files":
         return floor_of("files.doors")
     if module == "capture":

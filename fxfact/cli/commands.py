@@ -1,0 +1,209 @@
+"""What each command does: from parsed arguments to what is printed, as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
+
+from fxfact.api import apply, calibrate
+from fxfact.api import plan as decide
+from fxfact.calibration import Statistics
+from fxfact.cli.base import Given, read_batches, read_model, runnable
+from fxfact.comparing import relative_error
+from fxfact.cost import Cost
+from fxfact.errors import ArgumentError, PlanError, VerificationError
+from fxfact.files import save
+from fxfact.inspection import inspect as look
+from fxfact.passes import applied, record_all
+from fxfact.planning import Plan
+from fxfact.ranks import Loss, Macs, Params
+from fxfact.timing import milliseconds
+from fxfact.verification import check_rewrite
+from fxfact.verification import verify as compare
+
+Arguments = argparse.Namespace
+
+
+def inspect(given: Arguments) -> int:
+    """Print every convolution of a model."""
+    read = read_model(given.model, given.input, given.weights)
+    found = look(read.model, example_inputs=_example(read))
+    rows = [{"path": r.path, "from": r.origin, "factorization": r.factorization, "rank": r.rank,
+             "stages": list(map(str, r.stages)), "parameters": r.cost.params, "macs": r.cost.macs,
+             "relative_error": r.relative_error, "remark": r.remark} for r in found.rows]  # fmt: skip
+    _show(given, found, {"convolutions": rows})
+    return 0
+
+
+def plan(given: Arguments) -> int:
+    """Decide, and write the plan."""
+    read = read_model(given.model, given.input, given.weights)
+    made, statistics = _planned(given, read)
+    if given.output:
+        made.save(given.output)
+    if given.keep_statistics and isinstance(statistics, Statistics):
+        statistics.save(given.keep_statistics)
+    _show(given, made, {"plan": made.to_json(), **_summary(made)})
+    return 0
+
+
+def compress(given: Arguments) -> int:
+    """Factorize, check and write the network."""
+    if not given.output.endswith((".pt2", ".pt")):
+        raise ArgumentError(f"-o is the file of the network, NAME.pt2 or NAME.pt, got {given.output}")
+    read = read_model(given.model, given.input, given.weights)
+    as_program = given.output.endswith(".pt2")
+    if isinstance(read.model, ExportedProgram) != as_program and not as_program:
+        raise ArgumentError("an exported program is written as one: -o NAME.pt2")
+    if as_program and read.inputs is None:
+        raise ArgumentError("a .pt2 file holds a program of example inputs: pass --input 1,3,224,224")
+    started = time.perf_counter()
+    if given.plan:
+        made, statistics = Plan.load(given.plan), _statistics(given, read)
+    else:
+        made, statistics = _planned(given, read)
+    network = apply(made, read.model, statistics=statistics, progress=given.progress)
+    if read.inputs is not None and made.rewrites:
+        check_rewrite(read.model, network, read.inputs)
+    if as_program and not isinstance(network, ExportedProgram):
+        network = _exported(network, read, dynamic=given.dynamic_batch)
+    save(network, given.output)
+    seconds = time.perf_counter() - started
+    _show(given, f"{made}\n\n{given.output}: written, after {seconds:.1f} s",
+          {**_summary(made), "output": given.output, "seconds": seconds})  # fmt: skip
+    return 0
+
+
+def verify(given: Arguments) -> int:
+    """Compare two networks: 0 where the second is right (and near enough), 3 where not."""
+    one, other = (read_model(text, given.input, weights) for text, weights in _two(given))
+    inputs = _needed(one, other)
+    try:
+        found = compare(one.model, other.model, inputs)
+        graph, end_to_end, right, shown = found.graph, found.end_to_end, found.right, str(found)
+    except PlanError:  # not made by fxfact, or not known to be
+        outputs = [_run(read.model, inputs) for read in (one, other)]
+        graph, right, end_to_end = None, True, relative_error(*outputs)
+        shown = f"end to end {end_to_end:.2e} (the second says nothing of having been factorized)"
+    near = given.tolerance is None or end_to_end <= given.tolerance
+    _show(given, shown, {"graph": graph, "end_to_end": end_to_end, "right": right, "near": near})
+    return 0 if right and near else 3
+
+
+def bench(given: Arguments) -> int:
+    """Time two networks on the same inputs, taking turns."""
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    reads = [read_model(text, given.input, weights) for text, weights in _two(given)]
+    inputs = _needed(*reads)
+    networks = [runnable(read.model) for read in reads]
+    times = milliseconds(
+        [partial(network, *inputs) for network in networks], repeats=given.repeats, number=given.number
+    )
+    rows = [
+        {"network": text, "ms": median(own), "fastest": min(own), "slowest": max(own),
+         "parameters": sum(p.numel() for p in network.parameters())}
+        for (text, _), own, network in zip(_two(given), times, networks, strict=True)
+    ]  # fmt: skip
+    ratio = median(times[0]) / median(times[1])
+    table = tabulate(rows, headers="keys", floatfmt=".3f")
+    words = f"{table}\n\nthe second is {ratio:.2f}× as fast, on {torch.get_num_threads()} threads"
+    _show(given, words, {"networks": rows, "speedup": ratio, "threads": torch.get_num_threads()})
+    return 0
+
+
+def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
+    statistics = _statistics(given, read)
+    budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Loss, given.loss))
+               if value is not None]  # fmt: skip
+    if len(budgets) > 1 or (budgets and given.rank is not None):
+        raise ArgumentError("pass one of --rank, --macs, --params and --loss")
+    names = given.factorization.split(",") if given.factorization else None
+    options: dict[str, Any] = {
+        "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
+        "fold_weights": given.fold_weights, "example_inputs": _example(read), "progress": given.progress,
+    }  # fmt: skip
+    if budgets:
+        held_out = _batches(given)[3::4] if statistics and given.calibration else None
+        options |= {"budget": budgets[0], "held_out": held_out or None, "multiple_of": given.multiple_of}
+    factorization = names[0] if names and len(names) == 1 else names
+    return decide(read.model, factorization, calibration=statistics, **options), statistics
+
+
+def _statistics(given: Arguments, read: Given) -> Statistics | None:
+    """From their file, or of the data but for every fourth batch, which is held out under a budget."""
+    if given.statistics:
+        return Statistics.load(given.statistics)
+    if not given.calibration:
+        return None
+    batches = _batches(given)
+    budget = any(value is not None for value in (given.macs, given.params, given.loss)) or bool(given.plan)
+    kept = [batch for k, batch in enumerate(batches) if k % 4 != 3] if budget else batches
+    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": given.fold_weights}
+    return calibrate(read.model, kept, example_inputs=_example(read), progress=given.progress, **options)
+
+
+def _batches(given: Arguments) -> list[torch.Tensor]:
+    return read_batches(given.calibration, given.batch)
+
+
+def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:
+    """The factorized module as a program that knows what was done to it."""
+    assert read.inputs is not None
+    shapes = None
+    if dynamic:
+        batch = torch.export.Dim("batch", min=1)
+        shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, read.inputs)
+    try:
+        program = torch.export.export(network, read.inputs, dynamic_shapes=shapes)
+    except Exception as error:
+        raise ArgumentError(f"torch.export cannot export the network, write it as NAME.pt: {error}") from error
+    record_all(program.graph_module, applied(network))
+    return program
+
+
+def _two(given: Arguments) -> list[tuple[str, str | None]]:
+    return [(given.model, given.weights), (given.other, given.other_weights)]
+
+
+def _example(read: Given) -> Any:
+    return None if isinstance(read.model, ExportedProgram) else read.inputs
+
+
+def _needed(*reads: Given) -> tuple[Any, ...]:
+    inputs = next((read.inputs for read in reads if read.inputs is not None), None)
+    if inputs is None:
+        raise ArgumentError("pass --input 1,3,224,224, the shape of what the networks are called with")
+    return inputs
+
+
+def _run(model: nn.Module | ExportedProgram, inputs: tuple[Any, ...]) -> Any:
+    with torch.no_grad():
+        try:
+            return runnable(model)(*inputs)
+        except Exception as error:
+            raise VerificationError(f"a network fails on these inputs: {error}") from error
+
+
+def _summary(made: Plan) -> dict[str, Any]:
+    def cost(value: Cost) -> dict[str, int | None]:
+        return {"parameters": value.params, "macs": value.macs}
+
+    return {
+        "before": cost(made.network), "after": cost(made.after), "rewritten": len(made.rewrites),
+        "convolutions": len(made), "expected_loss_increase": made.increase, "measured_loss_increase": made.measured,
+    }  # fmt: skip
+
+
+def _show(given: Arguments, text: object, data: dict[str, Any]) -> None:
+    print(json.dumps(data) if given.json else text)

@@ -1,0 +1,185 @@
+"""What can be typed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fxfact.cli import commands
+from fxfact.demo import run_demo
+from fxfact.errors import FxfactError
+
+_Add = Callable[[argparse.ArgumentParser], None]
+_MODEL = "a .pt2 file, or package.module:callable, which gives a torch.nn.Module"
+_EXIT = "exit codes: 0 done, 1 it could not be (the message says why), 2 wrong arguments, 3 verify found a difference"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 where it succeeded, 1 where it could not, 2 where the arguments are wrong, 3 where networks that
+    were compared are different.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given) or 0)
+    except FxfactError as error:
+        print(f"fxfact: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxfact", description="Factorize the convolutions of a trained network.", epilog=_EXIT
+    )
+    adding = parser.add_subparsers(required=True, metavar="command")
+    for name, run, words, example, add_all in _commands():
+        command = adding.add_parser(name, help=words, description=words, epilog=f"example: fxfact {name} {example}")
+        command.set_defaults(run=run)
+        for add in add_all:
+            add(command)
+    return parser
+
+
+def _commands() -> list[tuple[str, Callable[[argparse.Namespace], object], str, str, list[_Add]]]:
+    """Of each its name, what it does, that in words, an example, and what it takes."""
+    return [
+        ("inspect", commands.inspect, "show every convolution of a network", "resnet.pt2", [_add_model]),
+        (
+            "plan", commands.plan, "decide what every convolution becomes",
+            "resnet.pt2 --macs 0.5 --calibration images.npy -o plan.json", [_add_model, _add_choice, _add_plan],
+        ),
+        (
+            "compress", commands.compress, "factorize a network, check it and write it",
+            "resnet.pt2 -o small.pt2 --macs 0.5 --calibration images.npy", [_add_model, _add_choice, _add_compress],
+        ),
+        (
+            "verify", commands.verify, "compare a factorized network with its original", "resnet.pt2 small.pt2",
+            [_add_two, _add_verify],
+        ),
+        (
+            "bench", commands.bench, "time two networks side by side", "resnet.pt2 small.pt2 --threads 1",
+            [_add_two, _add_bench],
+        ),
+        (
+            "demo", _demo, "train, factorize and compare a small network on handwritten digits (about 20 s)",
+            "--factorization cp --rank 0.5", [_add_demo],
+        ),
+    ]  # fmt: skip
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", help="the plan's file")
+    parser.add_argument(
+        "--keep-statistics", metavar="FILE", help="write the statistics of the data, to plan with again"
+    )
+
+
+def _add_compress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--output", required=True, help="NAME.pt2, a program, or NAME.pt, weights for fxfact.load"
+    )
+    parser.add_argument("--plan", help="the file of a plan to carry out, instead of deciding")
+    parser.add_argument(
+        "--dynamic-batch", action="store_true", help="of a module made a program: any number of samples"
+    )
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tolerance", type=float, help="the largest relative difference of outputs that is near enough"
+    )
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, help="default: as many as PyTorch takes")
+    parser.add_argument("--repeats", type=_positive, default=15, help="default: %(default)s")
+    parser.add_argument("--number", type=_positive, default=5, help="of runs a repeat (default: %(default)s)")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--factorization", default="tucker", help="a name, or several by comma (default: %(default)s)")
+    parser.add_argument("--rank", type=_rank, default=0.25, help="a fraction, an int or 'same' (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--epochs", type=_positive, default=10, help="of training (default: %(default)s)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--weights", help="the file of a state_dict for package.module:callable")
+    _add_input(parser)
+
+
+def _add_two(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="A", help=f"the original: {_MODEL}")
+    parser.add_argument("other", metavar="B", help="the other one, given alike")
+    parser.add_argument("--weights", help="the file of A's state_dict")
+    parser.add_argument("--other-weights", help="the file of B's state_dict")
+    _add_input(parser)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", type=_input, action="append", metavar="SIZES",
+        help="the shape of an input, such as 1,3,224,224; once for each; of token ids 1,77:int64",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--factorization", help="a name, or several by comma (default: tucker; under a budget all)")
+    parser.add_argument("--rank", type=_rank, help="a fraction of each convolution's parameters, an int or 'same'")
+    parser.add_argument("--macs", type=float, metavar="SHARE", help="budget: of the network's multiply-accumulates")
+    parser.add_argument("--params", type=float, metavar="SHARE", help="budget: of the network's parameters")
+    parser.add_argument("--loss", type=float, metavar="NATS", help="budget: by how much the loss may grow, as measured")
+    parser.add_argument("--calibration", metavar="DATA", help="samples: a .npy file (first axis), or a folder of them")
+    parser.add_argument("--batch", type=_positive, default=64, help="samples at once (default: %(default)s)")
+    parser.add_argument("--likelihood", choices=["categorical", "gaussian"], help="what the output means")
+    parser.add_argument("--statistics", metavar="FILE", help="of data, kept from an earlier plan")
+    parser.add_argument("--multiple-of", type=_positive, default=1, help="ranks under a budget (default: %(default)s)")
+    parser.add_argument("--include", action="append", metavar="GLOB", help="only these paths; may be repeated")
+    parser.add_argument("--exclude", action="append", metavar="GLOB", help="not these paths; may be repeated")
+    parser.add_argument("--fold-weights", action="store_true", help="make computed weights parameters")
+    parser.add_argument("--progress", action="store_true", help="bars on stderr (needs tqdm)")
+
+
+def _demo(given: argparse.Namespace) -> None:
+    names = given.factorization.split(",")
+    request = names if len(names) > 1 else names[0]
+    run_demo(request, given.rank, seed=given.seed, epochs=given.epochs, say=print, progress=_progress)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _rank(text: str) -> int | float | str:
+    if text == "same":
+        return text
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _input(text: str) -> Tensor:
+    sizes, _, kind = text.partition(":")
+    shape = [_positive(size) for size in sizes.split(",")]
+    dtype = getattr(torch, kind or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{kind} is no dtype of torch")
+    draw = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=draw).to(dtype)
+    return torch.zeros(shape, dtype=dtype)
