@@ -135,6 +135,9 @@ def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureF
     told(capsys, "plan", "net.pt2", "--params", "0.5", "--statistics", "kept.npz", "--multiple-of", "2")
     assert main(["plan", "net.pt2", "--rank", "0.5", "--exclude", "0"]) == 0
     assert "excluded" in capsys.readouterr().out
+    assert told(capsys, "plan", "net.pt2", "--rank", "0.5", "--calibration", "data.npy")["plan"]["metric"]
+    bound = told(capsys, "plan", "net.pt2", "--loss", "1e-4", "--calibration", "data.npy", "--batch", "24")
+    assert 0 < bound["measured_loss_increase"] <= 1e-4
 
 
 @pytest.mark.parametrize(

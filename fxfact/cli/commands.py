@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fxfact.api import apply, calibrate
 from fxfact.api import plan as decide
-from fxfact.calibration import Statistics
+from fxfact.calibration import Statistics, held_out_of
 from fxfact.cli.base import Given, read_batches, read_model, runnable
 from fxfact.comparing import relative_error
 from fxfact.cost import Cost
@@ -123,38 +123,40 @@ def bench(given: Arguments) -> int:
 
 
 def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
-    statistics = _statistics(given, read)
     budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Loss, given.loss))
                if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params and --loss")
+    statistics = _statistics(given, read)
     names = given.factorization.split(",") if given.factorization else None
     options: dict[str, Any] = {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": given.fold_weights, "example_inputs": _example(read), "progress": given.progress,
     }  # fmt: skip
     if budgets:
-        held_out = _batches(given)[3::4] if statistics and given.calibration else None
+        held_out = _batches(given)[1]
         options |= {"budget": budgets[0], "held_out": held_out or None, "multiple_of": given.multiple_of}
     factorization = names[0] if names and len(names) == 1 else names
     return decide(read.model, factorization, calibration=statistics, **options), statistics
 
 
 def _statistics(given: Arguments, read: Given) -> Statistics | None:
-    """From their file, or of the data but for every fourth batch, which is held out under a budget."""
+    """From their file, or of the data that is not held out."""
     if given.statistics:
         return Statistics.load(given.statistics)
-    if not given.calibration:
+    kept = _batches(given)[0]
+    if not kept:
         return None
-    batches = _batches(given)
-    budget = any(value is not None for value in (given.macs, given.params, given.loss)) or bool(given.plan)
-    kept = [batch for k, batch in enumerate(batches) if k % 4 != 3] if budget else batches
     options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": given.fold_weights}
     return calibrate(read.model, kept, example_inputs=_example(read), progress=given.progress, **options)
 
 
-def _batches(given: Arguments) -> list[torch.Tensor]:
-    return read_batches(given.calibration, given.batch)
+def _batches(given: Arguments) -> tuple[list[Any], list[Any]]:
+    """Those to calibrate on, and those to measure on, where there is something to choose and more than one."""
+    if not given.calibration:
+        return [], []
+    batches: list[Any] = list(read_batches(given.calibration, given.batch))
+    return held_out_of(batches) if given.rank is None and len(batches) > 1 else (batches, [])
 
 
 def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:
