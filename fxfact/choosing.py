@@ -10,7 +10,7 @@ from torch import Tensor
 from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose, to_torch
-from fxfact.copying import private_copy
+from fxfact.copying import evaluated, private_copy
 from fxfact.errors import ArgumentError, CalibrationError
 from fxfact.planning import Decision, Plan, Selection, make_plan
 from fxfact.progress import Progress, shown
@@ -112,7 +112,7 @@ def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statis
     if not kept and not held_out:
         assert given is None or isinstance(given, Statistics)
         return given, None
-    network = private_copy(captured.network).eval()
+    network = evaluated(private_copy(captured.network))
     request = given.likelihood if isinstance(given, Statistics) and data.likelihood is None else data.likelihood
     if not held_out:
         return calibrate(captured, kept, likelihood=request, progress=data.progress), None
@@ -158,7 +158,7 @@ class _Measure:
         key = frozenset(_rewrite(decision) for decision in plan.rewrites)
         if key not in self._known:
             kernels = {decision.path: self._kernel(decision) for decision in plan.rewrites}
-            network = with_kernels(private_copy(self._captured.network), kernels).eval()
+            network = evaluated(with_kernels(private_copy(self._captured.network), kernels))
             self._known[key] = self._held_out.divergence(network)
         return self._known[key]
 

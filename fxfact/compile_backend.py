@@ -14,9 +14,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.backends.registry import lookup_backend
-from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfact.capture import Captured, samples_of
@@ -24,7 +21,7 @@ from fxfact.conv import ConvLayer, from_torch
 from fxfact.conv_modules import write_chain
 from fxfact.errors import ArgumentTypeError
 from fxfact.factorizations import Factorization, RankRequest
-from fxfact.graph import lift, lower, match
+from fxfact.graph import GraphSite, lift, lower, match
 from fxfact.passes import Decomposing, FactorizeConvs
 from fxfact.planning import Decision, Plan, Selection, make_plan
 from fxfact.ranks import RankRule, Requested
@@ -68,12 +65,13 @@ class backend:  # noqa: N801 (it is called as a function is)
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> _Compiled:
         """What Dynamo calls. ``options`` are for the inner backend."""
         lifted = lift(graph_module, example_inputs)
-        plan = make_plan(_captured(lifted.graph_module), self._strategy, **self._selection)
+        captured = _captured(lifted.graph_module)
+        plan = make_plan(captured, self._strategy, **self._selection)
         self.plans.append(plan)
         _log.info("a graph of %d nodes:\n%s", len(graph_module.graph.nodes), plan)
         if not plan.rewrites:
             return _compiled(self._inner, graph_module, list(example_inputs), options)
-        sites = {site.path: site for site in match(lifted.graph_module).sites}
+        sites = {site.path: site for site in captured.sites if isinstance(site, GraphSite)}
         result = FactorizeConvs(plan, decomposing=Decomposing(weights="empty"))(lifted.graph_module)
         assert result is not None
         lowered, factors = lower(lifted, result.graph_module, [sites[d.path] for d in plan.rewrites])
@@ -150,9 +148,13 @@ def _inferred(site: ConvSite) -> ConvSite | Skip:
 
 
 def _compiled(inner: str | _Compiled, graph_module: fx.GraphModule, inputs: list[Any], options: Any) -> _Compiled:
+    # PyTorch's compilers take seconds to import, so only who compiles imports them.
+    from torch._dynamo.backends.registry import lookup_backend  # noqa: PLC0415
+    from torch._inductor import list_mode_options  # noqa: PLC0415
+
     if inner == "inductor":
         mode = options.get("mode")
         patches = {**(list_mode_options(mode) if mode else {}), **(options.get("options") or {})}
-        return cast(_Compiled, compile_fx(graph_module, inputs, config_patches=patches or None))
+        options = {"config_patches": patches or None}
     compiler: _Compiled = lookup_backend(inner) if isinstance(inner, str) else inner
     return cast(_Compiled, compiler(graph_module, inputs, **options))

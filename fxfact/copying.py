@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 
 from torch import Tensor, nn
 
@@ -36,6 +37,13 @@ def copy_sharing(module: nn.Module, shared: set[int]) -> nn.Module:
 def copy_on_same_parameters(module: nn.Module) -> nn.Module:
     """``copy_sharing`` of all parameters: of a private copy another one."""
     return copy_sharing(module, set(map(id, module.parameters())))
+
+
+def evaluated(network: nn.Module) -> nn.Module:
+    """The network itself, put in evaluation mode, unless it is an exported program's module, whose mode is exported."""
+    with suppress(NotImplementedError):
+        network.eval()
+    return network
 
 
 def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -60,6 +60,13 @@ class FileError(FxfactError, ValueError):
 
 class VerificationError(FxfactError, ValueError):
     """A rewritten network does not compute what its own kernels say."""
+
+
+def first_differences(one: str, ones: Mapping[str, str], other: str, others: Mapping[str, str]) -> str:
+    """What two that should have the same have where, in words: the first three differences, and how many more."""
+    names = [name for name in {**ones, **others} if ones.get(name) != others.get(name)]
+    lines = [f"{name}: {one} has {ones.get(name, 'nothing')}, {other} {others.get(name, 'nothing')}" for name in names]
+    return "; ".join(lines[:3]) + (f" (and {len(lines) - 3} more)" if len(lines) > 3 else "")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from fxfact.capture import ExampleInputs, capture, reason_of, run_model, storage
 from fxfact.comparing import relative_error, tolerance_for
 from fxfact.conv import to_torch
 from fxfact.conv_modules import composed
-from fxfact.copying import private_copy
+from fxfact.copying import evaluated, private_copy
 from fxfact.errors import CaptureError, PlanError, VerificationError
 from fxfact.graph import get_tensor
 from fxfact.passes import last_plan
@@ -200,9 +199,7 @@ def with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module
 
 
 def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:
-    with contextlib.suppress(NotImplementedError):  # the module of an exported program has its mode exported
-        network.eval()
     try:
-        return run_model(network, example_inputs)
+        return run_model(evaluated(network), example_inputs)
     except Exception as error:
         raise CaptureError(f"{type(network).__name__} fails on these inputs: {reason_of(error)}") from error

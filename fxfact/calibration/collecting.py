@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from fxfact.calibration.batches import Batches, arguments_for, run_batch
 from fxfact.calibration.likelihood import Draw, Likelihood, dense_of, likelihood_for
 from fxfact.calibration.moments import Sums, Window
 from fxfact.capture import Captured, storage_of
-from fxfact.copying import private_copy
+from fxfact.copying import evaluated, private_copy
 from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
 from fxfact.progress import Progress, shown
@@ -159,9 +158,7 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _prepared(network: nn.Module) -> nn.Module:
     """A private copy, in evaluation mode, whose weights ask for gradients, so that every convolution gets one."""
-    own = private_copy(network)
-    with contextlib.suppress(NotImplementedError):  # the module of an exported program has its mode exported
-        own.eval()
+    own = evaluated(private_copy(network))
     for parameter in own.parameters():
         parameter.requires_grad_(parameter.is_floating_point() and parameter.ndim > 2)
     return own

@@ -16,8 +16,6 @@ from torch.export import ExportedProgram
 from fxfact.errors import ArgumentError, CalibrationError, FileError
 from fxfact.files import load
 
-NETWORK_FILES = (".pt2", ".pt")
-
 
 class Given(NamedTuple):
     """A module or an ExportedProgram, and the arguments that it is looked at with; None where none were given."""

@@ -63,13 +63,13 @@ def compress(given: Arguments) -> int:
         raise ArgumentError(f"-o is the file of the network, NAME.pt2 or NAME.pt, got {given.output}")
     read = read_model(given.model, given.input, given.weights)
     as_program = given.output.endswith(".pt2")
-    if isinstance(read.model, ExportedProgram) != as_program and not as_program:
+    if isinstance(read.model, ExportedProgram) and not as_program:
         raise ArgumentError("an exported program is written as one: -o NAME.pt2")
     if as_program and read.inputs is None:
         raise ArgumentError("a .pt2 file holds a program of example inputs: pass --input 1,3,224,224")
     started = time.perf_counter()
     if given.plan:
-        made, statistics = Plan.load(given.plan), _statistics(given, read)
+        made, statistics = Plan.load(given.plan), _statistics(given, read, _batches(given)[0])
     else:
         made, statistics = _planned(given, read)
     network = apply(made, read.model, statistics=statistics, progress=given.progress)
@@ -127,24 +127,21 @@ def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
                if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params and --loss")
-    statistics = _statistics(given, read)
-    names = given.factorization.split(",") if given.factorization else None
+    kept, held_out = _batches(given)
+    statistics = _statistics(given, read, kept)
     options: dict[str, Any] = {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": given.fold_weights, "example_inputs": _example(read), "progress": given.progress,
     }  # fmt: skip
     if budgets:
-        held_out = _batches(given)[1]
         options |= {"budget": budgets[0], "held_out": held_out or None, "multiple_of": given.multiple_of}
-    factorization = names[0] if names and len(names) == 1 else names
-    return decide(read.model, factorization, calibration=statistics, **options), statistics
+    return decide(read.model, given.factorization, calibration=statistics, **options), statistics
 
 
-def _statistics(given: Arguments, read: Given) -> Statistics | None:
+def _statistics(given: Arguments, read: Given, kept: list[Any]) -> Statistics | None:
     """From their file, or of the data that is not held out."""
     if given.statistics:
         return Statistics.load(given.statistics)
-    kept = _batches(given)[0]
     if not kept:
         return None
     options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": given.fold_weights}

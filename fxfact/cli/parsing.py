@@ -102,7 +102,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--factorization", default="tucker", help="a name, or several by comma (default: %(default)s)")
+    parser.add_argument(
+        "--factorization", type=_names, default="tucker", help="a name, or several by comma (default: %(default)s)"
+    )
     parser.add_argument("--rank", type=_rank, default=0.25, help="a fraction, an int or 'same' (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--epochs", type=_positive, default=10, help="of training (default: %(default)s)")
@@ -131,7 +133,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--factorization", help="a name, or several by comma (default: tucker; under a budget all)")
+    parser.add_argument(
+        "--factorization", type=_names, help="a name, or several by comma (default: tucker; budgets: all)"
+    )
     parser.add_argument("--rank", type=_rank, help="a fraction of each convolution's parameters, an int or 'same'")
     parser.add_argument("--macs", type=float, metavar="SHARE", help="budget: of the network's multiply-accumulates")
     parser.add_argument("--params", type=float, metavar="SHARE", help="budget: of the network's parameters")
@@ -148,9 +152,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(given: argparse.Namespace) -> None:
-    names = given.factorization.split(",")
-    request = names if len(names) > 1 else names[0]
-    run_demo(request, given.rank, seed=given.seed, epochs=given.epochs, say=print, progress=_progress)
+    run_demo(given.factorization, given.rank, seed=given.seed, epochs=given.epochs, say=print, progress=_progress)
 
 
 def _progress(text: str) -> None:
@@ -158,6 +160,11 @@ def _progress(text: str) -> None:
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def _names(text: str) -> str | list[str]:
+    names = text.split(",")
+    return names if len(names) > 1 else text
 
 
 def _rank(text: str) -> int | float | str:

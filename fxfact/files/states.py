@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.api import apply
-from fxfact.errors import FileError
+from fxfact.errors import FileError, first_differences
 from fxfact.files.base import Kinds, history_from_text, history_to_text
 from fxfact.passes import applied, record_all
 from fxfact.writing import written
@@ -48,8 +48,10 @@ def load_state(path: str | os.PathLike[str], model: _Module, kinds: Kinds) -> _M
     for done in history:
         network = apply(done.plan, network, weights="empty")
     own = network.state_dict()
-    _check_same(path, {name: _shape(value) for name, value in data["state"].items()},
-                {name: _shape(value) for name, value in own.items()})  # fmt: skip
+    theirs, ours = ({name: _shape(value) for name, value in each.items()} for each in (data["state"], own))
+    if theirs != ours:
+        different = first_differences("the file", theirs, "the model", ours)
+        raise FileError(f"{path}: the file is of another network. {different}. Pass the model it was.")
     network.load_state_dict(dict(data["state"]))
     record_all(network, history)
     return cast(_Module, network)
@@ -58,12 +60,3 @@ def load_state(path: str | os.PathLike[str], model: _Module, kinds: Kinds) -> _M
 def _shape(value: Any) -> str:
     kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
     return f"{kind} {tuple(getattr(value, 'shape', ()))}"
-
-
-def _check_same(path: str | os.PathLike[str], saved: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Raise FileError, naming the first differences."""
-    different = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
-    if different:
-        lines = [f"{n}: the file has {saved.get(n, 'nothing')}, the model {own.get(n, 'nothing')}" for n in different]
-        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        raise FileError(f"{path}: the file is of another network. {'; '.join(lines[:3])}{more}. Pass the model it was.")

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from fxfact.conv import ConvSpec
 from fxfact.cost import Cost
-from fxfact.errors import ArgumentTypeError, PlanError, place
+from fxfact.errors import ArgumentTypeError, PlanError, first_differences, place
 from fxfact.factorizations import (
     FACTORIZATIONS,
     Factorization,
@@ -137,12 +137,9 @@ class Plan:
         found = dict(convolutions)
         if planned == found:
             return
-        different = [path for path in planned | found if planned.get(path) != found.get(path)]
-        lines = [f"{p}: the plan has {_known(planned.get(p))}, the model {_known(found.get(p))}" for p in different]
-        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        raise PlanError(
-            f"the plan was made for another model ({self.model}). {'; '.join(lines[:3])}{more}. Make a new one."
-        )
+        theirs, ours = ({path: _known(value) for path, value in each.items()} for each in (planned, found))
+        different = first_differences("the plan", theirs, "the model", ours)
+        raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 
     def __str__(self) -> str:
         headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "loss +", "remark"]
@@ -220,9 +217,7 @@ def _chosen(old: Decision, request: RankRequest | None, factorization: str | Fac
     return replace(old, factorization=method, rank=rank, reason="", note="")
 
 
-def _known(convolution: tuple[ConvSpec, str | None] | None) -> str:
-    if convolution is None:
-        return "nothing"
+def _known(convolution: tuple[ConvSpec, str | None]) -> str:
     spec, tied_to = convolution
     return f"{spec} {'with' if spec.bias else 'without'} bias" + (f" and the weight of {tied_to}" if tied_to else "")
 
