@@ -7,6 +7,7 @@ The way of the data, top down, which is also the way of the imports::
     api                      what a user calls
     repairs, recovery        a factorized network brought nearer to its original, without labels
     pairs                    both side by side on the same data
+    reporting                both shown: text, JSON, a page with pictures
     inspection               graphs, shown
     compile_backend          torch.compile(model, backend="fxfact")
     choosing                 the plan for a budget: of those foreseen the one that measures best
@@ -41,6 +42,7 @@ from fxfact.planning import Decision, Plan
 from fxfact.ranks import Loss, Macs, Params
 from fxfact.recovery import Recovery, recover
 from fxfact.repairs import Repair, repair
+from fxfact.reporting import Report, report, to_dot
 from fxfact.verification import Verification, verify
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Plan",
     "Recovery",
     "Repair",
+    "Report",
     "Statistics",
     "Verification",
     "apply",
@@ -73,7 +76,9 @@ __all__ = [
     "ranks",
     "recover",
     "repair",
+    "report",
     "run",
     "save",
+    "to_dot",
     "verify",
 ]

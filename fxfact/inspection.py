@@ -62,7 +62,7 @@ def inspect(
     it is or why none; a model that keeps its own Python has no graph, and so no nodes. Raises ArgumentTypeError,
     CaptureError.
     """
-    captured = _looked_at(model, example_inputs)
+    captured = looked_at(model, example_inputs)
     holder = model.graph_module if isinstance(model, ExportedProgram) else model
     history = {path: done for done in applied(holder) for path in done.relative_error}
     parts: dict[str, list[ConvSite | Skip]] = {}
@@ -87,7 +87,7 @@ def diff(
     """
     if width < 10 or context < 0:
         raise ArgumentError(f"width must be at least 10 and context at least 0, got {width}, {context}")
-    networks = [_looked_at(before).network, _looked_at(after).network]
+    networks = [looked_at(before).network, looked_at(after).network]
     graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
     left, right = map(_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
     rows: list[str] = []
@@ -100,7 +100,7 @@ def diff(
     return "\n".join(rows)
 
 
-def _looked_at(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> Captured:
+def looked_at(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> Captured:
     """By its modules where it has no graph, even unseen: nothing is going to be rewritten."""
     try:
         return capture(model, example_inputs)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
 
+_Call = Callable[[], Any]
+_TURN = 0.01  # seconds, where the number of runs is not given
 
-def milliseconds(calls: Sequence[Callable[[], Any]], *, repeats: int = 7, number: int = 10) -> list[list[float]]:
-    """Of each call the mean of ``number`` runs, ``repeats`` times, without gradients, each warmed up first."""
+
+def milliseconds(calls: Sequence[_Call], *, repeats: int = 7, number: int | None = None) -> list[list[float]]:
+    """Of each call the mean of ``number`` runs (None: of as many as take a hundredth of a second), ``repeats`` times,
+    without gradients, each warmed up first.
+    """
     with torch.no_grad():
         timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
-        for timer in timers:
-            timer.timeit(3)
-        turns = [[1e3 * timer.timeit(number).median for timer in timers] for _ in range(repeats)]
+        seconds = [timer.timeit(3).median for timer in timers]
+        runs = [number or max(1, round(_TURN / max(each, 1e-7))) for each in seconds]
+        turns = [[1e3 * timer.timeit(n).median for timer, n in zip(timers, runs, strict=True)] for _ in range(repeats)]
     return [[turn[k] for turn in turns] for k in range(len(calls))]
 
 
-def medians(calls: Sequence[Callable[[], Any]], *, repeats: int = 7, number: int = 10) -> list[float]:
-    """The medians of ``milliseconds``."""
-    return [median(times) for times in milliseconds(calls, repeats=repeats, number=number)]
+def fastest(calls: Sequence[_Call], *, repeats: int = 9, number: int | None = None) -> list[float]:
+    """The minima of ``milliseconds``: what is left where others use the machine too."""
+    return [min(times) for times in milliseconds(calls, repeats=repeats, number=number)]

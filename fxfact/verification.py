@@ -73,7 +73,7 @@ def verify(
 
     Raises PlanError where ``factorized`` was not made by a plan, CaptureError where one of them does not run.
     """
-    plan, network = last_plan(factorized), _plain(factorized)
+    plan, network = last_plan(factorized), plain_copy(factorized)
     base, kernels = _prepared(original, plan), _kernels(network, plan)
     sites = _SiteErrors(base, kernels)
     with sites:
@@ -82,7 +82,7 @@ def verify(
     expected = _run(with_kernels(_prepared(original, plan), kernels), example_inputs)
     return Verification(
         graph=relative_error(expected, found),
-        end_to_end=relative_error(_run(_plain(original), example_inputs), found),
+        end_to_end=relative_error(_run(plain_copy(original), example_inputs), found),
         tolerance=tolerance_for(expected),
         sites=sites.errors,
     )
@@ -95,7 +95,7 @@ def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.
     Of an ExportedProgram its module, and of weights that a graph computes the graph, are what the kernels are put into.
     """
     plan = last_plan(factorized)
-    return with_kernels(_prepared(original, plan), _kernels(_plain(factorized), plan))
+    return with_kernels(_prepared(original, plan), _kernels(plain_copy(factorized), plan))
 
 
 def check_rewrite(
@@ -160,7 +160,8 @@ def _prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
     return private_copy(original)
 
 
-def _plain(network: nn.Module | ExportedProgram) -> nn.Module:
+def plain_copy(network: nn.Module | ExportedProgram) -> nn.Module:
+    """A private copy; of an exported program of its module."""
     return private_copy(network.module(check_guards=False) if isinstance(network, ExportedProgram) else network)
 
 

@@ -101,6 +101,9 @@ def test_a_program_is_inspected_compressed_verified_and_timed(room: Path, capsys
     assert verified["right"]
     assert 0 < verified["end_to_end"] < 1
     assert not told(capsys, "verify", "net.pt2", "small.pt2", "--tolerance", "1e-9", code=3)["near"]
+    reported = told(capsys, "report", "net.pt2", "small.pt2", "-o", "report.html")
+    assert reported["end_to_end_error"] == pytest.approx(verified["end_to_end"])
+    assert "<svg" in Path("report.html").read_text(encoding="utf-8")
     timed = told(capsys, "bench", "net.pt2", "small.pt2", "--repeats", "3", "--number", "2")
     assert timed["networks"][0]["parameters"] > timed["networks"][1]["parameters"] == done["after"]["parameters"]
     assert timed["speedup"] > 0

@@ -40,7 +40,10 @@ FLOORS = [
     ["passes"],
     ["verification"],
     ["choosing", "compile_backend", "files.base", "inspection", "pairs"],
-    ["recovery", "repairs"],
+    ["recovery", "repairs", "reporting.base"],
+    ["reporting.flow", "reporting.svg"],
+    ["reporting.dot", "reporting.page"],
+    ["reporting.making"],
     ["api"],
     ["files.states", "files.programs"],
     ["files.doors"],
@@ -62,6 +65,8 @@ def floor_of(module: str) -> int:
             return level
     if module == "graph":  # the folder's door shows what its topmost module gives
         return floor_of("graph.splice")
+    if module == "reporting":
+        return floor_of("reporting.making")
     if module == "cli":
         return floor_of("cli.parsing")
     if module == "files":

@@ -27,6 +27,7 @@ from fxfact.inspection import inspect as look
 from fxfact.passes import applied, record_all
 from fxfact.planning import Plan
 from fxfact.ranks import Loss, Macs, Params
+from fxfact.reporting import report as make_report
 from fxfact.timing import milliseconds
 from fxfact.verification import check_rewrite
 from fxfact.verification import verify as compare
@@ -98,6 +99,16 @@ def verify(given: Arguments) -> int:
     near = given.tolerance is None or end_to_end <= given.tolerance
     _show(given, shown, {"graph": graph, "end_to_end": end_to_end, "right": right, "near": near})
     return 0 if right and near else 3
+
+
+def report(given: Arguments) -> int:
+    """What was done to a network, and what that saves and costs; as a page where -o says so."""
+    reads = [read_model(text, given.input, weights) for text, weights in _two(given)]
+    found = make_report(reads[0].model, reads[1].model, _needed(*reads))
+    if given.output:
+        found.save(given.output)
+    _show(given, found, found.to_json())
+    return 0
 
 
 def bench(given: Arguments) -> int:

@@ -66,6 +66,10 @@ def _commands() -> list[tuple[str, Callable[[argparse.Namespace], object], str, 
             [_add_two, _add_bench],
         ),
         (
+            "report", commands.report, "show what was done to a network, what it saves and what it costs",
+            "resnet.pt2 small.pt2 -o report.html", [_add_two, _add_report],
+        ),
+        (
             "demo", _demo, "train, factorize and compare a small network on handwritten digits (about 20 s)",
             "--factorization cp --rank 0.5", [_add_demo],
         ),
@@ -93,6 +97,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=float, help="the largest relative difference of outputs that is near enough"
     )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", help="NAME.html, a page with pictures, or NAME.json")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

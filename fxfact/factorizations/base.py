@@ -74,6 +74,10 @@ class Factorization(ABC):
         """By how much the loss grows at every rank, where a formula says it."""
         return None
 
+    def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
+        """For every entry of the rank the matrix whose rank it bounds; none where the rank is of no matrix."""
+        return ()
+
     def _foreseeing(self, block: ConvSpec, rank: Rank) -> Factorization:
         """What stands for this one where only its increase of the loss is wanted, and need not be exact."""
         return self
@@ -85,6 +89,15 @@ class Factorization(ABC):
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
         """The rank that TensorLy's rule gives for a fraction; our own rule where TensorLy has none."""
         return self.rank_within(block, fraction) or self.smallest_rank(block)
+
+    @final
+    def unfoldings(self, layer: ConvLayer) -> list[tuple[Tensor, ...]]:
+        """For every group the kernel as matrices, one for each entry of the rank, which bounds the rank of that matrix
+        when composed; none where the factorization's rank is of no matrix (CP).
+        """
+        return [
+            tuple(self._unfoldings(layer.spec.block, part)) for part in layer.weight.detach().chunk(layer.spec.groups)
+        ]
 
     @final
     def rejects(self, spec: ConvSpec) -> Skip | None:

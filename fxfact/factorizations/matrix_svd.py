@@ -63,6 +63,9 @@ class _MatrixSVD(Factorization):
             return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
         return (right, left)
 
+    def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
+        return (as_matrix(block, weight),)
+
     def _increases(self, block: ConvSpec, weight: Tensor, metric: Metric) -> Mapping[Rank, float]:
         values, *_ = _spectrum(block, weight, metric)
         missed = values.double().clamp_min(0).flip(0).cumsum(0).flip(0) / 2

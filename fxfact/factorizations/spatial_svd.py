@@ -43,14 +43,16 @@ class SpatialSVD(Factorization):
         first, second = (math.prod(block.kernel_size[axis] for axis in axes) for axes in self._axes(block))
         return (min(block.in_channels * first, block.out_channels * second),)
 
+    def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
+        first, second = (tuple(axis + 2 for axis in axes) for axes in self._axes(block))
+        kernel = weight.permute(1, *first, 0, *second)
+        return (kernel.reshape(math.prod(kernel.shape[: 1 + len(first)]), -1),)
+
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
         (r,) = rank
         first, second = self._axes(block)
         return (spatial(block, first, block.in_channels, r), spatial(block, second, r, block.out_channels))
 
     def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
-        first, second = (tuple(axis + 2 for axis in axes) for axes in self._axes(block))
-        matrix = weight.permute(1, *first, 0, *second)
-        rows = math.prod(matrix.shape[: 1 + len(first)])
-        left, right = truncated_svd(matrix.reshape(rows, -1), *rank)
+        left, right = truncated_svd(self._unfoldings(block, weight)[0], *rank)
         return (left.T, right.reshape(-1, block.out_channels, right.shape[1] // block.out_channels).transpose(0, 1))

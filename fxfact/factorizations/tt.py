@@ -35,6 +35,11 @@ class TT(Factorization):
         sizes = _sizes(block)
         return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
+    def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
+        sizes = _sizes(block)
+        train = weight.movedim(0, -1)
+        return [train.reshape(math.prod(sizes[:k]), -1) for k in range(1, len(sizes))]
+
     def _feasible(self, block: ConvSpec, rank: Rank) -> Rank:
         sizes = _sizes(block)
         forward = list(accumulate(zip(rank, sizes, strict=False), lambda r, n: min(n[0], r * n[1]), initial=1))[1:]

@@ -42,6 +42,9 @@ class Tucker(Factorization):
     def _max_rank(self, block: ConvSpec) -> Rank:
         return (block.out_channels, block.in_channels)
 
+    def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
+        return (weight.flatten(1), weight.transpose(0, 1).flatten(1))
+
     def _kept(self, block: ConvSpec, rank: Rank) -> tuple[bool, bool]:
         """Whether the output and the input side have a stage."""
         out, into = (r < n or self.keep_full_sides for r, n in zip(rank, self._max_rank(block), strict=True))

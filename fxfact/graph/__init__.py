@@ -5,7 +5,7 @@ from fxfact.graph.contract import check_contract
 from fxfact.graph.fold import fold_computed_weights
 from fxfact.graph.lift import Factor, Lifted, lift, lower
 from fxfact.graph.match import Match, match
-from fxfact.graph.shapes import record_macs, record_shapes, refresh_shapes
+from fxfact.graph.shapes import macs_by_node, record_macs, record_shapes, refresh_shapes
 from fxfact.graph.splice import splice
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "get_tensor",
     "lift",
     "lower",
+    "macs_by_node",
     "match",
     "record_macs",
     "record_shapes",

@@ -50,6 +50,39 @@ def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mappi
     return int(counter.get_total_flops()) // 2
 
 
+def macs_by_node(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
+    """The multiply-accumulates of every node, on the shapes that the placeholders record; none where these are not
+    enough to run on.
+    """
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    counting = _Counting(graph_module)
+    fakes = [node.meta.get("val") for node in placeholders]
+    mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), FakeTensorMode())
+    mode.allow_non_fake_inputs = True
+    if any(value is None for value in fakes):
+        device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
+        with mode:
+            fakes = [_empty(node.meta.get("tensor_meta"), device) for node in placeholders]
+    with torch.no_grad(), _buffers_kept(graph_module), mode:
+        try:
+            counting.run(*fakes, enable_io_processing=False)
+        except Exception:  # a graph may do anything on values that are none
+            return {}
+    return counting.macs
+
+
+class _Counting(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.macs: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        self.macs[n] = int(counter.get_total_flops()) // 2
+        return result
+
+
 def refresh_shapes(graph_module: fx.GraphModule) -> None:
     """Record anew what the placeholders have: ``tensor_meta``, ``val``, or both. A rewrite leaves its nodes without."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
+from torch._logging._internal import trace_structured
 from torch.export import ExportedProgram
 
 from fxfact.errors import PlanError
 from fxfact.planning import Plan
 
 _KEY = "fxfact"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,19 @@ def record_all(network: nn.Module, history: tuple[Applied, ...]) -> None:
     if isinstance(network, fx.GraphModule):
         network.meta[_KEY] = history  # what copy.deepcopy keeps of one
     setattr(network, f"_{_KEY}", history)  # what pickling keeps
+
+
+def announce(name: str, plan: Plan, network: nn.Module) -> None:
+    """Tell that a pass carried a plan out: to the logger, which TORCH_LOGS="+fxfact" shows, and to PyTorch's structured
+    trace (TORCH_TRACE), with the graph that came out.
+    """
+    _log.info("%s carried out:\n%s", name, plan)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"{_KEY}_{name}", "encoding": "string"},
+        payload_fn=lambda: f"{plan}\n\n{_shown(network)}",
+    )
+
+
+def _shown(network: nn.Module) -> str:
+    return str(network.print_readable(print_output=False) if isinstance(network, fx.GraphModule) else network)

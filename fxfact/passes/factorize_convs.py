@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fxfact.copying import copy_sharing
 from fxfact.errors import ArgumentTypeError
 from fxfact.graph import check_contract, match, refresh_shapes, splice
-from fxfact.passes.base import Applied, applied, record
+from fxfact.passes.base import Applied, announce, applied, record
 from fxfact.passes.decomposing import Decomposing
 from fxfact.planning import Plan
 
@@ -53,4 +53,5 @@ class FactorizeConvs(PassBase):
         refresh_shapes(result)
         record(result, Applied(self._plan, errors))
         check_contract(result, f"behind {type(self).__name__}")
+        announce(type(self).__name__, self._plan, result)
         return PassResult(result, True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from fxfact.copying import copy_sharing
-from fxfact.passes.base import Applied, record
+from fxfact.passes.base import Applied, announce, record
 from fxfact.passes.decomposing import Decomposing
 from fxfact.planning import Plan
 from fxfact.sites import ConvSite
@@ -26,6 +26,7 @@ def swap_convs(network: nn.Module, sites: Mapping[str, ConvSite], plan: Plan, de
         stand_in(result.get_submodule(chain.path), spec, specs, chain.stages)
         errors[chain.path] = chain.error
     record(result, Applied(plan, errors))
+    announce("swap_convs", plan, result)
     return result
 
 

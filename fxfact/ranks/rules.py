@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxfact.cost import cost_of
 from fxfact.errors import RankError
-from fxfact.factorizations import ChannelSVD, Factorization, PointwiseSVD, Rank, Tucker
+from fxfact.factorizations import Factorization, Rank
 from fxfact.ranks.base import Candidate
 from fxfact.ranks.bearing import relative_square
 from fxfact.skip import Skip
@@ -72,19 +72,16 @@ class LargestThatPays(RankRule):
 @dataclass(frozen=True)
 class VBMF(RankRule):
     """The rank that empirical variational Bayes finds in the unfoldings of the kernel, by its global analytic solution
-    (Nakajima, Sugiyama, Babacan and Tomioka 2013); for Tucker of both channel modes (Kim et al. 2016), for the SVDs of
-    the kernel as a matrix. Of grouped convolutions the largest of the groups' ranks.
+    (Nakajima, Sugiyama, Babacan and Tomioka 2013); for Tucker these are both channel modes (Kim et al. 2016). Of
+    grouped convolutions the largest of the groups' ranks.
     """
 
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
-        """At least 1; a Skip for other factorizations."""
-        if not isinstance(factorization, Tucker | ChannelSVD | PointwiseSVD):
+        """At least 1; a Skip where the rank is of no matrix."""
+        found = [tuple(max(1, vbmf_rank(m)) for m in group) for group in factorization.unfoldings(candidate.layer)]
+        if not found[0]:
             return Skip(f"VBMF finds ranks of matrices, which {factorization.name} has none of")
-        spec, found = candidate.spec, []
-        for block in candidate.layer.weight.detach().double().chunk(spec.groups):
-            modes = (0, 1) if isinstance(factorization, Tucker) else (1 if spec.transposed else 0,)
-            found.append([max(1, vbmf_rank(block.movedim(mode, 0).flatten(1))) for mode in modes])
-        return factorization.clip(spec, tuple(max(entries) for entries in zip(*found, strict=True)))
+        return factorization.clip(candidate.spec, tuple(max(entries) for entries in zip(*found, strict=True)))
 
 
 def vbmf_rank(matrix: Tensor) -> int:

@@ -1,0 +1,150 @@
+"""What a report holds: values, from which text, JSON and pictures are made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from fxfact.cost import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A convolution, a chain, or another operation, with the operations ``behind`` that nothing but its output enters.
+
+    ``inputs`` are the numbers of the blocks that it reads. ``macs`` are for one sample, None where unknown; ``stages``
+    those of a chain, in order.
+    """
+
+    kind: str  # 'input', 'convolution', 'chain', 'operation', 'output'
+    label: str
+    detail: str = ""
+    behind: tuple[str, ...] = ()
+    inputs: tuple[int, ...] = ()
+    macs: int | None = None
+    stages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """The blocks of a network in the order in which they run; not ``wired`` where the model keeps its own Python, whose
+    modules are in the order of their definition and whose wires are not known.
+    """
+
+    blocks: tuple[Block, ...]
+    wired: bool
+
+    @property
+    def macs(self) -> int:
+        """Of all blocks."""
+        return sum(block.macs or 0 for block in self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """The singular values of an unfolding of a kernel (of groups the root mean squares), over the largest, descending;
+    ``rank`` of them are kept.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvReport:
+    """One convolution, and what became of it; ``reason`` says why nothing did.
+
+    ``before`` and ``after`` are costs for one sample, ``milliseconds`` those of the convolution and of its chain on the
+    inputs' sizes, taking turns, None where there were none. Errors are relative: of the kernel, and of the output on
+    the original's own input. ``increase`` is by how much the loss was foreseen to grow, in nats.
+    """
+
+    path: str
+    convolution: str
+    factorization: str = ""
+    rank: tuple[int, ...] = ()
+    stages: tuple[str, ...] = ()
+    before: Cost
+    after: Cost
+    milliseconds: tuple[float, float] | None = None
+    kernel_error: float | None = None
+    output_error: float | None = None
+    increase: float | None = None
+    reason: str = ""
+    note: str = ""
+    spectra: tuple[Spectrum, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Two networks on some inputs: costs for one sample, milliseconds for the inputs, taking turns, on ``threads``;
+    errors as ``fxfact.verify`` measures them. ``refused`` says why ways of capturing that reach more were not taken.
+    """
+
+    model: str
+    capture: str
+    refused: tuple[str, ...]
+    before: Cost
+    after: Cost
+    milliseconds: tuple[float, float]
+    threads: int
+    graph_error: float
+    end_to_end_error: float
+    right: bool
+    convolutions: tuple[ConvReport, ...]
+    flows: tuple[Flow, Flow]
+
+    def __str__(self) -> str:
+        headers = ["path", "convolution", "became", "parameters", "MACs", "ms", "kernel", "output", "remark"]
+        rows = [_row(conv) for conv in self.convolutions]
+        before, after = self.before, self.after
+        whole = [ratio(before.params, after.params), ratio(before.macs, after.macs), ratio(*self.milliseconds)]
+        rows.append(["network", self.model, "", *whole, "", error(self.end_to_end_error), ""])
+        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 8 + [50])
+        verdict = "right" if self.right else "WRONG"
+        return f"{table}\n\ngraph {self.graph_error:.2e} ({verdict}); {self.threads} threads; errors are relative"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: numbers, strings, lists and dicts."""
+        return {"format": "fxfact report", "version": 1, **asdict(self)}
+
+
+def ratio(before: float | None, after: float | None) -> str:
+    """Two amounts, or one where they are alike, or nothing where one is unknown."""
+    if before is None or after is None:
+        return ""
+    if before == after:
+        return amount(before)
+    return f"{amount(before)} → {amount(after)}" + (f" ({after / before:.2f})" if before else "")
+
+
+def amount(number: float) -> str:
+    """With thousands parted, or three digits of what is no whole number."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+
+
+def error(found: float | None) -> str:
+    """Three digits."""
+    return "" if found is None else f"{found:.3g}"
+
+
+def rank_shown(rank: tuple[int, ...] | None) -> str:
+    """The entries, parted by commas."""
+    return ",".join(map(str, rank or ()))
+
+
+def _row(conv: ConvReport) -> list[str]:
+    return [
+        conv.path,
+        conv.convolution,
+        f"{conv.factorization} {rank_shown(conv.rank)}".strip() or "-",
+        ratio(conv.before.params, conv.after.params) if conv.convolution else "",
+        ratio(conv.before.macs, conv.after.macs),
+        "" if conv.milliseconds is None else ratio(*conv.milliseconds),
+        error(conv.kernel_error),
+        error(conv.output_error),
+        conv.reason or conv.note,
+    ]

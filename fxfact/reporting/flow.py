@@ -1,0 +1,137 @@
+"""A network made blocks: from its graph, or from the modules of one that keeps its own Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxfact.capture import Captured
+from fxfact.conv_modules import is_conv, spec_of
+from fxfact.cost import cost_of
+from fxfact.graph import GraphSite, macs_by_node, match
+from fxfact.passes import applied
+from fxfact.reporting.base import Block, Flow, rank_shown
+from fxfact.sites import ConvSite
+
+Chains = Mapping[str, str]
+
+
+def flow_of(captured: Captured, chains: Chains, original: Captured | None = None) -> Flow:
+    """The blocks of what was captured, of which the paths in ``chains`` are chains, with that said of them.
+
+    Where there is no graph, the sizes are those that the ``original``'s convolutions have.
+    """
+    if isinstance(captured.network, fx.GraphModule):
+        return _Graph(captured.network, captured.samples, chains).flow()
+    known = original or captured
+    sites = {site.path: site for site in known.sites}
+    return Flow(blocks=tuple(_of_modules(captured.network, sites, known.samples, chains)), wired=False)
+
+
+def chains_of(network: nn.Module | ExportedProgram) -> Chains:
+    """What every convolution became that plans have rewritten in it, by path."""
+    history = applied(network.graph_module if isinstance(network, ExportedProgram) else network)
+    rewrites = [decision for done in history for decision in done.plan.rewrites]
+    return {d.path: f"{d.factorization.name if d.factorization else ''} {rank_shown(d.rank)}" for d in rewrites}
+
+
+class _Graph:
+    """The blocks of a graph, as its nodes are read one after the other."""
+
+    def __init__(self, graph_module: fx.GraphModule, samples: int, chains: Chains) -> None:
+        self._root, self._samples, self._chains = graph_module, samples, chains
+        self._verdicts = match(graph_module).verdicts
+        self._macs = macs_by_node(graph_module)
+        self._blocks: list[Block] = []
+        self._block_of: dict[fx.Node, int] = {}
+        self._last: list[fx.Node] = []  # of the nodes of every block
+        self._paths: list[str] = []  # of the chain that every block is, if it is one
+
+    def flow(self) -> Flow:
+        """Read all nodes."""
+        for node in self._root.graph.nodes:
+            if node.op != "get_attr":
+                self._read(node)
+        return Flow(blocks=tuple(self._blocks), wired=True)
+
+    def _read(self, node: fx.Node) -> None:
+        inputs = tuple(dict.fromkeys(self._block_of[n] for n in node.all_input_nodes if n in self._block_of))
+        verdict, path = self._verdicts[node], self._chain_of(node)
+        before = inputs[0] if len(inputs) == 1 else None
+        alone = before is not None and list(self._last[before].users) == [node]
+        if path and alone and before is not None and self._paths[before] == path:
+            old = self._blocks[before]
+            grown = replace(old, stages=(*old.stages, self._name(node)), macs=_sum(old.macs, self._macs_of(node)))
+            self._put(node, grown, before, path)
+        elif alone and before is not None and self._goes_behind(node, before):
+            old = self._blocks[before]
+            self._put(node, replace(old, behind=(*old.behind, self._name(node))), before, self._paths[before])
+        else:
+            kind = {"placeholder": "input", "output": "output"}.get(node.op, "operation")
+            if path:
+                block = Block(kind="chain", label=path, detail=self._chains[path], stages=(self._name(node),))
+            elif isinstance(verdict, GraphSite):
+                block = Block(kind="convolution", label=verdict.path, detail=str(verdict.spec))
+            elif node.op == "call_module":
+                block = Block(kind=kind, label=str(node.target), detail=self._name(node))
+            else:
+                block = Block(kind=kind, label=self._name(node))
+            self._put(node, replace(block, inputs=inputs, macs=self._macs_of(node)), len(self._blocks), path)
+
+    def _put(self, node: fx.Node, block: Block, place: int, path: str) -> None:
+        self._blocks[place:] = [block, *self._blocks[place + 1 :]]
+        self._last[place:] = [node, *self._last[place + 1 :]]
+        self._paths[place:] = [path, *self._paths[place + 1 :]]
+        self._block_of[node] = place
+
+    def _goes_behind(self, node: fx.Node, before: int) -> bool:
+        plain = node.op != "output" and not isinstance(self._verdicts[node], GraphSite)
+        return plain and not self._macs.get(node) and self._blocks[before].kind != "input"
+
+    def _chain_of(self, node: fx.Node) -> str:
+        """The path of the rewritten convolution whose chain this node is a stage of, or nothing."""
+        verdict = self._verdicts[node]
+        own = verdict.path if isinstance(verdict, GraphSite) else str(node.target) if node.op == "call_module" else ""
+        path, _, index = own.rpartition(".")
+        return path if path in self._chains and index.isdecimal() else ""
+
+    def _macs_of(self, node: fx.Node) -> int | None:
+        known = self._macs.get(node)
+        return None if known is None else known // self._samples
+
+    def _name(self, node: fx.Node) -> str:
+        verdict = self._verdicts[node]
+        if isinstance(verdict, GraphSite):
+            return str(verdict.spec)
+        if node.op == "call_module":
+            return type(self._root.get_submodule(str(node.target))).__name__
+        if node.op == "call_function":
+            return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+        return str(node.target)
+
+
+def _of_modules(network: nn.Module, sites: Mapping[str, ConvSite], samples: int, chains: Chains) -> Iterator[Block]:
+    """Of a model that keeps its own Python, one for every module that has none inside, or is a chain."""
+    for path, module in network.named_modules():
+        is_chain = path in chains
+        if not is_chain and (path.rpartition(".")[0] in chains or list(module.children())):
+            continue
+        if is_chain:
+            specs = [spec_of(stage) for stage in module.children() if is_conv(stage)]
+        else:
+            specs = [sites[path].spec] if path in sites else []
+        sizes = sites[path].input_sizes(samples) if specs and path in sites else None
+        yield Block(
+            kind="chain" if is_chain else "convolution" if is_conv(module) else "operation",
+            label=path,
+            detail=chains[path] if is_chain else str(specs[0]) if specs else type(module).__name__,
+            macs=cost_of(specs, sizes).macs if specs else None,
+            stages=tuple(map(str, specs)) if is_chain else (),
+        )
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other

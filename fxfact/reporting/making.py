@@ -1,0 +1,158 @@
+"""A report made: both networks looked at, verified and timed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
+from fxfact.conv_modules import write_chain, write_conv
+from fxfact.copying import evaluated
+from fxfact.errors import ArgumentError, FileError
+from fxfact.factorizations import Tucker
+from fxfact.inspection import looked_at
+from fxfact.passes import last_plan
+from fxfact.planning import Decision, Plan
+from fxfact.progress import Progress, shown
+from fxfact.reporting.base import ConvReport, Facts, Spectrum
+from fxfact.reporting.flow import chains_of, flow_of
+from fxfact.reporting.page import page
+from fxfact.sites import ConvSite
+from fxfact.timing import fastest
+from fxfact.verification import SiteErrors, plain_copy, verify
+from fxfact.writing import written
+
+
+class Report(Facts):
+    """``print`` it, ``to_json``, ``to_html``, or ``save`` it."""
+
+    def to_html(self) -> str:
+        """One page that needs nothing else: no network, no scripts or styles from elsewhere."""
+        return page(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page to a file NAME.html, or JSON to NAME.json. Raises ArgumentError, FileError."""
+        name = os.fspath(path)
+        if not name.endswith((".html", ".json")):
+            raise ArgumentError(f"a report is written to NAME.html or NAME.json, got {name}")
+        text = self.to_html() if name.endswith(".html") else json.dumps(self.to_json(), indent=1) + "\n"
+        try:
+            with written(path) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise FileError(f"{name}: the report cannot be written there: {error}") from error
+
+
+@torch.no_grad()
+def report(
+    original: nn.Module | ExportedProgram,
+    factorized: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    progress: Progress = False,
+) -> Report:
+    """What was done to ``original``, what it saves and what it costs, by convolution and in the whole.
+
+    Both are run and timed on ``example_inputs`` (of an ExportedProgram by default its own), taking turns, in evaluation
+    mode, on copies; every convolution and its chain also alone. ``progress`` is that of ``factorize``. Raises
+    ArgumentError, CaptureError, PlanError where ``factorized`` was not made of ``original`` by a plan.
+    """
+    plan = last_plan(factorized)
+    how: Any = "auto" if isinstance(original, ExportedProgram) else plan.capture
+    captured = capture(
+        original, example_inputs, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves,
+        trusted=[decision.path for decision in plan if decision.spec is not None],
+    )  # fmt: skip
+    if example_inputs is None and (example_inputs := captured.example_inputs) is None:
+        raise ArgumentError("a report compares and times on inputs: pass example_inputs")
+    verified = verify(original, factorized, example_inputs)
+    errors = {site.path: site for site in verified.sites}
+    networks = [evaluated(plain_copy(network)) for network in (original, factorized)]
+    plan = _with_sizes(plan, captured)
+    sites = {site.path: site for site in captured.sites}
+    convolutions = tuple(
+        _convolution(decision, sites.get(decision.path), networks[1], errors.get(decision.path))
+        for decision in shown(plan, len(plan), "reporting", progress)
+    )
+    args, kwargs = copied_arguments(example_inputs)
+    before, after = fastest([partial(network, *args, **kwargs) for network in networks])
+    return Report(
+        model=plan.model, capture=plan.capture, refused=plan.refused, before=plan.network, after=plan.after,
+        milliseconds=(before, after), threads=torch.get_num_threads(), graph_error=verified.graph,
+        end_to_end_error=verified.end_to_end, right=verified.right, convolutions=convolutions,
+        flows=(flow_of(captured, {}), flow_of(looked_at(factorized, example_inputs), chains_of(factorized), captured)),
+    )  # fmt: skip
+
+
+def _with_sizes(plan: Plan, captured: Captured) -> Plan:
+    """The plan, knowing the sizes of the inputs that were captured."""
+    sizes = {site.path: site.input_sizes(captured.samples) for site in captured.sites}
+    decisions = tuple(replace(decision, input_sizes=sizes.get(decision.path)) for decision in plan)
+    return replace(plan, network=replace(plan.network, macs=captured.macs), decisions=decisions)
+
+
+def _convolution(
+    decision: Decision, site: ConvSite | None, factorized: nn.Module, errors: SiteErrors | None
+) -> ConvReport:
+    method = decision.factorization
+    known = ConvReport(
+        path=decision.path, convolution=str(decision.spec or ""), before=decision.before, after=decision.after,
+        reason=decision.reason, note=decision.note, increase=decision.increase,
+    )  # fmt: skip
+    if method is None or decision.rank is None or site is None:
+        return known
+    return replace(
+        known,
+        factorization=method.name,
+        rank=decision.rank,
+        stages=tuple(map(str, decision.stages)),
+        milliseconds=_milliseconds(decision, site, factorized),
+        kernel_error=errors.weight if errors else None,
+        output_error=errors.output if errors else None,
+        spectra=_spectra(decision, site),
+    )
+
+
+def _milliseconds(decision: Decision, site: ConvSite, factorized: nn.Module) -> tuple[float, float] | None:
+    """Of the convolution and its chain, on numbers of the shapes at all its calls."""
+    if site.input_shapes is None:
+        return None
+    stages: list[Any] = [part for part in factorized.get_submodule(decision.path).children() if hasattr(part, "weight")]
+    bias: Tensor | None = getattr(stages[-1], "bias", None)
+    layer, weights = site.layer, [stage.weight for stage in stages]
+    chain = nn.Sequential(*write_chain(decision.stages, weights, bias, like=site.weight))
+    dense = nn.Sequential(*write_conv(site.spec, layer.weight, layer.bias))
+    known = {shape: torch.randn(shape).to(site.weight) for shape in site.input_shapes}
+    inputs = [known[shape] for shape in site.input_shapes]
+
+    def run(network: nn.Module) -> None:
+        for x in inputs:
+            network(x)
+
+    before, after = fastest([partial(run, network) for network in (dense, chain)])
+    return before, after
+
+
+def _spectra(decision: Decision, site: ConvSite) -> tuple[Spectrum, ...]:
+    """Of the unfoldings whose ranks are chosen; where these are none, along channels, whose ranks R bounds as well."""
+    method, rank = decision.factorization, decision.rank
+    assert method is not None
+    assert rank is not None
+    layer = replace(site.layer, weight=site.layer.weight.double())
+    groups = method.unfoldings(layer)
+    if not groups[0]:
+        groups = Tucker().unfoldings(layer)
+        rank = rank * len(groups[0])
+    found = []
+    for matrices, kept in zip(zip(*groups, strict=True), rank, strict=True):
+        values = torch.stack([torch.linalg.svdvals(matrix) for matrix in matrices]).square().mean(0).sqrt()
+        name = "×".join(map(str, matrices[0].shape))
+        found.append(Spectrum(name=name, values=tuple((values / values[0].clamp_min(1e-30)).tolist()), rank=kept))
+    return tuple(found)
