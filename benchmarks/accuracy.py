@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics as stats
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
         weight = model.get_submodule(path).weight.detach()
         whole = plain.increase(spec, from_torch(spec, weight))
         moments[path] = Metric(metric.input, Moment((eye / max(whole, 1e-30),)))
-    return replace(statistics, moments=moments, shrinkage=0.0, curves={})
+    return replace(statistics, moments=moments, samples=sys.maxsize, shrinkage=0.0, curves={})
 
 
 def within(model: nn.Module, example: Tensor, budget: Any, rank_at: Callable[[float], object]) -> fxfact.Plan | None:

@@ -135,7 +135,25 @@ def test_the_matrix_is_what_the_moments_are_of(transposed: bool) -> None:
 
 def test_a_moment_shrinks_to_the_identity_of_the_same_trace() -> None:
     whole = Moment((moment(2, 6, torch.Generator().manual_seed(0)),))
-    (half,), (own,) = whole.shrunk(0.5).factors, whole.factors
+    (half,), (own,) = whole.shrunk(10**9, least=0.5).factors, whole.factors
     mean = own.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(6, dtype=own.dtype)
     torch.testing.assert_close(half, (own + mean) / 2)
-    torch.testing.assert_close(whole.shrunk(1.0).factors[0], mean)
+    torch.testing.assert_close(whole.shrunk(10**9, least=1.0).factors[0], mean)
+    torch.testing.assert_close(whole.shrunk(10**12).factors[0], own)
+
+
+@pytest.mark.parametrize(("samples", "steep"), [(20, 1.0), (20, 8.0), (200, 1.0), (200, 8.0)])
+def test_a_moment_shrinks_by_about_what_is_best_for_so_many_samples(samples: int, steep: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    true = torch.exp(-torch.linspace(0, steep, 40, dtype=torch.float64))
+    drawn = torch.randn(8, samples, 40, generator=random, dtype=torch.float64) * true.sqrt()
+    moments = drawn.mT @ drawn / samples
+    eye = torch.eye(40, dtype=torch.float64) * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+
+    def missed(share: float) -> float:
+        return float(((1 - share) * moments + share * eye - true.diag()).square().sum())
+
+    found = float((Moment((moments,)).shrunk(samples).factors[0] - true.diag()).square().sum())
+    best = min(missed(k / 100) for k in range(101))
+    assert found < 1.1 * best
+    assert found < 0.95 * missed(0)

@@ -17,7 +17,7 @@ from fxfact.errors import CalibrationError
 from fxfact.metric import Metric, Moment
 from fxfact.writing import written
 
-_FORMAT = {"format": "fxfact statistics", "version": 2}
+_FORMAT = {"format": "fxfact statistics", "version": 3}
 _DAMPING = 1e-3
 
 
@@ -26,7 +26,7 @@ class Statistics:
     """Second moments of every convolution that gradients reached, by path; those that share a weight under the first.
 
     ``samples`` is how many there were, ``likelihood`` the name of what labels were drawn from, ``variance`` that of the
-    outputs. The moments of gradients count shrunk by ``shrinkage`` towards multiples of the identity. ``curves`` keeps
+    outputs. The moments of gradients count shrunk by ``shrinkage`` at least. ``curves`` keeps
     increases of the loss that planning has computed: by path, then by the factorization (its name and options), pairs
     of a rank and nats. It is filled as plans are made, and saved along.
     """
@@ -40,7 +40,8 @@ class Statistics:
     curves: dict[str, dict[str, list[tuple[tuple[int, ...], float]]]] = field(default_factory=dict)
 
     def metric(self, path: str, spec: ConvSpec) -> Metric | None:
-        """What errors of a convolution cost, damped by a thousandth of the mean; None where no gradient reached it.
+        """What errors of a convolution cost, shrunk as the number of samples asks for and damped by a thousandth of the
+        mean; None where no gradient reached it.
 
         Raises CalibrationError where the statistics are of another convolution.
         """
@@ -51,7 +52,8 @@ class Statistics:
                 f"{path}: the statistics are of {self.specs[path]}, the model has {spec}. Calibrate it."
             )
         known = self.moments[path]
-        return Metric(known.input, known.output.shrunk(self.shrinkage)).damped(_DAMPING)
+        shrunk = Metric(known.input.shrunk(self.samples), known.output.shrunk(self.samples, self.shrinkage))
+        return shrunk.damped(_DAMPING)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a NumPy archive of plain arrays and JSON, without pickle. Raises CalibrationError."""

@@ -9,7 +9,7 @@ output instead: W is (in, out · kernel), C = E[x xᵀ] has the size of its inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,23 +55,36 @@ class Moment:
         positions = self.size // count
         return torch.einsum("iaja->ij", self.factors[0][0].reshape(count, positions, count, positions))
 
-    def shrunk(self, share: float) -> Moment:
-        """Each factor moved by that share, 0 … 1, towards the multiple of the identity that has the same trace, as
-        estimates of covariances are that are to hold for other data (Ledoit and Wolf 2004).
+    def shrunk(self, samples: int, least: float = 0.0) -> Moment:
+        """The factors moved towards the multiple of the identity that has the same trace, as estimates of covariances
+        are that are to hold for other data: by the share that suits so many Gaussian samples (the oracle approximating
+        shrinkage of Chen, Wiesel, Eldar and Hero 2010), and by ``least``.
         """
-        return self._with_identity(1 - share, share)
+        return self._with_identity(lambda factor: _shrinkage(factor, samples).clamp_min(least), keeping_trace=True)
 
     def damped(self, amount: float) -> Moment:
         """With ``amount`` times the mean of the diagonal added to the diagonal, for moments that lack rank."""
-        return self._with_identity(1.0, amount)
+        return self._with_identity(lambda factor: factor.new_full((len(factor),), amount), keeping_trace=False)
 
-    def _with_identity(self, own: float, amount: float) -> Moment:
+    def _with_identity(self, amounts: Callable[[Tensor], Tensor], *, keeping_trace: bool) -> Moment:
+        """The share of the identity's multiple, for every group, is what ``amounts`` says of a factor."""
         found = []
         for factor in self.factors:
+            share = amounts(factor)[:, None, None]
             mean = factor.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
             eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            found.append(own * factor + amount * mean * eye)
+            found.append((1 - share if keeping_trace else 1) * factor + share * mean * eye)
         return Moment(tuple(found))
+
+
+def _shrinkage(moments: Tensor, samples: int) -> Tensor:
+    """The shares (groups,) for moments (groups, n, n)."""
+    size = moments.shape[-1]
+    square = moments.double().square().sum(dim=(1, 2))
+    trace = moments.double().diagonal(dim1=1, dim2=2).sum(dim=1).square()
+    wanted = (1 - 2 / size) * square + trace
+    spread = (samples + 1 - 2 / size) * (square - trace / size)
+    return torch.where(spread > wanted, wanted / spread.clamp_min(1e-300), 1.0).to(moments)
 
 
 @dataclass(frozen=True, eq=False)
