@@ -11,10 +11,12 @@ The way of the data, top down, which is also the way of the imports::
     inspection               graphs, shown
     compile_backend          torch.compile(model, backend="fxfact")
     choosing                 the plan for a budget: of those foreseen the one that measures best
+    inference                the fastest form of a network, by measurement
     verification             is a rewritten network right?
     passes                   a plan carried out: on a graph, or on the model's own modules
     planning                 what is to be done: values to print, edit and save
     ranks, nn                which rank for which convolution; factorized layers
+    latency                  how long convolutions and chains take on this machine
     calibration              what data say of a network: which errors its loss can bear
     capture                  a model becomes rewritable: traced, by its modules, or exported
     graph                    torch.fx only: match, fold, splice
@@ -37,9 +39,10 @@ from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
 from fxfact.files import load, save
+from fxfact.inference import for_inference
 from fxfact.inspection import diff, inspect
 from fxfact.planning import Decision, Plan
-from fxfact.ranks import Loss, Macs, Params
+from fxfact.ranks import Latency, Loss, Macs, Params
 from fxfact.recovery import Recovery, recover
 from fxfact.repairs import Repair, repair
 from fxfact.reporting import Report, report, to_dot
@@ -51,6 +54,7 @@ __all__ = [
     "ConvSpec",
     "Decision",
     "FxfactError",
+    "Latency",
     "Loss",
     "Macs",
     "Params",
@@ -67,6 +71,7 @@ __all__ = [
     "diff",
     "factorizations",
     "factorize",
+    "for_inference",
     "inspect",
     "load",
     "nn",

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,19 +20,21 @@ from fxfact.capture import capture as capture_model
 from fxfact.choosing import Data, Selected, choose
 from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest
+from fxfact.inference import never_slower
 from fxfact.passes import (
     Applied,
     Decomposing,
     FactorizeConvs,
     Weights,
     applied,
+    in_form,
     last_plan,
     record,
     swap_convs,
 )
 from fxfact.planning import Plan, Selection
 from fxfact.progress import Progress
-from fxfact.ranks import Budget, ByPath, Loss, Macs, RankRule, Requested, WithinBudget, parse_several
+from fxfact.ranks import Budget, ByPath, Latency, Loss, Macs, RankRule, Requested, WithinBudget, parse_several
 from fxfact.verification import check_rewrite
 
 FactorizationRequest = str | Factorization | Sequence[str | Factorization]
@@ -53,7 +56,7 @@ def factorize(
     calibration: Batches | Statistics | None = None,
     held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
@@ -88,7 +91,10 @@ def factorize(
     selected = Selected(include, exclude, allow_growth)
     data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, progress=progress)
     decided, statistics = choose(captured, strategy, selected, budget, data)
-    result = _carry_out(decided, captured, replace(decomposing, statistics=statistics))
+    carry_out = partial(_carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
+    result = carry_out(decided)
+    if isinstance(budget, Latency) and isinstance(result, nn.Module):
+        result = never_slower(captured, decided, result, carry_out)
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     return cast(_Model, result)
@@ -104,7 +110,7 @@ def plan(
     calibration: Batches | Statistics | None = None,
     held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
@@ -122,8 +128,10 @@ def plan(
         (r_out, r_in)), a rule (``fxfact.ranks.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from path
         or glob to any of these. Default 0.5.
     budget: instead of ``rank``, ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share of the whole network's (or
-        ``at_most=`` a number), or ``fxfact.Loss(0.05)``, nats by which the loss may grow, as measured. Ranks are chosen
-        for all convolutions together, and dense ones stay where they pay.
+        ``at_most=`` a number), ``fxfact.Latency(0.5)``, a share of the time that the dense network takes in its fastest
+        form on this machine (or ``at_most_ms=``), or ``fxfact.Loss(0.05)``, nats by which the loss may grow, as
+        measured. Ranks are chosen for all convolutions together, and dense ones stay where they pay. A network for a
+        time is for inference: in evaluation mode, batch norms folded.
     calibration: batches without labels (an iterable of tensors, tuples or mappings; what ``example_inputs`` lack is cut
         off), or ``Statistics`` from ``fxfact.calibrate``. Errors then count by what they do to the loss, in the choice
         of ranks and in the decomposition. Without, all relative errors count alike.
@@ -132,7 +140,7 @@ def plan(
         only.
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
-    multiple_of: ranks under a budget are multiples of it, or full.
+    multiple_of: ranks under a budget are multiples of it, or full. Default: 1, of milliseconds 8.
     example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
         MACs, show which convolutions the model calls and how, and what was captured is compared with the model on
         them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own.
@@ -211,13 +219,16 @@ def plan_of(network: nn.Module | ExportedProgram) -> Plan:
 @torch.inference_mode(False)  # whose parameters could never be trained
 def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Module | ExportedProgram:
     if captured.rung == "modules":
-        return swap_convs(captured.network, {site.path: site for site in captured.sites}, plan, decomposing)
+        swapped = swap_convs(captured.network, {site.path: site for site in captured.sites}, plan, decomposing)
+        return in_form(swapped.eval(), plan.form) if plan.form else swapped
     result = FactorizeConvs(plan, decomposing=decomposing)(cast(fx.GraphModule, captured.network))
     assert result is not None
     rewritten: fx.GraphModule = result.graph_module
     if not result.modified:
         rewritten = copy.deepcopy(rewritten)
         record(rewritten, Applied(plan, {}))
+    if plan.form:
+        rewritten = cast(fx.GraphModule, in_form(rewritten.eval(), plan.form))
     if captured.program is None:
         return rewritten
     program = reexport(captured.program, rewritten)
@@ -226,17 +237,20 @@ def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.M
 
 
 def _strategy(
-    factorization: object, rank: object, budget: object, multiple_of: int, progress: Progress
+    factorization: object, rank: object, budget: object, multiple_of: int | None, progress: Progress
 ) -> Requested | WithinBudget:
     if budget is None:
-        if multiple_of != 1:
+        if multiple_of is not None:
             raise ArgumentError("multiple_of is for budgets. Pass budget=, or ranks as you want them.")
         return Requested.parse("tucker" if factorization is None else factorization, 0.5 if rank is None else rank)
     if not isinstance(budget, Budget | Loss):
-        raise ArgumentTypeError(f"budget must be fxfact.Macs, Params or Loss, got {budget!r}. Pass fxfact.Macs(0.5).")
+        raise ArgumentTypeError(
+            f"budget must be fxfact.Macs, Params, Latency or Loss, got {budget!r}. Pass fxfact.Macs(0.5)."
+        )
     if rank is not None:
         raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
     every = [kind() for kind in FACTORIZATIONS]
     methods = ByPath.parse(every if factorization is None else factorization, parse_several)
     within = budget if isinstance(budget, Budget) else Macs(1.0)
-    return WithinBudget(within, methods, multiple=multiple_of, progress=progress)
+    multiple = (8 if isinstance(budget, Latency) else 1) if multiple_of is None else multiple_of
+    return WithinBudget(within, methods, multiple=multiple, progress=progress)

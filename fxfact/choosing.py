@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,10 +12,13 @@ from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, cali
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose, to_torch
 from fxfact.copying import evaluated, private_copy
+from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, CalibrationError
+from fxfact.inference import best_form
+from fxfact.latency import Clock
 from fxfact.planning import Decision, Plan, Selection, make_plan
 from fxfact.progress import Progress, shown
-from fxfact.ranks import Budget, Loss, Macs, Params, Requested, WithinBudget
+from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinBudget
 from fxfact.verification import with_kernels
 
 _EVENNESS = (0.0, 0.5, 1.0)  # of the plans that are measured for one budget
@@ -28,10 +32,13 @@ class Selected:
     include: Selection | None
     exclude: Selection | None
     allow_growth: bool
+    form: tuple[str, ...] = ()  # for inference, and the milliseconds of the dense network in it
+    ms: float | None = None
 
     def plan(self, captured: Captured, strategy: Requested | WithinBudget) -> Plan:
         """What the strategy makes of it."""
-        return make_plan(captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth)
+        made = make_plan(captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth)
+        return replace(made, form=self.form, network=replace(made.network, ms=self.ms))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,8 @@ def choose(
         return selected.plan(captured, replace(strategy, statistics=statistics)), statistics
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
     strategy = replace(strategy, statistics=statistics)
+    if isinstance(budget, Latency):
+        selected, strategy, budget = _clocked(captured, strategy, selected, budget)
 
     def plan_for(some: Budget) -> Plan:
         plans = [selected.plan(captured, replace(strategy, budget=some))]
@@ -76,6 +85,29 @@ def choose(
         return _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs), statistics
     assert budget is not None
     return plan_for(budget), statistics
+
+
+def _clocked(
+    captured: Captured, strategy: WithinBudget, selected: Selected, budget: Latency
+) -> tuple[Selected, WithinBudget, Budget]:
+    """With a clock, all of whose times are known; where the machine is under too much load for that, a budget of MACs.
+
+    Raises BudgetError.
+    """
+    form = best_form(captured)
+    clock = Clock(captured.sites, form.ms, form.passes)
+    selected = replace(selected, form=form.passes, ms=form.ms)
+    share = min(1.0, budget.allowed(Cost(0, None, form.ms)) / form.ms)
+    selected.plan(captured, replace(strategy, budget=Params(1.0), statistics=None, clock=clock))
+    clock.save()
+    if not clock.noisy:
+        return selected, replace(strategy, clock=clock), budget
+    warnings.warn(
+        f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs instead. "
+        "Try again when it is idle.",
+        stacklevel=4,
+    )
+    return selected, strategy, Macs(share)
 
 
 def _cheapest_within(nats: float, plan_for: Callable[[Budget], Plan], unit: type[Macs | Params]) -> Plan:

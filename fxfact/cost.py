@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fxfact.conv import ConvSpec, Sizes, chain_macs
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``params``: numbers stored. ``macs``: multiply-accumulates for one sample, None where sizes are unknown."""
+    """``params``: numbers stored. ``macs``: multiply-accumulates for one sample, None where sizes are unknown. ``ms``:
+    milliseconds of one call of the network, None where they were not measured.
+    """
 
     params: int
     macs: int | None
+    ms: float | None = None
 
     def __add__(self, other: Cost) -> Cost:
-        unknown = self.macs is None or other.macs is None
-        return Cost(self.params + other.params, None if unknown else (self.macs or 0) + (other.macs or 0))
+        macs, ms = _sum(self.macs, other.macs), _sum(self.ms, other.ms)
+        return Cost(self.params + other.params, None if macs is None else int(macs), ms)
 
     def __sub__(self, other: Cost) -> Cost:
-        unknown = self.macs is None or other.macs is None
-        return Cost(self.params - other.params, None if unknown else (self.macs or 0) - (other.macs or 0))
+        return self + Cost(-other.params, _negative(other.macs), _negative(other.ms))
 
     def exceeds(self, other: Cost) -> bool:
         """Whether this costs more, in parameters or (where both are known) in MACs."""
@@ -33,3 +36,14 @@ def cost_of(stages: Sequence[ConvSpec], input_sizes: Sequence[Sizes] | None) -> 
     """Of stages run one after the other, once for every size in ``input_sizes`` (None: sizes unknown)."""
     params = sum(spec.params for spec in stages)
     return Cost(params, None if input_sizes is None else sum(chain_macs(stages, size) for size in input_sizes))
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
+
+
+def _negative(number: _Number | None) -> _Number | None:
+    return None if number is None else -number

@@ -20,7 +20,7 @@ from fxfact.conv_modules import composed
 from fxfact.copying import evaluated, private_copy
 from fxfact.errors import CaptureError, PlanError, VerificationError
 from fxfact.graph import get_tensor
-from fxfact.passes import last_plan
+from fxfact.passes import in_form, last_plan
 from fxfact.planning import Plan
 from fxfact.spellings import looks_like_conv
 
@@ -152,12 +152,15 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
-    """The original, for other kernels to be put in; with its computed weights folded, where the plan says so."""
-    if plan.fold_weights or isinstance(original, ExportedProgram):
-        how: Any = "export" if isinstance(original, ExportedProgram) else plan.capture
-        trusted = [decision.path for decision in plan.rewrites]
-        return capture(original, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted).network
-    return private_copy(original)
+    """The original, for other kernels to be put in; with its computed weights folded and in the form for inference,
+    where the plan says so.
+    """
+    if not (plan.fold_weights or plan.form or isinstance(original, ExportedProgram)):
+        return private_copy(original)
+    how: Any = "export" if isinstance(original, ExportedProgram) else plan.capture
+    trusted = [decision.path for decision in plan.rewrites]
+    captured = capture(original, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
+    return in_form(evaluated(captured.network), plan.form)
 
 
 def plain_copy(network: nn.Module | ExportedProgram) -> nn.Module:

@@ -22,6 +22,7 @@ from fxfact.factorizations import (
     parse_factorization,
     resolve_rank,
 )
+from fxfact.ranks.bearing import relative_square
 from fxfact.skip import Skip
 from tests.conftest import ALL, EVERY_STAGE, SPECS, apart, by_name, quick, random_input, random_layer
 
@@ -320,3 +321,21 @@ def test_laws_on_any_convolution(case: tuple[Factorization, ConvSpec, float]) ->
     assert chain.specs == factorization.layout(spec, rank)
     assert dense.shape[2:] == spec.output_size(tuple(x.shape[2:])) == chain.output_size(tuple(x.shape[2:]))
     assert (run(chain, x) - dense).norm() <= 1e-11 * dense.norm()
+
+
+@pytest.mark.parametrize("factorization", ALL, ids=by_name)
+@pytest.mark.parametrize("name", ["plain", "groups", "transposed", "3-D", "pointwise", "one axis"])
+def test_the_error_is_within_its_bound_which_is_exact_for_svds(name: str, factorization: Factorization) -> None:
+    spec = SPECS[name]
+    if factorization.rejects(spec):
+        pytest.skip("it is for other convolutions")
+    layer = random_layer(spec)
+    ranks = factorization.ranks(spec)
+    bounds = factorization.bounds(layer, ranks)
+    assert bounds is not None
+    for rank, bound in list(zip(ranks, bounds, strict=True))[:: max(1, len(ranks) // 4)]:
+        found = relative_square(layer, factorization, rank)
+        assert found <= 1.001 * bound + 1e-5
+        if factorization.name.endswith("svd"):
+            assert found == pytest.approx(bound, abs=1e-5)
+    assert bounds == sorted(bounds, reverse=True)

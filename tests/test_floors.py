@@ -19,7 +19,7 @@ FLOORS = [
     ["factorizations.stages"],
     ["factorizations", "graph.base"],
     ["graph.match"],
-    ["graph.contract", "graph.fold", "graph.lift", "graph.shapes", "graph.splice"],
+    ["graph.contract", "graph.fold", "graph.fuse", "graph.lift", "graph.shapes", "graph.splice"],
     ["capture.base", "capture.guard", "capture.surroundings"],
     ["capture.observe"],
     ["capture.reference", "capture.trace", "capture.modules", "capture.exported"],
@@ -28,8 +28,10 @@ FLOORS = [
     ["calibration.likelihood", "calibration.batches", "calibration.moments"],
     ["calibration.collecting"],
     ["calibration.measuring"],
+    ["latency.kept"],
+    ["latency.clock"],
     ["ranks.base", "ranks.budgets", "ranks.knapsack", "ranks.bearing", "nn"],
-    ["ranks.rules"],
+    ["ranks.rules", "ranks.clocking"],
     ["ranks.requested"],
     ["ranks.within_budget"],
     ["ranks"],
@@ -38,7 +40,7 @@ FLOORS = [
     ["planning"],
     ["passes.base", "passes.decomposing"],
     ["passes"],
-    ["verification"],
+    ["verification", "inference"],
     ["choosing", "compile_backend", "files.base", "inspection", "pairs"],
     ["recovery", "repairs", "reporting.base"],
     ["reporting.flow", "reporting.svg"],
@@ -71,6 +73,8 @@ def floor_of(module: str) -> int:
         return floor_of("cli.parsing")
     if module == "files":
         return floor_of("files.doors")
+    if module == "latency":
+        return floor_of("latency.clock")
     if module == "capture":
         return floor_of("capture.ladder")
     if module == "calibration":

@@ -26,7 +26,7 @@ from fxfact.files import save
 from fxfact.inspection import inspect as look
 from fxfact.passes import applied, record_all
 from fxfact.planning import Plan
-from fxfact.ranks import Loss, Macs, Params
+from fxfact.ranks import Latency, Loss, Macs, Params
 from fxfact.reporting import report as make_report
 from fxfact.timing import milliseconds
 from fxfact.verification import check_rewrite
@@ -134,10 +134,10 @@ def bench(given: Arguments) -> int:
 
 
 def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
-    budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Loss, given.loss))
-               if value is not None]  # fmt: skip
+    budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Latency, given.latency),
+               (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
-        raise ArgumentError("pass one of --rank, --macs, --params and --loss")
+        raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
     kept, held_out = _batches(given)
     statistics = _statistics(given, read, kept)
     options: dict[str, Any] = {

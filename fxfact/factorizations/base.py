@@ -23,6 +23,7 @@ from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose
 from fxfact.errors import ArgumentError, RankError, RefusedError, WeightError
 from fxfact.metric import Metric, fit, in_channel_metric
 from fxfact.skip import Skip
+from fxfact.tensor import singular_squares
 
 Rank = tuple[int, ...]
 _FITTED, _FORESEEN = 200, 12  # iterations of the fit in a metric: of weights to be used, of errors to be planned with
@@ -77,6 +78,12 @@ class Factorization(ABC):
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
         """For every entry of the rank the matrix whose rank it bounds; none where the rank is of no matrix."""
         return ()
+
+    def _spectra(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
+        """For every entry of the rank squares, descending, of which what lies behind the rank is lost in the Frobenius
+        norm, or an upper bound of it; none where no formula says that.
+        """
+        return [singular_squares(matrix) for matrix in self._unfoldings(block, weight)]
 
     def _foreseeing(self, block: ConvSpec, rank: Rank) -> Factorization:
         """What stands for this one where only its increase of the loss is wanted, and need not be exact."""
@@ -197,6 +204,23 @@ class Factorization(ABC):
         block = layer.spec.block
         chains = (self._foreseeing(block, rank)._chain(layer, rank, metric, None, _FORESEEN) for rank in ranks)
         return [metric.increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
+
+    @final
+    def bounds(self, layer: ConvLayer, ranks: Sequence[Rank]) -> list[float] | None:
+        """‖W − Ŵ‖² / ‖W‖² at these ranks, or what it is at most, by singular values alone: exact for the SVDs (Eckart
+        and Young 1936), for Tucker and TT the sum over the modes (De Lathauwer, De Moor and Vandewalle 2000; Oseledets
+        2011). None where there is no formula.
+        """
+        total, lost = 0.0, [0.0] * len(ranks)
+        for part in layer.weight.detach().float().chunk(layer.spec.groups):
+            spectra = self._spectra(layer.spec.block, part)
+            if not spectra:
+                return None
+            total += float(part.square().sum())
+            tails = [spectrum.double().flip(0).cumsum(0).flip(0).tolist() for spectrum in spectra]
+            for k, rank in enumerate(ranks):
+                lost[k] += sum(tail[r] for tail, r in zip(tails, rank, strict=True) if r < len(tail))
+        return [min(1.0, value / total) if total else 0.0 for value in lost]
 
     @final
     def ranks(self, spec: ConvSpec) -> tuple[Rank, ...]:

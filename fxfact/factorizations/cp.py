@@ -20,7 +20,7 @@ from fxfact.conv import ConvSpec, Sizes
 from fxfact.errors import ArgumentError
 from fxfact.factorizations.base import Factorization, Rank, check_iteration
 from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
-from fxfact.tensor import cp
+from fxfact.tensor import cp, singular_squares
 
 _SWEEP = 5e8  # multiplications
 
@@ -69,6 +69,19 @@ class _CP(Factorization):
         tensor = weight.reshape(self._sizes(block))
         out, into, *space = cp(tensor, *rank, sweeps=self.sweeps, tolerance=self.tolerance, random=start)
         return (into.T, *(factor.T for factor in space), out)
+
+    def _spectra(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
+        """Turned to the principal directions of its spatial modes, the kernel is one matrix (out, in) for each of their
+        combinations; the leading singular components of all of them are a CP decomposition.
+        """
+        sizes = self._sizes(block)
+        tensor = weight.reshape(sizes)
+        for mode in range(2, len(sizes)):
+            unfolded = tensor.movedim(mode, 0).flatten(1)
+            _, directions = torch.linalg.eigh(unfolded @ unfolded.T)
+            tensor = torch.tensordot(tensor, directions, dims=([mode], [0])).movedim(-1, mode)
+        matrices = tensor.flatten(2).movedim(-1, 0)
+        return [singular_squares(matrices).flatten().sort(descending=True).values]
 
     def _foreseeing(self, block: ConvSpec, rank: Rank) -> _CP:
         """With fewer sweeps, ten at least, where one takes more than 5·10⁸ multiplications."""

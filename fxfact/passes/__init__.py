@@ -3,14 +3,19 @@
 from fxfact.passes.base import Applied, applied, last_plan, record, record_all
 from fxfact.passes.decomposing import Decomposing, Weights
 from fxfact.passes.factorize_convs import FactorizeConvs
+from fxfact.passes.for_inference import ChannelsLast, FoldBatchNorms, MergePointwise, in_form
 from fxfact.passes.swap_convs import swap_convs
 
 __all__ = [
     "Applied",
+    "ChannelsLast",
     "Decomposing",
     "FactorizeConvs",
+    "FoldBatchNorms",
+    "MergePointwise",
     "Weights",
     "applied",
+    "in_form",
     "last_plan",
     "record",
     "record_all",

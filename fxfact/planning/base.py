@@ -29,7 +29,7 @@ from fxfact.ranks import FrontPoint
 from fxfact.skip import Skip
 from fxfact.writing import written
 
-_FORMAT = {"format": "fxfact plan", "version": 3}
+_FORMAT = {"format": "fxfact plan", "version": 4}
 _WAYS = {
     "trace": "as one graph ('trace')",
     "modules": "by its modules, which keep the model's own Python ('modules')",
@@ -47,6 +47,8 @@ class Plan:
     computed weights were made parameters. ``leaves``: modules that were not looked into. ``metric``: the chains are to
     be decomposed in the metric of statistics. ``front``: other networks that could have been had, cheapest first.
     ``measured``: by how much the loss grew on held-out data, in nats for one sample, where that was measured.
+    ``form``: exact passes (``fxfact.passes.in_form``) that follow, for the network to run fast. ``timed``: milliseconds
+    of the dense network in its fastest form and of what came out, taking turns, where that was measured.
     """
 
     model: str
@@ -60,6 +62,8 @@ class Plan:
     metric: bool = False
     front: tuple[FrontPoint, ...] = ()
     measured: float | None = None
+    form: tuple[str, ...] = ()
+    timed: tuple[float, float] | None = None
 
     @property
     def increase(self) -> float | None:
@@ -116,13 +120,21 @@ class Plan:
         if skip is not None and not isinstance(skip, str):
             raise ArgumentTypeError(f"skip is the reason, a string, got {skip!r}")
         if skip is not None:
-            new = replace(old, factorization=None, rank=None, reason=skip, note="", increase=None)
+            new = replace(old, factorization=None, rank=None, reason=skip, note="", increase=None, milliseconds=None)
         else:
             with place(path):
                 new = _chosen(old, rank, factorization)
         together = {path, old.tied_to or path}
         changed = [
-            replace(d, factorization=new.factorization, rank=new.rank, reason=new.reason, note=new.note, increase=None)
+            replace(
+                d,
+                factorization=new.factorization,
+                rank=new.rank,
+                reason=new.reason,
+                note=new.note,
+                increase=None,
+                milliseconds=None,
+            )
             if d.path in together or d.tied_to in together
             else d
             for d in self.decisions
@@ -142,18 +154,22 @@ class Plan:
         raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 
     def __str__(self) -> str:
-        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "loss +", "remark"]
+        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "ms", "loss +", "remark"]
         rows = [_row(decision) for decision in self.decisions]
         rewritten = f"{len(self.rewrites)} of {len(self)} rewritten"
         rows.append(["network", self.model, rewritten, "", *_change(self), _nats(self.increase), ""])
-        if not self.metric:  # then there is nothing to say of the loss
-            headers, *rows = [row[:6] + row[7:] for row in (headers, *rows)]
+        silent = [k for k, known in ((6, self.network.ms is not None), (7, self.metric)) if not known]
+        headers, *rows = [[cell for k, cell in enumerate(row) if k not in silent] for row in (headers, *rows)]
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * (len(headers) - 1) + [60])
         way = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
         if self.capture != "export":
             way[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
+        if self.form:
+            way.append(f"for inference: {', '.join(self.form)}")
         if self.measured is not None:
             way.append(f"measured on held-out data: the loss grows by {self.measured:.3g} nats")
+        if self.timed is not None:
+            way.append("measured, taking turns: {:.3g} → {:.3g} ms".format(*self.timed))
         return "\n".join([table, *way])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -228,7 +244,7 @@ def _row(decision: Decision) -> list[str]:
     if decision.tied_to:
         remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
     shown = "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
-    costs = ["", ""] if decision.spec is None else _change(decision)
+    costs = ["", "", ""] if decision.spec is None else _change(decision)
     return [
         decision.path,
         str(decision.spec or ""),
@@ -247,13 +263,14 @@ def _nats(increase: float | None) -> str:
 def _change(what: Decision | Plan) -> list[str]:
     before = what.before if isinstance(what, Decision) else what.network
     after = what.after
-    pairs = [(before.params, after.params), (before.macs, after.macs)]
+    pairs = [(before.params, after.params), (before.macs, after.macs), (before.ms, after.ms)]
     return [_arrow(old, new) for old, new in pairs]
 
 
-def _arrow(before: int | None, after: int | None) -> str:
+def _arrow(before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
+    one, other = (f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for value in (before, after))
     if before == after:
-        return f"{before:,}"
-    return f"{before:,} → {after:,} ({after / before:.2f})" if before else f"{before:,} → {after:,}"
+        return one
+    return f"{one} → {other} ({after / before:.2f})" if before else f"{one} → {other}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fxfact.conv import ConvSpec, Sizes
@@ -18,7 +18,8 @@ class Decision:
 
     ``spec`` is None where the convolution could not be parsed, ``input_sizes`` where no example inputs were given.
     ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters. ``increase`` is by
-    how much the loss is expected to grow, in nats for one sample, where data told.
+    how much the loss is expected to grow, in nats for one sample, where data told; ``milliseconds`` how long the
+    convolution takes and its chain will, in one call of the network, where that was measured.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Decision:
     reason: str = ""
     note: str = ""
     increase: float | None = None
+    milliseconds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
@@ -47,12 +49,12 @@ class Decision:
     @property
     def before(self) -> Cost:
         """The cost of the convolution as it is."""
-        return self._cost((self.spec,) if self.spec else ())
+        return replace(self._cost((self.spec,) if self.spec else ()), ms=(self.milliseconds or (None, None))[0])
 
     @property
     def after(self) -> Cost:
         """The cost of what will stand here."""
-        return self._cost(self.stages)
+        return replace(self._cost(self.stages), ms=(self.milliseconds or (None, None))[1])
 
     def _cost(self, stages: Sequence[ConvSpec]) -> Cost:
         cost = cost_of(stages, self.input_sizes)
@@ -82,7 +84,7 @@ def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factori
         if method["name"] not in known:
             raise PlanError(f"unknown factorization {method['name']!r}. Pass its class as factorizations=[...].")
         values["factorization"] = known[method["name"]](**method["options"])
-    for name in ("input_sizes", "rank"):
+    for name in ("input_sizes", "rank", "milliseconds"):
         values[name] = tuples(values[name])
     return Decision(**values)
 

@@ -87,8 +87,10 @@ def _decided(decision: Decision, choice: Choice | Skip) -> Decision:
     if isinstance(choice, Skip):
         return replace(decision, factorization=None, rank=None, reason=choice.reason, note="")
     decided = replace(decision, factorization=choice.factorization, rank=choice.rank, note=choice.note)
-    if choice.increase is not None and not decision.tied_to:
-        decided = replace(decided, increase=choice.increase)
+    if not decision.tied_to:
+        decided = replace(decided, increase=choice.increase, milliseconds=choice.milliseconds)
+    elif choice.milliseconds is not None:  # which are those of all that share the weight
+        decided = replace(decided, milliseconds=(0.0, 0.0))
     if len(decided.stages) > 1:
         return decided
     return _decided(decision, Skip("at full rank the chain is the convolution itself"))

@@ -1,7 +1,7 @@
 """Which rank for which convolution. A strategy is a file here; it is handed all it needs and fetches nothing."""
 
 from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
-from fxfact.ranks.budgets import Budget, Loss, Macs, Params
+from fxfact.ranks.budgets import Budget, Latency, Loss, Macs, Params
 from fxfact.ranks.requested import ByPath, Requested, parse_several
 from fxfact.ranks.rules import VBMF, Energy, LargestThatPays, RankRule
 from fxfact.ranks.within_budget import WithinBudget
@@ -16,6 +16,7 @@ __all__ = [
     "Energy",
     "FrontPoint",
     "LargestThatPays",
+    "Latency",
     "Loss",
     "Macs",
     "Params",

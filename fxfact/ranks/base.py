@@ -31,13 +31,14 @@ class Candidate:
 @dataclass(frozen=True)
 class Choice:
     """What a convolution becomes; ``note`` says what of the request could not be met, ``increase`` by how much the loss
-    is expected to grow, in nats, where the strategy knows.
+    is expected to grow, in nats, ``milliseconds`` how long it takes and its chain will, where the strategy knows.
     """
 
     factorization: Factorization
     rank: Rank
     note: str = ""
     increase: float | None = None
+    milliseconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

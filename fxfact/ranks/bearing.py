@@ -20,12 +20,15 @@ _COMPUTED, _LAST = 6, 0.9  # ranks of a factorization without a formula; the las
 def curve_of(
     layer: ConvLayer, factorization: Factorization, ranks: Sequence[Rank], metric: Metric | None, known: Curves
 ) -> list[float]:
-    """Nats for each of the ranks, ascending; without a metric, ‖W − Ŵ‖² / ‖W‖². What is computed is kept in ``known``.
+    """Nats for each of the ranks, ascending; without a metric, ‖W − Ŵ‖² / ‖W‖², or what it is at most. What takes long
+    is kept in ``known``.
 
     Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
     ones, where they change most, and interpolated between, their logarithm over the rank. The largest ranks, which save
     little and take long, count as the last that was computed.
     """
+    if metric is None and (bounds := factorization.bounds(layer, ranks)) is not None:
+        return bounds
     key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
     if key not in known:
         places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(ranks) - 1)

@@ -19,7 +19,7 @@ class Budget(ABC):
     """
 
     fraction: float | None = None
-    at_most: int | None = None
+    at_most: float | None = None
 
     unit = ""
 
@@ -34,14 +34,12 @@ class Budget(ABC):
             )
 
     @abstractmethod
-    def amount(self, cost: Cost) -> int:
+    def amount(self, cost: Cost) -> float:
         """Of a cost what this budget is about. Raises BudgetError where it is not known."""
 
-    def allowed(self, network: Cost) -> int:
+    def allowed(self, network: Cost) -> float:
         """The bound for a network that costs this much."""
-        return (
-            self.at_most if self.fraction is None and self.at_most else int((self.fraction or 0) * self.amount(network))
-        )
+        return self.at_most if self.at_most is not None else (self.fraction or 0) * self.amount(network)
 
 
 @final
@@ -68,6 +66,24 @@ class Params(Budget):
     def amount(self, cost: Cost) -> int:
         """The parameters."""
         return cost.params
+
+
+@final
+class Latency(Budget):
+    """Milliseconds of one call with the example inputs, on this machine: a share of what the dense network takes in the
+    fastest of its forms, or ``at_most_ms``.
+    """
+
+    unit = "ms"
+
+    def __init__(self, fraction: float | None = None, *, at_most_ms: float | None = None) -> None:
+        super().__init__(fraction, at_most_ms)
+
+    def amount(self, cost: Cost) -> float:
+        """The milliseconds."""
+        if cost.ms is None:
+            raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
+        return cost.ms
 
 
 @final

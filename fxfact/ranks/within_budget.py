@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, final
 
 from fxfact.calibration import Statistics
@@ -11,16 +11,20 @@ from fxfact.conv import ConvSpec
 from fxfact.cost import Cost, cost_of
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
+from fxfact.latency import Clock
 from fxfact.progress import Progress, shown
 from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
 from fxfact.ranks.bearing import Curves, curve_of
 from fxfact.ranks.budgets import Budget
+from fxfact.ranks.clocking import times_of
 from fxfact.ranks.knapsack import Class, Knapsack
 from fxfact.ranks.requested import ByPath
 from fxfact.skip import Skip
 
 _RANKS = 40  # of a factorization among which to choose
 _FRONT = 40  # points
+_NOTHING = Cost(0, 0, 0.0)
+_FASTER = 0.97  # of the time of the convolution
 _DENSE = Skip("within the budget it may stay dense")
 
 
@@ -39,7 +43,8 @@ class WithinBudget(RankStrategy):
     """Of all networks within ``budget`` the one whose loss is expected to grow least, by the errors of its kernels.
 
     With ``statistics`` errors are in nats, else squares of relative errors, all convolutions counted alike. Ranks are
-    ``multiple`` or its multiples. Options that cost more than the convolution, in parameters or in MACs, are none.
+    ``multiple`` or its multiples. Options that cost more than the convolution, in parameters or in MACs, are none; with
+    a ``clock``, which a budget of milliseconds needs, nor are those that do not measure faster.
 
     Increases of the loss add up while they are small. ``evenness``, 0 … 1, is for budgets under which they are not: the
     increases of each convolution count divided by that power of what it would cost to lose its output altogether, so
@@ -53,6 +58,7 @@ class WithinBudget(RankStrategy):
     statistics: Statistics | None = None
     multiple: int = 1
     evenness: float = 0.0
+    clock: Clock | None = None
     progress: Progress = False
     _curves: dict[str, Curves] = field(default_factory=dict)
 
@@ -63,6 +69,7 @@ class WithinBudget(RankStrategy):
     def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
         """Raises BudgetError where not even the smallest ranks meet the budget."""
         self.factorizations.check([candidate.path for candidate in candidates], "factorization")
+        network = network if self.clock is None else replace(network, ms=self.clock.network)
         allowed = self.budget.allowed(network)
         options = self._options(candidates)
         fixed = self._fixed(options, network)
@@ -71,8 +78,9 @@ class WithinBudget(RankStrategy):
         if picked is None:
             least, whole = fixed + knapsack.least, self.budget.amount(network)
             raise BudgetError(
-                f"the budget is {allowed:,} {self.budget.unit}, and these factorizations can go down to {least:,.0f} "
-                f"({least / whole:.3f} of {whole:,}). Raise it, or let it have more convolutions and factorizations."
+                f"the budget is {_shown(allowed)} {self.budget.unit}, and these factorizations can go down to "
+                f"{_shown(least)} ({least / whole:.3f} of {_shown(whole)}). Raise it, or let it have more convolutions "
+                "and factorizations."
             )
         choices = tuple(each[k].choice for each, k in zip(options, picked, strict=True))
         return Chosen(choices, self._front(options, knapsack, network))
@@ -86,17 +94,17 @@ class WithinBudget(RankStrategy):
         """At budgets spread evenly between the cheapest network and the dense one."""
         if not options:
             return ()
-        dense = sum((each[0].cost for each in options), Cost(0, 0))
+        dense = sum((each[0].cost for each in options), _NOTHING)
         most, points = self.budget.amount(dense), {}
         for k in range(_FRONT + 1):
             picked = knapsack.at(knapsack.least + (most - knapsack.least) * k / _FRONT)
             if picked is not None:
                 taken = [each[p] for each, p in zip(options, picked, strict=True)]
-                cost = network - dense + sum((option.cost for option in taken), Cost(0, 0))
+                cost = network - dense + sum((option.cost for option in taken), _NOTHING)
                 points[cost] = FrontPoint(cost, sum(option.increase for option in taken))
         return tuple(points.values())
 
-    def _fixed(self, options: Sequence[Sequence[Option]], network: Cost) -> int:
+    def _fixed(self, options: Sequence[Sequence[Option]], network: Cost) -> float:
         """What of the network no choice changes."""
         return self.budget.amount(network) - sum(self.budget.amount(each[0].cost) for each in options)
 
@@ -119,24 +127,26 @@ class WithinBudget(RankStrategy):
         kept = self._curves if self.statistics is None else self.statistics.curves
         known = kept.setdefault(candidate.path, {})
         methods, _ = self.factorizations.get(candidate.path)
-        for method in methods or ():
-            if method.rejects(spec):
-                continue
-            ranks = self._ranks(method, spec)
-            costs = {rank: cost_of(method.layout(spec, rank), candidate.input_sizes) for rank in ranks}
-            smaller = [rank for rank, cost in costs.items() if not cost.exceeds(dense)]
-            if smaller:
-                nats = curve_of(candidate.layer, method, smaller, metric, known)
-                options += [
-                    Option(
-                        Choice(method, rank, increase=None if metric is None else n),
-                        costs[rank],
-                        n,
-                        n / max(whole, 1e-30) ** self.evenness,
-                    )
-                    for rank, n in zip(smaller, nats, strict=True)
-                ]
-        return options
+        allowed = [(method, ranks) for method in methods or () if (ranks := self._cheaper(method, candidate, dense))]
+        ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, allowed)
+        options[0] = options[0]._replace(cost=replace(dense, ms=ms))
+        for k, (method, ranks) in enumerate(allowed):
+            nats = curve_of(candidate.layer, method, ranks, metric, known)
+            for j, (rank, n) in enumerate(zip(ranks, nats, strict=True)):
+                pair = None if ms is None else (ms, times[k][j])
+                choice = Choice(method, rank, increase=None if metric is None else n, milliseconds=pair)
+                cost = cost_of(method.layout(spec, rank), candidate.input_sizes)
+                cost = cost if pair is None else replace(cost, ms=pair[1])
+                options.append(Option(choice, cost, n, n / max(whole, 1e-30) ** self.evenness))
+        return options if ms is None else _faster(options, ms)
+
+    def _cheaper(self, method: Factorization, candidate: Candidate, dense: Cost) -> list[Rank]:
+        """The ranks to choose among."""
+        spec = candidate.spec
+        if method.rejects(spec):
+            return []
+        costs = {rank: cost_of(method.layout(spec, rank), candidate.input_sizes) for rank in self._ranks(method, spec)}
+        return [rank for rank, cost in costs.items() if not cost.exceeds(dense)]
 
     def _ranks(self, method: Factorization, spec: ConvSpec) -> list[Rank]:
         """Those that have no more parameters than the convolution, at most so many, spread evenly."""
@@ -145,3 +155,17 @@ class WithinBudget(RankStrategy):
         allowed = [r for r in fitting if all(n % self.multiple == 0 or n == m for n, m in zip(r, most, strict=True))]
         step = max(1, -(-len(allowed) // _RANKS))
         return allowed[::-1][::step][::-1]
+
+
+def _faster(options: Sequence[Option], ms: float) -> list[Option]:
+    """The dense one, and those that measure faster by what is more than chance."""
+    dense, *others = options
+    kept = [option for option in others if (option.cost.ms or 0.0) < _FASTER * ms]
+    if others and not kept:
+        fastest = min(option.cost.ms or 0.0 for option in others)
+        dense = dense._replace(choice=Skip(f"no chain measures faster: {ms:.3g} ms as it is, {fastest:.3g} ms at best"))
+    return [dense, *kept]
+
+
+def _shown(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fxfact.tensor.base import leading_basis, tiny
@@ -21,3 +22,10 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     projected = basis.T @ matrix
     scale = projected.norm(dim=1).sqrt()
     return basis * scale, projected / scale.clamp_min(tiny(matrix) ** 0.5)[:, None]
+
+
+def singular_squares(matrices: Tensor) -> Tensor:
+    """The squares of the singular values (…, min(m, n)) of matrices (…, m, n), descending, by the Gram matrix."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    values: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
+    return values.clamp_min(0).flip(-1)

@@ -1,0 +1,80 @@
+"""Networks that are only going to be run: their fastest form, by measurement, and never a slower one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
+from fxfact.copying import evaluated, private_copy
+from fxfact.errors import ArgumentError, BudgetError
+from fxfact.passes import applied, in_form, record_all
+from fxfact.planning import Plan
+from fxfact.timing import fastest
+
+_FORMS = ((), ("fold_batch_norms",), ("channels_last",), ("fold_batch_norms", "channels_last"))
+_FOR_ALL = ("fold_batch_norms", "merge_pointwise")
+
+
+@dataclass(frozen=True)
+class Form:
+    """Passes (``fxfact.passes.in_form``), and the milliseconds of a network after them."""
+
+    passes: tuple[str, ...]
+    ms: float
+
+
+def best_form(captured: Captured) -> Form:
+    """The fastest form of a network on its example inputs. Raises BudgetError where there are none."""
+    if captured.example_inputs is None:
+        raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
+    graph = isinstance(captured.network, fx.GraphModule) and captured.program is None
+    forms = [form for form in _FORMS if graph or form in ((), ("channels_last",))]
+    if captured.program is not None:
+        forms = [()]
+    network = evaluated(private_copy(captured.network))
+    times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs)
+    return min((Form(form, ms) for form, ms in zip(forms, times, strict=True)), key=lambda form: form.ms)
+
+
+def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
+    """A copy of the model, in evaluation mode, in the fastest form that computes the same: batch norms folded into
+    convolutions, 1×1 convolutions with nothing between merged, convolutions in channels_last if that measures faster.
+
+    Of a model that torch.fx cannot trace only the last. Raises ArgumentError, ArgumentTypeError, CaptureError.
+    """
+    if isinstance(model, ExportedProgram):
+        raise ArgumentError("an exported program is made for inference by what compiles it: pass the model itself")
+    captured = capture(model, example_inputs)
+    network = in_form(evaluated(captured.network), _FOR_ALL)
+    forms = [network, in_form(network, ("channels_last",))]
+    times = _milliseconds(forms, example_inputs)
+    return forms[times.index(min(times))]
+
+
+def never_slower(captured: Captured, plan: Plan, result: nn.Module, carry_out: Callable[[Plan], Any]) -> nn.Module:
+    """What was made by a plan with a form, if it measures no slower than the dense network in that form; else that, as
+    ``carry_out`` makes it of a plan without rewrites, each with the reason.
+    """
+    assert captured.example_inputs is not None
+    dense = in_form(evaluated(private_copy(captured.network)), plan.form)
+    before, after = _milliseconds([dense, evaluated(private_copy(result))], captured.example_inputs)
+    if after <= before:
+        *earlier, last = applied(result)
+        record_all(result, (*earlier, replace(last, plan=replace(plan, timed=(before, after)))))
+        return result
+    for decision in plan.rewrites:
+        plan = plan.edited(decision.path, skip=f"the whole network measured slower: {before:.3g} → {after:.3g} ms")
+    kept: nn.Module = carry_out(replace(plan, timed=(before, before)))
+    return kept
+
+
+def _milliseconds(networks: list[nn.Module], example_inputs: ExampleInputs) -> list[float]:
+    args, kwargs = copied_arguments(example_inputs)
+    calls: list[Callable[[], Any]] = [partial(network, *args, **kwargs) for network in networks]
+    return fastest(calls, repeats=15)

@@ -1,0 +1,106 @@
+"""The milliseconds of convolutions and of the chains that could replace them, as they are in one network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from fxfact.conv import ConvSpec, Sizes
+from fxfact.conv_modules import to_channels_last, write_conv
+from fxfact.latency.kept import Kept, machine
+from fxfact.sites import ConvSite
+from fxfact.timing import milliseconds
+
+_REPEATS, _SPREAD = 5, 1.5
+Layout = tuple[ConvSpec, ...]
+
+
+class Clock:
+    """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
+    the memory format in which it runs, all of a convolution taking turns; what is known is not measured again.
+
+    ``network`` is the milliseconds of the whole dense network in its fastest ``form`` (passes of
+    ``fxfact.passes.in_form``).
+    """
+
+    def __init__(self, sites: Sequence[ConvSite], network: float, form: tuple[str, ...]) -> None:
+        self.network, self.form = network, form
+        self._sites: Mapping[str, list[ConvSite]] = {
+            site.path: [other for other in sites if site.path in (other.path, other.tied_to)] for site in sites
+        }
+        device = sites[0].weight.device if sites else torch.device("cpu")
+        self._kept = Kept(machine(device))
+        self._spreads: list[float] = []
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine was under such load that most measurements spread by half and more."""
+        return bool(self._spreads) and median(self._spreads) > _SPREAD
+
+    def times(self, path: str, layouts: Sequence[Layout]) -> list[float]:
+        """Milliseconds of each, at all calls of the convolution and those that share its weight, the first layout being
+        the convolution itself.
+        """
+        keys = [self._key(path, layout) for layout in layouts]
+        known = self._kept.ms
+        missing = [k for k, key in enumerate(keys) if key not in known]
+        if missing:
+            again = sorted({0, *missing})
+            found = self._measured(path, [layouts[k] for k in again])
+            scale = known.get(keys[0], found[0]) / found[0]
+            for k, ms in zip(again, found, strict=True):
+                known.setdefault(keys[k], ms * scale)
+        return [known[key] for key in keys]
+
+    def save(self) -> None:
+        """Keep what was measured, for the next time."""
+        if self._spreads and not self.noisy:
+            self._kept.save()
+
+    def _measured(self, path: str, layouts: Sequence[Layout]) -> list[float]:
+        weight = self._sites[path][0].weight
+        shapes = self._shapes(path)
+        inputs = {shape: self._formatted(torch.randn(shape).to(weight)) for shape in shapes}
+        chains = [self._chain(layout, weight) for layout in layouts]
+
+        def run(chain: nn.Module) -> None:
+            for shape in shapes:
+                chain(inputs[shape])
+
+        turns = milliseconds([partial(run, chain) for chain in chains], repeats=_REPEATS)
+        self._spreads.append(median(turns[0]) / min(turns[0]))
+        return [min(times) for times in turns]
+
+    def _chain(self, layout: Layout, like: Tensor) -> nn.Module:
+        """Stages that hold random numbers."""
+        stages: list[nn.Module] = []
+        for spec in layout:
+            weight = torch.randn(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
+            stages += write_conv(spec, weight.to(like), torch.zeros(spec.out_channels).to(like) if spec.bias else None)
+        chain = nn.Sequential(*stages).eval().requires_grad_(requires_grad=False)
+        if self._channels_last:
+            to_channels_last(chain)
+        return chain
+
+    def _formatted(self, tensor: Tensor) -> Tensor:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d} if self._channels_last else {}
+        return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
+
+    @property
+    def _channels_last(self) -> bool:
+        return "channels_last" in self.form
+
+    def _shapes(self, path: str) -> list[Sizes]:
+        return [shape for site in self._sites[path] for shape in site.input_shapes or ()]
+
+    def _key(self, path: str, layout: Layout) -> str:
+        weight = self._sites[path][0].weight
+        described = [str(weight.dtype), self._channels_last, self._shapes(path), [asdict(spec) for spec in layout]]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]

@@ -1,0 +1,86 @@
+"""Times that were measured on this machine, in a file of plain JSON for every kind of machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxfact.writing import written
+
+_FORMAT = {"format": "fxfact times", "version": 1}
+
+
+@cache
+def _processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What times depend on, but for what is computed: processor or accelerator, threads, version of PyTorch."""
+    on_cpu = device.type == "cpu"
+    return {
+        "device": _processor() if on_cpu else torch.cuda.get_device_name(device) if torch.cuda.is_available() else "",
+        "kind": device.type,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads() if on_cpu else 0,
+        "torch": torch.__version__,
+    }
+
+
+class Kept:
+    """Milliseconds by what was measured, in the folder FXFACT_CACHE, or fxfact in XDG_CACHE_HOME or ~/.cache.
+
+    A file that is damaged, or of another machine, is left aside with a warning and written anew.
+    """
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        self._machine = dict(described)
+        name = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.path = Path(os.environ.get("FXFACT_CACHE") or Path(base) / "fxfact") / f"times-{name}.json"
+        self.ms = self._read()
+
+    def save(self) -> None:
+        """Write the file; where that cannot be, say so and go on."""
+        content = {**_FORMAT, "machine": self._machine, "ms": self.ms}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with written(self.path) as file:
+                file.write(json.dumps(content, indent=0).encode())
+        except OSError as error:
+            warnings.warn(f"{self.path}: times cannot be kept there: {error}. Set FXFACT_CACHE.", stacklevel=2)
+
+    def _read(self) -> dict[str, float]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            return self._aside(str(error))
+        try:
+            found = json.loads(text)
+            times = {str(key): float(ms) for key, ms in found["ms"].items()}
+            described = {key: found[key] for key in (*_FORMAT, "machine")}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return self._aside(f"it is damaged: {error}")
+        if described != {**_FORMAT, "machine": self._machine}:
+            return self._aside("it is of another machine or version")
+        return times if all(0 < ms < float("inf") for ms in times.values()) else self._aside("it holds no times")
+
+    def _aside(self, why: str) -> dict[str, float]:
+        warnings.warn(f"{self.path}: times are measured again, for {why}", stacklevel=4)
+        return {}

@@ -1,0 +1,280 @@
+"""Networks for inference: exact passes, budgets of milliseconds, never slower. Times are made up, and so known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxfact
+from fxfact import inference
+from fxfact.conv_modules import is_conv, write_conv
+from fxfact.errors import ArgumentError, BudgetError
+from fxfact.latency import Kept, clock
+from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise
+from tests.conftest import SPECS, random_input, random_layer
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def normed(channels: int, order: int, **options: Any) -> nn.Module:
+    norm = NORMS[order - 1](channels, **options).double().eval()
+    random = torch.Generator().manual_seed(1)
+    for tensor in [*norm.parameters(), *(b for b in norm.buffers() if b.is_floating_point())]:
+        tensor.data.copy_(torch.rand(tensor.shape, generator=random, dtype=torch.float64) + 0.5)
+    return norm
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_becomes_part_of_the_convolution_before_it(name: str, affine: bool) -> None:
+    spec = SPECS[name]
+    layer = random_layer(spec)
+    stages = write_conv(spec, layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    model = nn.Sequential(*stages, normed(spec.out_channels, spec.order, affine=affine), nn.ReLU()).eval()
+    traced = fx.symbolic_trace(model)
+    before = {key: value.clone() for key, value in traced.state_dict().items()}
+    result = FoldBatchNorms()(traced)
+    assert result is not None
+    assert result.modified
+    folded = result.graph_module
+    assert not any(isinstance(module, NORMS) for module in folded.modules())
+    x = random_input(spec).double()
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(value, before[key]) for key, value in traced.state_dict().items())
+    again = FoldBatchNorms()(folded)
+    assert again is not None
+    assert not again.modified
+    assert again.graph_module is folded
+
+
+class Awkward(nn.Module):
+    """Norms that must stay: in training mode, without statistics, behind what is read elsewhere or called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.four = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.training_norm, self.read, self.twice = (nn.BatchNorm2d(4) for _ in range(3))
+        self.unknown = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.unknown(self.two(self.training_norm(self.one(x))))
+        y = self.three(x)
+        z = self.read(y) + y
+        return self.twice(self.four(z)) + self.four(x)
+
+
+def test_a_batch_norm_that_is_not_only_the_convolutions_stays() -> None:
+    model = Awkward().eval()
+    model.training_norm.train()
+    result = FoldBatchNorms()(fx.symbolic_trace(model))
+    assert result is not None
+    assert not result.modified
+
+
+@pytest.mark.parametrize("bias", [(True, True), (False, True), (True, False), (False, False)])
+def test_pointwise_neighbours_become_one(bias: tuple[bool, bool]) -> None:
+    first, second = nn.Conv2d(6, 8, 1, stride=2, bias=bias[0]), nn.Conv2d(8, 5, 1, bias=bias[1])
+    model = nn.Sequential(first, second, nn.ReLU(), nn.Conv2d(5, 5, 3), nn.Conv2d(5, 2, 1)).double().eval()
+    result = MergePointwise()(fx.symbolic_trace(model))
+    assert result is not None
+    x = torch.randn(2, 6, 9, 9, dtype=torch.float64)
+    torch.testing.assert_close(result.graph_module(x), model(x), rtol=1e-12, atol=1e-12)
+    assert sum(map(is_conv, result.graph_module.modules())) == 3
+    assert sum(map(is_conv, model.modules())) == 4
+
+
+@pytest.mark.parametrize("last", [nn.Conv2d(2, 6, 1, padding=1), nn.Conv2d(2, 6, 1, groups=2), nn.Conv2d(2, 6, 1)])
+def test_pointwise_neighbours_that_would_grow_or_change_stay(last: nn.Module) -> None:
+    result = MergePointwise()(fx.symbolic_trace(nn.Sequential(nn.Conv2d(6, 2, 1), last)))
+    assert result is not None
+    assert not result.modified
+
+
+def test_channels_last_is_of_the_weights_and_of_what_comes_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    result = ChannelsLast()(fx.symbolic_trace(model))
+    assert result is not None
+    x = torch.randn(2, 3, 9, 9)
+    out = result.graph_module(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+    assert model[0].weight.is_contiguous()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.second = nn.Conv2d(32, 48, 3, padding=1)
+        self.third = nn.Conv2d(48, 48, 3, padding=1)
+        self.head = nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(self.third(torch.relu(self.second(x))).mean((2, 3)))
+
+
+class Own(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.sum()) > -1e9 else -x)
+
+
+@pytest.fixture
+def model() -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Net()
+        made.norm.running_mean.normal_()
+        made.norm.weight.data.uniform_(0.5, 2)
+        return made.eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+def macs_of(call: Callable[[], Any]) -> float:
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() / 2e6 + 0.01
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
+    """A machine on which a million multiply-accumulates take a millisecond, and times are kept in a folder of the
+    test's; how many calls were timed at once.
+    """
+    timed: list[int] = []
+
+    def milliseconds(calls: Sequence[Callable[[], Any]], **options: Any) -> list[list[float]]:
+        timed.append(len(calls))
+        return [[macs_of(call)] * 3 for call in calls]
+
+    monkeypatch.setattr(clock, "milliseconds", milliseconds)
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [min(t) for t in milliseconds(calls)])
+    monkeypatch.setenv("FXFACT_CACHE", str(tmp_path / "times"))
+    return timed
+
+
+@pytest.mark.parametrize("kind", [Net, Own])
+def test_the_form_for_inference_computes_the_same(kind: type[Net], model: Net, x: Tensor) -> None:
+    own = kind().eval()
+    own.load_state_dict(model.state_dict())
+    found = fxfact.for_inference(own.train(), x)
+    torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-5)
+    assert own.training
+    assert any(isinstance(module, nn.BatchNorm2d) for module in found.modules()) == (kind is Own)
+    with pytest.raises(ArgumentError, match="exported program"):
+        fxfact.for_inference(torch.export.export(model, (x,)), x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Net, Own])
+@pytest.mark.parametrize("budget", [fxfact.Latency(0.5), fxfact.Latency(at_most_ms=2.0)])
+def test_a_budget_of_milliseconds_is_met_as_measured(kind: type[Net], budget: Any, model: Net, x: Tensor) -> None:
+    own = kind().eval()
+    own.load_state_dict(model.state_dict())
+    small = fxfact.factorize(own, budget=budget, example_inputs=x, verify=True)
+    plan = fxfact.plan_of(small)
+    assert plan.network.ms == pytest.approx(2 * plan.network.macs / 1e6 + 0.01)
+    assert plan.after.ms is not None
+    assert plan.after.ms <= budget.allowed(plan.network)
+    assert plan.timed is not None
+    assert plan.timed[1] == pytest.approx(plan.after.ms, rel=0.05)
+    assert not small.training
+    assert all(rank % 8 == 0 or rank in (32, 48, 3) for decision in plan.rewrites for rank in decision.rank or ())
+    assert "ms" in str(plan)
+    assert fxfact.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    again = fxfact.apply(plan, own)
+    torch.testing.assert_close(again(x), small(x))
+    assert fxfact.verify(own, small, x).right
+    assert fxfact.report(own, small, x).right
+
+
+def test_what_does_not_measure_faster_stays_with_that_reason(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[1.0] * 3, *[[2.0] * 3] * (len(calls) - 1)])
+    with pytest.raises(BudgetError, match="can go down to"):
+        fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
+    plan = fxfact.plan(model, budget=fxfact.Latency(1.0), example_inputs=x)
+    assert not plan.rewrites
+    assert "no chain measures faster: 1 ms as it is, 2 ms at best" in plan["second"].reason
+
+
+def test_a_network_that_is_not_faster_in_the_whole_stays_dense(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = iter([[40.0, 30.0, 40.0, 35.0], [30.0, 31.0]])
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: next(taken))
+    small = fxfact.factorize(model, budget=fxfact.Latency(0.9), example_inputs=x)
+    plan = fxfact.plan_of(small)
+    assert not plan.rewrites
+    assert plan.form == ("fold_batch_norms",)
+    assert "the whole network measured slower: 30 → 31 ms" in [decision.reason for decision in plan]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_under_load_it_says_so_and_plans_by_macs(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = [1.0, 2.0, 2.0]
+    monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [spread] * len(calls))
+    with pytest.warns(UserWarning, match=r"under load.*0\.50 of the MACs"):
+        plan = fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
+    by_macs = fxfact.plan(model, budget=fxfact.Macs(0.5), example_inputs=x, multiple_of=8)
+    assert [d.rank for d in plan] == [d.rank for d in by_macs]
+
+
+def test_times_are_measured_once(model: Net, x: Tensor, told: list[int]) -> None:
+    fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
+    first = list(told)
+    assert sum(first) > 20
+    told.clear()
+    fxfact.plan(model, budget=fxfact.Latency(0.7), example_inputs=x)
+    assert told == first[:1]  # the forms of the whole network
+
+
+def test_a_budget_of_milliseconds_needs_inputs_and_numbers(model: Net) -> None:
+    with pytest.raises(BudgetError, match="example_inputs"):
+        fxfact.plan(model, budget=fxfact.Latency(0.5))
+    with pytest.raises(BudgetError, match="no budget"):
+        fxfact.Latency(1.5)
+    with pytest.raises(BudgetError, match="no budget"):
+        fxfact.Latency(0.5, at_most_ms=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "damaged"),
+        (b"\xff\xfe", "can't decode"),
+        (b"[]", "damaged"),
+        (b'{"format": "fxfact times", "version": 1, "machine": {}, "ms": {"a": 1.0}}', "another machine"),
+        (b'{"format": "fxfact times", "version": 1, "machine": {"kind": "toaster"}, "ms": {"a": -1.0}}', "no times"),
+        (b'{"format": "fxfact times", "version": 1, "machine": {"kind": "toaster"}, "ms": {"a": "x"}}', "damaged"),
+    ],
+)
+def test_a_file_of_times_that_cannot_be_used_is_left_aside(content: bytes, words: str) -> None:
+    kept = Kept({"kind": "toaster"})
+    kept.ms["a"] = 2.0
+    kept.save()
+    assert Kept({"kind": "toaster"}).ms == {"a": 2.0}
+    assert Kept({"kind": "oven"}).ms == {}
+    kept.path.write_bytes(content)
+    with pytest.warns(UserWarning, match=words):
+        assert Kept({"kind": "toaster"}).ms == {}
+
+
+def test_times_that_cannot_be_kept_are_used_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FXFACT_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="measured again"):
+        kept = Kept({"kind": "toaster"})
+    with pytest.warns(UserWarning, match="FXFACT_CACHE"):
+        kept.save()
