@@ -286,8 +286,10 @@ path = sys.argv[1]
 model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 64, 3))
 small = fxfact.factorize(model, "tucker", rank=0.5)
 fxfact.save(small, path)
+with torch.no_grad():
+    first = {float(p.flatten()[0]) for p in small.parameters()}
 random.seed(0)
-killed = 0
+killed = written = 0
 for turn in range(100):
     child = os.fork()
     if not child:
@@ -298,9 +300,11 @@ for turn in range(100):
     time.sleep(random.uniform(0, 0.01))
     os.kill(child, signal.SIGKILL)
     killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    values = {float(p.flatten()[0]) for p in fxfact.load(path, model).parameters()}
-    assert turn == 0 or len(values) == 1, values
-print(killed)
+    with torch.no_grad():
+        values = {float(p.flatten()[0]) for p in fxfact.load(path, model).parameters()}
+    assert values == first or len(values) == 1, values
+    written += len(values) == 1
+print(killed, written > 10)
 """
 
 
@@ -309,4 +313,4 @@ def test_a_process_that_is_killed_while_saving_leaves_a_whole_file(tmp_path: Pat
         [sys.executable, "-c", _KILLED, str(tmp_path / "small.pt")],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
-    assert done.stdout.strip() == "100", done.stderr
+    assert done.stdout.strip() == "100 True", done.stderr
