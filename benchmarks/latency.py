@@ -1,0 +1,181 @@
+"""How much faster networks become: the dense network in its fastest form against fxfact's, and against other ways.
+
+    python -m benchmarks.latency                                                # hours on two cores
+    python -m benchmarks.latency --networks resnet18 --batches 1 --threads 1    # some minutes
+    python -m benchmarks.latency --networks resnet18 --batches 1 --compiled     # inductor with freezing as well
+
+Random weights, no data: the times do not depend on them. ``faster`` is the fastest dense form's time over that of the
+fastest form here, all taking turns, medians; ``±`` the larger of the two spreads (half the range between the quartiles,
+relative); ``efficiency`` is ``faster`` over ``fewer MACs``; ``foreseen`` the planned time over the measured one of the
+same form; ``loss`` the sum of the squares of the kernels' relative errors. Uniform: the same factorization and fraction
+everywhere, at the MACs that the budget of milliseconds came to. TensorLy-Torch's layers are measured where it is
+installed (pip install --no-deps tensorly-torch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxfact
+from benchmarks.report import save, show
+from benchmarks.untrained import TIMED
+from fxfact.timing import milliseconds
+
+
+class Contest:
+    """One network at one batch size: its forms, and those of what replaces it."""
+
+    def __init__(self, name: str, batch: int, given: argparse.Namespace) -> None:
+        self._given = given
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = TIMED[name].build().eval()
+            self.x = torch.randn(batch, *TIMED[name].sample)
+        self.forms: dict[str, list[nn.Module]] = {"dense": self._forms(self.model)}
+        self.facts: dict[str, dict[str, Any]] = {"dense": {}}
+
+    def add(self, rule: str, network: nn.Module, plan: fxfact.Plan | None, seconds: float) -> None:
+        """A network to be timed; the plan knows its cost."""
+        self.forms[rule] = [network] if plan is not None and plan.form else self._forms(network)
+        if self._given.compiled:
+            self.forms[rule] = self._compiled(self.forms[rule])
+        facts: dict[str, Any] = {"s": seconds}
+        if plan is not None:
+            assert plan.network.macs
+            assert plan.after.macs
+            facts |= {"fewer MACs": plan.network.macs / plan.after.macs, "loss": _loss(network)}
+            facts |= {"foreseen ms": plan.after.ms}
+        self.facts[rule] = facts
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything timed, taking turns."""
+        names = [(rule, network) for rule, networks in self.forms.items() for network in networks]
+        calls: list[Callable[[], object]] = [partial(network, self.x) for _, network in names]
+        times = milliseconds(calls, repeats=self._given.repeats)
+        best: dict[str, list[float]] = {}
+        for (rule, _), own in zip(names, times, strict=True):
+            best[rule] = min(best.get(rule, own), own, key=median)
+        dense = best["dense"]
+        rows = []
+        for rule, own in best.items():
+            facts = self.facts[rule]
+            faster = median(dense) / median(own)
+            fewer, foreseen = facts.get("fewer MACs"), facts.get("foreseen ms")
+            rows.append({
+                "rule": rule, "ms": median(own), "faster": faster, "±": max(_spread(dense), _spread(own)),
+                "fewer MACs": fewer, "efficiency": faster / fewer if fewer else None,
+                "foreseen": foreseen / median(own) if foreseen else None, "loss": facts.get("loss"),
+                "s": facts.get("s"),
+            })  # fmt: skip
+        return rows
+
+    def _forms(self, network: nn.Module) -> list[nn.Module]:
+        last = copy.deepcopy(network).to(memory_format=torch.channels_last) if self.x.ndim == 4 else network
+        forms = [network, last, fxfact.for_inference(network, self.x)]
+        return self._compiled(forms) if self._given.compiled and network is self.model else forms
+
+    def _compiled(self, forms: list[nn.Module]) -> list[nn.Module]:
+        """With inductor and freezing as well."""
+        torch._inductor.config.freezing = True
+        compiled: Any = torch.compile(copy.deepcopy(forms[-1]))
+        with torch.no_grad():
+            compiled(self.x)
+        return [*forms, compiled]
+
+
+def _loss(network: nn.Module) -> float:
+    errors = [row.relative_error for row in fxfact.inspect(network).rows]
+    return sum(error**2 for error in errors if error is not None)
+
+
+def _spread(times: list[float]) -> float:
+    low, _, high = quantiles(times, n=4)
+    return (high - low) / 2 / median(times)
+
+
+def _uniform(contest: Contest, rule: str, macs: int) -> tuple[nn.Module, fxfact.Plan] | None:
+    """The largest fraction, everywhere, that is within these MACs."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(7):
+        middle = (low + high) / 2
+        plan = fxfact.plan(contest.model, [rule, "pointwise_svd"], rank=middle, example_inputs=contest.x)
+        if plan.after.macs is not None and plan.after.macs <= macs:
+            low, best = middle, plan
+        else:
+            high = middle
+    return None if best is None else (fxfact.apply(best, contest.model), best)
+
+
+def _tensorly(plan: fxfact.Plan, model: nn.Module) -> nn.Module | None:
+    """TensorLy-Torch's layers in the same places, with the same ranks, where the plan has Tucker."""
+    try:
+        from tltorch import FactorizedConv  # noqa: PLC0415 (an extra of the benchmark)
+    except ImportError:
+        return None
+    network = copy.deepcopy(model)
+    for decision in plan.rewrites:
+        if decision.factorization is None or decision.factorization.name != "tucker" or decision.spec is None:
+            continue
+        conv: Any = network.get_submodule(decision.path)
+        rank = (*(decision.rank or ()), *decision.spec.kernel_size)
+        layer = FactorizedConv.from_conv(
+            conv, rank=rank, factorization="tucker", implementation="factorized", decompose_weights=False
+        )
+        owner, _, name = decision.path.rpartition(".")
+        setattr(network.get_submodule(owner), name, layer)
+    return network.eval()
+
+
+def compete(name: str, batch: int, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of a network at a batch size."""
+    contest = Contest(name, batch, given)
+    for share in given.shares:
+        started = time.perf_counter()
+        small = fxfact.factorize(contest.model, budget=fxfact.Latency(share), example_inputs=contest.x)
+        plan = fxfact.plan_of(small)
+        contest.add(f"fxfact at {share}", small, plan, time.perf_counter() - started)
+        assert plan.after.macs is not None
+        for rule in given.rules:
+            started = time.perf_counter()
+            if (found := _uniform(contest, rule, plan.after.macs)) is not None:
+                contest.add(f"uniform {rule} at {share}", *found, time.perf_counter() - started)
+                if rule == "tucker" and (theirs := _tensorly(found[1], contest.model)) is not None:
+                    contest.add(f"TensorLy-Torch at {share}", theirs, None, 0.0)
+    return contest.rows()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(TIMED), default=list(TIMED))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5, 0.4], help="budgets, of the dense time")
+    parser.add_argument("--rules", nargs="*", default=["tucker", "cp"], help="uniform ones, at the same MACs")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--compiled", action="store_true", help="inductor with freezing as a further form")
+    given = parser.parse_args()
+    tables: dict[str, Any] = {}
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        for name in given.networks:
+            for batch in given.batches:
+                title = f"{name}, batch {batch}, {threads} threads"
+                try:
+                    tables[title] = compete(name, batch, given)
+                except fxfact.FxfactError as error:
+                    tables[title] = [{"rule": "fxfact", "refused": str(error)}]
+                show(title, tables[title])
+                save("latency", tables)
+
+
+if __name__ == "__main__":
+    main()
