@@ -140,7 +140,9 @@ def compete(name: str, batch: int, given: argparse.Namespace) -> list[dict[str, 
     contest = Contest(name, batch, given)
     for share in given.shares:
         started = time.perf_counter()
-        small = fxfact.factorize(contest.model, budget=fxfact.Latency(share), example_inputs=contest.x)
+        small = fxfact.factorize(
+            contest.model, budget=fxfact.Latency(share, compiled=given.compiled), example_inputs=contest.x
+        )
         plan = fxfact.plan_of(small)
         contest.add(f"fxfact at {share}", small, plan, time.perf_counter() - started)
         assert plan.after.macs is not None

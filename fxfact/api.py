@@ -94,7 +94,7 @@ def factorize(
     carry_out = partial(_carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
     result = carry_out(decided)
     if isinstance(budget, Latency) and isinstance(result, nn.Module):
-        result = never_slower(captured, decided, result, carry_out)
+        result = never_slower(captured, decided, result, carry_out, compiled=budget.compiled)
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     return cast(_Model, result)

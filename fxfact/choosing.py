@@ -94,8 +94,9 @@ def _clocked(
 
     Raises BudgetError.
     """
-    form = best_form(captured)
-    clock = Clock(captured.sites, form.ms, form.passes)
+    form = best_form(captured, compiled=budget.compiled)
+    channels_last = "channels_last" in form.passes
+    clock = Clock(captured.sites, form.ms, channels_last=channels_last, compiled=budget.compiled)
     selected = replace(selected, form=form.passes, ms=form.ms)
     share = min(1.0, budget.allowed(Cost(0, None, form.ms)) / form.ms)
     selected.plan(captured, replace(strategy, budget=Params(1.0), statistics=None, clock=clock))

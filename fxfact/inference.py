@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -29,16 +30,18 @@ class Form:
     ms: float
 
 
-def best_form(captured: Captured) -> Form:
+def best_form(captured: Captured, *, compiled: bool = False) -> Form:
     """The fastest form of a network on its example inputs. Raises BudgetError where there are none."""
     if captured.example_inputs is None:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
-    graph = isinstance(captured.network, fx.GraphModule) and captured.program is None
-    forms = [form for form in _FORMS if graph or form in ((), ("channels_last",))]
+    can_be_folded = isinstance(captured.network, fx.GraphModule) and captured.program is None
+    forms = [form for form in _FORMS if can_be_folded or "fold_batch_norms" not in form]
     if captured.program is not None:
         forms = [()]
+    elif compiled:  # the compiler chooses the memory format itself
+        forms = [forms[1]] if can_be_folded else [()]
     network = evaluated(private_copy(captured.network))
-    times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs)
+    times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
     return min((Form(form, ms) for form, ms in zip(forms, times, strict=True)), key=lambda form: form.ms)
 
 
@@ -53,17 +56,20 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     captured = capture(model, example_inputs)
     network = in_form(evaluated(captured.network), _FOR_ALL)
     forms = [network, in_form(network, ("channels_last",))]
-    times = _milliseconds(forms, example_inputs)
+    times = _milliseconds(forms, example_inputs, compiled=False)
     return forms[times.index(min(times))]
 
 
-def never_slower(captured: Captured, plan: Plan, result: nn.Module, carry_out: Callable[[Plan], Any]) -> nn.Module:
+def never_slower(
+    captured: Captured, plan: Plan, result: nn.Module, carry_out: Callable[[Plan], Any], *, compiled: bool
+) -> nn.Module:
     """What was made by a plan with a form, if it measures no slower than the dense network in that form; else that, as
     ``carry_out`` makes it of a plan without rewrites, each with the reason.
     """
     assert captured.example_inputs is not None
     dense = in_form(evaluated(private_copy(captured.network)), plan.form)
-    before, after = _milliseconds([dense, evaluated(private_copy(result))], captured.example_inputs)
+    networks = [dense, evaluated(private_copy(result))]
+    before, after = _milliseconds(networks, captured.example_inputs, compiled=compiled)
     if after <= before:
         *earlier, last = applied(result)
         record_all(result, (*earlier, replace(last, plan=replace(plan, timed=(before, after)))))
@@ -74,7 +80,19 @@ def never_slower(captured: Captured, plan: Plan, result: nn.Module, carry_out: C
     return kept
 
 
-def _milliseconds(networks: list[nn.Module], example_inputs: ExampleInputs) -> list[float]:
+def _milliseconds(networks: Sequence[nn.Module], example_inputs: ExampleInputs, *, compiled: bool) -> list[float]:
     args, kwargs = copied_arguments(example_inputs)
-    calls: list[Callable[[], Any]] = [partial(network, *args, **kwargs) for network in networks]
-    return fastest(calls, repeats=15)
+    calls: list[Callable[..., Any]] = [
+        _compiled(network, args, kwargs) if compiled else network for network in networks
+    ]
+    return fastest([partial(call, *args, **kwargs) for call in calls], repeats=15)
+
+
+@torch.no_grad()
+def _compiled(network: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
+    import torch._inductor.config as inductor  # noqa: PLC0415 (takes seconds, so only who compiles imports it)
+
+    with inductor.patch(freezing=True):
+        call: Callable[..., Any] = torch.compile(network)
+        call(*args, **kwargs)
+    return call

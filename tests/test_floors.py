@@ -28,7 +28,7 @@ FLOORS = [
     ["calibration.likelihood", "calibration.batches", "calibration.moments"],
     ["calibration.collecting"],
     ["calibration.measuring"],
-    ["latency.kept"],
+    ["latency.frozen", "latency.kept"],
     ["latency.clock"],
     ["ranks.base", "ranks.budgets", "ranks.knapsack", "ranks.bearing", "nn"],
     ["ranks.rules", "ranks.clocking"],

@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.skipif(data_folder() is None, reason="trained weights are not here: set FXFACT_DATA to their folder")
 def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FXFACT_CACHE", str(tmp_path))
     room: dict[str, object] = {}
     before, after = README.split("## Use it with\n")  # whose pages are run one by one, in test_recipes
     blocks = re.findall(r"```python\n(.*?)```", before + after.split("\n## ", 1)[1], flags=re.DOTALL)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.conv_modules import to_channels_last, write_conv
+from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
 from fxfact.timing import milliseconds
@@ -26,12 +27,12 @@ class Clock:
     """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
     the memory format in which it runs, all of a convolution taking turns; what is known is not measured again.
 
-    ``network`` is the milliseconds of the whole dense network in its fastest ``form`` (passes of
-    ``fxfact.passes.in_form``).
+    ``network`` is the milliseconds of the whole dense network in its fastest form; ``channels_last`` and ``compiled``,
+    with frozen weights, are how it runs in that.
     """
 
-    def __init__(self, sites: Sequence[ConvSite], network: float, form: tuple[str, ...]) -> None:
-        self.network, self.form = network, form
+    def __init__(self, sites: Sequence[ConvSite], network: float, *, channels_last: bool, compiled: bool) -> None:
+        self.network, self._channels_last, self._compiled = network, channels_last or compiled, compiled
         self._sites: Mapping[str, list[ConvSite]] = {
             site.path: [other for other in sites if site.path in (other.path, other.tied_to)] for site in sites
         }
@@ -68,17 +69,22 @@ class Clock:
         weight = self._sites[path][0].weight
         shapes = self._shapes(path)
         inputs = {shape: self._formatted(torch.randn(shape).to(weight)) for shape in shapes}
+
+        def run(calls: Sequence[tuple[nn.Module, Tensor]]) -> None:
+            for chain, x in calls:
+                chain(x)
+
+        def ready(chain: nn.Sequential, x: Tensor) -> nn.Module:
+            return frozen(chain, x) if self._compiled else chain
+
         chains = [self._chain(layout, weight) for layout in layouts]
-
-        def run(chain: nn.Module) -> None:
-            for shape in shapes:
-                chain(inputs[shape])
-
-        turns = milliseconds([partial(run, chain) for chain in chains], repeats=_REPEATS)
+        by_shape = [{shape: ready(chain, x) for shape, x in inputs.items()} for chain in chains]
+        calls = [[(chain[shape], inputs[shape]) for shape in shapes] for chain in by_shape]
+        turns = milliseconds([partial(run, each) for each in calls], repeats=_REPEATS)
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return [min(times) for times in turns]
 
-    def _chain(self, layout: Layout, like: Tensor) -> nn.Module:
+    def _chain(self, layout: Layout, like: Tensor) -> nn.Sequential:
         """Stages that hold random numbers."""
         stages: list[nn.Module] = []
         for spec in layout:
@@ -93,14 +99,11 @@ class Clock:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if self._channels_last else {}
         return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
 
-    @property
-    def _channels_last(self) -> bool:
-        return "channels_last" in self.form
-
     def _shapes(self, path: str) -> list[Sizes]:
         return [shape for site in self._sites[path] for shape in site.input_shapes or ()]
 
     def _key(self, path: str, layout: Layout) -> str:
         weight = self._sites[path][0].weight
-        described = [str(weight.dtype), self._channels_last, self._shapes(path), [asdict(spec) for spec in layout]]
+        how = [str(weight.dtype), self._channels_last, self._compiled]
+        described = [*how, self._shapes(path), [asdict(spec) for spec in layout]]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]

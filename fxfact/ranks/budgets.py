@@ -69,15 +69,22 @@ class Params(Budget):
 
 
 @final
+@dataclass(frozen=True, init=False)
 class Latency(Budget):
     """Milliseconds of one call with the example inputs, on this machine: a share of what the dense network takes in the
-    fastest of its forms, or ``at_most_ms``.
+    fastest of its forms, or ``at_most_ms``. ``compiled``: as torch.compile runs it, with frozen weights
+    (``torch._inductor.config.freezing``).
     """
+
+    compiled: bool = False
 
     unit = "ms"
 
-    def __init__(self, fraction: float | None = None, *, at_most_ms: float | None = None) -> None:
+    def __init__(
+        self, fraction: float | None = None, *, at_most_ms: float | None = None, compiled: bool = False
+    ) -> None:
         super().__init__(fraction, at_most_ms)
+        object.__setattr__(self, "compiled", compiled)
 
     def amount(self, cost: Cost) -> float:
         """The milliseconds."""

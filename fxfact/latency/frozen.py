@@ -1,0 +1,43 @@
+"""Convolutions as PyTorch's compiler runs them with frozen weights, without it: oneDNN's, on packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfact.conv_modules import TRANSPOSED_TYPES, is_conv
+
+
+class _Packed(nn.Module):
+    """What inductor puts in a convolution's place (torch/_inductor/fx_passes/mkldnn_fusion.py)."""
+
+    def __init__(self, conv: Any, size: torch.Size) -> None:
+        super().__init__()
+        settings = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *settings, list(size))
+        bias = None if conv.bias is None else conv.bias.detach()
+        self._arguments: tuple[Any, ...] = (weight, bias, *settings, "none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, *size) to (batch, out, *size)."""
+        found: Tensor = torch.ops.mkldnn._convolution_pointwise.default(x, *self._arguments)
+        return found
+
+
+@torch.no_grad()
+def frozen(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
+    """The chain for inputs like ``x``; stages that oneDNN does not compute that way are as they were."""
+    stages: list[nn.Module] = []
+    for stage in chain:
+        stages.append(_Packed(stage, x.shape) if _can_be_packed(stage, x) else stage)
+        x = stage(x)
+    return nn.Sequential(*stages)
+
+
+def _can_be_packed(stage: Any, x: Tensor) -> bool:
+    if not is_conv(stage) or isinstance(stage, TRANSPOSED_TYPES) or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    plain = stage.padding_mode == "zeros" and not isinstance(stage.padding, str) and x.ndim >= 4
+    return bool(plain and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"))
