@@ -16,6 +16,7 @@ from fxfact import inference
 from fxfact.conv_modules import is_conv, write_conv
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.latency import Kept, clock
+from fxfact.latency.frozen import frozen
 from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise
 from tests.conftest import SPECS, random_input, random_layer
 
@@ -220,6 +221,37 @@ def test_a_network_that_is_not_faster_in_the_whole_stays_dense(
     assert plan.form == ("fold_batch_norms",)
     assert "the whole network measured slower: 30 → 31 ms" in [decision.reason for decision in plan]
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "strided", "dilated", "groups", "3-D", "1-D", "reflect", "transposed"])
+def test_frozen_convolutions_compute_the_same(name: str) -> None:
+    layer = random_layer(SPECS[name])
+    bias = None if layer.bias is None else layer.bias.float()
+    chain = nn.Sequential(*write_conv(layer.spec, layer.weight.float(), bias), nn.Identity())
+    x = random_input(layer.spec).float()
+    ready = frozen(chain, x)
+    torch.testing.assert_close(ready(x), chain(x), rtol=1e-4, atol=1e-4)
+    packed = name in ("plain", "strided", "dilated", "groups", "3-D") and torch._C._has_mkldnn
+    assert is_conv(ready[0]) == (not packed)
+
+
+@pytest.mark.slow
+def test_a_budget_for_the_compiler_is_planned_and_compiled(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Callable[..., Any]] = []
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 9.0][: len(calls)])
+    monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[3.0] * 3, *[[1.0] * 3] * (len(calls) - 1)])
+    compiled = inference._compiled
+
+    def noted(network: nn.Module, *given: Any) -> Callable[..., Any]:
+        seen.append(network)
+        return compiled(network, *given)
+
+    monkeypatch.setattr(inference, "_compiled", noted)
+    small = fxfact.factorize(model, budget=fxfact.Latency(0.9, compiled=True), example_inputs=x)
+    assert len(seen) == 3  # the dense network, and both side by side
+    torch.testing.assert_close(compiled(small, (x,), {})(x), small(x), rtol=1e-4, atol=1e-4)
 
 
 def test_under_load_it_says_so_and_plans_by_macs(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
