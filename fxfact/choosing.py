@@ -99,7 +99,7 @@ def _clocked(
     clock = Clock(captured.sites, form.ms, channels_last=channels_last, compiled=budget.compiled)
     selected = replace(selected, form=form.passes, ms=form.ms)
     share = min(1.0, budget.allowed(Cost(0, None, form.ms)) / form.ms)
-    selected.plan(captured, replace(strategy, budget=Params(1.0), statistics=None, clock=clock))
+    selected.plan(captured, replace(strategy, budget=Params(1.0), clock=clock))
     clock.save()
     if not clock.noisy:
         return selected, replace(strategy, clock=clock), budget

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
-from fxfact.copying import evaluated, private_copy
+from fxfact.copying import copy_sharing, evaluated, private_copy
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.passes import applied, in_form, record_all
 from fxfact.planning import Plan
@@ -57,7 +57,7 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     network = in_form(evaluated(captured.network), _FOR_ALL)
     forms = [network, in_form(network, ("channels_last",))]
     times = _milliseconds(forms, example_inputs, compiled=False)
-    return forms[times.index(min(times))]
+    return copy_sharing(forms[times.index(min(times))], set())
 
 
 def never_slower(

@@ -27,9 +27,9 @@ def curve_of(
     ones, where they change most, and interpolated between, their logarithm over the rank. The largest ranks, which save
     little and take long, count as the last that was computed.
     """
-    if metric is None and (bounds := factorization.bounds(layer, ranks)) is not None:
-        return bounds
     key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
+    if key not in known and metric is None and (bounds := factorization.bounds(layer, ranks)) is not None:
+        known[key] = list(zip(ranks, bounds, strict=True))
     if key not in known:
         places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(ranks) - 1)
         computed = [ranks[k] for k in np.unique(places.round().astype(int))]
