@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxfact.calibration import Batches, Likelihood, Statistics
+from fxfact.calibration import Batches, Likelihood, Statistics, first_sample
 from fxfact.calibration import calibrate as collect
 from fxfact.capture import Captured, ExampleInputs, How, reexport
 from fxfact.capture import capture as capture_model
@@ -85,12 +85,15 @@ def factorize(
     """
     strategy = _strategy(factorization, rank, budget, multiple_of, progress)
     decomposing = Decomposing(generator=generator, executor=executor, progress=progress)
+    example_inputs, calibration = _example(model, example_inputs, calibration)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     selected = Selected(include, exclude, allow_growth)
     data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, progress=progress)
-    decided, statistics = choose(captured, strategy, selected, budget, data)
+    decided, statistics, decomposed = choose(captured, strategy, selected, budget, data)
+    if generator is None:  # else what is random is drawn from it
+        decomposing = replace(decomposing, known=decomposed)
     carry_out = partial(_carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
     result = carry_out(decided)
     if isinstance(budget, Latency) and isinstance(result, nn.Module):
@@ -143,7 +146,8 @@ def plan(
     multiple_of: ranks under a budget are multiples of it, or full. Default: 1, of milliseconds 8.
     example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
         MACs, show which convolutions the model calls and how, and what was captured is compared with the model on
-        them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own.
+        them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own. Default: the first
+        sample of the batches given as calibration.
     include, exclude: globs on the path, or a predicate on (path, ConvSpec).
     allow_growth: also rewrite what would have more parameters or (where known) more MACs than the convolution.
     capture: 'trace', the model becomes one torch.fx graph; 'modules', it keeps its own Python and its convolution
@@ -154,10 +158,11 @@ def plan(
     progress: True for tqdm's bars, or what is called as tqdm is.
     """
     strategy = _strategy(factorization, rank, budget, multiple_of, progress)
+    example_inputs, calibration = _example(model, example_inputs, calibration)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     selected = Selected(include, exclude, allow_growth)
     data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, progress=progress)
-    return choose(captured, strategy, selected, budget, data)[0]
+    return choose(captured, strategy, selected, budget, data).plan
 
 
 def apply(
@@ -207,8 +212,11 @@ def calibrate(
     the sample. Where ``torch.distributed`` is initialised every process gives its own samples, and gets the statistics
     of all. The other arguments are those of ``plan``. Raises CalibrationError, CaptureError.
     """
+    example_inputs, given = _example(model, example_inputs, batches)
+    assert given is not None
+    assert not isinstance(given, Statistics)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    return collect(captured, batches, likelihood=likelihood, seed=seed, progress=progress)
+    return collect(captured, given, likelihood=likelihood, seed=seed, progress=progress)
 
 
 def plan_of(network: nn.Module | ExportedProgram) -> Plan:
@@ -234,6 +242,16 @@ def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.M
     program = reexport(captured.program, rewritten)
     record(program.graph_module, applied(rewritten)[-1])
     return program
+
+
+def _example(
+    model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None, calibration: Batches | Statistics | None
+) -> tuple[ExampleInputs | None, Batches | Statistics | None]:
+    """What is given, or a sample of the data; and the data. Raises CalibrationError."""
+    needed = example_inputs is None and isinstance(model, nn.Module)
+    if not needed or calibration is None or isinstance(calibration, Statistics):
+        return example_inputs, calibration
+    return first_sample(cast(nn.Module, model), calibration)
 
 
 def _strategy(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of
 from fxfact.capture import Captured, ExampleInputs
-from fxfact.conv import compose, to_torch
+from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, CalibrationError
 from fxfact.inference import best_form
 from fxfact.latency import Clock
+from fxfact.passes import Decomposed, decompose
 from fxfact.planning import Decision, Plan, Selection, make_plan
 from fxfact.progress import Progress, shown
 from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinBudget
@@ -51,21 +53,29 @@ class Data:
     progress: Progress = False
 
 
+class Chosen(NamedTuple):
+    """The plan, the statistics that it was made with, and what was decomposed on the way, by ``Decision.rewrite``."""
+
+    plan: Plan
+    statistics: Statistics | None
+    decomposed: Mapping[str, Decomposed]
+
+
 def choose(
     captured: Captured,
     strategy: Requested | WithinBudget,
     selected: Selected,
     budget: Budget | Loss | None,
     data: Data,
-) -> tuple[Plan, Statistics | None]:
-    """The plan, and the statistics that it was made with. Raises ArgumentError, BudgetError, CalibrationError."""
+) -> Chosen:
+    """Raises ArgumentError, BudgetError, CalibrationError."""
     if not isinstance(strategy, WithinBudget):
         if data.held_out is not None:
             raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
         statistics = data.calibration
         if statistics is not None and not isinstance(statistics, Statistics):
             statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.progress)
-        return selected.plan(captured, replace(strategy, statistics=statistics)), statistics
+        return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
     strategy = replace(strategy, statistics=statistics)
     if isinstance(budget, Latency):
@@ -75,16 +85,17 @@ def choose(
         plans = [selected.plan(captured, replace(strategy, budget=some))]
         if measure is None:
             return plans[0]
-        for evenness in shown(_EVENNESS[1:], len(_EVENNESS) - 1, "measuring", data.progress):
+        for evenness in _EVENNESS[1:]:
             even = selected.plan(captured, replace(strategy, budget=some, evenness=evenness))
             plans.append(replace(even, front=plans[0].front))
         return min((replace(plan, measured=measure(plan)) for plan in plans), key=lambda plan: plan.measured or 0.0)
 
     if isinstance(budget, Loss):
-        assert measure is not None
-        return _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs), statistics
-    assert budget is not None
-    return plan_for(budget), statistics
+        best = _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs)
+    else:
+        assert budget is not None
+        best = plan_for(budget)
+    return Chosen(best, statistics, {} if measure is None else measure.decomposed)
 
 
 def _clocked(
@@ -156,7 +167,7 @@ def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statis
         statistics = calibrate(captured, kept, likelihood=measured.likelihood, progress=data.progress)
     if not (needed or measured.likelihood.measures or data.held_out is not None):
         return statistics, None
-    return statistics, _Measure(captured, statistics, measured)
+    return statistics, _Measure(captured, statistics, measured, data.progress)
 
 
 def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
@@ -180,30 +191,30 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[Exam
 class _Measure:
     """How far the network that a plan would make is from the original on held-out data."""
 
-    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut) -> None:
+    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut, progress: Progress) -> None:
         self._captured, self._statistics, self._held_out = captured, statistics, held_out
         self._sites = {site.path: site for site in captured.sites}
-        self._kernels: dict[str, Tensor] = {}
+        self._progress = progress
         self._known: dict[frozenset[str], float] = {}
+        self.decomposed: dict[str, Decomposed] = {}
 
     def __call__(self, plan: Plan) -> float:
         """Nats for one sample."""
-        key = frozenset(_rewrite(decision) for decision in plan.rewrites)
+        key = frozenset(decision.rewrite for decision in plan.rewrites)
         if key not in self._known:
-            kernels = {decision.path: self._kernel(decision) for decision in plan.rewrites}
+            rewrites = shown(plan.rewrites, len(plan.rewrites), "measuring", self._progress)
+            kernels = {decision.path: self._kernel(decision) for decision in rewrites}
             network = evaluated(with_kernels(private_copy(self._captured.network), kernels))
             self._known[key] = self._held_out.divergence(network)
         return self._known[key]
 
     def _kernel(self, decision: Decision) -> Tensor:
+        """What the chain of a decision composes to, in PyTorch's layout."""
         site = self._sites[decision.tied_to or decision.path]
-        key = _rewrite(replace(decision, path=site.path))
-        if key not in self._kernels and decision.factorization and decision.rank:
+        own = replace(decision, path=site.path)
+        if own.rewrite not in self.decomposed:
             metric = self._statistics.metric(site.path, site.spec)
-            chain = decision.factorization.decompose(site.layer, decision.rank, metric=metric)
-            self._kernels[key] = to_torch(site.spec, compose(chain))
-        return self._kernels[key]
-
-
-def _rewrite(decision: Decision) -> str:
-    return f"{decision.path} {decision.factorization} {decision.rank}"
+            self.decomposed[own.rewrite] = decompose(site.layer, own, None, metric)
+        weights, _ = self.decomposed[own.rewrite]
+        parts = [weight.reshape(spec.weight_shape) for weight, spec in zip(weights, decision.stages, strict=True)]
+        return to_torch(site.spec, compose_weights(decision.stages, parts))

@@ -34,6 +34,10 @@ class Recovery:
     steps: int
     seconds: float
 
+    def __str__(self) -> str:
+        many = f"{self.steps} steps in {self.seconds:.1f} s"
+        return f"{many}: {self.before:.4g} → {self.after:.4g} nats from the original, on held-out batches"
+
 
 @torch.inference_mode(False)
 @torch.enable_grad()

@@ -46,6 +46,10 @@ class Repair:
     paths: tuple[str, ...]
     seconds: float
 
+    def __str__(self) -> str:
+        many = f"{len(self.paths)} chains repaired in {self.seconds:.1f} s"
+        return f"{many}: {self.before:.4g} → {self.after:.4g} nats from the original, on held-out batches"
+
 
 @torch.inference_mode(False)
 @torch.no_grad()

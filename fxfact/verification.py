@@ -63,7 +63,11 @@ class Verification:
         ]
         table = tabulate(rows, ["convolution", "kernel", "output"], disable_numparse=True)
         verdict = "right" if self.right else f"WRONG: more than {self.tolerance:.0e}"
-        return f"{table}\n\ngraph {self.graph:.2e} ({verdict}), end to end {self.end_to_end:.2e}"
+        return (
+            f"{table}\n\ngraph {self.graph:.2e} ({verdict}), end to end {self.end_to_end:.2e}\n"
+            "relative errors: of each kernel (large where data said that it does not matter), of its output on the "
+            "original's\nown input; of the graph from the original with the same kernels, and from the original itself"
+        )
 
 
 def verify(

@@ -210,7 +210,7 @@ class Dense(nn.Module):
         (lambda x: [x, x * float("nan")], "batch 1 holds NaN"),
         (raising, "raised after 1 batches.*disk is gone"),
         (lambda x: ["abc"], "a batch is a tensor"),
-        (lambda x: [x[:, :2]], "fails on a batch"),
+        (lambda x: [x, x[:, :2]], "fails on a batch"),
     ],
 )
 def test_bad_batches_are_refused(model: nn.Module, x: Tensor, batches: Callable[[Tensor], object], words: str) -> None:
@@ -333,3 +333,17 @@ def test_two_processes_give_the_plan_of_one(model: nn.Module, x: Tensor, tmp_pat
                 assert float((mine - theirs).norm()) <= 1e-6 * float(mine.norm())
         found = fxfact.Plan.load(tmp_path / f"{rank}.json")
         assert [(d.factorization, d.rank) for d in found] == [(d.factorization, d.rank) for d in plan]
+
+
+def test_without_example_inputs_a_sample_of_the_data_shows_how_the_model_runs() -> None:
+    class Untraceable(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if float(x.sum()) > -1e9 else -x)
+
+    model, x = Untraceable().eval(), torch.randn(12, 3, 9, 9)
+    assert fxfact.calibrate(model, (part for part in x.split(4))).samples == 12  # of a generator none is lost
+    plan = fxfact.plan(model, budget=fxfact.Macs(0.7), calibration=({"x": part, "labels": 0} for part in x.split(4)))
+    assert plan.capture == "modules"
+    assert plan.compared
+    assert plan.network.macs
+    assert plan.measured is not None

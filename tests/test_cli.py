@@ -125,7 +125,34 @@ def test_a_module_becomes_a_program_or_weights(room: Path, capsys: pytest.Captur
     x = torch.randn(2, 3, 10, 10)
     expected = fxfact.factorize(shop.small(), rank=0.5, example_inputs=x)(x)
     assert torch.allclose(fxfact.load("small.pt", shop.small())(x), expected, atol=1e-5)
-    assert not told(capsys, "verify", "shop:small", "net.pt2", *shape)["graph"]  # of what fxfact did not make
+    assert main(["verify", "shop:small", "net.pt2", *shape]) == 1  # of what fxfact did not make
+    assert "--tolerance" in capsys.readouterr().err
+    assert not told(capsys, "verify", "shop:small", "net.pt2", *shape, "--tolerance", "1e-4")["graph"]
+
+
+def test_of_one_sample_a_program_for_any_number_is_made(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, "compress", "shop:small", "-o", "s.pt2", "--rank", "0.5", "--input", "1,3,10,10", "--dynamic-batch")
+    assert torch.export.load("s.pt2").module()(torch.randn(5, 3, 10, 10)).shape == (5, 4)
+
+
+def test_what_is_to_be_imported_first_is(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sys.modules.pop("shop")
+    told(capsys, "inspect", "net.pt2", "--import", "shop")
+    assert "shop" in sys.modules
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", "net.pt2", "--import", "nowhere.at.all"])
+    assert caught.value.code == 2
+    assert "cannot be imported" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(room: Path) -> None:
+    command = [sys.executable, "-m", "fxfact", "inspect", "net.pt2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        assert running.stderr is not None
+        assert "Traceback" not in running.stderr.read()
+    assert running.returncode == 141
 
 
 def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,6 +275,53 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(x: Tensor, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_is_loaded_into_a_model_without_memory(x: Tensor, tmp_path: Path) -> None:
+    small = fxfact.factorize(net(), "tucker", rank=0.4, example_inputs=x)
+    fxfact.save(small, tmp_path / "small.pt")
+    with torch.device("meta"):
+        empty = Net().eval()
+    again = fxfact.load(tmp_path / "small.pt", empty)
+    torch.testing.assert_close(again(x), small(x))
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    with pytest.raises(FileError, match=r"\.pt2 is for exported programs"):
+        fxfact.save(small, tmp_path / "small.pt2")
+
+
+_UNKNOWN = """
+import sys
+import torch
+from torch.utils import _pytree
+
+class Out:
+    def __init__(self, logits):
+        self.logits = logits
+
+_pytree.register_pytree_node(
+    Out, lambda out: ([out.logits], None), lambda values, _: Out(*values), serialized_type_name="shop.window.Out"
+)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return Out(self.conv(x))
+
+torch.export.save(torch.export.export(Net().eval(), (torch.randn(1, 3, 8, 8),)), sys.argv[1])
+"""
+
+
+def test_a_program_whose_outputs_are_of_an_unknown_class_is_refused_with_the_way_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "net.pt2")
+    subprocess.run([sys.executable, "-c", _UNKNOWN, path], check=True, capture_output=True)
+    with pytest.raises(FileError, match=r"shop\.window\.Out.*--import shop\.window"):
+        fxfact.load(path)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 _KILLED = """
 import os, random, signal, sys, time
 import torch, fxfact

@@ -1,7 +1,7 @@
 """What data say of a network: which errors of which kernel its loss can bear. One pass, forward and backward."""
 
 from fxfact.calibration.base import Statistics
-from fxfact.calibration.batches import Batches, arguments_for, held_out_of, run_batch
+from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch
 from fxfact.calibration.collecting import calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
 from fxfact.calibration.measuring import HeldOut
@@ -12,11 +12,11 @@ __all__ = [
     "Batches",
     "HeldOut",
     "Likelihood",
-    "LikelihoodRequest",
     "Statistics",
     "arguments_for",
     "calibrate",
     "dense_of",
+    "first_sample",
     "held_out_of",
     "likelihood_for",
     "run_batch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def arguments_for(
         yield tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, cut)
     if count < 0:
         raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
+
+
+def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, Batches]:
+    """The first sample of the first batch, as the arguments of the model, and all of the batches. Raises
+    CalibrationError.
+    """
+    looked_at = batches
+    if isinstance(batches, Iterator):
+        looked_at = list(islice(_raising(batches), 1))
+        batches = chain(looked_at, batches)
+    first = next(arguments_for(network, looked_at, None))
+    return tree_map(lambda value: value[:1] if isinstance(value, Tensor) and value.ndim else value, first), batches
 
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:

@@ -23,7 +23,7 @@ class Likelihood(ABC):
 
     name: ClassVar[str]
     measures: ClassVar[bool] = True  # whether there is a ``divergence``
-    shrinkage: ClassVar[float] = 0.0  # of the moments of gradients towards multiples of the identity, 0 … 1
+    shrinkage: ClassVar[float] = 0.5  # of the moments of gradients towards multiples of the identity, at least
 
     @abstractmethod
     def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -52,12 +52,10 @@ class Categorical(Likelihood):
 
     Its Fisher information is diag(p) − p pᵀ. Gradients are drawn as √p ∘ ε − p (√pᵀ ε) with ε ~ N(0, 1), which has that
     covariance, as the gradients for sampled labels have, without their rare large events. A network is surer of the
-    data that it was trained on than it will be, of others and once it is factorized: p is taken at temperature 2, and
-    the moments are shrunk halfway to the identity.
+    data that it was trained on than it will be, of others and once it is factorized: p is taken at temperature 2.
     """
 
     name = "categorical"
-    shrinkage = 0.5
 
     def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """See the class."""

@@ -92,7 +92,9 @@ def verify(given: Arguments) -> int:
     try:
         found = compare(one.model, other.model, inputs)
         graph, end_to_end, right, shown = found.graph, found.end_to_end, found.right, str(found)
-    except PlanError:  # not made by fxfact, or not known to be
+    except PlanError as error:  # not made by fxfact, or not known to be
+        if given.tolerance is None:
+            raise ArgumentError(f"{error} To compare outputs alone pass --tolerance.") from error
         outputs = [_run(read.model, inputs) for read in (one, other)]
         graph, right, end_to_end = None, True, relative_error(*outputs)
         shown = f"end to end {end_to_end:.2e} (the second says nothing of having been factorized)"
@@ -170,16 +172,23 @@ def _batches(given: Arguments) -> tuple[list[Any], list[Any]]:
 def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:
     """The factorized module as a program that knows what was done to it."""
     assert read.inputs is not None
-    shapes = None
+    inputs, shapes = read.inputs, None
     if dynamic:
         batch = torch.export.Dim("batch", min=1)
-        shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, read.inputs)
+        shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, inputs)
+        inputs = tree_map(_two_samples, inputs)
     try:
-        program = torch.export.export(network, read.inputs, dynamic_shapes=shapes)
+        program = torch.export.export(network, inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise ArgumentError(f"torch.export cannot export the network, write it as NAME.pt: {error}") from error
     record_all(program.graph_module, applied(network))
     return program
+
+
+def _two_samples(value: Any) -> Any:
+    """Of one sample two: PyTorch takes a size of one for a constant."""
+    alone = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
+    return torch.cat([value, value]) if alone else value
 
 
 def _two(given: Arguments) -> list[tuple[str, str | None]]:

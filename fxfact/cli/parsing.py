@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,12 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     try:
-        return int(given.run(given) or 0)
+        code = int(given.run(given) or 0)
+        sys.stdout.flush()
+        return code
     except FxfactError as error:
         print(f"fxfact: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,6 +145,10 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         help="the shape of an input, such as 1,3,224,224; once for each; of token ids 1,77:int64",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--import", dest="imported", type=_imported, action="append", metavar="PACKAGE",
+        help="import it first: the one that a .pt2 file's outputs are of, such as transformers.modeling_outputs",
+    )  # fmt: skip
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +198,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _imported(text: str) -> str:
+    try:
+        importlib.import_module(text)
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be imported: {error}") from error
+    return text
 
 
 def _input(text: str) -> Tensor:

@@ -24,6 +24,8 @@ def save(network: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> 
     if isinstance(network, ExportedProgram):
         save_program(network, path)
     elif isinstance(network, nn.Module):
+        if os.fspath(path).endswith(".pt2"):
+            raise FileError(f"{path}: .pt2 is for exported programs. Name it .pt, or export the network and save that.")
         save_state(network, path)
     else:
         raise ArgumentTypeError(f"network must be a torch.nn.Module or ExportedProgram, got {type(network).__name__}")
@@ -33,9 +35,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, factor
     """What ``save`` wrote: ``model``, the network that it was made of, with the same convolutions factorized and the
     same weights, nothing decomposed again; or the ExportedProgram, without a model.
 
-    ``model`` is not changed; its own weights do not matter. ``factorizations`` are classes of your own that the plans
-    name. Nothing in the file is executed: pickles of anything but tensors are refused. Raises FileError, which names
-    the first differences where the file is of another model, PlanError.
+    ``model`` is not changed. Its own weights do not matter, and may be on the meta device; its training mode does.
+    ``factorizations`` are classes of your own that the plans name. Nothing in the file is executed: pickles of anything
+    but tensors are refused. Raises FileError, which names the first differences where the file is of another model,
+    PlanError.
     """
     if "archive_format" in names_in(path):
         if model is not None:

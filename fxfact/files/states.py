@@ -52,7 +52,7 @@ def load_state(path: str | os.PathLike[str], model: _Module, kinds: Kinds) -> _M
     if theirs != ours:
         different = first_differences("the file", theirs, "the model", ours)
         raise FileError(f"{path}: the file is of another network. {different}. Pass the model it was.")
-    network.load_state_dict(dict(data["state"]))
+    network.load_state_dict(dict(data["state"]), assign=any(tensor.is_meta for tensor in own.values()))
     record_all(network, history)
     return cast(_Module, network)
 

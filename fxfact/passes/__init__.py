@@ -1,7 +1,7 @@
 """What carries a plan out: on a graph, or on a model that keeps its own Python."""
 
 from fxfact.passes.base import Applied, applied, last_plan, record, record_all
-from fxfact.passes.decomposing import Decomposing, Weights
+from fxfact.passes.decomposing import Decomposed, Decomposing, Weights, decompose
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.for_inference import ChannelsLast, FoldBatchNorms, MergePointwise, in_form
 from fxfact.passes.swap_convs import swap_convs
@@ -9,12 +9,14 @@ from fxfact.passes.swap_convs import swap_convs
 __all__ = [
     "Applied",
     "ChannelsLast",
+    "Decomposed",
     "Decomposing",
     "FactorizeConvs",
     "FoldBatchNorms",
     "MergePointwise",
     "Weights",
     "applied",
+    "decompose",
     "in_form",
     "last_plan",
     "record",

@@ -6,8 +6,8 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from fxfact.progress import Progress, shown
 from fxfact.sites import ConvSite
 
 Weights = Literal["decompose", "empty"]
+Decomposed = tuple[list[Tensor], float]
+_Result = TypeVar("_Result")
 _Job = tuple[ConvLayer, Decision, int | None, Metric | None]
 
 
@@ -35,6 +37,7 @@ class Decomposing:
         kernels are on their way than it may have workers, and an interrupt cancels those that have not begun.
     progress: True for tqdm's bar, or what is called as tqdm is: ``progress(iterable, total=…, desc=…)``.
     statistics: in whose metric plans are carried out that were made in one.
+    known: what ``decompose`` gave for rewrites before, by ``Decision.rewrite``.
     Raises ArgumentError, ArgumentTypeError.
     """
 
@@ -43,6 +46,7 @@ class Decomposing:
     executor: Executor | None = None
     progress: Progress = False
     statistics: Statistics | None = None
+    known: Mapping[str, Decomposed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
@@ -78,21 +82,25 @@ class Decomposing:
 
     def _weights(
         self, jobs: Sequence[tuple[ConvSite, Decision]], statistics: Statistics | None
-    ) -> Iterable[tuple[list[Tensor], float | None]]:
+    ) -> Iterator[tuple[list[Tensor], float | None]]:
         if self.weights == "empty":
-            return (([site.weight.new_empty(s.weight_shape) for s in d.stages], None) for site, d in jobs)
+            yield from (([site.weight.new_empty(s.weight_shape) for s in d.stages], None) for site, d in jobs)
+            return
         seeds = [None if self.generator is None else _seed(self.generator) for _ in jobs]
+        new = [(*job, seed) for job, seed in zip(jobs, seeds, strict=True) if job[1].rewrite not in self.known]
         results = self._results(
             (site.layer, decision, seed, statistics.metric(site.path, site.spec) if statistics else None)
-            for (site, decision), seed in zip(jobs, seeds, strict=True)
+            for site, decision, seed in new
         )
-        return shown(results, len(jobs), "decomposing", self.progress)
+        coming = iter(shown(results, len(new), "decomposing", self.progress))
+        for _, decision in jobs:
+            yield self.known[decision.rewrite] if decision.rewrite in self.known else _next(coming)
 
-    def _results(self, jobs: Iterable[_Job]) -> Iterator[tuple[list[Tensor], float]]:
+    def _results(self, jobs: Iterable[_Job]) -> Iterator[Decomposed]:
         if self.executor is None:
-            yield from (_decompose(*job) for job in jobs)
+            yield from (decompose(*job) for job in jobs)
             return
-        waiting: deque[Future[tuple[list[Tensor], float]]] = deque()
+        waiting: deque[Future[Decomposed]] = deque()
         workers = getattr(self.executor, "_max_workers", None) or os.cpu_count() or 1
         try:
             for job in jobs:
@@ -105,10 +113,10 @@ class Decomposing:
             for future in waiting:
                 future.cancel()
 
-    def _submitted(self, *job: Any) -> Future[tuple[list[Tensor], float]]:
+    def _submitted(self, *job: Any) -> Future[Decomposed]:
         assert self.executor is not None
         try:
-            return self.executor.submit(_decompose, *job)
+            return self.executor.submit(decompose, *job)
         except RuntimeError as error:
             raise ArgumentError(f"executor takes no work: {error}. Pass one that has not been shut down.") from error
 
@@ -122,9 +130,7 @@ class Chain:
     error: float | None
 
 
-def _decompose(
-    layer: ConvLayer, decision: Decision, seed: int | None, metric: Metric | None
-) -> tuple[list[Tensor], float]:
+def decompose(layer: ConvLayer, decision: Decision, seed: int | None, metric: Metric | None) -> Decomposed:
     """The stages' weights, and ‖W − Ŵ‖_F / ‖W‖_F. It runs anywhere, so it takes and gives values only."""
     assert decision.factorization is not None
     assert decision.rank is not None
@@ -139,7 +145,7 @@ def _decompose(
     return [stage.weight for stage in chain.layers], missed / norm if norm else 0.0
 
 
-def _next(results: Iterator[tuple[list[Tensor], float | None]]) -> tuple[list[Tensor], float | None]:
+def _next(results: Iterator[_Result]) -> _Result:
     found = next(results, None)
     if found is None:
         raise ArgumentError("progress must pass on everything that it iterates over, as tqdm does")

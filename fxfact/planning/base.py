@@ -154,7 +154,7 @@ class Plan:
         raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 
     def __str__(self) -> str:
-        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "ms", "loss +", "remark"]
+        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "ms", "loss +, nats", "remark"]
         rows = [_row(decision) for decision in self.decisions]
         rewritten = f"{len(self.rewrites)} of {len(self)} rewritten"
         rows.append(["network", self.model, rewritten, "", *_change(self), _nats(self.increase), ""])

@@ -38,6 +38,11 @@ class Decision:
             raise PlanError(f"{self.path}: a rewrite needs a convolution, a factorization and a rank, got {self.rank}")
 
     @property
+    def rewrite(self) -> str:
+        """What is done where: the same for decisions that come to the same."""
+        return f"{self.path} {self.factorization} {self.rank}"
+
+    @property
     def stages(self) -> tuple[ConvSpec, ...]:
         """The convolutions that will stand here: those of the chain, or the one that is there."""
         if self.spec is None:

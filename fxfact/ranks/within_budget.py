@@ -25,7 +25,7 @@ _RANKS = 40  # of a factorization among which to choose
 _FRONT = 40  # points
 _NOTHING = Cost(0, 0, 0.0)
 _FASTER = 0.97  # of the time of the convolution
-_DENSE = Skip("within the budget it may stay dense")
+_DENSE = Skip("the budget lets it stay as it is")
 
 
 class Option(NamedTuple):

@@ -77,7 +77,7 @@ def _head(facts: Facts) -> Iterable[str]:
     yield from (f"<div><b>{escape(value or '?')}</b>{escape(name)}</div>" for name, value in tiles)
     yield "</div>"
     for reason in facts.refused:
-        yield f'<p class="soft">not {escape(reason)}</p>'
+        yield f'<p class="soft">captured by its {facts.capture}, and not by {escape(reason)}</p>'
 
 
 def _pictures(facts: Facts) -> Iterable[str]:

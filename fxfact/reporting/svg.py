@@ -9,6 +9,7 @@ from typing import NamedTuple
 from fxfact.reporting.base import Block, Flow, Spectrum
 
 _ROW, _HEIGHT, _WIDTH, _LANE, _GAP, _SHARE = 27, 21, 360, 9, 14, 52
+_LONGEST = 26  # letters of a path
 _LETTER, _WIDEST = 6.4, 240  # of a stage
 
 
@@ -75,7 +76,8 @@ def _drawn(block: Block, x: float, y: float, scale: Scale) -> Iterator[str]:
     yield '<g class="chain">' if block.stages else "<g>"
     yield f"<title>{escape(title)}</title>"
     heat = round(70 * (block.macs or 0) / max(scale.largest, 1))
-    text = f'<tspan class="label">{escape(block.label)}</tspan> {escape(words)}'
+    label = block.label if len(block.label) <= _LONGEST else f"…{block.label[1 - _LONGEST :]}"
+    text = f'<tspan class="label">{escape(label)}</tspan> {escape(words)}'
     yield _box((x, y), _WIDTH, text, "folded" if block.stages else block.kind, heat)
     if block.macs:
         yield f'<text x="{x + _WIDTH + 6}" y="{y + 15}">{share:.1%}</text>'
