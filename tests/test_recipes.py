@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fxfact
 from benchmarks.networks import data_folder
 from benchmarks.tasks import TASKS
 from fxfact.factorizations import Tucker
@@ -96,6 +97,17 @@ def trained(room: dict[str, Any]) -> None:
     assert room["half"](room["x"].bfloat16()).dtype == torch.bfloat16
 
 
+def hugging_face(room: dict[str, Any]) -> None:
+    x, original = torch.randn(3, 3, 64, 64), room["model"]
+    with torch.no_grad():
+        expected = room["small"](pixel_values=x).logits
+        torch.testing.assert_close(room["again"](pixel_values=x).logits, expected)
+        torch.testing.assert_close(room["program"].module()(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(expected, original(pixel_values=x).logits, rtol=0.5, atol=0.5)
+    plan = fxfact.plan_of(room["small"])
+    assert plan.after.macs <= 0.5 * plan.network.macs
+
+
 def functional(room: dict[str, Any]) -> None:
     gradients, small, x = room["gradients"], room["small"], room["x"]
     small(x[3:4]).square().sum().backward()
@@ -115,10 +127,11 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "Quantization": quantized,
     "TorchScript": scripted,
     "Training, mixed precision": trained,
+    "Hugging Face": hugging_face,
     "torch.func": functional,
     "Checkpoints, copies, pickles": copied,
 }
-NEEDS = {"ONNX": ("onnx", "onnxscript", "onnxruntime"), "Quantization": ("torchao",)}
+NEEDS = {"ONNX": ("onnx", "onnxscript", "onnxruntime"), "Quantization": ("torchao",), "Hugging Face": ("transformers",)}
 
 
 @pytest.mark.parametrize("name", CHECKS)
