@@ -39,7 +39,7 @@ class Contest:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.model = TIMED[name].build().eval()
-            self.x = torch.randn(batch, *TIMED[name].sample)
+            self.x = torch.randn(batch, *TIMED[name].input_shape)
         self.forms: dict[str, list[nn.Module]] = {"dense": self._forms(self.model)}
         self.facts: dict[str, dict[str, Any]] = {"dense": {}}
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, Network
 
 _VGG = {11: (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0),
         16: (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)}  # fmt: skip
@@ -84,20 +83,13 @@ class Vocoder(nn.Module):
         return torch.tanh(self.last(nn.functional.leaky_relu(x, 0.1)))
 
 
-class Timed(NamedTuple):
-    """How a network is built, and the shape of a sample."""
-
-    build: Callable[[], nn.Module]
-    sample: tuple[int, ...]
-
-
-TIMED: dict[str, Timed] = {
-    "resnet18": Timed(NETWORKS["resnet18"].build, (3, 224, 224)),
-    "resnet50": Timed(NETWORKS["resnet50"].build, (3, 224, 224)),
-    "vgg11": Timed(lambda: vgg(11), (3, 224, 224)),
-    "vgg16": Timed(lambda: vgg(16), (3, 224, 224)),
-    "unet": Timed(lambda: UNet(2, 1, (32, 64, 128, 256)), (1, 128, 128)),
-    "dncnn": Timed(NETWORKS["dncnn"].build, (1, 64, 64)),
-    "unet3d": Timed(lambda: UNet(3, 1, (16, 32, 64)), (1, 32, 32, 32)),
-    "vocoder": Timed(Vocoder, (80, 32)),
+TIMED: dict[str, Network] = {
+    "resnet18": NETWORKS["resnet18"],
+    "resnet50": NETWORKS["resnet50"],
+    "vgg11": Network(lambda: vgg(11), (3, 224, 224)),
+    "vgg16": Network(lambda: vgg(16), (3, 224, 224)),
+    "unet": Network(lambda: UNet(2, 1, (32, 64, 128, 256)), (1, 128, 128)),
+    "dncnn": NETWORKS["dncnn"],
+    "unet3d": Network(lambda: UNet(3, 1, (16, 32, 64)), (1, 32, 32, 32)),
+    "vocoder": Network(Vocoder, (80, 32)),
 }

@@ -15,7 +15,7 @@ from fxfact.skip import Skip
 COMPUTED = "its weight or bias is computed from other parameters: fold_weights=True folds what torch.nn.utils computes"
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _PADS: dict[str, tuple[type[nn.Module], ...]] = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
@@ -184,7 +184,7 @@ def to_channels_last(network: nn.Module) -> int:
     done: dict[int, nn.Parameter] = {}
     for module in network.modules():
         weight = module._parameters.get("weight") if is_conv(module) else None
-        wanted = None if weight is None else _CHANNELS_LAST.get(weight.ndim)
+        wanted = None if weight is None else CHANNELS_LAST.get(weight.ndim)
         if weight is None or wanted is None or weight.is_contiguous(memory_format=wanted):
             continue
         moved = nn.Parameter(weight.detach().contiguous(memory_format=wanted), requires_grad=weight.requires_grad)
@@ -203,6 +203,6 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _format(weight: Tensor) -> torch.memory_format:
-    last = _CHANNELS_LAST.get(weight.ndim, torch.contiguous_format)
+    last = CHANNELS_LAST.get(weight.ndim, torch.contiguous_format)
     channels_last = weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
     return last if channels_last else torch.contiguous_format

@@ -38,6 +38,20 @@ def cost_of(stages: Sequence[ConvSpec], input_sizes: Sequence[Sizes] | None) -> 
     return Cost(params, None if input_sizes is None else sum(chain_macs(stages, size) for size in input_sizes))
 
 
+def shown_change(before: float | None, after: float | None) -> str:
+    """Two amounts and their ratio, or one where they are alike, or nothing where one is unknown."""
+    if before is None or after is None:
+        return ""
+    if before == after:
+        return shown_amount(before)
+    return f"{shown_amount(before)} → {shown_amount(after)}" + (f" ({after / before:.2f})" if before else "")
+
+
+def shown_amount(number: float) -> str:
+    """With thousands parted, or three digits of what is no whole number."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+
+
 _Number = TypeVar("_Number", int, float)
 
 

@@ -35,11 +35,13 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
     if captured.example_inputs is None:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
     can_be_folded = isinstance(captured.network, fx.GraphModule) and captured.program is None
-    forms = [form for form in _FORMS if can_be_folded or "fold_batch_norms" not in form]
+    forms: list[tuple[str, ...]]
     if captured.program is not None:
         forms = [()]
     elif compiled:  # the compiler chooses the memory format itself
-        forms = [forms[1]] if can_be_folded else [()]
+        forms = [("fold_batch_norms",) if can_be_folded else ()]
+    else:
+        forms = [form for form in _FORMS if can_be_folded or "fold_batch_norms" not in form]
     network = evaluated(private_copy(captured.network))
     times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
     return min((Form(form, ms) for form, ms in zip(forms, times, strict=True)), key=lambda form: form.ms)

@@ -63,8 +63,7 @@ def inspect(
     CaptureError.
     """
     captured = looked_at(model, example_inputs)
-    holder = model.graph_module if isinstance(model, ExportedProgram) else model
-    history = {path: done for done in applied(holder) for path in done.relative_error}
+    history = {path: done for done in applied(model) for path in done.relative_error}
     parts: dict[str, list[ConvSite | Skip]] = {}
     for item in captured.found:
         name = path_of(item)

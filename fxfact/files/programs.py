@@ -34,7 +34,7 @@ _TOKENS = re.compile(_SYMBOL + r"|[a-z]+=(?:True|False)|(?P<name>[A-Za-z]\w*)|\d
 def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
     """See ``save``."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={_EXTRA: history_to_text(applied(program.graph_module))})
+    torch.export.save(program, buffer, extra_files={_EXTRA: history_to_text(applied(program))})
     try:
         with written(path) as file:
             file.write(buffer.getbuffer())

@@ -60,9 +60,7 @@ def macs_by_node(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
     mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), FakeTensorMode())
     mode.allow_non_fake_inputs = True
     if any(value is None for value in fakes):
-        device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
-        with mode:
-            fakes = [_empty(node.meta.get("tensor_meta"), device) for node in placeholders]
+        fakes = _as_recorded(graph_module, placeholders, mode)
     with torch.no_grad(), _buffers_kept(graph_module), mode:
         try:
             counting.run(*fakes, enable_io_processing=False)
@@ -87,10 +85,8 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
     """Record anew what the placeholders have: ``tensor_meta``, ``val``, or both. A rewrite leaves its nodes without."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if placeholders and all("tensor_meta" in node.meta for node in placeholders):
-        device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            fakes = [_empty(node.meta["tensor_meta"], device) for node in placeholders]
+        fakes = _as_recorded(graph_module, placeholders, mode)
         with _quiet(), contextlib.suppress(RuntimeError):  # one that decides by values keeps the shapes it has
             ShapeProp(graph_module, mode).propagate(*fakes)
     values = [node.meta.get("val") for node in placeholders]
@@ -103,6 +99,13 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
 
 def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
     return mode.from_tensor(value) if mode and isinstance(value, Tensor) else value
+
+
+def _as_recorded(graph_module: fx.GraphModule, placeholders: Sequence[fx.Node], mode: FakeTensorMode) -> list[Any]:
+    """Fake values as the placeholders' ``tensor_meta`` describes them, where there is one."""
+    device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
+    with mode:
+        return [_empty(node.meta.get("tensor_meta"), device) for node in placeholders]
 
 
 def _empty(recorded: Any, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.conv_modules import to_channels_last, write_conv
+from fxfact.conv_modules import CHANNELS_LAST, to_channels_last, write_conv
 from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
@@ -96,7 +96,7 @@ class Clock:
         return chain
 
     def _formatted(self, tensor: Tensor) -> Tensor:
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d} if self._channels_last else {}
+        formats = CHANNELS_LAST if self._channels_last else {}
         return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
 
     def _shapes(self, path: str) -> list[Sizes]:

@@ -25,8 +25,9 @@ class Applied:
     relative_error: Mapping[str, float | None]
 
 
-def applied(module: nn.Module) -> tuple[Applied, ...]:
-    """Every plan carried out on this module, oldest first; they survive copying and pickling."""
+def applied(network: nn.Module | ExportedProgram) -> tuple[Applied, ...]:
+    """Every plan carried out on this network, oldest first; they survive copying and pickling."""
+    module = network.graph_module if isinstance(network, ExportedProgram) else network
     meta = module.meta if isinstance(module, fx.GraphModule) and isinstance(module.meta, dict) else {}
     found: tuple[Applied, ...] | None = meta.get(_KEY)
     return found if found is not None else tuple(getattr(module, f"_{_KEY}", ()))
@@ -34,7 +35,7 @@ def applied(module: nn.Module) -> tuple[Applied, ...]:
 
 def last_plan(network: nn.Module | ExportedProgram) -> Plan:
     """The plan carried out last on it. Raises PlanError where there is none."""
-    history = applied(network.graph_module if isinstance(network, ExportedProgram) else network)
+    history = applied(network)
     if not history:
         raise PlanError(f"{type(network).__name__} was not made by a plan. fxfact.factorize returns one that was.")
     return history[-1].plan

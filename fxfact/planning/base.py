@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fxfact.conv import ConvSpec
-from fxfact.cost import Cost
+from fxfact.cost import Cost, shown_change
 from fxfact.errors import ArgumentTypeError, PlanError, first_differences, place
 from fxfact.factorizations import (
     FACTORIZATIONS,
@@ -264,13 +264,4 @@ def _change(what: Decision | Plan) -> list[str]:
     before = what.before if isinstance(what, Decision) else what.network
     after = what.after
     pairs = [(before.params, after.params), (before.macs, after.macs), (before.ms, after.ms)]
-    return [_arrow(old, new) for old, new in pairs]
-
-
-def _arrow(before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return ""
-    one, other = (f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for value in (before, after))
-    if before == after:
-        return one
-    return f"{one} → {other} ({after / before:.2f})" if before else f"{one} → {other}"
+    return [shown_change(old, new) for old, new in pairs]

@@ -127,26 +127,26 @@ class WithinBudget(RankStrategy):
         kept = self._curves if self.statistics is None else self.statistics.curves
         known = kept.setdefault(candidate.path, {})
         methods, _ = self.factorizations.get(candidate.path)
-        allowed = [(method, ranks) for method in methods or () if (ranks := self._cheaper(method, candidate, dense))]
-        ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, allowed)
+        allowed = [(method, costs) for method in methods or () if (costs := self._cheaper(method, candidate, dense))]
+        ranked = [(method, list(costs)) for method, costs in allowed]
+        ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, ranked)
         options[0] = options[0]._replace(cost=replace(dense, ms=ms))
-        for k, (method, ranks) in enumerate(allowed):
-            nats = curve_of(candidate.layer, method, ranks, metric, known)
-            for j, (rank, n) in enumerate(zip(ranks, nats, strict=True)):
+        for k, (method, costs) in enumerate(allowed):
+            nats = curve_of(candidate.layer, method, list(costs), metric, known)
+            for j, ((rank, cost), n) in enumerate(zip(costs.items(), nats, strict=True)):
                 pair = None if ms is None else (ms, times[k][j])
                 choice = Choice(method, rank, increase=None if metric is None else n, milliseconds=pair)
-                cost = cost_of(method.layout(spec, rank), candidate.input_sizes)
-                cost = cost if pair is None else replace(cost, ms=pair[1])
-                options.append(Option(choice, cost, n, n / max(whole, 1e-30) ** self.evenness))
+                timed = cost if pair is None else replace(cost, ms=pair[1])
+                options.append(Option(choice, timed, n, n / max(whole, 1e-30) ** self.evenness))
         return options if ms is None else _faster(options, ms)
 
-    def _cheaper(self, method: Factorization, candidate: Candidate, dense: Cost) -> list[Rank]:
-        """The ranks to choose among."""
+    def _cheaper(self, method: Factorization, candidate: Candidate, dense: Cost) -> dict[Rank, Cost]:
+        """The ranks to choose among, ascending, and what they cost."""
         spec = candidate.spec
         if method.rejects(spec):
-            return []
+            return {}
         costs = {rank: cost_of(method.layout(spec, rank), candidate.input_sizes) for rank in self._ranks(method, spec)}
-        return [rank for rank, cost in costs.items() if not cost.exceeds(dense)]
+        return {rank: cost for rank, cost in costs.items() if not cost.exceeds(dense)}
 
     def _ranks(self, method: Factorization, spec: ConvSpec) -> list[Rank]:
         """Those that have no more parameters than the convolution, at most so many, spread evenly."""

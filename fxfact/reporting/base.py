@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fxfact.cost import Cost
+from fxfact.cost import Cost, shown_change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,8 @@ class Facts:
         headers = ["path", "convolution", "became", "parameters", "MACs", "ms", "kernel", "output", "remark"]
         rows = [_row(conv) for conv in self.convolutions]
         before, after = self.before, self.after
-        whole = [ratio(before.params, after.params), ratio(before.macs, after.macs), ratio(*self.milliseconds)]
+        pairs = [(before.params, after.params), (before.macs, after.macs), self.milliseconds]
+        whole = [shown_change(*pair) for pair in pairs]
         rows.append(["network", self.model, "", *whole, "", error(self.end_to_end_error), ""])
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 8 + [50])
         verdict = "right" if self.right else "WRONG"
@@ -110,20 +111,6 @@ class Facts:
     def to_json(self) -> dict[str, Any]:
         """Plain data: numbers, strings, lists and dicts."""
         return {"format": "fxfact report", "version": 1, **asdict(self)}
-
-
-def ratio(before: float | None, after: float | None) -> str:
-    """Two amounts, or one where they are alike, or nothing where one is unknown."""
-    if before is None or after is None:
-        return ""
-    if before == after:
-        return amount(before)
-    return f"{amount(before)} → {amount(after)}" + (f" ({after / before:.2f})" if before else "")
-
-
-def amount(number: float) -> str:
-    """With thousands parted, or three digits of what is no whole number."""
-    return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
 
 
 def error(found: float | None) -> str:
@@ -141,9 +128,9 @@ def _row(conv: ConvReport) -> list[str]:
         conv.path,
         conv.convolution,
         f"{conv.factorization} {rank_shown(conv.rank)}".strip() or "-",
-        ratio(conv.before.params, conv.after.params) if conv.convolution else "",
-        ratio(conv.before.macs, conv.after.macs),
-        "" if conv.milliseconds is None else ratio(*conv.milliseconds),
+        shown_change(conv.before.params, conv.after.params) if conv.convolution else "",
+        shown_change(conv.before.macs, conv.after.macs),
+        "" if conv.milliseconds is None else shown_change(*conv.milliseconds),
         error(conv.kernel_error),
         error(conv.output_error),
         conv.reason or conv.note,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -33,9 +34,16 @@ def flow_of(captured: Captured, chains: Chains, original: Captured | None = None
 
 def chains_of(network: nn.Module | ExportedProgram) -> Chains:
     """What every convolution became that plans have rewritten in it, by path."""
-    history = applied(network.graph_module if isinstance(network, ExportedProgram) else network)
-    rewrites = [decision for done in history for decision in done.plan.rewrites]
+    rewrites = [decision for done in applied(network) for decision in done.plan.rewrites]
     return {d.path: f"{d.factorization.name if d.factorization else ''} {rank_shown(d.rank)}" for d in rewrites}
+
+
+class _Drawn(NamedTuple):
+    """A block, the last of its nodes so far, and the path of the chain that it is, if it is one."""
+
+    block: Block
+    last: fx.Node
+    path: str
 
 
 class _Graph:
@@ -45,51 +53,50 @@ class _Graph:
         self._root, self._samples, self._chains = graph_module, samples, chains
         self._verdicts = match(graph_module).verdicts
         self._macs = macs_by_node(graph_module)
-        self._blocks: list[Block] = []
+        self._drawn: list[_Drawn] = []
         self._block_of: dict[fx.Node, int] = {}
-        self._last: list[fx.Node] = []  # of the nodes of every block
-        self._paths: list[str] = []  # of the chain that every block is, if it is one
 
     def flow(self) -> Flow:
         """Read all nodes."""
         for node in self._root.graph.nodes:
             if node.op != "get_attr":
                 self._read(node)
-        return Flow(blocks=tuple(self._blocks), wired=True)
+        return Flow(blocks=tuple(drawn.block for drawn in self._drawn), wired=True)
 
     def _read(self, node: fx.Node) -> None:
         inputs = tuple(dict.fromkeys(self._block_of[n] for n in node.all_input_nodes if n in self._block_of))
-        verdict, path = self._verdicts[node], self._chain_of(node)
-        before = inputs[0] if len(inputs) == 1 else None
-        alone = before is not None and list(self._last[before].users) == [node]
-        if path and alone and before is not None and self._paths[before] == path:
-            old = self._blocks[before]
-            grown = replace(old, stages=(*old.stages, self._name(node)), macs=_sum(old.macs, self._macs_of(node)))
-            self._put(node, grown, before, path)
-        elif alone and before is not None and self._goes_behind(node, before):
-            old = self._blocks[before]
-            self._put(node, replace(old, behind=(*old.behind, self._name(node))), before, self._paths[before])
-        else:
-            kind = {"placeholder": "input", "output": "output"}.get(node.op, "operation")
-            if path:
-                block = Block(kind="chain", label=path, detail=self._chains[path], stages=(self._name(node),))
-            elif isinstance(verdict, GraphSite):
-                block = Block(kind="convolution", label=verdict.path, detail=str(verdict.spec))
-            elif node.op == "call_module":
-                block = Block(kind=kind, label=str(node.target), detail=self._name(node))
-            else:
-                block = Block(kind=kind, label=self._name(node))
-            self._put(node, replace(block, inputs=inputs, macs=self._macs_of(node)), len(self._blocks), path)
+        path = self._chain_of(node)
+        before = self._drawn[inputs[0]] if len(inputs) == 1 else None
+        if before is not None and list(before.last.users) == [node]:
+            old, grown = before.block, None
+            if path and before.path == path:
+                macs = _sum(old.macs, self._macs_of(node))
+                grown = replace(old, stages=(*old.stages, self._name(node)), macs=macs)
+            elif self._goes_behind(node, old):
+                grown = replace(old, behind=(*old.behind, self._name(node)))
+            if grown is not None:
+                self._drawn[inputs[0]] = _Drawn(grown, node, before.path)
+                self._block_of[node] = inputs[0]
+                return
+        block = replace(self._block(node, path), inputs=inputs, macs=self._macs_of(node))
+        self._block_of[node] = len(self._drawn)
+        self._drawn.append(_Drawn(block, node, path))
 
-    def _put(self, node: fx.Node, block: Block, place: int, path: str) -> None:
-        self._blocks[place:] = [block, *self._blocks[place + 1 :]]
-        self._last[place:] = [node, *self._last[place + 1 :]]
-        self._paths[place:] = [path, *self._paths[place + 1 :]]
-        self._block_of[node] = place
+    def _block(self, node: fx.Node, path: str) -> Block:
+        """One that begins with this node."""
+        verdict = self._verdicts[node]
+        kind = {"placeholder": "input", "output": "output"}.get(node.op, "operation")
+        if path:
+            return Block(kind="chain", label=path, detail=self._chains[path], stages=(self._name(node),))
+        if isinstance(verdict, GraphSite):
+            return Block(kind="convolution", label=verdict.path, detail=str(verdict.spec))
+        if node.op == "call_module":
+            return Block(kind=kind, label=str(node.target), detail=self._name(node))
+        return Block(kind=kind, label=self._name(node))
 
-    def _goes_behind(self, node: fx.Node, before: int) -> bool:
+    def _goes_behind(self, node: fx.Node, before: Block) -> bool:
         plain = node.op != "output" and not isinstance(self._verdicts[node], GraphSite)
-        return plain and not self._macs.get(node) and self._blocks[before].kind != "input"
+        return plain and not self._macs.get(node) and before.kind != "input"
 
     def _chain_of(self, node: fx.Node) -> str:
         """The path of the rewritten convolution whose chain this node is a stage of, or nothing."""

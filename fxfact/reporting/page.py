@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from fxfact.reporting.base import ConvReport, Facts, amount, error, rank_shown, ratio
+from fxfact.cost import shown_amount, shown_change
+from fxfact.reporting.base import ConvReport, Facts, error, rank_shown
 from fxfact.reporting.svg import Scale, curve, picture
 
 _STYLE = """
@@ -65,9 +66,9 @@ def _head(facts: Facts) -> Iterable[str]:
     rewritten = sum(bool(conv.factorization) for conv in facts.convolutions)
     verdict = "the graph is right" if facts.right else '<span class="wrong">the graph is WRONG</span>'
     tiles = [
-        ("parameters", ratio(before.params, after.params)),
-        ("MACs of a sample", ratio(before.macs, after.macs)),
-        (f"milliseconds, {facts.threads} thread{'s' * (facts.threads > 1)}", ratio(*facts.milliseconds)),
+        ("parameters", shown_change(before.params, after.params)),
+        ("MACs of a sample", shown_change(before.macs, after.macs)),
+        (f"milliseconds, {facts.threads} thread{'s' * (facts.threads > 1)}", shown_change(*facts.milliseconds)),
         ("relative error of the output", error(facts.end_to_end_error)),
         ("convolutions rewritten", f"{rewritten} of {len(facts.convolutions)}"),
     ]
@@ -137,7 +138,7 @@ def _left(convolutions: Sequence[ConvReport]) -> Iterable[str]:
     yield f"<table><thead><tr>{_cells('th', ['convolution', 'why', 'MACs'])}</tr></thead><tbody>"
     for conv in convolutions:
         name = f"<b>{escape(conv.path)}</b><br><small>{escape(conv.convolution)}</small>"
-        macs = "" if conv.before.macs is None else amount(conv.before.macs)
+        macs = "" if conv.before.macs is None else shown_amount(conv.before.macs)
         yield f"<tr>{_cells('td', [name, escape(conv.reason), macs])}</tr>"
     yield "</tbody></table>"
 
@@ -152,7 +153,7 @@ def _bars(pair: Sequence[float | None], most: float) -> str:
         return ""
     widths = [100 * value / most if most else 0 for value in (before, after)]
     bars = f'<i style="width:{widths[0]:.1f}%"></i><i class="is" style="width:{widths[1]:.1f}%"></i>'
-    return f'<div class="bars">{bars}</div><small>{escape(ratio(before, after))}</small>'
+    return f'<div class="bars">{bars}</div><small>{escape(shown_change(before, after))}</small>'
 
 
 def _error(found: float | None, worst: float) -> str:
