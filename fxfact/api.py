@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -10,27 +9,22 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxfact.calibration import Batches, Likelihood, Statistics, first_sample
 from fxfact.calibration import calibrate as collect
-from fxfact.capture import Captured, ExampleInputs, How, reexport
+from fxfact.capture import ExampleInputs, How
 from fxfact.capture import capture as capture_model
 from fxfact.choosing import Data, Selected, choose
 from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest
 from fxfact.inference import never_slower
 from fxfact.passes import (
-    Applied,
     Decomposing,
-    FactorizeConvs,
     Weights,
-    applied,
-    in_form,
+    carry_out,
     last_plan,
-    record,
-    swap_convs,
 )
 from fxfact.planning import Plan, Selection
 from fxfact.progress import Progress
@@ -94,10 +88,10 @@ def factorize(
     decided, statistics, decomposed = choose(captured, strategy, selected, budget, data)
     if generator is None:  # else what is random is drawn from it
         decomposing = replace(decomposing, known=decomposed)
-    carry_out = partial(_carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
-    result = carry_out(decided)
+    carried = partial(carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
+    result = carried(decided)
     if isinstance(budget, Latency) and isinstance(result, nn.Module):
-        result = never_slower(captured, decided, result, carry_out, compiled=budget.compiled)
+        result = never_slower(captured, decided, result, carried, compiled=budget.compiled)
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     return cast(_Model, result)
@@ -143,7 +137,8 @@ def plan(
         only.
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
-    multiple_of: ranks under a budget are multiples of it, or full. Default: 1, of milliseconds 8.
+    multiple_of: ranks under a budget are multiples of it, or full. Default: 1; of milliseconds what hardware likes, 32,
+        16 or 8.
     example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
         MACs, show which convolutions the model calls and how, and what was captured is compared with the model on
         them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own. Default: the first
@@ -190,7 +185,7 @@ def apply(
     trusted = [decision.path for decision in plan if decision.spec is not None]
     how = cast(How, plan.capture)
     captured = capture_model(model, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
-    return cast(_Model, _carry_out(plan, captured, decomposing))
+    return cast(_Model, carry_out(plan, captured, decomposing))
 
 
 def calibrate(
@@ -224,26 +219,6 @@ def plan_of(network: nn.Module | ExportedProgram) -> Plan:
     return last_plan(network)
 
 
-@torch.inference_mode(False)  # whose parameters could never be trained
-def _carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Module | ExportedProgram:
-    if captured.rung == "modules":
-        swapped = swap_convs(captured.network, {site.path: site for site in captured.sites}, plan, decomposing)
-        return in_form(swapped.eval(), plan.form) if plan.form else swapped
-    result = FactorizeConvs(plan, decomposing=decomposing)(cast(fx.GraphModule, captured.network))
-    assert result is not None
-    rewritten: fx.GraphModule = result.graph_module
-    if not result.modified:
-        rewritten = copy.deepcopy(rewritten)
-        record(rewritten, Applied(plan, {}))
-    if plan.form:
-        rewritten = cast(fx.GraphModule, in_form(rewritten.eval(), plan.form))
-    if captured.program is None:
-        return rewritten
-    program = reexport(captured.program, rewritten)
-    record(program.graph_module, applied(rewritten)[-1])
-    return program
-
-
 def _example(
     model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None, calibration: Batches | Statistics | None
 ) -> tuple[ExampleInputs | None, Batches | Statistics | None]:
@@ -270,5 +245,4 @@ def _strategy(
     every = [kind() for kind in FACTORIZATIONS]
     methods = ByPath.parse(every if factorization is None else factorization, parse_several)
     within = budget if isinstance(budget, Budget) else Macs(1.0)
-    multiple = (8 if isinstance(budget, Latency) else 1) if multiple_of is None else multiple_of
-    return WithinBudget(within, methods, multiple=multiple, progress=progress)
+    return WithinBudget(within, methods, multiple=1 if multiple_of is None else multiple_of, progress=progress)

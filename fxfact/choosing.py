@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from fxfact.passes import Decomposed, decompose
 from fxfact.planning import Decision, Plan, Selection, make_plan
 from fxfact.progress import Progress, shown
 from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinBudget
+from fxfact.rehearsing import Rehearsal
 from fxfact.verification import with_kernels
 
 _EVENNESS = (0.0, 0.5, 1.0)  # of the plans that are measured for one budget
@@ -78,15 +80,16 @@ def choose(
         return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
     strategy = replace(strategy, statistics=statistics)
+    make: Callable[[WithinBudget], Plan] = partial(selected.plan, captured)
     if isinstance(budget, Latency):
-        selected, strategy, budget = _clocked(captured, strategy, selected, budget)
+        make, strategy, budget = _clocked(captured, strategy, selected, budget)
 
     def plan_for(some: Budget) -> Plan:
-        plans = [selected.plan(captured, replace(strategy, budget=some))]
+        plans = [make(replace(strategy, budget=some))]
         if measure is None:
             return plans[0]
         for evenness in _EVENNESS[1:]:
-            even = selected.plan(captured, replace(strategy, budget=some, evenness=evenness))
+            even = make(replace(strategy, budget=some, evenness=evenness))
             plans.append(replace(even, front=plans[0].front))
         return min((replace(plan, measured=measure(plan)) for plan in plans), key=lambda plan: plan.measured or 0.0)
 
@@ -100,26 +103,27 @@ def choose(
 
 def _clocked(
     captured: Captured, strategy: WithinBudget, selected: Selected, budget: Latency
-) -> tuple[Selected, WithinBudget, Budget]:
-    """With a clock, all of whose times are known; where the machine is under too much load for that, a budget of MACs.
+) -> tuple[Callable[[WithinBudget], Plan], WithinBudget, Budget]:
+    """What makes plans, with a clock, all of whose times are known; where the machine is under too much load for that,
+    a budget of MACs.
 
     Raises BudgetError.
     """
     form = best_form(captured, compiled=budget.compiled)
     channels_last = "channels_last" in form.passes
     clock = Clock(captured.sites, form.ms, channels_last=channels_last, compiled=budget.compiled)
-    selected = replace(selected, form=form.passes, ms=form.ms)
+    make = partial(replace(selected, form=form.passes, ms=form.ms).plan, captured)
     share = min(1.0, budget.allowed(Cost(0, None, form.ms)) / form.ms)
-    selected.plan(captured, replace(strategy, budget=Params(1.0), clock=clock))
+    make(replace(strategy, budget=Params(1.0), clock=clock))
     clock.save()
     if not clock.noisy:
-        return selected, replace(strategy, clock=clock), budget
+        return Rehearsal(captured, clock, budget.compiled, make), replace(strategy, clock=clock), budget
     warnings.warn(
         f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs instead. "
         "Try again when it is idle.",
         stacklevel=4,
     )
-    return selected, strategy, Macs(share)
+    return make, strategy, Macs(share)
 
 
 def _cheapest_within(nats: float, plan_for: Callable[[Budget], Plan], unit: type[Macs | Params]) -> Plan:

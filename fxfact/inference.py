@@ -43,7 +43,7 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
     else:
         forms = [form for form in _FORMS if can_be_folded or "fold_batch_norms" not in form]
     network = evaluated(private_copy(captured.network))
-    times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
+    times = network_milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
     return min((Form(form, ms) for form, ms in zip(forms, times, strict=True)), key=lambda form: form.ms)
 
 
@@ -58,7 +58,7 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     captured = capture(model, example_inputs)
     network = in_form(evaluated(captured.network), _FOR_ALL)
     forms = [network, in_form(network, ("channels_last",))]
-    times = _milliseconds(forms, example_inputs, compiled=False)
+    times = network_milliseconds(forms, example_inputs, compiled=False)
     return copy_sharing(forms[times.index(min(times))], set())
 
 
@@ -71,7 +71,7 @@ def never_slower(
     assert captured.example_inputs is not None
     dense = in_form(evaluated(private_copy(captured.network)), plan.form)
     networks = [dense, evaluated(private_copy(result))]
-    before, after = _milliseconds(networks, captured.example_inputs, compiled=compiled)
+    before, after = network_milliseconds(networks, captured.example_inputs, compiled=compiled)
     if after <= before:
         *earlier, last = applied(result)
         record_all(result, (*earlier, replace(last, plan=replace(plan, timed=(before, after)))))
@@ -82,12 +82,15 @@ def never_slower(
     return kept
 
 
-def _milliseconds(networks: Sequence[nn.Module], example_inputs: ExampleInputs, *, compiled: bool) -> list[float]:
+def network_milliseconds(
+    networks: Sequence[nn.Module], example_inputs: ExampleInputs, *, compiled: bool, repeats: int = 15
+) -> list[float]:
+    """Of each one call on the example inputs, taking turns, the fastest of ``repeats``."""
     args, kwargs = copied_arguments(example_inputs)
     calls: list[Callable[..., Any]] = [
         _compiled(network, args, kwargs) if compiled else network for network in networks
     ]
-    return fastest([partial(call, *args, **kwargs) for call in calls], repeats=15)
+    return fastest([partial(call, *args, **kwargs) for call in calls], repeats=repeats)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,17 +10,21 @@ import torch
 from torch.utils.benchmark import Timer
 
 _Call = Callable[[], Any]
-_TURN = 0.01  # seconds, where the number of runs is not given
+_TURN, _FEWEST = 0.01, 3  # seconds of one call's turn, where the number of runs is not given; turns, whatever the bound
 
 
-def milliseconds(calls: Sequence[_Call], *, repeats: int = 7, number: int | None = None) -> list[list[float]]:
+def milliseconds(
+    calls: Sequence[_Call], *, repeats: int = 7, number: int | None = None, within: float = math.inf
+) -> list[list[float]]:
     """Of each call the mean of ``number`` runs (None: of as many as take a hundredth of a second), ``repeats`` times,
-    without gradients, each warmed up first.
+    fewer where that would take more than ``within`` seconds; without gradients, each warmed up first.
     """
     with torch.no_grad():
         timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
         seconds = [timer.timeit(3).median for timer in timers]
         runs = [number or max(1, round(_TURN / max(each, 1e-7))) for each in seconds]
+        round_of_all = sum(n * each for n, each in zip(runs, seconds, strict=True))
+        repeats = int(max(_FEWEST, min(repeats, within / round_of_all))) if round_of_all else repeats
         turns = [[1e3 * timer.timeit(n).median for timer, n in zip(timers, runs, strict=True)] for _ in range(repeats)]
     return [[turn[k] for turn in turns] for k in range(len(calls))]
 

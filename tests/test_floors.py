@@ -39,10 +39,11 @@ FLOORS = [
     ["planning.base"],
     ["planning"],
     ["passes.base", "passes.decomposing"],
-    ["passes"],
+    ["passes.factorize_convs", "passes.for_inference", "passes.swap_convs"],
+    ["passes.carrying_out"],
     ["verification", "inference"],
-    ["choosing", "compile_backend", "files.base", "inspection", "pairs"],
-    ["recovery", "repairs", "reporting.base"],
+    ["rehearsing", "compile_backend", "files.base", "inspection", "pairs"],
+    ["choosing", "recovery", "repairs", "reporting.base"],
     ["reporting.flow", "reporting.svg"],
     ["reporting.dot", "reporting.page"],
     ["reporting.making"],
@@ -69,6 +70,8 @@ def floor_of(module: str) -> int:
         return floor_of("graph.splice")
     if module == "reporting":
         return floor_of("reporting.making")
+    if module == "passes":
+        return floor_of("passes.carrying_out")
     if module == "cli":
         return floor_of("cli.parsing")
     if module == "files":

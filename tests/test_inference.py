@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxfact
-from fxfact import inference
+from fxfact import inference, rehearsing
 from fxfact.conv_modules import is_conv, write_conv
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.latency import Kept, clock
@@ -216,7 +216,7 @@ def test_what_does_not_measure_faster_stays_with_that_reason(
 def test_a_network_that_is_not_faster_in_the_whole_stays_dense(
     model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = iter([[40.0, 30.0, 40.0, 35.0], [30.0, 31.0]])
+    taken = iter([[40.0, 30.0, 40.0, 35.0], [40.0, 35.0], [30.0, 31.0]])  # forms, rehearsal, result
     monkeypatch.setattr(inference, "fastest", lambda calls, **options: next(taken))
     small = fxfact.factorize(model, budget=fxfact.Latency(0.9), example_inputs=x)
     plan = fxfact.plan_of(small)
@@ -224,6 +224,38 @@ def test_a_network_that_is_not_faster_in_the_whole_stays_dense(
     assert plan.form == ("fold_batch_norms",)
     assert "the whole network measured slower: 30 → 31 ms" in [decision.reason for decision in plan]
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_plans_are_rehearsed_until_their_networks_meet_the_budget(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def half_as_much(calls: Sequence[Callable[[], Any]], **options: Any) -> list[float]:
+        """In the network a chain saves half of what it saves alone."""
+        dense, *others = (macs_of(call) for call in calls)
+        asked.extend(found := [dense, *(dense - (dense - ms) / 2 for ms in others)])
+        return found
+
+    monkeypatch.setattr(inference, "fastest", half_as_much)
+    plan = fxfact.plan(model, budget=fxfact.Latency(0.7), example_inputs=x)
+    assert plan.network.ms is not None
+    assert plan.after.ms is not None
+    assert plan.after.ms == pytest.approx(asked[-1])
+    assert 0.6 * plan.network.ms < plan.after.ms <= 0.7 * 1.03 * plan.network.ms
+    assert plan.after.macs is not None
+    assert plan.network.macs is not None
+    assert plan.after.macs < 0.5 * plan.network.macs
+    with pytest.raises(BudgetError, match="can go down to"):
+        fxfact.plan(model, budget=fxfact.Latency(0.3), example_inputs=x)
+
+
+def test_a_budget_that_no_rehearsal_meets_is_said(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsing, "_REHEARSALS", 1)
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 9.0, 9.5, 9.7][: len(calls)])
+    with pytest.warns(UserWarning, match=r"the budget is 6\.3 ms.*fastest measures 8\.1 ms"):
+        plan = fxfact.plan(model, budget=fxfact.Latency(0.7), example_inputs=x)
+    assert plan.after.ms == pytest.approx(8.1)
 
 
 @pytest.mark.parametrize("name", ["plain", "strided", "dilated", "groups", "3-D", "1-D", "reflect", "transposed"])
@@ -253,7 +285,7 @@ def test_a_budget_for_the_compiler_is_planned_and_compiled(
 
     monkeypatch.setattr(inference, "_compiled", noted)
     small = fxfact.factorize(model, budget=fxfact.Latency(0.9, compiled=True), example_inputs=x)
-    assert len(seen) == 3  # the dense network, and both side by side
+    assert len(seen) == 5  # the dense network, and both side by side, rehearsed and as they are
     torch.testing.assert_close(compiled(small, (x,), {})(x), small(x), rtol=1e-4, atol=1e-4)
 
 
@@ -262,7 +294,7 @@ def test_under_load_it_says_so_and_plans_by_macs(model: Net, x: Tensor, monkeypa
     monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [spread] * len(calls))
     with pytest.warns(UserWarning, match=r"under load.*0\.50 of the MACs"):
         plan = fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
-    by_macs = fxfact.plan(model, budget=fxfact.Macs(0.5), example_inputs=x, multiple_of=8)
+    by_macs = fxfact.plan(model, budget=fxfact.Macs(0.5), example_inputs=x)
     assert [d.rank for d in plan] == [d.rank for d in by_macs]
 
 
@@ -272,7 +304,7 @@ def test_times_are_measured_once(model: Net, x: Tensor, told: list[int]) -> None
     assert sum(first) > 20
     told.clear()
     fxfact.plan(model, budget=fxfact.Latency(0.7), example_inputs=x)
-    assert told == first[:1]  # the forms of the whole network
+    assert told == [first[0], 2]  # the forms of the whole network, and a rehearsal
 
 
 def test_a_budget_of_milliseconds_needs_inputs_and_numbers(model: Net) -> None:

@@ -19,13 +19,15 @@ from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
 from fxfact.timing import milliseconds
 
-_REPEATS, _SPREAD = 5, 1.5
+_REPEATS, _WITHIN = 25, 10.0  # turns of a convolution and its chains, fewer where they would take more seconds
+_SPREAD, _LEAST = 1.5, 0.05
 Layout = tuple[ConvSpec, ...]
 
 
 class Clock:
     """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
-    the memory format in which it runs, all of a convolution taking turns; what is known is not measured again.
+    the memory format in which it runs, all of a convolution taking turns, each running once: so its weights have left
+    the caches when they are wanted again, as in the network. What is known is not measured again.
 
     ``network`` is the milliseconds of the whole dense network in its fastest form; ``channels_last`` and ``compiled``,
     with frozen weights, are how it runs in that.
@@ -39,6 +41,7 @@ class Clock:
         device = sites[0].weight.device if sites else torch.device("cpu")
         self._kept = Kept(machine(device))
         self._spreads: list[float] = []
+        self._scale = 1.0  # of what chains save
 
     @property
     def noisy(self) -> bool:
@@ -58,7 +61,16 @@ class Clock:
             scale = known.get(keys[0], found[0]) / found[0]
             for k, ms in zip(again, found, strict=True):
                 known.setdefault(keys[k], ms * scale)
-        return [known[key] for key in keys]
+        dense, *chains = (known[key] for key in keys)
+        return [dense, *(max(dense - self._scale * (dense - ms), _LEAST * dense) for ms in chains)]
+
+    def correct(self, *, planned: float, measured: float) -> float:
+        """Learn what chains that were planned to save so many milliseconds save in the network: the factor, which is
+        within what a clock can believe.
+        """
+        factor = max(measured / planned, _LEAST)
+        self._scale *= factor
+        return factor
 
     def save(self) -> None:
         """Keep what was measured, for the next time."""
@@ -80,7 +92,7 @@ class Clock:
         chains = [self._chain(layout, weight) for layout in layouts]
         by_shape = [{shape: ready(chain, x) for shape, x in inputs.items()} for chain in chains]
         calls = [[(chain[shape], inputs[shape]) for shape in shapes] for chain in by_shape]
-        turns = milliseconds([partial(run, each) for each in calls], repeats=_REPEATS)
+        turns = milliseconds([partial(run, each) for each in calls], repeats=_REPEATS, number=1, within=_WITHIN)
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return [min(times) for times in turns]
 

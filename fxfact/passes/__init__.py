@@ -1,6 +1,7 @@
 """What carries a plan out: on a graph, or on a model that keeps its own Python."""
 
 from fxfact.passes.base import Applied, applied, last_plan, record, record_all
+from fxfact.passes.carrying_out import carry_out
 from fxfact.passes.decomposing import Decomposed, Decomposing, Weights, decompose
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.for_inference import ChannelsLast, FoldBatchNorms, MergePointwise, in_form
@@ -16,6 +17,7 @@ __all__ = [
     "MergePointwise",
     "Weights",
     "applied",
+    "carry_out",
     "decompose",
     "in_form",
     "last_plan",

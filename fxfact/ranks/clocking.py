@@ -1,4 +1,4 @@
-"""Milliseconds for every rank of a convolution's factorizations: few measured, the others read off between them."""
+"""Milliseconds for ranks that hardware likes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from fxfact.factorizations import Factorization, Rank
 from fxfact.latency import Clock
 from fxfact.ranks.base import Candidate
 
-_MEASURED = 6  # ranks of a factorization
+_LIKED, _FEW, _MOST = (32, 16, 8), 4, 12  # multiples, and of how many ranks to choose among
+
+
+def liked(ranks: Sequence[Rank], largest: Rank) -> list[Rank]:
+    """At most twelve, spread evenly, of those whose entries are full or multiples of 32, or of 16 or 8 where that
+    leaves too few: kernels work on blocks of channels, and what lies between takes as long as the next block.
+    """
+    for multiple in _LIKED:
+        kept = [r for r in ranks if all(n % multiple == 0 or n == most for n, most in zip(r, largest, strict=True))]
+        if len(kept) >= _FEW:
+            break
+    else:
+        kept = list(ranks)
+    return [kept[k] for k in sorted({round(k) for k in np.linspace(0, len(kept) - 1, min(len(kept), _MOST))})]
 
 
 def times_of(
     clock: Clock, candidate: Candidate, choices: Sequence[tuple[Factorization, Sequence[Rank]]]
 ) -> tuple[float, list[list[float]]]:
-    """Of the convolution itself, and for each factorization of all its ranks, linear between those measured."""
+    """Of the convolution itself, and of each factorization at its ranks."""
     spec = candidate.spec
-    measured = [[ranks[k] for k in _spread(len(ranks))] for _, ranks in choices]
-    layouts = [f.layout(spec, rank) for (f, _), ranks in zip(choices, measured, strict=True) for rank in ranks]
-    dense, *found = clock.times(candidate.path, [(spec,), *layouts])
-    times = []
-    for (_, ranks), own in zip(choices, measured, strict=True):
-        known, found = found[: len(own)], found[len(own) :]
-        sizes = [float(sum(rank)) for rank in own]
-        times.append([float(ms) for ms in np.interp([float(sum(rank)) for rank in ranks], sizes, known)])
-    return dense, times
-
-
-def _spread(count: int) -> list[int]:
-    return sorted({round(k) for k in np.linspace(0, count - 1, min(count, _MEASURED))})
+    layouts = [method.layout(spec, rank) for method, ranks in choices for rank in ranks]
+    dense, *others = clock.times(candidate.path, [(spec,), *layouts])
+    found = iter(others)
+    return dense, [[next(found) for _ in ranks] for _, ranks in choices]

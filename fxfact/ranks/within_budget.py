@@ -16,7 +16,7 @@ from fxfact.progress import Progress, shown
 from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
 from fxfact.ranks.bearing import Curves, curve_of
 from fxfact.ranks.budgets import Budget
-from fxfact.ranks.clocking import times_of
+from fxfact.ranks.clocking import liked, times_of
 from fxfact.ranks.knapsack import Class, Knapsack
 from fxfact.ranks.requested import ByPath
 from fxfact.skip import Skip
@@ -149,10 +149,14 @@ class WithinBudget(RankStrategy):
         return {rank: cost for rank, cost in costs.items() if not cost.exceeds(dense)}
 
     def _ranks(self, method: Factorization, spec: ConvSpec) -> list[Rank]:
-        """Those that have no more parameters than the convolution, at most so many, spread evenly."""
+        """Those that have no more parameters than the convolution, at most so many, spread evenly; with a clock, those
+        that hardware likes.
+        """
         ranks, largest, most = method.ranks(spec), method.rank_within(spec, 1.0), method.max_rank(spec)
         fitting = ranks[: ranks.index(largest) + 1] if largest else ()
         allowed = [r for r in fitting if all(n % self.multiple == 0 or n == m for n, m in zip(r, most, strict=True))]
+        if self.clock is not None:
+            return liked(allowed, most)
         step = max(1, -(-len(allowed) // _RANKS))
         return allowed[::-1][::step][::-1]
 

@@ -1,0 +1,41 @@
+"""A plan carried out on what was captured, in the way that suits it."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxfact.capture import Captured, reexport
+from fxfact.passes.base import Applied, applied, record
+from fxfact.passes.decomposing import Decomposing
+from fxfact.passes.factorize_convs import FactorizeConvs
+from fxfact.passes.for_inference import in_form
+from fxfact.passes.swap_convs import swap_convs
+from fxfact.planning import Plan
+
+
+@torch.inference_mode(False)  # whose parameters could never be trained
+def carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Module | ExportedProgram:
+    """A graph module, a model that keeps its own Python, or an exported program. Raises PlanError, WeightError,
+    ContractError.
+    """
+    if captured.rung == "modules":
+        swapped = swap_convs(captured.network, {site.path: site for site in captured.sites}, plan, decomposing)
+        return in_form(swapped.eval(), plan.form) if plan.form else swapped
+    result = FactorizeConvs(plan, decomposing=decomposing)(cast(fx.GraphModule, captured.network))
+    assert result is not None
+    rewritten: fx.GraphModule = result.graph_module
+    if not result.modified:
+        rewritten = copy.deepcopy(rewritten)
+        record(rewritten, Applied(plan, {}))
+    if plan.form:
+        rewritten = cast(fx.GraphModule, in_form(rewritten.eval(), plan.form))
+    if captured.program is None:
+        return rewritten
+    program = reexport(captured.program, rewritten)
+    record(program.graph_module, applied(rewritten)[-1])
+    return program
