@@ -18,21 +18,27 @@ _COMPUTED, _LAST = 6, 0.9  # ranks of a factorization without a formula; the las
 
 
 def curve_of(
-    layer: ConvLayer, factorization: Factorization, ranks: Sequence[Rank], metric: Metric | None, known: Curves
+    layer: ConvLayer,
+    factorization: Factorization,
+    ranks: Sequence[Rank],
+    *,
+    among: Sequence[Rank],
+    metric: Metric | None,
+    known: Curves,
 ) -> list[float]:
-    """Nats for each of the ranks, ascending; without a metric, ‖W − Ŵ‖² / ‖W‖², or what it is at most. What takes long
-    is kept in ``known``.
+    """Nats for each of the ranks; without a metric, ‖W − Ŵ‖² / ‖W‖², or what it is at most. What takes long is computed
+    for ranks ``among`` all that may ever be asked for, ascending, and kept in ``known``.
 
     Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
     ones, where they change most, and interpolated between, their logarithm over the rank. The largest ranks, which save
     little and take long, count as the last that was computed.
     """
     key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
-    if key not in known and metric is None and (bounds := factorization.bounds(layer, ranks)) is not None:
-        known[key] = list(zip(ranks, bounds, strict=True))
+    if key not in known and metric is None and (bounds := factorization.bounds(layer, among)) is not None:
+        known[key] = list(zip(among, bounds, strict=True))
     if key not in known:
-        places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(ranks) - 1)
-        computed = [ranks[k] for k in np.unique(places.round().astype(int))]
+        places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(among) - 1)
+        computed = [among[k] for k in np.unique(places.round().astype(int))]
         if metric is not None:
             known[key] = list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
         else:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple, final
 
 from fxfact.calibration import Statistics
-from fxfact.conv import ConvSpec
 from fxfact.cost import Cost, cost_of
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
@@ -125,40 +125,67 @@ class WithinBudget(RankStrategy):
             return [Option(Skip("no gradient reached it in calibration"), dense, 0.0, 0.0)]
         whole = 1.0 if metric is None else metric.increase(spec, -candidate.layer.weight.float())
         kept = self._curves if self.statistics is None else self.statistics.curves
-        known = kept.setdefault(candidate.path, {})
         methods, _ = self.factorizations.get(candidate.path)
-        allowed = [(method, costs) for method in methods or () if (costs := self._cheaper(method, candidate, dense))]
-        ranked = [(method, list(costs)) for method, costs in allowed]
+        families = [_Family(method, candidate, dense) for method in methods or () if not method.rejects(spec)]
+        choices = [(family, ranks) for family in families if (ranks := self._ranks(family))]
+        ranked = [(family.method, ranks) for family, ranks in choices]
         ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, ranked)
         options[0] = options[0]._replace(cost=replace(dense, ms=ms))
-        for k, (method, costs) in enumerate(allowed):
-            nats = curve_of(candidate.layer, method, list(costs), metric, known)
-            for j, ((rank, cost), n) in enumerate(zip(costs.items(), nats, strict=True)):
+        known = kept.setdefault(candidate.path, {})
+        for k, (family, ranks) in enumerate(choices):
+            nats = curve_of(candidate.layer, family.method, ranks, among=family.thinned, metric=metric, known=known)
+            for j, (rank, n) in enumerate(zip(ranks, nats, strict=True)):
                 pair = None if ms is None else (ms, times[k][j])
-                choice = Choice(method, rank, increase=None if metric is None else n, milliseconds=pair)
+                choice = Choice(family.method, rank, increase=None if metric is None else n, milliseconds=pair)
+                cost = family.cost(rank)
                 timed = cost if pair is None else replace(cost, ms=pair[1])
                 options.append(Option(choice, timed, n, n / max(whole, 1e-30) ** self.evenness))
         return options if ms is None else _faster(options, ms)
 
-    def _cheaper(self, method: Factorization, candidate: Candidate, dense: Cost) -> dict[Rank, Cost]:
-        """The ranks to choose among, ascending, and what they cost."""
-        spec = candidate.spec
-        if method.rejects(spec):
-            return {}
-        costs = {rank: cost_of(method.layout(spec, rank), candidate.input_sizes) for rank in self._ranks(method, spec)}
-        return {rank: cost for rank, cost in costs.items() if not cost.exceeds(dense)}
+    def _ranks(self, family: _Family) -> list[Rank]:
+        """Those to choose among, ascending."""
+        if self.clock is None and self.multiple == 1:
+            return family.thinned
+        most = family.method.max_rank(family.candidate.spec)
+        allowed = [
+            r for r in family.fitting if all(n % self.multiple == 0 or n == m for n, m in zip(r, most, strict=True))
+        ]
+        return family.cheaper(_thinned(allowed) if self.clock is None else liked(allowed, most))
 
-    def _ranks(self, method: Factorization, spec: ConvSpec) -> list[Rank]:
-        """Those that have no more parameters than the convolution, at most so many, spread evenly; with a clock, those
-        that hardware likes.
-        """
-        ranks, largest, most = method.ranks(spec), method.rank_within(spec, 1.0), method.max_rank(spec)
-        fitting = ranks[: ranks.index(largest) + 1] if largest else ()
-        allowed = [r for r in fitting if all(n % self.multiple == 0 or n == m for n, m in zip(r, most, strict=True))]
-        if self.clock is not None:
-            return liked(allowed, most)
-        step = max(1, -(-len(allowed) // _RANKS))
-        return allowed[::-1][::step][::-1]
+
+@dataclass(frozen=True, eq=False)
+class _Family:
+    """The ranks of a factorization that are none dearer than the convolution."""
+
+    method: Factorization
+    candidate: Candidate
+    dense: Cost
+
+    @cached_property
+    def fitting(self) -> Sequence[Rank]:
+        """Those that have no more parameters, ascending."""
+        spec = self.candidate.spec
+        ranks, largest = self.method.ranks(spec), self.method.rank_within(spec, 1.0)
+        return ranks[: ranks.index(largest) + 1] if largest else ()
+
+    @cached_property
+    def thinned(self) -> list[Rank]:
+        """At most forty of them that have no more MACs either."""
+        return self.cheaper(_thinned(self.fitting))
+
+    def cheaper(self, ranks: Sequence[Rank]) -> list[Rank]:
+        """Those of the ranks that cost no more."""
+        return [rank for rank in ranks if not self.cost(rank).exceeds(self.dense)]
+
+    def cost(self, rank: Rank) -> Cost:
+        """Of the chain."""
+        return cost_of(self.method.layout(self.candidate.spec, rank), self.candidate.input_sizes)
+
+
+def _thinned(ranks: Sequence[Rank]) -> list[Rank]:
+    """At most so many, spread evenly, with the largest."""
+    step = max(1, -(-len(ranks) // _RANKS))
+    return list(ranks[::-1][::step][::-1])
 
 
 def _faster(options: Sequence[Option], ms: float) -> list[Option]:
