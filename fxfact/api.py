@@ -18,7 +18,7 @@ from fxfact.capture import ExampleInputs, How
 from fxfact.capture import capture as capture_model
 from fxfact.choosing import Data, Selected, choose
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest
+from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest, SpatialSVD
 from fxfact.inference import never_slower
 from fxfact.passes import (
     Decomposing,
@@ -243,6 +243,7 @@ def _strategy(
     if rank is not None:
         raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
     every = [kind() for kind in FACTORIZATIONS]
+    every += [SpatialSVD(last_axes_first=True)] if isinstance(budget, Latency) else []
     methods = ByPath.parse(every if factorization is None else factorization, parse_several)
     within = budget if isinstance(budget, Budget) else Macs(1.0)
     return WithinBudget(within, methods, multiple=1 if multiple_of is None else multiple_of, progress=progress)

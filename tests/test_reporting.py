@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
+from fxfact.activations import peak_bytes
 from fxfact.errors import ArgumentError, FileError, PlanError
 from fxfact.reporting import Block, Flow, Report
 
@@ -79,6 +80,25 @@ def test_its_numbers_are_those_of_the_plan_and_of_verify(found: Report, x: Tenso
     assert by_path["thin"].milliseconds is None
     assert all(min(by_path[path].milliseconds or (0,)) > 0 for path in ("stem", "body", "up"))
     assert min(found.milliseconds) > 0
+
+
+def test_the_peak_of_activations_is_what_lives_at_one_time(found: Report) -> None:
+    x = torch.randn(2, 100)  # 800 bytes, as every tensor here
+    kept: list[Tensor] = []
+
+    def chained() -> Tensor:
+        return (x + 1).relu_().view(-1).neg().neg()
+
+    assert peak_bytes(chained) == 1600
+    assert peak_bytes(lambda: kept.extend([x + 1, x + 2, x + 3])) == 2400
+    assert peak_bytes(lambda: x.view(-1).add_(1)) == 0  # in place
+    by_path = {conv.path: conv for conv in found.convolutions}
+    (rank,) = by_path["stem"].rank
+    assert by_path["stem"].activation_bytes == (4 * 2 * 12 * 64, 4 * 2 * (12 + rank) * 64)
+    assert by_path["thin"].activation_bytes is None
+    before, after = found.activation_bytes
+    assert 4 * 2 * 3 * 12 * 64 < before <= after
+    assert f"{before / 1e6:.3g} → {after / 1e6:.3g}" in found.to_html() or before == after
 
 
 def test_spectra_are_of_the_unfoldings_whose_ranks_are_chosen(found: Report, x: Tensor) -> None:

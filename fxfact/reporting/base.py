@@ -58,7 +58,8 @@ class ConvReport:
     """One convolution, and what became of it; ``reason`` says why nothing did.
 
     ``before`` and ``after`` are costs for one sample, ``milliseconds`` those of the convolution and of its chain on the
-    inputs' sizes, taking turns, None where there were none. Errors are relative: of the kernel, and of the output on
+    inputs' sizes, taking turns, ``activation_bytes`` the most that what they make takes at one time, beside the input,
+    None where there were no inputs. Errors are relative: of the kernel, and of the output on
     the original's own input. ``increase`` is by how much the loss was foreseen to grow, in nats.
     """
 
@@ -70,6 +71,7 @@ class ConvReport:
     before: Cost
     after: Cost
     milliseconds: tuple[float, float] | None = None
+    activation_bytes: tuple[int, int] | None = None
     kernel_error: float | None = None
     output_error: float | None = None
     increase: float | None = None
@@ -80,8 +82,9 @@ class ConvReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Two networks on some inputs: costs for one sample, milliseconds for the inputs, taking turns, on ``threads``;
-    errors as ``fxfact.verify`` measures them. ``refused`` says why ways of capturing that reach more were not taken.
+    """Two networks on some inputs: costs for one sample, milliseconds for the inputs, taking turns, on ``threads``, and
+    the most bytes that activations take at one time; errors as ``fxfact.verify`` measures them. ``refused`` says why
+    ways of capturing that reach more were not taken.
     """
 
     model: str
@@ -90,6 +93,7 @@ class Facts:
     before: Cost
     after: Cost
     milliseconds: tuple[float, float]
+    activation_bytes: tuple[int, int]
     threads: int
     graph_error: float
     end_to_end_error: float
@@ -98,19 +102,30 @@ class Facts:
     flows: tuple[Flow, Flow]
 
     def __str__(self) -> str:
-        headers = ["path", "convolution", "became", "parameters", "MACs", "ms", "kernel", "output", "remark"]
+        headers = ["path", "convolution", "became", "parameters", "MACs", "ms", "peak MB", "kernel", "output", "remark"]
         rows = [_row(conv) for conv in self.convolutions]
         before, after = self.before, self.after
-        pairs = [(before.params, after.params), (before.macs, after.macs), self.milliseconds]
+        pairs = [
+            (before.params, after.params),
+            (before.macs, after.macs),
+            self.milliseconds,
+            megabytes(self.activation_bytes),
+        ]
         whole = [shown_change(*pair) for pair in pairs]
         rows.append(["network", self.model, "", *whole, "", error(self.end_to_end_error), ""])
-        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 8 + [50])
+        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 9 + [50])
         verdict = "right" if self.right else "WRONG"
         return f"{table}\n\ngraph {self.graph_error:.2e} ({verdict}); {self.threads} threads; errors are relative"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: numbers, strings, lists and dicts."""
         return {"format": "fxfact report", "version": 1, **asdict(self)}
+
+
+def megabytes(found: tuple[int, int]) -> tuple[float, float]:
+    """Of bytes."""
+    before, after = found
+    return before / 1e6, after / 1e6
 
 
 def error(found: float | None) -> str:
@@ -131,6 +146,7 @@ def _row(conv: ConvReport) -> list[str]:
         shown_change(conv.before.params, conv.after.params) if conv.convolution else "",
         shown_change(conv.before.macs, conv.after.macs),
         "" if conv.milliseconds is None else shown_change(*conv.milliseconds),
+        "" if conv.activation_bytes is None else shown_change(*megabytes(conv.activation_bytes)),
         error(conv.kernel_error),
         error(conv.output_error),
         conv.reason or conv.note,

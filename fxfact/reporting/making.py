@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxfact.activations import peak_bytes
 from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
 from fxfact.conv_modules import write_chain, write_conv
 from fxfact.copying import evaluated
@@ -82,11 +83,13 @@ def report(
         for decision in shown(plan, len(plan), "reporting", progress)
     )
     args, kwargs = copied_arguments(example_inputs)
-    before, after = fastest([partial(network, *args, **kwargs) for network in networks])
+    calls = [partial(network, *args, **kwargs) for network in networks]
+    ms, peaks = fastest(calls), [peak_bytes(call) for call in calls]
     return Report(
         model=plan.model, capture=plan.capture, refused=plan.refused, before=plan.network, after=plan.after,
-        milliseconds=(before, after), threads=torch.get_num_threads(), graph_error=verified.graph,
-        end_to_end_error=verified.end_to_end, right=verified.right, convolutions=convolutions,
+        milliseconds=(ms[0], ms[1]), activation_bytes=(peaks[0], peaks[1]), threads=torch.get_num_threads(),
+        graph_error=verified.graph, end_to_end_error=verified.end_to_end, right=verified.right,
+        convolutions=convolutions,
         flows=(flow_of(captured, {}), flow_of(looked_at(factorized, example_inputs), chains_of(factorized), captured)),
     )  # fmt: skip
 
@@ -113,17 +116,17 @@ def _convolution(
         factorization=method.name,
         rank=decision.rank,
         stages=tuple(map(str, decision.stages)),
-        milliseconds=_milliseconds(decision, site, factorized),
+        **_measured(decision, site, factorized),
         kernel_error=errors.weight if errors else None,
         output_error=errors.output if errors else None,
         spectra=_spectra(decision, site),
     )
 
 
-def _milliseconds(decision: Decision, site: ConvSite, factorized: nn.Module) -> tuple[float, float] | None:
-    """Of the convolution and its chain, on numbers of the shapes at all its calls."""
+def _measured(decision: Decision, site: ConvSite, factorized: nn.Module) -> dict[str, Any]:
+    """Milliseconds and bytes of the convolution and its chain, on numbers of the shapes at all its calls."""
     if site.input_shapes is None:
-        return None
+        return {}
     stages: list[Any] = [part for part in factorized.get_submodule(decision.path).children() if hasattr(part, "weight")]
     bias: Tensor | None = getattr(stages[-1], "bias", None)
     layer, weights = site.layer, [stage.weight for stage in stages]
@@ -136,8 +139,8 @@ def _milliseconds(decision: Decision, site: ConvSite, factorized: nn.Module) -> 
         for x in inputs:
             network(x)
 
-    before, after = fastest([partial(run, network) for network in (dense, chain)])
-    return before, after
+    calls = [partial(run, network) for network in (dense, chain)]
+    return {"milliseconds": tuple(fastest(calls)), "activation_bytes": tuple(map(peak_bytes, calls))}
 
 
 def _spectra(decision: Decision, site: ConvSite) -> tuple[Spectrum, ...]:

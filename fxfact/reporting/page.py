@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from fxfact.cost import shown_amount, shown_change
-from fxfact.reporting.base import ConvReport, Facts, error, rank_shown
+from fxfact.reporting.base import ConvReport, Facts, error, megabytes, rank_shown
 from fxfact.reporting.svg import Scale, curve, picture
 
 _STYLE = """
@@ -69,6 +69,7 @@ def _head(facts: Facts) -> Iterable[str]:
         ("parameters", shown_change(before.params, after.params)),
         ("MACs of a sample", shown_change(before.macs, after.macs)),
         (f"milliseconds, {facts.threads} thread{'s' * (facts.threads > 1)}", shown_change(*facts.milliseconds)),
+        ("MB of activations at the peak", shown_change(*megabytes(facts.activation_bytes))),
         ("relative error of the output", error(facts.end_to_end_error)),
         ("convolutions rewritten", f"{rewritten} of {len(facts.convolutions)}"),
     ]
@@ -103,25 +104,29 @@ def _rewritten(convolutions: Sequence[ConvReport]) -> Iterable[str]:
         return
     yield "<h2>Convolution by convolution</h2>"
     yield (
-        "<p>Above, grey: as it was; below, blue: the chain; each column to its own scale. Errors are relative: of the "
+        "<p>Above, grey: as it was; below, blue: the chain; each column to its own scale; the peak is what "
+        "activations take at one time, beside the input. Errors are relative: of the "
         "kernel, and of the output on the original's own input. Spectra are the singular values of the kernel's "
         "unfoldings, those that a rank of the chain keeps filled.</p>"
     )
-    heads = ["convolution", "became", "parameters", "MACs", "ms", "kernel error", "output error", "spectra"]
+    heads = ["convolution", "became", "parameters", "MACs", "ms", "peak MB", "kernel error", "output error", "spectra"]
     foreseen = any(conv.increase is not None for conv in convolutions)
     heads[-1:-1] = ["loss +, nats"] if foreseen else []
     yield f"<table><thead><tr>{_cells('th', heads)}</tr></thead><tbody>"
     most_params = max(max(conv.before.params, conv.after.params) for conv in convolutions)
     most_macs = max(max(conv.before.macs or 0, conv.after.macs or 0) for conv in convolutions)
     most_ms = max(max(conv.milliseconds or (0.0,)) for conv in convolutions)
+    peaks = [(None, None) if c.activation_bytes is None else megabytes(c.activation_bytes) for c in convolutions]
+    most_mb = max(max(pair[0] or 0.0, pair[1] or 0.0) for pair in peaks)
     worst = max(max(conv.kernel_error or 0, conv.output_error or 0) for conv in convolutions)
-    for conv in convolutions:
+    for conv, peak in zip(convolutions, peaks, strict=True):
         cells = [
             f"<b>{escape(conv.path)}</b><br><small>{escape(conv.convolution)}</small>",
             f"{conv.factorization} {rank_shown(conv.rank)}<br><small>{escape(' | '.join(conv.stages))}</small>",
             _bars((conv.before.params, conv.after.params), most_params),
             _bars((conv.before.macs, conv.after.macs), most_macs),
             _bars(conv.milliseconds or (None, None), most_ms),
+            _bars(peak, most_mb),
             _error(conv.kernel_error, worst),
             _error(conv.output_error, worst),
             *([error(conv.increase)] if foreseen else []),
