@@ -6,8 +6,8 @@
 
 Random weights, no data: the times do not depend on them. ``faster`` is the fastest dense form's time over that of the
 fastest form here, all taking turns, medians; ``±`` the larger of the two spreads (half the range between the quartiles,
-relative); ``efficiency`` is ``faster`` over ``fewer MACs``; ``foreseen`` the planned time over the measured one of the
-same form; ``loss`` the sum of the squares of the kernels' relative errors. Uniform: the same factorization and fraction
+relative); ``efficiency`` is ``faster`` over ``fewer MACs``; ``foreseen`` the planned share of the dense
+time over the measured one; ``loss`` the sum of the squares of the kernels' relative errors. Uniform: the same factorization and fraction
 everywhere, at the MACs that the budget of milliseconds came to. TensorLy-Torch's layers are measured where it is
 installed (pip install --no-deps tensorly-torch).
 """
@@ -19,7 +19,7 @@ import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median, quantiles
+from statistics import geometric_mean, median, quantiles
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ import fxfact
 from benchmarks.report import save, show
 from benchmarks.untrained import TIMED
 from fxfact.timing import milliseconds
+
+
+_THEIRS = "TensorLy-Torch"
 
 
 class Contest:
@@ -53,7 +56,8 @@ class Contest:
             assert plan.network.macs
             assert plan.after.macs
             facts |= {"fewer MACs": plan.network.macs / plan.after.macs, "loss": _loss(network)}
-            facts |= {"foreseen ms": plan.after.ms}
+            if plan.after.ms is not None and plan.network.ms is not None:
+                facts |= {"foreseen": plan.after.ms / plan.network.ms}
         self.facts[rule] = facts
 
     def rows(self) -> list[dict[str, Any]]:
@@ -69,11 +73,11 @@ class Contest:
         for rule, own in best.items():
             facts = self.facts[rule]
             faster = median(dense) / median(own)
-            fewer, foreseen = facts.get("fewer MACs"), facts.get("foreseen ms")
+            fewer, foreseen = facts.get("fewer MACs"), facts.get("foreseen")
             rows.append({
                 "rule": rule, "ms": median(own), "faster": faster, "±": max(_spread(dense), _spread(own)),
                 "fewer MACs": fewer, "efficiency": faster / fewer if fewer else None,
-                "foreseen": foreseen / median(own) if foreseen else None, "loss": facts.get("loss"),
+                "foreseen": foreseen * faster if foreseen else None, "loss": facts.get("loss"),
                 "s": facts.get("s"),
             })  # fmt: skip
         return rows
@@ -151,8 +155,29 @@ def compete(name: str, batch: int, given: argparse.Namespace) -> list[dict[str, 
             if (found := _uniform(contest, rule, plan.after.macs)) is not None:
                 contest.add(f"uniform {rule} at {share}", *found, time.perf_counter() - started)
                 if rule == "tucker" and (theirs := _tensorly(found[1], contest.model)) is not None:
-                    contest.add(f"TensorLy-Torch at {share}", theirs, None, 0.0)
+                    contest.add(f"{_THEIRS} at {share}", theirs, None, 0.0)
     return contest.rows()
+
+
+def summary(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
+    """Over all tables: how often something came out slower than dense, the worst foresight, and how much faster the same
+    Tucker ranks are as plain convolutions than as TensorLy-Torch's layers (geometric mean).
+    """
+    own = [row for rows in tables.values() for row in rows if row["rule"].startswith("fxfact") and "ms" in row]
+    slower = [row for row in own if row["faster"] < 1 - row["±"]]
+    ratios = []
+    for rows in tables.values():
+        ms = {row["rule"]: row.get("ms") for row in rows}
+        for rule, theirs in ms.items():
+            if rule.startswith(_THEIRS) and (ours := ms.get(rule.replace(_THEIRS, "uniform tucker"))):
+                ratios.append(theirs / ours)
+    return {
+        "networks and budgets": len(own),
+        "slower than dense": len(slower),
+        "least faster": min((row["faster"] for row in own), default=None),
+        "worst foresight": max((abs(row["foreseen"] - 1) for row in own if row["foreseen"]), default=None),
+        "same ranks, over TensorLy-Torch": geometric_mean(ratios) if ratios else None,
+    }
 
 
 def main() -> None:
@@ -176,7 +201,8 @@ def main() -> None:
                 except fxfact.FxfactError as error:
                     tables[title] = [{"rule": "fxfact", "refused": str(error)}]
                 show(title, tables[title])
-                save("latency", tables)
+                save("latency", {**tables, "summary": [summary(tables)]})
+    show("all", [summary(tables)])
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ class BudgetError(FxfactError, ValueError):
     """A budget that no plan can meet."""
 
 
+class TimingError(FxfactError, RuntimeError):
+    """What was to be timed did not run."""
+
+
 class FileError(FxfactError, ValueError):
     """A file that cannot be written, is damaged, is of another network, or holds what could be executed."""
 

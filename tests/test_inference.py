@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxfact
-from fxfact import inference, rehearsing
+from fxfact import inference, rehearsing, timing
 from fxfact.conv_modules import is_conv, write_conv
-from fxfact.errors import ArgumentError, BudgetError
+from fxfact.errors import ArgumentError, BudgetError, TimingError
 from fxfact.latency import Kept, clock
 from fxfact.latency.frozen import frozen
 from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise
+from fxfact.timing import TICK
 from tests.conftest import SPECS, random_input, random_layer
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -287,6 +288,25 @@ def test_a_budget_for_the_compiler_is_planned_and_compiled(
     small = fxfact.factorize(model, budget=fxfact.Latency(0.9, compiled=True), example_inputs=x)
     assert len(seen) == 5  # the dense network, and both side by side, rehearsed and as they are
     torch.testing.assert_close(compiled(small, (x,), {})(x), small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_too_short_to_be_timed_stays(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[TICK] * 3] * len(calls))
+    plan = fxfact.plan(model, budget=fxfact.Latency(1.0), example_inputs=x)
+    assert not plan.rewrites
+    assert "too little for this machine's clock" in plan["second"].reason
+
+
+def test_a_device_that_vanishes_is_said(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: nn.Module, x: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: device is lost")
+
+    monkeypatch.setattr(clock, "milliseconds", timing.milliseconds)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(nn.Sequential, "forward", lost)  # of the chains that are timed
+    with pytest.raises(TimingError, match=r"did not run.*device is lost.*Nothing was changed"):
+        fxfact.plan(model, budget=fxfact.Latency(0.9), example_inputs=x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_under_load_it_says_so_and_plans_by_macs(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
 from fxfact.timing import milliseconds
 
-_REPEATS, _WITHIN = 25, 10.0  # turns of a convolution and its chains, fewer where they would take more seconds
+_REPEATS, _WITHIN = 15, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
 _SPREAD, _LEAST = 1.5, 0.05
 Layout = tuple[ConvSpec, ...]
 

@@ -20,11 +20,12 @@ from fxfact.ranks.clocking import liked, times_of
 from fxfact.ranks.knapsack import Class, Knapsack
 from fxfact.ranks.requested import ByPath
 from fxfact.skip import Skip
+from fxfact.timing import TICK
 
 _RANKS = 40  # of a factorization among which to choose
 _FRONT = 40  # points
 _NOTHING = Cost(0, 0, 0.0)
-_FASTER = 0.97  # of the time of the convolution
+_FASTER, _SHORTEST = 0.97, 1000 * TICK  # of the time of the convolution; milliseconds
 _DENSE = Skip("the budget lets it stay as it is")
 
 
@@ -191,6 +192,8 @@ def _thinned(ranks: Sequence[Rank]) -> list[Rank]:
 def _faster(options: Sequence[Option], ms: float) -> list[Option]:
     """The dense one, and those that measure faster by what is more than chance."""
     dense, *others = options
+    if ms < _SHORTEST:
+        return [dense._replace(choice=Skip(f"it takes {ms:.2g} ms, too little for this machine's clock to compare"))]
     kept = [option for option in others if (option.cost.ms or 0.0) < _FASTER * ms]
     if others and not kept:
         fastest = min(option.cost.ms or 0.0 for option in others)
