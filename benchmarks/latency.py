@@ -6,10 +6,10 @@
 
 Random weights, no data: the times do not depend on them. ``faster`` is the fastest dense form's time over that of the
 fastest form here, all taking turns, medians; ``±`` the larger of the two spreads (half the range between the quartiles,
-relative); ``efficiency`` is ``faster`` over ``fewer MACs``; ``foreseen`` the planned share of the dense
-time over the measured one; ``loss`` the sum of the squares of the kernels' relative errors. Uniform: the same factorization and fraction
-everywhere, at the MACs that the budget of milliseconds came to. TensorLy-Torch's layers are measured where it is
-installed (pip install --no-deps tensorly-torch).
+relative); ``efficiency`` is ``faster`` over ``fewer MACs``; ``foreseen`` the planned share of the dense time over the
+measured one; ``loss`` the sum of the squares of the kernels' relative errors. Uniform: the same factorization and
+fraction everywhere, at the MACs that the budget of milliseconds came to. TensorLy-Torch's layers are measured where it
+is installed (pip install --no-deps tensorly-torch).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import fxfact
 from benchmarks.report import save, show
 from benchmarks.untrained import TIMED
 from fxfact.timing import milliseconds
-
 
 _THEIRS = "TensorLy-Torch"
 
@@ -160,8 +159,8 @@ def compete(name: str, batch: int, given: argparse.Namespace) -> list[dict[str, 
 
 
 def summary(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
-    """Over all tables: how often something came out slower than dense, the worst foresight, and how much faster the same
-    Tucker ranks are as plain convolutions than as TensorLy-Torch's layers (geometric mean).
+    """Over all tables: how often something came out slower than dense, the worst foresight, and how much faster the
+    same Tucker ranks are as plain convolutions than as TensorLy-Torch's layers (geometric mean).
     """
     own = [row for rows in tables.values() for row in rows if row["rule"].startswith("fxfact") and "ms" in row]
     slower = [row for row in own if row["faster"] < 1 - row["±"]]
