@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="*", default=["tucker", "cp"], help="uniform ones, at the same MACs")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--compiled", action="store_true", help="inductor with freezing as a further form")
+    parser.add_argument("--save", default="latency", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
     tables: dict[str, Any] = {}
     for threads in given.threads:
@@ -200,7 +201,7 @@ def main() -> None:
                 except fxfact.FxfactError as error:
                     tables[title] = [{"rule": "fxfact", "refused": str(error)}]
                 show(title, tables[title])
-                save("latency", {**tables, "summary": [summary(tables)]})
+                save(given.save, {**tables, "summary": [summary(tables)]})
     show("all", [summary(tables)])
 
 
