@@ -140,22 +140,29 @@ def _tensorly(plan: fxfact.Plan, model: nn.Module) -> nn.Module | None:
 
 def compete(name: str, batch: int, given: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of a network at a batch size."""
-    contest = Contest(name, batch, given)
+    contest, refused = Contest(name, batch, given), []
     for share in given.shares:
+        try:
+            _enter(contest, share, given)
+        except fxfact.FxfactError as error:
+            refused.append({"rule": f"fxfact at {share}", "refused": str(error)})
+    return [*contest.rows(), *refused]
+
+
+def _enter(contest: Contest, share: float, given: argparse.Namespace) -> None:
+    """All that competes at a budget."""
+    started = time.perf_counter()
+    budget = fxfact.Latency(share, compiled=given.compiled)
+    small = fxfact.factorize(contest.model, budget=budget, example_inputs=contest.x)
+    plan = fxfact.plan_of(small)
+    contest.add(f"fxfact at {share}", small, plan, time.perf_counter() - started)
+    assert plan.after.macs is not None
+    for rule in given.rules:
         started = time.perf_counter()
-        small = fxfact.factorize(
-            contest.model, budget=fxfact.Latency(share, compiled=given.compiled), example_inputs=contest.x
-        )
-        plan = fxfact.plan_of(small)
-        contest.add(f"fxfact at {share}", small, plan, time.perf_counter() - started)
-        assert plan.after.macs is not None
-        for rule in given.rules:
-            started = time.perf_counter()
-            if (found := _uniform(contest, rule, plan.after.macs)) is not None:
-                contest.add(f"uniform {rule} at {share}", *found, time.perf_counter() - started)
-                if rule == "tucker" and (theirs := _tensorly(found[1], contest.model)) is not None:
-                    contest.add(f"{_THEIRS} at {share}", theirs, None, 0.0)
-    return contest.rows()
+        if (found := _uniform(contest, rule, plan.after.macs)) is not None:
+            contest.add(f"uniform {rule} at {share}", *found, time.perf_counter() - started)
+            if rule == "tucker" and (theirs := _tensorly(found[1], contest.model)) is not None:
+                contest.add(f"{_THEIRS} at {share}", theirs, None, 0.0)
 
 
 def summary(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
@@ -196,10 +203,7 @@ def main() -> None:
         for name in given.networks:
             for batch in given.batches:
                 title = f"{name}, batch {batch}, {threads} threads"
-                try:
-                    tables[title] = compete(name, batch, given)
-                except fxfact.FxfactError as error:
-                    tables[title] = [{"rule": "fxfact", "refused": str(error)}]
+                tables[title] = compete(name, batch, given)
                 show(title, tables[title])
                 save(given.save, {**tables, "summary": [summary(tables)]})
     show("all", [summary(tables)])

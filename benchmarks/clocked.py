@@ -1,0 +1,114 @@
+"""What a budget of milliseconds costs trained networks at their tasks: ours, and uniform Tucker that measures as fast.
+
+    python -m benchmarks.clocked                                     # all networks: hours on two cores
+    python -m benchmarks.clocked --networks resnet20 --shares 0.6    # some minutes
+
+``faster`` is the time of the dense network in its fastest form over that of the result in its own, taking turns.
+Uniform Tucker has the largest fraction everywhere that measures at least as fast as ours, found by halving. No labels,
+no fine-tuning; ``difference`` is from the dense network on the same samples, ``±`` its paired standard error, ``KL``
+the mean divergence from it, in nats for one sample. Needs the trained weights and data sets (FXFACT_DATA).
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxfact
+from benchmarks.accuracy import Measured
+from benchmarks.networks import NETWORKS
+from benchmarks.report import save, show
+from benchmarks.tasks import TASKS, Task
+from fxfact.timing import milliseconds
+
+_HALVINGS = 6
+
+
+class Race:
+    """One trained network, as it is called with ``x``."""
+
+    def __init__(self, name: str, given: argparse.Namespace) -> None:
+        self._task: Task = TASKS[name]
+        self._model = NETWORKS[name].load()
+        self._measure = Measured(self._task, self._model, given.tests)
+        self._batches = self._task.batches(given.samples, 0)
+        self._x = self._input(given.batch)
+        self._repeats = given.repeats
+        self._dense = fxfact.for_inference(self._model, self._x)
+
+    def rows(self, share: float) -> list[dict[str, Any]]:
+        """Ours and uniform Tucker."""
+        ours = fxfact.factorize(
+            self._model,
+            budget=fxfact.Latency(share),
+            calibration=self._batches,
+            example_inputs=self._x,
+            likelihood=self._task.likelihood,
+        )
+        aim = self._faster(ours)
+        found = [self._row(f"ours at {share}", ours, aim)]
+        low, high, best = 0.0, 1.0, None
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            tucker = fxfact.factorize(self._model, "tucker", rank=middle, example_inputs=self._x)
+            network = fxfact.for_inference(tucker, self._x)
+            faster = self._faster(network)
+            if faster >= aim:
+                low, best = middle, (network, faster)
+            else:
+                high = middle
+        if best is None:
+            return [*found, {"rule": f"uniform Tucker at {share}", "faster": None}]
+        return [*found, self._row(f"uniform Tucker at {share}", *best)]
+
+    def _input(self, batch: int) -> Tensor:
+        """A batch, or a whole image where whole images are tested."""
+        tests = self._task.tests().batches[0]
+        return tests if len(tests) == 1 else self._batches[0][:batch]
+
+    def _faster(self, network: nn.Module) -> float:
+        calls = [partial(each, self._x) for each in (self._dense, network)]
+        dense, own = (median(times) for times in milliseconds(calls, repeats=self._repeats))
+        return dense / own
+
+    def _row(self, rule: str, network: nn.Module, faster: float) -> dict[str, Any]:
+        scores, divergences = self._measure(network)
+        difference = scores - self._measure.dense
+        return {
+            "rule": rule, "faster": faster, "score": float(scores.mean()), "difference": float(difference.mean()),
+            "±": float(difference.std() / len(difference) ** 0.5), "KL": float(divergences.mean()),
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6], help="budgets, of the dense time")
+    parser.add_argument("--samples", type=int, default=512, help="to calibrate on")
+    parser.add_argument("--batch", type=int, default=32, help="samples in a call")
+    parser.add_argument("--tests", type=int, default=None, help="batches to test on; default: all")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save", default="clocked", help="the name of the JSON file in benchmarks/results")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name in given.networks:
+        race = Race(name, given)
+        tables[name] = []
+        for share in given.shares:
+            try:
+                tables[name] += race.rows(share)
+            except fxfact.FxfactError as error:
+                tables[name].append({"rule": f"ours at {share}", "refused": str(error)})
+            save(given.save, tables)
+        show(f"{name}: {TASKS[name].unit}", tables[name], ".4g")
+
+
+if __name__ == "__main__":
+    main()
