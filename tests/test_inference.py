@@ -203,6 +203,17 @@ def test_a_budget_of_milliseconds_is_met_as_measured(kind: type[Net], budget: An
     assert fxfact.report(own, small, x).right
 
 
+def test_an_exported_program_is_planned_and_rehearsed(model: Net, x: Tensor, told: list[int]) -> None:
+    small = fxfact.factorize(torch.export.export(model, (x,)), budget=fxfact.Latency(0.5))
+    plan = fxfact.plan_of(small)
+    assert plan.after.ms is not None
+    assert plan.network.ms is not None
+    assert plan.after.ms <= 0.5 * 1.03 * plan.network.ms
+    assert told[-1] == 2  # the rehearsal
+    assert isinstance(small, torch.export.ExportedProgram)
+    assert fxfact.verify(torch.export.export(model, (x,)), small, x).right
+
+
 def test_what_does_not_measure_faster_stays_with_that_reason(
     model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

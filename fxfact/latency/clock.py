@@ -26,8 +26,8 @@ Layout = tuple[ConvSpec, ...]
 
 class Clock:
     """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
-    the memory format in which it runs, all of a convolution taking turns, each running once: so its weights have left
-    the caches when they are wanted again, as in the network. What is known is not measured again.
+    the memory format in which it runs, all of a convolution taking turns. On a processor each runs once in a turn: so
+    its weights have left the caches when they are wanted again, as in the network. What is known is not measured again.
 
     ``network`` is the milliseconds of the whole dense network in its fastest form; ``channels_last`` and ``compiled``,
     with frozen weights, are how it runs in that.
@@ -92,7 +92,8 @@ class Clock:
         chains = [self._chain(layout, weight) for layout in layouts]
         by_shape = [{shape: ready(chain, x) for shape, x in inputs.items()} for chain in chains]
         calls = [[(chain[shape], inputs[shape]) for shape in shapes] for chain in by_shape]
-        turns = milliseconds([partial(run, each) for each in calls], repeats=_REPEATS, number=1, within=_WITHIN)
+        number = 1 if weight.device.type == "cpu" else None  # else the launch and the wait for it are what is measured
+        turns = milliseconds([partial(run, each) for each in calls], repeats=_REPEATS, number=number, within=_WITHIN)
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return [min(times) for times in turns]
 
