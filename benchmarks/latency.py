@@ -119,7 +119,9 @@ def _uniform(contest: Contest, rule: str, macs: int) -> tuple[nn.Module, fxfact.
 
 
 def _tensorly(plan: fxfact.Plan, model: nn.Module) -> nn.Module | None:
-    """TensorLy-Torch's layers in the same places, with the same ranks, where the plan has Tucker."""
+    """TensorLy-Torch's layers in the same places, with the same ranks, where the plan has Tucker; it has none for
+    transposed convolutions.
+    """
     try:
         from tltorch import FactorizedConv  # noqa: PLC0415 (an extra of the benchmark)
     except ImportError:
@@ -127,6 +129,8 @@ def _tensorly(plan: fxfact.Plan, model: nn.Module) -> nn.Module | None:
     network = copy.deepcopy(model)
     for decision in plan.rewrites:
         if decision.factorization is None or decision.factorization.name != "tucker" or decision.spec is None:
+            continue
+        if decision.spec.transposed:
             continue
         conv: Any = network.get_submodule(decision.path)
         rank = (*(decision.rank or ()), *decision.spec.kernel_size)
