@@ -51,7 +51,11 @@ class CalibrationError(FxfactError, ValueError):
 
 
 class BudgetError(FxfactError, ValueError):
-    """A budget that no plan can meet."""
+    """A budget that no plan can meet; ``least`` is the least that one could, in its unit, where that is known."""
+
+    def __init__(self, message: str, least: float | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class TimingError(FxfactError, RuntimeError):

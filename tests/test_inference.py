@@ -262,6 +262,18 @@ def test_plans_are_rehearsed_until_their_networks_meet_the_budget(
         fxfact.plan(model, budget=fxfact.Latency(0.3), example_inputs=x)
 
 
+def test_chains_may_save_more_in_the_network_than_the_clock_foresees(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[1.0] * 3, *[[0.9] * 3] * (len(calls) - 1)])
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 5.0, 10.0, 10.0][: len(calls)])
+    with pytest.raises(BudgetError, match="can go down to"):  # 9.7 ms for all that the clock knows
+        fxfact.plan(model, budget=fxfact.Latency(0.3), example_inputs=x)
+    plan = fxfact.plan(model, budget=fxfact.Latency(at_most_ms=2.52), example_inputs=x)
+    assert plan.after.ms == pytest.approx(2.5)
+    assert len(plan.rewrites) == 3
+
+
 def test_a_budget_that_no_rehearsal_meets_is_said(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsing, "_REHEARSALS", 1)
     monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 9.0, 9.5, 9.7][: len(calls)])

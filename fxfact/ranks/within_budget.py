@@ -81,7 +81,8 @@ class WithinBudget(RankStrategy):
             raise BudgetError(
                 f"the budget is {_shown(allowed)} {self.budget.unit}, and these factorizations can go down to "
                 f"{_shown(least)} ({least / whole:.3f} of {_shown(whole)}). Raise it, or let it have more convolutions "
-                "and factorizations."
+                "and factorizations.",
+                least,
             )
         choices = tuple(each[k].choice for each, k in zip(options, picked, strict=True))
         return Chosen(choices, self._front(options, knapsack, network))
