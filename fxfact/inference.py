@@ -98,6 +98,6 @@ def _compiled(network: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
     import torch._inductor.config as inductor  # noqa: PLC0415 (takes seconds, so only who compiles imports it)
 
     with inductor.patch(freezing=True):
-        call: Callable[..., Any] = torch.compile(network)
+        call: Callable[..., Any] = torch.compile(network, dynamic=False)
         call(*args, **kwargs)
     return call
