@@ -13,13 +13,17 @@ from fxfact.ranks.base import Candidate
 _LIKED, _FEW, _MOST = (32, 16, 8), 4, 12  # multiples, and of how many ranks to choose among
 
 
+def multiples(ranks: Sequence[Rank], number: int, largest: Rank) -> list[Rank]:
+    """Those whose entries are multiples of a number, or full."""
+    return [rank for rank in ranks if all(r % number == 0 or r == most for r, most in zip(rank, largest, strict=True))]
+
+
 def liked(ranks: Sequence[Rank], largest: Rank) -> list[Rank]:
     """At most twelve, spread evenly, of those whose entries are full or multiples of 32, or of 16 or 8 where that
     leaves too few: kernels work on blocks of channels, and what lies between takes as long as the next block.
     """
-    for multiple in _LIKED:
-        kept = [r for r in ranks if all(n % multiple == 0 or n == most for n, most in zip(r, largest, strict=True))]
-        if len(kept) >= _FEW:
+    for number in _LIKED:
+        if len(kept := multiples(ranks, number, largest)) >= _FEW:
             break
     else:
         kept = list(ranks)

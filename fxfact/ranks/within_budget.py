@@ -16,7 +16,7 @@ from fxfact.progress import Progress, shown
 from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
 from fxfact.ranks.bearing import Curves, curve_of
 from fxfact.ranks.budgets import Budget
-from fxfact.ranks.clocking import liked, times_of
+from fxfact.ranks.clocking import liked, multiples, times_of
 from fxfact.ranks.knapsack import Class, Knapsack
 from fxfact.ranks.requested import ByPath
 from fxfact.skip import Skip
@@ -135,7 +135,8 @@ class WithinBudget(RankStrategy):
         options[0] = options[0]._replace(cost=replace(dense, ms=ms))
         known = kept.setdefault(candidate.path, {})
         for k, (family, ranks) in enumerate(choices):
-            nats = curve_of(candidate.layer, family.method, ranks, among=family.thinned, metric=metric, known=known)
+            among = family.thinned or ranks
+            nats = curve_of(candidate.layer, family.method, ranks, among=among, metric=metric, known=known)
             for j, (rank, n) in enumerate(zip(ranks, nats, strict=True)):
                 pair = None if ms is None else (ms, times[k][j])
                 choice = Choice(family.method, rank, increase=None if metric is None else n, milliseconds=pair)
@@ -149,9 +150,7 @@ class WithinBudget(RankStrategy):
         if self.clock is None and self.multiple == 1:
             return family.thinned
         most = family.method.max_rank(family.candidate.spec)
-        allowed = [
-            r for r in family.fitting if all(n % self.multiple == 0 or n == m for n, m in zip(r, most, strict=True))
-        ]
+        allowed = multiples(family.fitting, self.multiple, most)
         return family.cheaper(_thinned(allowed) if self.clock is None else liked(allowed, most))
 
 
