@@ -60,13 +60,14 @@ def work(spec: ConvSpec, size: Sizes, batch: int) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=[n for n, made in TIMED.items() if len(made.input_shape) == 3])
+    images = [name for name, made in TIMED.items() if len(made.input_shape) == 3]
+    parser.add_argument("--network", choices=images, default="resnet18")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--share", type=float, default=0.45, help="budget, of the dense time")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    name = given.network or "resnet18"
+    name = given.network
     model = TIMED[name].build().eval()
     x = torch.randn(given.batch, *TIMED[name].input_shape)
     plan = fxfact.plan(model, budget=fxfact.Latency(given.share, compiled=True), example_inputs=x)

@@ -11,6 +11,7 @@ The way of the data, top down, which is also the way of the imports::
     inspection               graphs, shown
     compile_backend          torch.compile(model, backend="fxfact")
     choosing                 the plan for a budget: of those foreseen the one that measures best
+    rehearsing               plans for a time: their networks timed before anything is decomposed
     inference                the fastest form of a network, by measurement
     verification             is a rewritten network right?
     passes                   a plan carried out: on a graph, or on the model's own modules
@@ -29,7 +30,8 @@ The way of the data, top down, which is also the way of the imports::
     copying, comparing       private copies of models; how far apart two outputs are
     conv, tensor             convolutions and chains as values; decompositions of plain tensors
     errors, skip, progress   how "no" is said; a bar for what takes long
-    timing, writing          how long calls take; files that are whole or not there
+    timing, activations      how long calls take, and how much memory
+    writing                  files that are whole or not there
 """
 
 from fxfact import factorizations, nn, passes, ranks

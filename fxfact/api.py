@@ -20,12 +20,7 @@ from fxfact.choosing import Data, Selected, choose
 from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest, SpatialSVD
 from fxfact.inference import never_slower
-from fxfact.passes import (
-    Decomposing,
-    Weights,
-    carry_out,
-    last_plan,
-)
+from fxfact.passes import Decomposing, Weights, carry_out, last_plan
 from fxfact.planning import Plan, Selection
 from fxfact.progress import Progress
 from fxfact.ranks import Budget, ByPath, Latency, Loss, Macs, RankRule, Requested, WithinBudget, parse_several

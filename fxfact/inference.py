@@ -43,7 +43,7 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
     else:
         forms = [form for form in _FORMS if can_be_folded or "fold_batch_norms" not in form]
     network = evaluated(private_copy(captured.network))
-    times = network_milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
+    times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
     return min((Form(form, ms) for form, ms in zip(forms, times, strict=True)), key=lambda form: form.ms)
 
 
@@ -58,7 +58,7 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     captured = capture(model, example_inputs)
     network = in_form(evaluated(captured.network), _FOR_ALL)
     forms = [network, in_form(network, ("channels_last",))]
-    times = network_milliseconds(forms, example_inputs, compiled=False)
+    times = _milliseconds(forms, example_inputs, compiled=False)
     return copy_sharing(forms[times.index(min(times))], set())
 
 
@@ -68,10 +68,7 @@ def never_slower(
     """What was made by a plan with a form, if it measures no slower than the dense network in that form; else that, as
     ``carry_out`` makes it of a plan without rewrites, each with the reason.
     """
-    assert captured.example_inputs is not None
-    dense = in_form(evaluated(private_copy(captured.network)), plan.form)
-    networks = [dense, evaluated(private_copy(result))]
-    before, after = network_milliseconds(networks, captured.example_inputs, compiled=compiled)
+    before, after = against_dense(captured, plan, result, compiled=compiled)
     if after <= before:
         *earlier, last = applied(result)
         record_all(result, (*earlier, replace(last, plan=replace(plan, timed=(before, after)))))
@@ -82,7 +79,18 @@ def never_slower(
     return kept
 
 
-def network_milliseconds(
+def against_dense(
+    captured: Captured, plan: Plan, result: nn.Module, *, compiled: bool, repeats: int = 15
+) -> tuple[float, float]:
+    """Milliseconds of the dense network in the form of a plan, and of what was made by it, taking turns."""
+    assert captured.example_inputs is not None
+    dense = in_form(evaluated(private_copy(captured.network)), plan.form)
+    networks = [dense, evaluated(private_copy(result))]
+    before, after = _milliseconds(networks, captured.example_inputs, compiled=compiled, repeats=repeats)
+    return before, after
+
+
+def _milliseconds(
     networks: Sequence[nn.Module], example_inputs: ExampleInputs, *, compiled: bool, repeats: int = 15
 ) -> list[float]:
     """Of each one call on the example inputs, taking turns, the fastest of ``repeats``."""

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from fxfact.capture import Captured
-from fxfact.copying import evaluated, private_copy
 from fxfact.cost import Cost
 from fxfact.errors import BudgetError
-from fxfact.inference import network_milliseconds
+from fxfact.inference import against_dense
 from fxfact.latency import Clock
-from fxfact.passes import Decomposed, Decomposing, carry_out, in_form
+from fxfact.passes import Decomposed, Decomposing, carry_out
 from fxfact.planning import Decision, Plan
 from fxfact.ranks import Latency, WithinBudget
 
@@ -85,25 +84,19 @@ class Rehearsal:
         """The plan with the milliseconds that its network measured, spread over its chains; the clock learns."""
         planned, network = _ms(plan), plan.network.ms
         assert network is not None
-        measured = network * self._share(plan)
         if planned >= network:
             return plan
+        measured = network * self._share(plan)
         factor = self.clock.correct(planned=network - planned, measured=network - measured)
         return replace(plan, decisions=tuple(_scaled(decision, factor) for decision in plan))
 
     def _share(self, plan: Plan) -> float:
         """The time of the plan's network over that of the dense one, taking turns."""
-        captured = self.captured
-        assert captured.example_inputs is not None
-        weights = {site.path: site.weight for site in captured.sites}
+        weights = {site.path: site.weight for site in self.captured.sites}
         random = {decision.rewrite: _random(decision, weights[decision.path]) for decision in plan.rewrites}
-        rehearsed = carry_out(replace(plan, metric=False), captured, Decomposing(known=random))
-        network = rehearsed.module() if isinstance(rehearsed, ExportedProgram) else rehearsed
-        dense = in_form(evaluated(private_copy(captured.network)), plan.form)
-        networks: list[nn.Module] = [dense, evaluated(private_copy(network))]
-        before, after = network_milliseconds(
-            networks, captured.example_inputs, compiled=self.compiled, repeats=_REPEATS
-        )
+        made = carry_out(replace(plan, metric=False), self.captured, Decomposing(known=random))
+        network = made.module() if isinstance(made, ExportedProgram) else made
+        before, after = against_dense(self.captured, plan, network, compiled=self.compiled, repeats=_REPEATS)
         return after / before
 
 
