@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fxfact
 from benchmarks.accuracy import Measured
@@ -30,14 +30,14 @@ _HALVINGS = 6
 
 
 class Race:
-    """One trained network, as it is called with ``x``."""
+    """One trained network, timed on a batch of what it is calibrated on."""
 
     def __init__(self, name: str, given: argparse.Namespace) -> None:
         self._task: Task = TASKS[name]
         self._model = NETWORKS[name].load()
         self._measure = Measured(self._task, self._model, given.tests)
         self._batches = self._task.batches(given.samples, 0)
-        self._x = self._input(given.batch)
+        self._x = self._batches[0][: given.batch]
         self._repeats = given.repeats
         self._dense = fxfact.for_inference(self._model, self._x)
 
@@ -65,11 +65,6 @@ class Race:
         if best is None:
             return [*found, {"rule": f"uniform Tucker at {share}", "faster": None}]
         return [*found, self._row(f"uniform Tucker at {share}", *best)]
-
-    def _input(self, batch: int) -> Tensor:
-        """A batch, or a whole image where whole images are tested."""
-        tests = self._task.tests().batches[0]
-        return tests if len(tests) == 1 else self._batches[0][:batch]
 
     def _faster(self, network: nn.Module) -> float:
         calls = [partial(each, self._x) for each in (self._dense, network)]

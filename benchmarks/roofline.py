@@ -25,7 +25,7 @@ from benchmarks.untrained import TIMED
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.conv_modules import write_conv
 from fxfact.latency.frozen import frozen
-from fxfact.timing import fastest
+from fxfact.timing import milliseconds
 
 _FAR = 256 * 2**20  # bytes, more than caches hold
 
@@ -49,7 +49,7 @@ def measured(found: list[tuple[str, ConvSpec, Sizes]], batch: int) -> list[float
         weight = torch.randn(spec.weight_shape).contiguous(memory_format=torch.channels_last)
         conv = nn.Sequential(*write_conv(spec, weight, torch.zeros(spec.out_channels) if spec.bias else None))
         calls.append(partial(frozen(conv.eval().requires_grad_(requires_grad=False), x), x))
-    return fastest(calls, repeats=15, number=1)
+    return [min(times) for times in milliseconds(calls, repeats=15, number=1)]
 
 
 def work(spec: ConvSpec, size: Sizes, batch: int) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def main() -> None:
     x = torch.randn(given.batch, *TIMED[name].input_shape)
     plan = fxfact.plan(model, budget=fxfact.Latency(given.share, compiled=True), example_inputs=x)
     far = torch.randn(_FAR // 4)
-    bandwidth = _FAR / fastest([far.sum])[0]  # bytes in a millisecond
+    bandwidth = _FAR / min(milliseconds([far.sum])[0])  # bytes in a millisecond
     dense, chains = (list(stages_of(plan, dense=kind)) for kind in (True, False))
     times = measured([*dense, *chains], given.batch)
     amounts = [work(spec, size, given.batch) for _, spec, size in [*dense, *chains]]

@@ -16,7 +16,7 @@ from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, CalibrationError
-from fxfact.inference import best_form
+from fxfact.inference import Rival, best_form
 from fxfact.latency import Clock
 from fxfact.passes import Decomposed, decompose
 from fxfact.planning import Decision, Plan, Selection, make_plan
@@ -117,7 +117,8 @@ def _clocked(
     make(replace(strategy, budget=Params(1.0), clock=clock))
     clock.save()
     if not clock.noisy:
-        return Rehearsal(captured, clock, budget.compiled, make), replace(strategy, clock=clock), budget
+        rival = Rival(captured, form.passes, compiled=budget.compiled)
+        return Rehearsal(captured, clock, rival, make), replace(strategy, clock=clock), budget
     warnings.warn(
         f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs instead. "
         "Try again when it is idle.",

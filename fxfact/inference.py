@@ -20,6 +20,8 @@ from fxfact.timing import fastest
 
 _FORMS = ((), ("fold_batch_norms",), ("channels_last",), ("fold_batch_norms", "channels_last"))
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
+_TURNS, _WITHIN = 25, 6.0  # of whole networks, fewer where they would take more seconds
+_Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     """A copy of the model, in evaluation mode, in the fastest form that computes the same: batch norms folded into
     convolutions, 1×1 convolutions with nothing between merged, convolutions in channels_last if that measures faster.
 
-    Of a model that torch.fx cannot trace only the last. Raises ArgumentError, ArgumentTypeError, CaptureError.
+    Of a model that torch.fx cannot trace only the last. Stages of neighbouring chains may be merged too: ``verify`` and
+    ``report`` want the network from before. Raises ArgumentError, ArgumentTypeError, CaptureError.
     """
     if isinstance(model, ExportedProgram):
         raise ArgumentError("an exported program is made for inference by what compiles it: pass the model itself")
@@ -62,13 +65,30 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     return copy_sharing(forms[times.index(min(times))], set())
 
 
+class Rival:
+    """The dense network in the form of a plan, made once, for others to be timed against."""
+
+    def __init__(self, captured: Captured, form: Sequence[str], *, compiled: bool) -> None:
+        assert captured.example_inputs is not None
+        self._example_inputs, self._compiled = captured.example_inputs, compiled
+        self._dense = self._call(in_form(evaluated(private_copy(captured.network)), form))
+
+    def times(self, network: nn.Module) -> tuple[float, float]:
+        """Milliseconds of its own and of the network, taking turns."""
+        before, after = _fastest([self._dense, self._call(evaluated(private_copy(network)))])
+        return before, after
+
+    def _call(self, network: nn.Module) -> _Call:
+        return _called(network, self._example_inputs, compiled=self._compiled)
+
+
 def never_slower(
     captured: Captured, plan: Plan, result: nn.Module, carry_out: Callable[[Plan], Any], *, compiled: bool
 ) -> nn.Module:
     """What was made by a plan with a form, if it measures no slower than the dense network in that form; else that, as
     ``carry_out`` makes it of a plan without rewrites, each with the reason.
     """
-    before, after = against_dense(captured, plan, result, compiled=compiled)
+    before, after = Rival(captured, plan.form, compiled=compiled).times(result)
     if after <= before:
         *earlier, last = applied(result)
         record_all(result, (*earlier, replace(last, plan=replace(plan, timed=(before, after)))))
@@ -79,26 +99,18 @@ def never_slower(
     return kept
 
 
-def against_dense(
-    captured: Captured, plan: Plan, result: nn.Module, *, compiled: bool, repeats: int = 15
-) -> tuple[float, float]:
-    """Milliseconds of the dense network in the form of a plan, and of what was made by it, taking turns."""
-    assert captured.example_inputs is not None
-    dense = in_form(evaluated(private_copy(captured.network)), plan.form)
-    networks = [dense, evaluated(private_copy(result))]
-    before, after = _milliseconds(networks, captured.example_inputs, compiled=compiled, repeats=repeats)
-    return before, after
+def _milliseconds(networks: Sequence[nn.Module], example_inputs: ExampleInputs, *, compiled: bool) -> list[float]:
+    return _fastest([_called(network, example_inputs, compiled=compiled) for network in networks])
 
 
-def _milliseconds(
-    networks: Sequence[nn.Module], example_inputs: ExampleInputs, *, compiled: bool, repeats: int = 15
-) -> list[float]:
-    """Of each one call on the example inputs, taking turns, the fastest of ``repeats``."""
+def _fastest(calls: Sequence[_Call]) -> list[float]:
+    return fastest(calls, repeats=_TURNS, within=_WITHIN)
+
+
+def _called(network: nn.Module, example_inputs: ExampleInputs, *, compiled: bool) -> _Call:
+    """One call on a copy of the example inputs."""
     args, kwargs = copied_arguments(example_inputs)
-    calls: list[Callable[..., Any]] = [
-        _compiled(network, args, kwargs) if compiled else network for network in networks
-    ]
-    return fastest([partial(call, *args, **kwargs) for call in calls], repeats=repeats)
+    return partial(_compiled(network, args, kwargs) if compiled else network, *args, **kwargs)
 
 
 @torch.no_grad()

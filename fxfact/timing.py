@@ -49,6 +49,6 @@ def _said() -> Iterator[None]:
         ) from error
 
 
-def fastest(calls: Sequence[_Call], *, repeats: int = 9, number: int | None = None) -> list[float]:
+def fastest(calls: Sequence[_Call], *, repeats: int = 9, within: float = math.inf) -> list[float]:
     """The minima of ``milliseconds``: what is left where others use the machine too."""
-    return [min(times) for times in milliseconds(calls, repeats=repeats, number=number)]
+    return [min(times) for times in milliseconds(calls, repeats=repeats, within=within)]

@@ -173,12 +173,22 @@ def plain_copy(network: nn.Module | ExportedProgram) -> nn.Module:
 
 
 def _kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """What the stages at every rewritten path compose to, read from the network; in PyTorch's layout."""
+    """What the stages at every rewritten path compose to, read from the network; in PyTorch's layout. Raises PlanError
+    where others are there.
+    """
     found = {}
     with torch.no_grad():
         for decision in plan.rewrites:
             assert decision.spec is not None
-            kernel = composed(decision.stages, network.get_submodule(decision.path).children())
+            stages = [stage for stage in network.get_submodule(decision.path).children() if hasattr(stage, "weight")]
+            planned = [torch.empty(spec.weight_shape, device="meta") for spec in decision.stages]
+            sizes = [to_torch(spec, weight).shape for spec, weight in zip(decision.stages, planned, strict=True)]
+            if [stage.weight.shape for stage in stages] != sizes:
+                raise PlanError(
+                    f"{decision.path}: the plan says {len(decision.stages)} stages, and they are not there any more as "
+                    "it made them. fxfact.for_inference merges 1×1 convolutions: compare the network from before that."
+                )
+            kernel = composed(decision.stages, stages)
             found[decision.path] = to_torch(decision.spec, kernel)
     return found
 

@@ -20,13 +20,16 @@ def multiples(ranks: Sequence[Rank], number: int, largest: Rank) -> list[Rank]:
 
 def liked(ranks: Sequence[Rank], largest: Rank) -> list[Rank]:
     """At most twelve, spread evenly, of those whose entries are full or multiples of 32, or of 16 or 8 where that
-    leaves too few: kernels work on blocks of channels, and what lies between takes as long as the next block.
+    leaves too few: kernels work on blocks of channels, and what lies between takes as long as the next block. Below the
+    smallest of them multiples of 8, for the fastest networks have those.
     """
     for number in _LIKED:
         if len(kept := multiples(ranks, number, largest)) >= _FEW:
             break
     else:
         kept = list(ranks)
+    below = [rank for rank in multiples(ranks, _LIKED[-1], largest) if rank < kept[0]] if kept else []
+    kept = [*below, *kept]
     return [kept[k] for k in sorted({round(k) for k in np.linspace(0, len(kept) - 1, min(len(kept), _MOST))})]
 
 
