@@ -27,6 +27,8 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 class _Account(TorchDispatchMode):
     """Of the storages that operations make, as long as they live."""
 
+    supports_higher_order_operators = True  # which count as one operation
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak: int = 0

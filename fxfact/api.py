@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from fxfact.calibration import calibrate as collect
 from fxfact.capture import ExampleInputs, How
 from fxfact.capture import capture as capture_model
 from fxfact.choosing import Data, Selected, choose
-from fxfact.errors import ArgumentError, ArgumentTypeError
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError
 from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest, SpatialSVD
 from fxfact.inference import never_slower
 from fxfact.passes import Decomposing, Weights, carry_out, last_plan
@@ -86,7 +86,7 @@ def factorize(
     carried = partial(carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
     result = carried(decided)
     if isinstance(budget, Latency) and isinstance(result, nn.Module):
-        result = never_slower(captured, decided, result, carried, compiled=budget.compiled)
+        result = never_slower(captured, decided, result, carried, budget)
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     return cast(_Model, result)
@@ -177,6 +177,10 @@ def apply(
     )
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise ArgumentTypeError(
+            f"statistics must be fxfact.Statistics, got {type(statistics).__name__}. fxfact.calibrate gives them."
+        )
     trusted = [decision.path for decision in plan if decision.spec is not None]
     how = cast(How, plan.capture)
     captured = capture_model(model, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
@@ -198,13 +202,17 @@ def calibrate(
     """What unlabelled data say of a model's convolutions: pass it as ``calibration``, as often as you like, and as
     ``statistics`` to ``apply``; ``save`` it, ``Statistics.load`` it.
 
-    One pass, forward and backward, in evaluation mode, on a private copy. Draws are keyed by ``seed`` and the number of
-    the sample. Where ``torch.distributed`` is initialised every process gives its own samples, and gets the statistics
-    of all. The other arguments are those of ``plan``. Raises CalibrationError, CaptureError.
+    One pass, forward and backward, in evaluation mode, on a private copy. Draws are keyed by ``seed``, 0 … 2²³ − 1, and
+    the number of the sample. Where ``torch.distributed`` is initialised every process gives its own samples, and gets
+    the statistics of all. The other arguments are those of ``plan``. Raises ArgumentError, CalibrationError,
+    CaptureError.
     """
+    if batches is None or isinstance(batches, Statistics):
+        raise CalibrationError(f"batches must be an iterable of batches, got {type(batches).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**23:
+        raise ArgumentError(f"seed must be an int within 0 and {2**23 - 1}, got {seed!r}")
     example_inputs, given = _example(model, example_inputs, batches)
-    assert given is not None
-    assert not isinstance(given, Statistics)
+    assert isinstance(given, Iterable)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     return collect(captured, given, likelihood=likelihood, seed=seed, progress=progress)
 

@@ -71,14 +71,20 @@ def choose(
     data: Data,
 ) -> Chosen:
     """Raises ArgumentError, BudgetError, CalibrationError."""
+    paths = [site.path for site in captured.sites]
+    if isinstance(data.calibration, Statistics):
+        data.calibration.check(paths)
     if not isinstance(strategy, WithinBudget):
         if data.held_out is not None:
             raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
         statistics = data.calibration
         if statistics is not None and not isinstance(statistics, Statistics):
             statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.progress)
+            statistics.check(paths)
         return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
+    if statistics is not None:
+        statistics.check(paths)
     strategy = replace(strategy, statistics=statistics)
     make: Callable[[WithinBudget], Plan] = partial(selected.plan, captured)
     if isinstance(budget, Latency):
@@ -178,17 +184,18 @@ def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statis
 def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
     """Those to calibrate on, none with statistics, and those to measure on, none where there are none to spare."""
 
-    def listed(batches: Batches) -> list[ExampleInputs]:
-        return list(arguments_for(captured.network, batches, captured.example_inputs))
+    def listed(batches: Batches, name: str) -> list[ExampleInputs]:
+        return list(arguments_for(captured.network, batches, captured.example_inputs, name=name))
 
     given = data.calibration
-    kept = [] if given is None or isinstance(given, Statistics) else listed(given)
-    held_out = [] if data.held_out is None else listed(data.held_out)
+    kept = [] if given is None or isinstance(given, Statistics) else listed(given, "calibration")
+    held_out = [] if data.held_out is None else listed(data.held_out, "held_out")
     if kept and not held_out and (needed or len(kept) > 1):
         kept, held_out = held_out_of(kept)
     if (needed and not held_out) or (held_out and given is None):
         raise CalibrationError(
-            "a loss is measured on batches: pass batches as calibration, or fxfact.Statistics and held_out=batches"
+            "a loss is measured on batches of its own: pass two or more as calibration, or fxfact.Statistics and "
+            "held_out=batches"
         )
     return kept, held_out
 

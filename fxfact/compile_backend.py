@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxfact.capture import Captured, samples_of
 from fxfact.conv import ConvLayer, from_torch
 from fxfact.conv_modules import write_chain
-from fxfact.errors import ArgumentTypeError
+from fxfact.errors import ArgumentTypeError, place
 from fxfact.factorizations import Factorization, RankRequest
 from fxfact.graph import GraphSite, lift, lower, match
 from fxfact.passes import Decomposing, FactorizeConvs
@@ -38,11 +38,11 @@ _TRAINED = "gradients are on and its weight is being trained; call the compiled 
 class backend:  # noqa: N801 (it is called as a function is)
     """A backend for ``torch.compile(model, backend=fxfact.backend("tucker", rank=0.5))``.
 
-    ``factorization``, ``rank``, ``include``, ``exclude`` and ``allow_growth`` are those of ``fxfact.plan``, paths those
-    of the model's modules; ``inner`` is the backend, by name or itself, that compiles what comes out. ``plans`` has the
-    plan of every graph so far. Factors follow their parameters: written to, replaced, loaded, converted; only writes
-    through ``parameter.data`` go unseen. The model keeps its parameters, and so its size. Raises ArgumentError,
-    RankError.
+    ``factorization``, ``rank``, ``include``, ``exclude`` and ``allow_growth`` are those of ``fxfact.plan``, paths
+    those of the model's modules, of which a graph may have some only: what fits none is no error here. ``inner`` is
+    the backend, by name or itself, that compiles what comes out. ``plans`` has the plan of every graph so far.
+    Factors follow their parameters: written to, replaced, loaded, converted; only writes through ``parameter.data``
+    go unseen. The model keeps its parameters, and so its size. Raises ArgumentError, RankError.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class backend:  # noqa: N801 (it is called as a function is)
         allow_growth: bool = False,
         inner: str | _Compiled = "inductor",
     ) -> None:
-        self._strategy = Requested.parse(factorization, rank)
+        self._strategy = replace(Requested.parse(factorization, rank), partial=True)
         self._selection: dict[str, Any] = {"include": include, "exclude": exclude, "allow_growth": allow_growth}
+        self._selection["partial"] = True  # Dynamo may split a model into several graphs
         if not isinstance(inner, str) and not callable(inner):
             raise ArgumentTypeError(f"inner must be a backend or the name of one, got {inner!r}. Pass 'inductor'.")
         self._inner = inner
@@ -81,12 +82,22 @@ class backend:  # noqa: N801 (it is called as a function is)
         def with_factors(inputs: Sequence[Any]) -> list[Any]:
             return [*inputs, *(_factors_of(inputs[place], decision)[stage] for place, decision, stage in wanted)]
 
-        compiled = _compiled(self._inner, lowered, with_factors(example_inputs), options)
+        faked = _faked(with_factors(example_inputs), like=example_inputs)
+        compiled = _compiled(self._inner, lowered, faked, options)
 
         def run(*inputs: Any) -> Any:
             return compiled(*with_factors(inputs))
 
         return run
+
+
+def _faked(inputs: Sequence[Any], *, like: Sequence[Any]) -> list[Any]:
+    """Inputs for a compiler: behind those that Dynamo gave others, whose sizes it cannot guard, and so fixed."""
+    from torch._guards import detect_fake_mode  # noqa: PLC0415 (with the compiler)
+
+    mode = detect_fake_mode(list(like))
+    own = inputs[len(like) :]
+    return [*inputs[: len(like)], *(own if mode is None else (mode.from_tensor(t, static_shapes=True) for t in own))]
 
 
 def by_name(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> _Compiled:
@@ -117,7 +128,8 @@ def _decomposed(weight: Tensor, decision: Decision) -> list[Tensor]:
     assert decision.factorization is not None
     assert decision.rank is not None
     layer = ConvLayer(replace(decision.spec, bias=False), from_torch(decision.spec, weight.detach()), None)
-    chain = decision.factorization.decompose(layer, decision.rank)
+    with place(decision.path):
+        chain = decision.factorization.decompose(layer, decision.rank)
     stages = write_chain([stage.spec for stage in chain.layers], [s.weight for s in chain.layers], None, like=weight)
     return [stage.weight.detach() for stage in stages if isinstance(stage.weight, Tensor)]
 

@@ -15,6 +15,7 @@ from fxfact.skip import Skip
 COMPUTED = "its weight or bias is computed from other parameters: fold_weights=True folds what torch.nn.utils computes"
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _PADS: dict[str, tuple[type[nn.Module], ...]] = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
@@ -71,8 +72,8 @@ def refusal_of_weight(weight: Tensor) -> str:
     """Why a weight is of a kind that cannot be decomposed; empty where it is not."""
     if type(weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if not weight.dtype.is_floating_point or weight.is_quantized:
-        return f"its weight is {weight.dtype}, not a real floating-point type"
+    if weight.dtype not in _DTYPES or weight.is_quantized:
+        return f"its weight is {weight.dtype}, which nothing is decomposed in"
     return "" if weight.layout == torch.strided else f"its weight is {weight.layout}, not strided"
 
 

@@ -6,10 +6,13 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxfact.errors import CaptureError
+
+_NOTED = "fxfact"
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -44,6 +47,19 @@ def evaluated(network: nn.Module) -> nn.Module:
     with suppress(NotImplementedError):
         network.eval()
     return network
+
+
+def noted(network: nn.Module) -> Any:
+    """What was noted on a network, None where nothing was."""
+    meta = network.meta if isinstance(network, fx.GraphModule) and isinstance(network.meta, dict) else {}
+    return meta.get(_NOTED, getattr(network, f"_{_NOTED}", None))
+
+
+def note(network: nn.Module, what: Any) -> None:
+    """Note something on a network that its copies and pickles keep."""
+    if isinstance(network, fx.GraphModule):
+        network.meta[_NOTED] = what  # what copy.deepcopy keeps of one
+    setattr(network, f"_{_NOTED}", what)  # what pickling keeps
 
 
 def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from fxfact.calibration import Batches, HeldOut, arguments_for, held_out_of, run_batch
 from fxfact.capture import ExampleInputs
 from fxfact.conv_modules import is_conv, spec_of
-from fxfact.copying import copy_sharing, private_copy
+from fxfact.copying import copy_sharing, evaluated
 from fxfact.errors import ArgumentTypeError, PlanError
+from fxfact.graph import get_tensor
 from fxfact.passes import last_plan
 from fxfact.planning import Decision, Plan
 from fxfact.stand_ins import torch_type
+from fxfact.verification import prepared, stages_of
 
 
 class Pair:
@@ -34,11 +38,13 @@ class Pair:
             if not isinstance(network, nn.Module):
                 raise ArgumentTypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
         self.plan: Plan = last_plan(factorized)
-        self.original, self.factorized = private_copy(original).eval(), copy_sharing(factorized, set())
+        self.original, self.factorized = evaluated(prepared(original, self.plan)), copy_sharing(factorized, set())
         self._modes = {name: module.training for name, module in self.factorized.named_modules()}
         self.factorized.eval()
         modules = dict(self.original.named_modules())
-        self.rewritten = {d.path: modules[d.path] for d in self.plan.rewrites if _is_there(d, modules)}
+        there = [decision for decision in self.plan.rewrites if _is_there(decision, modules, self.plan.form)]
+        self.rewritten = {decision.path: modules[decision.path] for decision in there}
+        self._last_stages = {decision.path: stages_of(self.factorized, decision)[-1] for decision in there}
         self.batches, held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
         self._held_out = HeldOut(self.original, held_out, likelihood)
 
@@ -61,23 +67,26 @@ class Pair:
 
     def last_stage(self, path: str) -> nn.Module:
         """The last of the stages that took a convolution's place."""
-        *_, last = self.factorized.get_submodule(path).children()
-        return last
+        return self._last_stages[path]
 
 
-def _is_there(decision: Decision, modules: dict[str, nn.Module]) -> bool:
+def _is_there(decision: Decision, modules: dict[str, nn.Module], form: tuple[str, ...]) -> bool:
     """Whether the convolution that was rewritten is a module whose output is the convolution's.
 
     Raises PlanError where it is another one.
     """
     module = modules.get(decision.path)
+    if module is None and get_tensor(modules[""], decision.path) is None:
+        raise PlanError(f"{decision.path}: the plan is of a convolution here. Pass the network that it was made of.")
     if module is None or not is_conv(module):
         return False
     kind = type(module)
     plain = torch_type(kind)
     if any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward")):
         return False
-    if (found := spec_of(module)) != decision.spec:
+    found, planned = spec_of(module), decision.spec
+    assert planned is not None
+    if found != (replace(planned, bias=found.bias) if form else planned):  # folding gives biases
         raise PlanError(
             f"{decision.path}: the plan is of {decision.spec}, the original has {found}. Pass that original."
         )

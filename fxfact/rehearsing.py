@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,20 @@ from fxfact.capture import Captured
 from fxfact.cost import Cost
 from fxfact.errors import BudgetError
 from fxfact.inference import Rival
-from fxfact.latency import Clock
+from fxfact.latency import Clock, saved
 from fxfact.passes import Decomposed, Decomposing, carry_out
 from fxfact.planning import Decision, Plan
 from fxfact.ranks import Latency, WithinBudget
 
 _REHEARSALS = 5
 _NEAR = 0.03  # of the budget below it, and above it what may be chance
+
+
+class Rehearsed(NamedTuple):
+    """A plan, and the milliseconds that its network measured."""
+
+    plan: Plan
+    ms: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +49,7 @@ class Rehearsal:
         BudgetError where even the fastest chains, rehearsed, do not meet it.
         """
         allowed = strategy.budget.allowed(Cost(0, None, self.clock.network))
-        tried: dict[frozenset[str], Plan] = {}
+        tried: dict[frozenset[str], Rehearsed] = {}
         refusal = None
         for _ in range(_REHEARSALS):
             plan, refusal = self._planned(strategy)
@@ -49,23 +57,23 @@ class Rehearsal:
             if not rewrites and refusal is None:
                 return plan
             known = tried.get(rewrites)
-            if not rewrites or (known is not None and (refusal is not None or _ms(known) <= allowed)):
+            if not rewrites or (known is not None and (refusal is not None or known.ms <= allowed)):
                 break
-            tried[rewrites] = self._corrected(plan)  # for the second time where it seemed too slow and no more does
-            if abs(_ms(tried[rewrites]) / allowed - 1) < _NEAR:
+            tried[rewrites] = self._rehearsed(plan)  # for the second time where it seemed too slow and no more does
+            if abs(tried[rewrites].ms / allowed - 1) < _NEAR:
                 break
-        if refusal is not None and all(_ms(plan) > allowed * (1 + _NEAR) for plan in tried.values()):
+        if refusal is not None and all(each.ms > allowed * (1 + _NEAR) for each in tried.values()):
             raise refusal
-        return self._best(list(tried.values()), allowed)
+        return self._best(list(tried.values()), allowed).plan
 
-    def _best(self, tried: list[Plan], allowed: float) -> Plan:
-        within = [plan for plan in tried if _ms(plan) <= allowed * (1 + _NEAR)]
+    def _best(self, tried: list[Rehearsed], allowed: float) -> Rehearsed:
+        within = [each for each in tried if each.ms <= allowed * (1 + _NEAR)]
         if within:
-            return max(within, key=_ms)
-        best = min(tried, key=_ms)
+            return max(within, key=lambda each: each.ms)
+        best = min(tried, key=lambda each: each.ms)
         warnings.warn(
             f"the budget is {allowed:.3g} ms, and of {len(tried)} networks planned for it the fastest measures "
-            f"{_ms(best):.3g} ms. Ask for less, or try again when the machine is idle.",
+            f"{best.ms:.3g} ms. Ask for less, or try again when the machine is idle.",
             stacklevel=6,
         )
         return best
@@ -81,15 +89,16 @@ class Rehearsal:
                 raise
             return self.make(replace(strategy, budget=Latency(at_most_ms=error.least * (1 + 1e-9)))), error
 
-    def _corrected(self, plan: Plan) -> Plan:
-        """The plan with the milliseconds that its network measured, spread over its chains; the clock learns."""
-        planned, network = _ms(plan), plan.network.ms
+    def _rehearsed(self, plan: Plan) -> Rehearsed:
+        """What the plan's network measures, and the plan with that spread over its chains; the clock learns."""
+        planned, network = plan.after.ms, plan.network.ms
+        assert planned is not None
         assert network is not None
         if planned >= network:
-            return plan
+            return Rehearsed(plan, planned)
         measured = network * self._share(plan)
         factor = self.clock.correct(planned=network - planned, measured=network - measured)
-        return replace(plan, decisions=tuple(_scaled(decision, factor) for decision in plan))
+        return Rehearsed(replace(plan, decisions=tuple(_scaled(decision, factor) for decision in plan)), measured)
 
     def _share(self, plan: Plan) -> float:
         """The time of the plan's network over that of the dense one, taking turns."""
@@ -99,12 +108,6 @@ class Rehearsal:
         network = made.module() if isinstance(made, ExportedProgram) else made
         before, after = self.rival.times(network)
         return after / before
-
-
-def _ms(plan: Plan) -> float:
-    ms = plan.after.ms
-    assert ms is not None
-    return ms
 
 
 def _random(decision: Decision, like: Tensor) -> Decomposed:
@@ -117,4 +120,4 @@ def _scaled(decision: Decision, factor: float) -> Decision:
     if decision.factorization is None or decision.milliseconds is None:
         return decision
     dense, chain = decision.milliseconds
-    return replace(decision, milliseconds=(dense, dense - factor * (dense - chain)))
+    return replace(decision, milliseconds=(dense, saved(dense, factor * (dense - chain))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from fxfact.comparing import relative_error, tolerance_for
 from fxfact.conv import to_torch
 from fxfact.conv_modules import composed
 from fxfact.copying import evaluated, private_copy
-from fxfact.errors import CaptureError, PlanError, VerificationError
+from fxfact.errors import ArgumentTypeError, CaptureError, PlanError, VerificationError
 from fxfact.graph import get_tensor
 from fxfact.passes import in_form, last_plan
-from fxfact.planning import Plan
+from fxfact.planning import Decision, Plan
 from fxfact.spellings import looks_like_conv
+
+_ROUNDING = 0.01  # of what it may do to an output: to a tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +47,15 @@ class Verification:
 
     ``graph``: from the original with its kernels replaced by the composed ones; only rounding, if the rewrite is right.
     ``end_to_end``: from the original itself, which is what the approximation costs. ``sites`` has the convolutions.
+    ``changed`` names other tensors that are not the original's any more, as after ``repair``, ``recover`` and training:
+    ``graph`` is with those of the network as well.
     """
 
     graph: float
     end_to_end: float
     tolerance: float
     sites: tuple[SiteErrors, ...]
+    changed: tuple[str, ...] = ()
 
     @property
     def right(self) -> bool:
@@ -63,8 +69,9 @@ class Verification:
         ]
         table = tabulate(rows, ["convolution", "kernel", "output"], disable_numparse=True)
         verdict = "right" if self.right else f"WRONG: more than {self.tolerance:.0e}"
+        more = f"changed since, and taken from the network: {', '.join(self.changed)}\n" if self.changed else ""
         return (
-            f"{table}\n\ngraph {self.graph:.2e} ({verdict}), end to end {self.end_to_end:.2e}\n"
+            f"{table}\n\ngraph {self.graph:.2e} ({verdict}), end to end {self.end_to_end:.2e}\n{more}"
             "relative errors: of each kernel (large where data said that it does not matter), of its output on the "
             "original's\nown input; of the graph from the original with the same kernels, and from the original itself"
         )
@@ -75,20 +82,37 @@ def verify(
 ) -> Verification:
     """Compare a factorized network with its original, in evaluation mode, on copies.
 
-    Raises PlanError where ``factorized`` was not made by a plan, CaptureError where one of them does not run.
+    Raises ArgumentTypeError, PlanError where ``factorized`` was not made by a plan, CaptureError where one of them does
+    not run.
     """
+    return _verified(original, factorized, example_inputs, trained=True)
+
+
+def _verified(
+    original: nn.Module | ExportedProgram,
+    factorized: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs,
+    *,
+    trained: bool,
+) -> Verification:
+    """``trained``: what else the network holds may have changed since it was made."""
+    for name, given in (("original", original), ("factorized", factorized)):
+        if not isinstance(given, nn.Module | ExportedProgram):
+            raise ArgumentTypeError(f"{name} must be a torch.nn.Module or ExportedProgram, got {type(given).__name__}")
     plan, network = last_plan(factorized), plain_copy(factorized)
-    base, kernels = _prepared(original, plan), _kernels(network, plan)
+    base, kernels = prepared(original, plan), _kernels(network, plan)
     sites = _SiteErrors(base, kernels)
     with sites:
         _run(base, example_inputs)
-    found = _run(network, example_inputs)
-    expected = _run(with_kernels(_prepared(original, plan), kernels), example_inputs)
+    reference = with_kernels(prepared(original, plan), kernels)
+    changed = _taken_over(reference, network, plan) if trained else ()
+    expected, found = _run(reference, example_inputs), _run(network, example_inputs)
     return Verification(
         graph=relative_error(expected, found),
         end_to_end=relative_error(_run(plain_copy(original), example_inputs), found),
-        tolerance=tolerance_for(expected),
+        tolerance=tolerance_for([expected, *sites.outputs.values(), *kernels.values()]),
         sites=sites.errors,
+        changed=changed,
     )
 
 
@@ -99,7 +123,7 @@ def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.
     Of an ExportedProgram its module, and of weights that a graph computes the graph, are what the kernels are put into.
     """
     plan = last_plan(factorized)
-    return with_kernels(_prepared(original, plan), _kernels(plain_copy(factorized), plan))
+    return with_kernels(prepared(original, plan), _kernels(plain_copy(factorized), plan))
 
 
 def check_rewrite(
@@ -109,7 +133,7 @@ def check_rewrite(
 
     The tolerance is relative: 1e-10 in double, 1e-4 in single precision.
     """
-    verified = verify(original, factorized, example_inputs)
+    verified = _verified(original, factorized, example_inputs, trained=False)
     if not verified.right:
         raise VerificationError(
             f"the rewritten network differs from the original with the same kernels by {verified.graph:.2e} "
@@ -130,12 +154,15 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paths = {storage_of(weight): path for path, weight in self._weights.items()}
         self._missed: dict[str, float] = defaultdict(float)
         self._total: dict[str, float] = defaultdict(float)
+        self.outputs: dict[torch.dtype, Tensor] = {}  # an empty one for each precision of convolutions
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         weight = args[1] if len(args) > 1 and looks_like_conv(func) else None
+        if weight is not None:
+            self.outputs[output.dtype] = output.new_empty(0)
         path = self._paths.get(storage_of(weight)) if isinstance(weight, Tensor) else None
         if path is not None and isinstance(weight, Tensor):
             other = func(args[0], self._kernels[path].to(weight.dtype), *args[2:], **(kwargs or {}))
@@ -155,16 +182,16 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tuple(found)
 
 
-def _prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
-    """The original, for other kernels to be put in; with its computed weights folded and in the form for inference,
-    where the plan says so.
+def prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
+    """A copy of the original for what a plan made to be compared with: its computed weights folded and in the form for
+    inference, where the plan says so, but with all of its convolutions.
     """
     if not (plan.fold_weights or plan.form or isinstance(original, ExportedProgram)):
         return private_copy(original)
     how: Any = "export" if isinstance(original, ExportedProgram) else plan.capture
     trusted = [decision.path for decision in plan.rewrites]
     captured = capture(original, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
-    return in_form(evaluated(captured.network), plan.form)
+    return in_form(evaluated(captured.network), [name for name in plan.form if name != "merge_pointwise"])
 
 
 def plain_copy(network: nn.Module | ExportedProgram) -> nn.Module:
@@ -173,24 +200,30 @@ def plain_copy(network: nn.Module | ExportedProgram) -> nn.Module:
 
 
 def _kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """What the stages at every rewritten path compose to, read from the network; in PyTorch's layout. Raises PlanError
-    where others are there.
-    """
+    """What the stages at every rewritten path compose to, read from the network; in PyTorch's layout."""
     found = {}
     with torch.no_grad():
         for decision in plan.rewrites:
             assert decision.spec is not None
-            stages = [stage for stage in network.get_submodule(decision.path).children() if hasattr(stage, "weight")]
-            planned = [torch.empty(spec.weight_shape, device="meta") for spec in decision.stages]
-            sizes = [to_torch(spec, weight).shape for spec, weight in zip(decision.stages, planned, strict=True)]
-            if [stage.weight.shape for stage in stages] != sizes:
-                raise PlanError(
-                    f"{decision.path}: the plan says {len(decision.stages)} stages, and they are not there any more as "
-                    "it made them. fxfact.for_inference merges 1×1 convolutions: compare the network from before that."
-                )
-            kernel = composed(decision.stages, stages)
+            kernel = composed(decision.stages, stages_of(network, decision))
             found[decision.path] = to_torch(decision.spec, kernel)
     return found
+
+
+def stages_of(network: nn.Module, decision: Decision) -> list[nn.Module]:
+    """The modules that took a convolution's place. Raises PlanError where they are not those that the plan made."""
+    try:
+        children = network.get_submodule(decision.path).children()
+    except AttributeError as error:
+        raise PlanError(f"{decision.path}: the plan put a chain here, and the network has nothing") from error
+    stages = [stage for stage in children if isinstance(getattr(stage, "weight", None), Tensor)]
+    planned = [(spec, torch.empty(spec.weight_shape, device="meta")) for spec in decision.stages]
+    if [stage.weight.shape for stage in stages] != [to_torch(spec, weight).shape for spec, weight in planned]:
+        raise PlanError(
+            f"{decision.path}: the plan says {len(decision.stages)} stages, and they are not there any more as it made "
+            "them. fxfact.for_inference merges 1×1 convolutions: pass the network from before that."
+        )
+    return stages
 
 
 def _weight_name(network: nn.Module, path: str) -> str:
@@ -210,10 +243,35 @@ def with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module
     for path, kernel in kernels.items():
         owner, _, name = _weight_name(network, path).rpartition(".")
         module = network.get_submodule(owner)
-        for store in (module._parameters, module._buffers):
+        for store in (module._parameters, module._buffers, vars(module)):
             store.pop(name, None)
         module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
     return network
+
+
+def _taken_over(reference: nn.Module, network: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """Give the reference what the network holds otherwise, but for the kernels, such as biases and norms; the names."""
+    held: dict[str, Tensor | None] = dict(chain(network.named_parameters(), network.named_buffers()))
+    for decision in plan.rewrites:
+        held[f"{decision.path}.bias"] = getattr(stages_of(network, decision)[-1], "bias", None)
+        held |= dict.fromkeys((decision.path, f"{decision.path}.weight"))
+    changed = []
+    for place, module in reference.named_modules():
+        for store in (module._parameters, module._buffers):
+            for name, own in store.items():
+                path = f"{place}.{name}".removeprefix(".")
+                other = held.get(path)
+                if other is not None and _differ(own, other):
+                    changed.append(path)
+                    store[name] = nn.Parameter(other, requires_grad=False) if store is module._parameters else other
+    return tuple(changed)
+
+
+def _differ(own: Tensor | None, other: Tensor) -> bool:
+    """By more than rounding, in numbers."""
+    if own is None or own.shape != other.shape or not own.is_floating_point():
+        return False
+    return relative_error(own, other) > tolerance_for(own) * _ROUNDING
 
 
 def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:

@@ -126,7 +126,7 @@ def test_one_batch_is_planned_with_and_not_measured(model: nn.Module) -> None:
     [
         (lambda s: {"budget": fxfact.Macs(0.5), "held_out": [data()]}, "measured on batches"),
         (lambda s: {"budget": fxfact.Loss(0.5), "calibration": s}, "held_out=batches"),
-        (lambda s: {"budget": fxfact.Loss(0.5)}, "pass batches as calibration"),
+        (lambda s: {"budget": fxfact.Loss(0.5)}, "pass two or more as calibration"),
         (lambda s: {"budget": fxfact.Macs(0.5), "calibration": s, "held_out": []}, "no batch"),
         (lambda s: {"budget": fxfact.Macs(0.5), "calibration": s, "held_out": [data() / 0]}, "holds NaN or Inf"),
         (lambda s: {"budget": fxfact.Macs(0.5), "calibration": s, "held_out": [data()[:, :2]]}, "fails on a batch"),

@@ -16,7 +16,7 @@ FLOORS = [
     ["conv", "tensor", "activations", "progress", "timing", "writing"],
     ["cost", "metric", "conv_modules", "spellings", "comparing", "copying"],
     ["sites", "folding", "stand_ins"],
-    ["factorizations.stages"],
+    ["factorizations.stages", "factorizations.weights"],
     ["factorizations", "graph.base"],
     ["graph.match"],
     ["graph.contract", "graph.fold", "graph.fuse", "graph.lift", "graph.shapes", "graph.splice"],

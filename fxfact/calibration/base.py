@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,15 @@ class Statistics:
         shrunk = Metric(known.input.shrunk(self.samples), known.output.shrunk(self.samples, self.shrinkage))
         return shrunk.damped(_DAMPING)
 
+    def check(self, paths: Sequence[str]) -> None:
+        """Raise CalibrationError where they know none of the convolutions at these paths."""
+        if paths and not any(path in self.moments for path in paths):
+            known = ", ".join(list(self.moments)[:3]) or "none, for no gradient reached any"
+            raise CalibrationError(
+                f"the statistics know none of the convolutions ({', '.join(paths[:3])}, …), but others: {known}. "
+                "Calibrate this model."
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a NumPy archive of plain arrays and JSON, without pickle. Raises CalibrationError."""
         header = {
@@ -80,6 +89,8 @@ class Statistics:
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
         """Read what ``save`` wrote. Raises CalibrationError."""
         try:
+            if not zipfile.is_zipfile(path):
+                raise CalibrationError(f"{path}: this is no archive of statistics, or not all of it")
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "header"}
                 header = json.loads(file["header"].tobytes())
@@ -99,7 +110,7 @@ class Statistics:
             )
         except CalibrationError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise CalibrationError(f"{path}: these are no statistics that can be read: {error}") from error
 
 

@@ -18,29 +18,32 @@ Batches = Iterable[ExampleInputs]
 
 
 def arguments_for(
-    network: nn.Module, batches: Batches, example_inputs: ExampleInputs | None
+    network: nn.Module, batches: Batches, example_inputs: ExampleInputs | None, *, name: str = "calibration"
 ) -> Iterator[ExampleInputs]:
     """Every batch without what the model does not take, such as labels, on the device of the model.
 
     A tuple is cut to the length of ``example_inputs``, or to the arguments that forward needs, a mapping to the names
-    known. Raises CalibrationError: for what is no batch, NaN and Inf, an empty loader, and where the loader raises.
+    known. ``name`` is what the caller calls the batches. Raises CalibrationError: for what is no batch, NaN and Inf, a
+    batch or a loader without samples, and where the loader raises.
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise CalibrationError(
-            f"calibration must be an iterable of batches, got {type(batches).__name__}. Pass a DataLoader, or a list: "
+            f"{name} must be an iterable of batches, got {type(batches).__name__}. Pass a DataLoader, or a list: "
             "x.split(128)."
         )
     tensors = [*network.parameters(), *network.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     count = -1
-    for count, batch in enumerate(_raising(batches)):
-        cut = _cut(network, batch, example_inputs)
-        for tensor in tree_leaves(cut):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CalibrationError(f"calibration: batch {count} holds NaN or Inf. Repair or drop it.")
+    for count, batch in enumerate(_raising(batches, name)):
+        cut = _cut(network, batch, example_inputs, name)
+        given = [leaf for leaf in tree_leaves(cut) if isinstance(leaf, Tensor)]
+        if given and given[0].ndim and not len(given[0]):
+            raise CalibrationError(f"{name}: batch {count} holds no samples. Drop it.")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in given if tensor.is_floating_point()):
+            raise CalibrationError(f"{name}: batch {count} holds NaN or Inf. Repair or drop it.")
         yield tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, cut)
     if count < 0:
-        raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
+        raise CalibrationError(f"{name}: there is no batch. Pass some hundred samples.")
 
 
 def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, Batches]:
@@ -49,7 +52,7 @@ def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, B
     """
     looked_at = batches
     if isinstance(batches, Iterator):
-        looked_at = list(islice(_raising(batches), 1))
+        looked_at = list(islice(_raising(batches, "calibration"), 1))
         batches = chain(looked_at, batches)
     first = next(arguments_for(network, looked_at, None))
     return tree_map(lambda value: value[:1] if isinstance(value, Tensor) and value.ndim else value, first), batches
@@ -75,7 +78,7 @@ def held_out_of(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], 
     return [b for k, b in enumerate(batches) if k not in out], [b for k, b in enumerate(batches) if k in out]
 
 
-def _raising(batches: Batches) -> Iterator[ExampleInputs]:
+def _raising(batches: Batches, name: str) -> Iterator[ExampleInputs]:
     iterator, count = iter(batches), 0
     while True:
         try:
@@ -83,29 +86,33 @@ def _raising(batches: Batches) -> Iterator[ExampleInputs]:
         except StopIteration:
             return
         except Exception as error:
-            raise CalibrationError(f"calibration: the loader raised after {count} batches: {error!r}") from error
+            raise CalibrationError(f"{name}: the loader raised after {count} batches: {error!r}") from error
         yield batch
         count += 1
 
 
-def _cut(network: nn.Module, batch: Any, example_inputs: ExampleInputs | None) -> ExampleInputs:
+def _cut(network: nn.Module, batch: Any, example_inputs: ExampleInputs | None, name: str) -> ExampleInputs:
     if isinstance(batch, Mapping):
-        known: Iterable[str] = (
-            example_inputs if isinstance(example_inputs, Mapping) else inspect.signature(network.forward).parameters
-        )
-        return {name: value for name, value in batch.items() if name in known}
+        parameters = inspect.signature(network.forward).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        known: Iterable[str] = batch if takes_any else parameters
+        known = example_inputs if isinstance(example_inputs, Mapping) else known
+        return {key: value for key, value in batch.items() if key in known}
     if isinstance(batch, tuple | list):
         return tuple(batch)[: _length(network, example_inputs)]
     if not isinstance(batch, Tensor):
-        raise CalibrationError(f"calibration: a batch is a tensor, a tuple or a mapping, got {type(batch).__name__}")
+        raise CalibrationError(f"{name}: a batch is a tensor, a tuple or a mapping, got {type(batch).__name__}")
     return batch
 
 
-def _length(network: nn.Module, example_inputs: ExampleInputs | None) -> int:
+def _length(network: nn.Module, example_inputs: ExampleInputs | None) -> int | None:
+    """Of the arguments, None for all of them."""
     if isinstance(example_inputs, tuple | list):
         return len(example_inputs)
     if example_inputs is not None:
         return 1
     parameters = inspect.signature(network.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return max(1, len(needed))

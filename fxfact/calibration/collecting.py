@@ -57,7 +57,7 @@ def calibrate(
             drawing.begin(len(dense[0]))
             tensors, gradients = known.pull(output, drawing.normal)
             if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
-                raise CalibrationError("calibration: the model's own output holds NaN or Inf on this data")
+                raise CalibrationError("calibration: the model's own output, or its loss, is NaN or Inf on this data")
             if not any(tensor.requires_grad for tensor in tensors):
                 raise CalibrationError("calibration: no gradient leads from the output to a convolution")
             output_sums += _moments_of([tensor.detach() for tensor in dense])

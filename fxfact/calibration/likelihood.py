@@ -37,7 +37,10 @@ class Likelihood(ABC):
 
     def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
         """By how much ``found`` is worse than the original's ``expected``: KL divergence by sample (n,), in nats."""
-        raise CalibrationError(f"a likelihood of your own ({self.name}) tells gradients, not how to measure a loss")
+        raise CalibrationError(
+            f"a likelihood of your own ({self.name}) tells gradients, not how to measure a loss. "
+            "Pass 'categorical' or 'gaussian' for that."
+        )
 
     def distance(self, expected: Any, found: Any, variance: float) -> Tensor:
         """What a network that learns from the original is to make small, by sample (n,): the divergence, unless another
@@ -91,7 +94,7 @@ class Gaussian(Likelihood):
     def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
         """Half the squared distance by the variance, summed over the output."""
         pairs = zip(dense_of(expected), dense_of(found), strict=True)
-        squares = [(other - one).double().square().flatten(1).sum(dim=1) for one, other in pairs]
+        squares = [(other - one).double().square().reshape(len(one), -1).sum(dim=1) for one, other in pairs]
         return torch.stack(squares).sum(dim=0) / 2 * self.scale(variance)
 
 
@@ -107,7 +110,10 @@ class OwnLoss(Likelihood):
 
     def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """See the class."""
-        loss = self._loss(output)
+        try:
+            loss = self._loss(output)
+        except Exception as error:
+            raise CalibrationError(f"likelihood: the function failed on the model's output: {error!r}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise CalibrationError("likelihood: the function must give a scalar tensor that depends on the output")
         return [loss], [torch.ones_like(loss)]

@@ -102,9 +102,9 @@ def drawn_alike(example_inputs: Any) -> Any:
         if not isinstance(value, Tensor) or value.numel() < 2 or value.layout != torch.strided:
             return value
         if value.is_floating_point():
-            drawn = torch.randn(value.shape, generator=random_state, dtype=torch.float64).to(value.device)
+            drawn = torch.randn(value.shape, generator=random_state, dtype=torch.float64, device="cpu").to(value.device)
             return (drawn * value.double().std() + value.double().mean()).to(value.dtype)
-        order = torch.randperm(value.numel(), generator=random_state).to(value.device)
+        order = torch.randperm(value.numel(), generator=random_state, device="cpu").to(value.device)
         return value.flatten()[order].reshape(value.shape)
 
     return tree_map(draw, example_inputs)

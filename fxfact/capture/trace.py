@@ -16,7 +16,7 @@ from fxfact.capture.guard import ParameterGuard
 from fxfact.capture.surroundings import surroundings, surroundings_changed
 from fxfact.comparing import difference
 from fxfact.conv_modules import has_hooks, is_conv
-from fxfact.copying import private_copy
+from fxfact.copying import note, noted, private_copy
 from fxfact.errors import CaptureError
 from fxfact.graph import check_contract, fold_computed_weights, get_tensor, match, record_shapes
 from fxfact.skip import Skip
@@ -43,6 +43,7 @@ def trace(
     else:
         again = private_copy(own)  # before tracing leaves its constants there
         traced = _traced(own, name, leaves)
+        note(traced, noted(own))
         _check_again(own, traced, again, leaves)
     known = dict(own.named_modules())
     for path, module in traced.named_modules():

@@ -57,6 +57,8 @@ def read_batches(path: str, size: int) -> list[Tensor]:
         try:
             array = np.load(file, allow_pickle=False)
             samples = torch.from_numpy(array)
+            if not array.ndim:
+                raise ValueError("one number, not samples along the first axis")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CalibrationError(f"{file}: no array that can be read: {error}") from error
         batches += torch.split(samples.float() if samples.dtype == torch.float64 else samples, size)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.factorizations.base import Factorization, Rank, check_weight
+from fxfact.factorizations.base import Factorization, Rank
 from fxfact.factorizations.cp import CPFactorized, CPMobilenet
 from fxfact.factorizations.matrix_svd import ChannelSVD, PointwiseSVD
 from fxfact.factorizations.rank_request import ParsedRank, RankRequest, parse_rank_request, resolve_rank
 from fxfact.factorizations.spatial_svd import SpatialSVD
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
+from fxfact.factorizations.weights import check_weight
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     CPMobilenet,

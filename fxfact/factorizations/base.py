@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose
-from fxfact.errors import ArgumentError, RankError, RefusedError, WeightError
+from fxfact.errors import ArgumentError, RankError, RefusedError
+from fxfact.factorizations.weights import cast_stages, check_weight
 from fxfact.metric import Metric, fit, in_channel_metric
 from fxfact.skip import Skip
 from fxfact.tensor import singular_squares
@@ -186,7 +187,8 @@ class Factorization(ABC):
             ]
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
-        weights = [part.to(layer.weight.dtype).reshape(s.weight_shape) for part, s in zip(joined, specs, strict=True)]
+        cast = cast_stages(joined, layer.weight.dtype)
+        weights = [part.reshape(spec.weight_shape) for part, spec in zip(cast, specs, strict=True)]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
 
@@ -278,17 +280,6 @@ def check_iteration(sweeps: object, tolerance: object, *, least: int) -> None:
         raise ArgumentError(
             f"sweeps must be an int, at least {least}, tolerance a number, at least 0, got {sweeps!r}, {tolerance!r}"
         )
-
-
-def check_weight(weight: Tensor) -> None:
-    """Raise WeightError unless the weight holds finite floating-point numbers."""
-    if not weight.dtype.is_floating_point:
-        raise WeightError(f"the weight must be floating-point, got {weight.dtype}. Convert the model to a float type.")
-    if weight.is_meta:
-        raise WeightError("the weight is on the meta device and has no values. Materialise it, or use weights='empty'.")
-    if not bool(torch.isfinite(weight).all()):
-        count = int((~torch.isfinite(weight)).sum())
-        raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Repair or exclude it.")
 
 
 def _show(rank: Rank) -> str:

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxfact.errors import FileError, FxfactError, place
+from fxfact.errors import ArgumentTypeError, FileError, FxfactError, place
 from fxfact.factorizations import Factorization
 from fxfact.passes import Applied
 from fxfact.planning import Plan
@@ -39,6 +39,8 @@ def history_from_text(path: str | os.PathLike[str], text: object, kinds: Kinds) 
 
 def names_in(path: str | os.PathLike[str]) -> list[str]:
     """What a zip archive holds, each name without the folder that all are in. Raises FileError for other files."""
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:

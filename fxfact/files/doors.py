@@ -21,6 +21,8 @@ def save(network: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> 
     .pt2 archive, which ``torch.export.load`` reads as well. At ``path`` there is the old file or the new one, whenever
     the process is killed. Raises ArgumentTypeError, FileError.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
     if isinstance(network, ExportedProgram):
         save_program(network, path)
     elif isinstance(network, nn.Module):

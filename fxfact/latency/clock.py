@@ -24,6 +24,11 @@ _SPREAD, _LEAST = 1.5, 0.05
 Layout = tuple[ConvSpec, ...]
 
 
+def saved(ms: float, saving: float) -> float:
+    """The milliseconds that are left of some, a twentieth at least."""
+    return max(ms - saving, _LEAST * ms)
+
+
 class Clock:
     """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
     the memory format in which it runs, all of a convolution taking turns. On a processor each runs once in a turn: so
@@ -62,7 +67,7 @@ class Clock:
             for k, ms in zip(again, found, strict=True):
                 known.setdefault(keys[k], ms * scale)
         dense, *chains = (known[key] for key in keys)
-        return [dense, *(max(dense - self._scale * (dense - ms), _LEAST * dense) for ms in chains)]
+        return [dense, *(saved(dense, self._scale * (dense - ms)) for ms in chains)]
 
     def correct(self, *, planned: float, measured: float) -> float:
         """Learn what chains that were planned to save so many milliseconds save in the network: the factor, which is

@@ -1,6 +1,6 @@
 """What carries a plan out: on a graph, or on a model that keeps its own Python."""
 
-from fxfact.passes.base import Applied, applied, last_plan, record, record_all
+from fxfact.passes.base import Applied, applied, last_plan, record, record_all, record_plan
 from fxfact.passes.carrying_out import carry_out
 from fxfact.passes.decomposing import Decomposed, Decomposing, Weights, decompose
 from fxfact.passes.factorize_convs import FactorizeConvs
@@ -23,5 +23,6 @@ __all__ = [
     "last_plan",
     "record",
     "record_all",
+    "record_plan",
     "swap_convs",
 ]

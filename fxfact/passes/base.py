@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 from torch._logging._internal import trace_structured
 from torch.export import ExportedProgram
 
+from fxfact.copying import note, noted
 from fxfact.errors import PlanError
 from fxfact.planning import Plan
 
-_KEY = "fxfact"
 _log = logging.getLogger(__name__)
 
 
@@ -28,9 +29,7 @@ class Applied:
 def applied(network: nn.Module | ExportedProgram) -> tuple[Applied, ...]:
     """Every plan carried out on this network, oldest first; they survive copying and pickling."""
     module = network.graph_module if isinstance(network, ExportedProgram) else network
-    meta = module.meta if isinstance(module, fx.GraphModule) and isinstance(module.meta, dict) else {}
-    found: tuple[Applied, ...] | None = meta.get(_KEY)
-    return found if found is not None else tuple(getattr(module, f"_{_KEY}", ()))
+    return tuple(noted(module) or ())
 
 
 def last_plan(network: nn.Module | ExportedProgram) -> Plan:
@@ -48,9 +47,14 @@ def record(network: nn.Module, done: Applied) -> None:
 
 def record_all(network: nn.Module, history: tuple[Applied, ...]) -> None:
     """What ``applied`` is to give."""
-    if isinstance(network, fx.GraphModule):
-        network.meta[_KEY] = history  # what copy.deepcopy keeps of one
-    setattr(network, f"_{_KEY}", history)  # what pickling keeps
+    note(network, history)
+
+
+def record_plan(network: nn.Module, **changed: Any) -> None:
+    """Change what the plan carried out last on it says, where there is one."""
+    *earlier, last = applied(network) or (None,)
+    if last is not None:
+        record_all(network, (*earlier, replace(last, plan=replace(last.plan, **changed))))
 
 
 def announce(name: str, plan: Plan, network: nn.Module) -> None:
@@ -60,7 +64,7 @@ def announce(name: str, plan: Plan, network: nn.Module) -> None:
     _log.info("%s carried out:\n%s", name, plan)
     trace_structured(
         "artifact",
-        metadata_fn=lambda: {"name": f"{_KEY}_{name}", "encoding": "string"},
+        metadata_fn=lambda: {"name": f"fxfact_{name}", "encoding": "string"},
         payload_fn=lambda: f"{plan}\n\n{_shown(network)}",
     )
 

@@ -140,8 +140,9 @@ def decompose(layer: ConvLayer, decision: Decision, seed: int | None, metric: Me
         chain = decision.factorization.decompose(layer, decision.rank, metric=metric, generator=generator)
     wide = torch.promote_types(dense.dtype, torch.float32)
     with torch.autocast(dense.device.type, enabled=False):
-        norm = float(dense.to(wide).norm())
-        missed = float((compose(chain).to(wide) - dense.to(wide)).norm())
+        largest = float(dense.abs().max()) or 1.0  # squares of very small or large numbers are none
+        norm = float((dense.to(wide) / largest).norm())
+        missed = float(((compose(chain).to(wide) - dense.to(wide)) / largest).norm())
     return [stage.weight for stage in chain.layers], missed / norm if norm else 0.0
 
 

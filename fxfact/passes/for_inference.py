@@ -11,6 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfact.conv_modules import to_channels_last
 from fxfact.copying import copy_sharing
+from fxfact.errors import PlanError
 from fxfact.graph import check_contract, fold_batch_norms, merge_pointwise, refresh_shapes
 from fxfact.passes.base import applied, record_all
 
@@ -71,8 +72,12 @@ _PASSES: dict[str, type[_Exact]] = {
 
 
 def in_form(network: nn.Module, form: Sequence[str]) -> nn.Module:
-    """A copy of the network with these passes applied, of which one without a graph takes only channels_last."""
+    """A copy of the network with these passes applied, of which one without a graph takes only channels_last. Raises
+    PlanError for another name.
+    """
     for name in form:
+        if name not in _PASSES:
+            raise PlanError(f"{name!r} is no form for inference. There are: {', '.join(_PASSES)}.")
         if isinstance(network, fx.GraphModule):
             result = _PASSES[name]()(network)
             assert result is not None

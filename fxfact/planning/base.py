@@ -212,7 +212,7 @@ class Plan:
             front = tuple(FrontPoint(Cost(**point["cost"]), point["increase"]) for point in data["front"])
             plan = cls(**{**values, "network": Cost(**data["network"]), "decisions": decisions, "front": front})
             str(plan)  # computes every layout
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error

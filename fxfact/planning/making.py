@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -26,11 +26,15 @@ def make_plan(
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
+    partial: bool = False,
 ) -> Plan:
-    """Decide every convolution; ``include`` and ``exclude`` are globs on the path, or predicates on (path, spec)."""
+    """Decide every convolution; ``include`` and ``exclude`` are globs on the path, or predicates on (path, spec), of
+    what is captured or, where that is ``partial``, of more.
+    """
     included, excluded = _predicate("include", include), _predicate("exclude", exclude)
     decisions = {path_of(item): _undecided(item, captured.samples) for item in captured.found}
-    _check_patterns(include, exclude, list(decisions))
+    if not partial:
+        _check_patterns(include, exclude, list(decisions))
     tied = [[d for d in decisions.values() if leader.path in (d.path, d.tied_to)] for leader in decisions.values()]
     together = [group for group in tied if group[0].spec is not None and not group[0].tied_to]
     layers = {site.path: site.layer for site in captured.sites}
@@ -42,7 +46,7 @@ def make_plan(
         else:
             candidates.append(Candidate(group[0].path, layers[group[0].path], _sizes(group)))
             chosen.append(group)
-    network = _network(captured)
+    network = _network(captured, decisions.values())
     answer = strategy.choose(candidates, network)
     for group, choice in zip(chosen, answer.choices, strict=True):
         decided = [_decided(d, choice) for d in group]
@@ -63,11 +67,14 @@ def make_plan(
     )
 
 
-def _network(captured: Captured) -> Cost:
-    """The whole network: its parameters, and the buffers that convolutions take as their weights."""
+def _network(captured: Captured, decisions: Iterable[Decision]) -> Cost:
+    """The whole network: its parameters, and the buffers that convolutions take as their weights. Of branches one alone
+    was run, and all of them are counted.
+    """
     tensors = [*captured.network.parameters(), *(t for site in captured.sites for t in (site.weight, site.bias))]
     params = sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
-    return Cost(params, captured.macs)
+    least = sum(decision.before.macs or 0 for decision in decisions if decision.spec is not None)
+    return Cost(params, None if captured.macs is None else max(captured.macs, least))
 
 
 def _sizes(group: Sequence[Decision]) -> tuple[Sizes, ...] | None:

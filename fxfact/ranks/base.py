@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fxfact.conv import ConvLayer, ConvSpec, Sizes
 from fxfact.cost import Cost
-from fxfact.factorizations import Factorization, Rank
+from fxfact.factorizations import Factorization, Rank, check_weight
 from fxfact.skip import Skip
 
 
@@ -26,6 +26,12 @@ class Candidate:
     def spec(self) -> ConvSpec:
         """The convolution without its numbers."""
         return self.layer.spec
+
+    @property
+    def checked(self) -> ConvLayer:
+        """The layer, for its numbers. Raises WeightError where there are none, or not all are finite."""
+        check_weight(self.layer.weight)
+        return self.layer
 
 
 @dataclass(frozen=True)

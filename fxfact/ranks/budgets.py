@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from numbers import Real
+from typing import ClassVar, final
 
 from fxfact.cost import Cost
 from fxfact.errors import BudgetError
@@ -21,16 +22,18 @@ class Budget(ABC):
     fraction: float | None = None
     at_most: float | None = None
 
-    unit = ""
+    unit: ClassVar[str] = ""
+    bound: ClassVar[str] = "at_most"
+    example: ClassVar[str] = "at_most=900_000"
 
     def __post_init__(self) -> None:
         given = [value for value in (self.fraction, self.at_most) if value is not None]
         name = type(self).__name__
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in given)
+        numbers = all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in given)
         if len(given) != 1 or not numbers or not given[0] > 0 or (self.fraction or 0) > 1:
             raise BudgetError(
-                f"{name}({self.fraction}, at_most={self.at_most}) is no budget. Pass a share, {name}(0.5), or "
-                f"{name}(at_most=900_000)."
+                f"{name}({self.fraction!r}, {self.bound}={self.at_most!r}) is no budget. Pass a share within 1, "
+                f"{name}(0.5), or {name}({self.example})."
             )
 
     @abstractmethod
@@ -79,11 +82,15 @@ class Latency(Budget):
     compiled: bool = False
 
     unit = "ms"
+    bound = "at_most_ms"
+    example = "at_most_ms=12"
 
     def __init__(
         self, fraction: float | None = None, *, at_most_ms: float | None = None, compiled: bool = False
     ) -> None:
         super().__init__(fraction, at_most_ms)
+        if not isinstance(compiled, bool):
+            raise BudgetError(f"Latency: compiled is True or False, got {compiled!r}")
         object.__setattr__(self, "compiled", compiled)
 
     def amount(self, cost: Cost) -> float:

@@ -74,6 +74,7 @@ class Requested(RankStrategy):
     factorizations: ByPath[tuple[Factorization, ...]]
     ranks: ByPath[ParsedRank | RankRule]
     statistics: Statistics | None = None
+    partial: bool = False  # whether the candidates may be some of those that paths are of
 
     @classmethod
     def parse(cls, factorization: object, rank: object) -> Requested:
@@ -88,8 +89,9 @@ class Requested(RankStrategy):
     def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
         """One by one: nothing is traded between convolutions."""
         paths = [candidate.path for candidate in candidates]
-        self.factorizations.check(paths, "factorization")
-        self.ranks.check(paths, "rank")
+        if not self.partial:
+            self.factorizations.check(paths, "factorization")
+            self.ranks.check(paths, "rank")
         return Chosen(tuple(self._choose(candidate) for candidate in candidates))
 
     def _choose(self, candidate: Candidate) -> Choice | Skip:

@@ -6,6 +6,7 @@ import bisect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import final
 
 import numpy as np
@@ -37,16 +38,16 @@ class Energy(RankRule):
     share: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
+        if isinstance(self.share, bool) or not isinstance(self.share, Real) or not 0 < self.share <= 1:
             raise RankError(f"Energy({self.share!r}): the share of the energy to keep is within 0 and 1")
 
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
         """By bisection over the proportional ranks."""
-        ranks = factorization.ranks(candidate.spec)
+        ranks, layer = factorization.ranks(candidate.spec), candidate.checked
         place = bisect.bisect_left(
             ranks,
             self.share - 1,
-            key=lambda rank: -relative_square(candidate.layer, factorization, rank),
+            key=lambda rank: -relative_square(layer, factorization, rank),
         )
         return ranks[place] if place < len(ranks) else Skip(f"no rank keeps {self.share} of the energy")
 
@@ -78,7 +79,7 @@ class VBMF(RankRule):
 
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
         """At least 1; a Skip where the rank is of no matrix."""
-        found = [tuple(max(1, vbmf_rank(m)) for m in group) for group in factorization.unfoldings(candidate.layer)]
+        found = [tuple(max(1, vbmf_rank(m)) for m in group) for group in factorization.unfoldings(candidate.checked)]
         if not found[0]:
             return Skip(f"VBMF finds ranks of matrices, which {factorization.name} has none of")
         return factorization.clip(candidate.spec, tuple(max(entries) for entries in zip(*found, strict=True)))

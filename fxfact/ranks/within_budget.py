@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 
 from fxfact.calibration import Statistics
 from fxfact.cost import Cost, cost_of
-from fxfact.errors import ArgumentError, BudgetError
+from fxfact.errors import ArgumentError, BudgetError, place
 from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
 from fxfact.latency import Clock
 from fxfact.progress import Progress, shown
@@ -121,11 +121,13 @@ class WithinBudget(RankStrategy):
 
     def _options_of(self, candidate: Candidate) -> list[Option]:
         spec, dense = candidate.spec, cost_of((candidate.spec,), candidate.input_sizes)
+        with place(candidate.path):
+            layer = candidate.checked
         options = [Option(_DENSE, dense, 0.0, 0.0)]
         metric = None if self.statistics is None else self.statistics.metric(candidate.path, spec)
         if self.statistics is not None and metric is None:
             return [Option(Skip("no gradient reached it in calibration"), dense, 0.0, 0.0)]
-        whole = 1.0 if metric is None else metric.increase(spec, -candidate.layer.weight.float())
+        whole = 1.0 if metric is None else metric.increase(spec, -layer.weight.float())
         kept = self._curves if self.statistics is None else self.statistics.curves
         methods, _ = self.factorizations.get(candidate.path)
         families = [_Family(method, candidate, dense) for method in methods or () if not method.rejects(spec)]
@@ -136,7 +138,7 @@ class WithinBudget(RankStrategy):
         known = kept.setdefault(candidate.path, {})
         for k, (family, ranks) in enumerate(choices):
             among = family.thinned or ranks
-            nats = curve_of(candidate.layer, family.method, ranks, among=among, metric=metric, known=known)
+            nats = curve_of(layer, family.method, ranks, among=among, metric=metric, known=known)
             for j, (rank, n) in enumerate(zip(ranks, nats, strict=True)):
                 pair = None if ms is None else (ms, times[k][j])
                 choice = Choice(family.method, rank, increase=None if metric is None else n, milliseconds=pair)

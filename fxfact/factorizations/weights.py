@@ -1,0 +1,36 @@
+"""The numbers of a kernel before it is decomposed, and of its stages behind that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxfact.errors import WeightError
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise WeightError unless the weight holds finite floating-point numbers."""
+    if not weight.dtype.is_floating_point:
+        raise WeightError(f"the weight must be floating-point, got {weight.dtype}. Convert the model to a float type.")
+    if weight.is_meta:
+        raise WeightError("the weight is on the meta device and has no values. Materialise it, or use weights='empty'.")
+    if not bool(torch.isfinite(weight).all()):
+        count = int((~torch.isfinite(weight)).sum())
+        raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Repair or exclude it.")
+
+
+def cast_stages(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The stages' numbers in a dtype, the largest of each made alike where one would overflow. Raises WeightError where
+    that does not help.
+    """
+    most = torch.finfo(dtype).max
+    largest = [float(part.abs().max()) for part in parts]
+    if max(largest) > most:
+        mean = math.prod(value ** (1 / len(parts)) for value in largest)
+        parts = [part * (mean / value) if value else part for part, value in zip(parts, largest, strict=True)]
+        if mean > most:
+            raise WeightError(f"the factors reach {mean:.1e}, more than {dtype} holds. Convert the model to float32.")
+    return [part.to(dtype) for part in parts]
