@@ -70,7 +70,8 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     best = times.index(min(times))
     network = copy_sharing(networks[best], set())
     if history := applied(network):
-        record_plan(network, form=tuple(dict.fromkeys((*history[-1].plan.form, *forms[best]))))
+        form = tuple(dict.fromkeys((*history[-1].plan.form, *forms[best])))
+        record_plan(network, form=form, capture=captured.rung)  # so that the plan makes it again
     return network
 
 

@@ -18,6 +18,8 @@ from fxfact.conv_modules import CONV_TYPES, TRANSPOSED_TYPES, composed, is_conv
 from fxfact.errors import ArgumentError
 from fxfact.spellings import read_call
 
+_OF_STAGES = ("weight", "bias", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
+
 
 class StandIn(nn.Module):
     """Runs its stages where the convolution would run: mixed in between PyTorch's class and a subclass of it."""
@@ -43,6 +45,14 @@ class StandIn(nn.Module):
         """The bias (out,), which the last stage holds."""
         bias: Tensor | None = self._convs()[-1].bias
         return bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_STAGES:
+            raise ArgumentError(
+                f"{name} of a factorized convolution is what its stages {', '.join(self._modules)} make of it. Set "
+                "theirs, or change the convolution before it is factorized."
+            )
+        super().__setattr__(name, value)
 
     def _convs(self) -> list[Any]:
         return [stage for stage in self._modules.values() if stage is not None and is_conv(stage)]

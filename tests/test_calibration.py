@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import fxfact
 from fxfact.calibration.moments import Window
-from fxfact.errors import ArgumentTypeError, BudgetError, CalibrationError, PlanError
+from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, CalibrationError, PlanError
 from fxfact.metric import as_matrix
 from fxfact.ranks.knapsack import Class, Knapsack
 
@@ -211,6 +212,9 @@ class Dense(nn.Module):
         (raising, "raised after 1 batches.*disk is gone"),
         (lambda x: ["abc"], "a batch is a tensor"),
         (lambda x: [x, x[:, :2]], "fails on a batch"),
+        (lambda x: [x, x[:0]], "batch 1 holds no samples"),
+        (lambda x: None, "must be an iterable of batches, got NoneType"),
+        (lambda x: fxfact.calibrate(Classifier(), [x]), "must be an iterable of batches, got Statistics"),
     ],
 )
 def test_bad_batches_are_refused(model: nn.Module, x: Tensor, batches: Callable[[Tensor], object], words: str) -> None:
@@ -223,7 +227,28 @@ def test_outputs_that_do_not_say_their_loss_are_refused(x: Tensor) -> None:
         fxfact.calibrate(Dense(), [x])
     with pytest.raises(CalibrationError, match="cannot be 'poisson'"):
         fxfact.calibrate(Dense(), [x], likelihood="poisson")
+    with pytest.raises(CalibrationError, match="the function failed on the model's output: TypeError"):
+        fxfact.calibrate(Dense(), [x], likelihood=nn.CrossEntropyLoss())
     assert set(fxfact.calibrate(Dense(), [x], likelihood="gaussian").moments) == {"conv"}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40, "a", True])
+def test_seeds_that_are_none_are_refused(model: nn.Module, x: Tensor, seed: Any) -> None:
+    with pytest.raises(ArgumentError, match="seed must be an int"):
+        fxfact.calibrate(model, [x], seed=seed)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"{}"])
+def test_files_that_are_no_statistics_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(CalibrationError, match="this is no archive of statistics"):
+        fxfact.Statistics.load(tmp_path / "file")
+
+
+def test_statistics_are_what_carries_out_a_plan_made_with_them(model: nn.Module, x: Tensor) -> None:
+    plan = fxfact.plan(model, rank=0.5, calibration=fxfact.calibrate(model, [x]))
+    with pytest.raises(ArgumentTypeError, match=r"must be fxfact\.Statistics, got list"):
+        fxfact.apply(plan, model, statistics=[x])  # type: ignore[arg-type]
 
 
 def test_labels_are_ignored(model: nn.Module, x: Tensor) -> None:
@@ -238,8 +263,13 @@ def test_budgets_that_cannot_be(model: nn.Module, x: Tensor) -> None:
     with pytest.raises(BudgetError, match="can go down to"):
         fxfact.plan(model, "tucker", budget=fxfact.Macs(0.001), calibration=[x], example_inputs=x[:1])
     for bad in (0, 1.5, "half", True, float("nan")):
-        with pytest.raises(BudgetError):
+        with pytest.raises(BudgetError, match=r"Macs\(at_most=900_000\)"):
             fxfact.Macs(bad)
+    with pytest.raises(BudgetError, match=r"at_most_ms=None\).*Latency\(at_most_ms=12\)"):
+        fxfact.Latency(2)
+    with pytest.raises(BudgetError, match="compiled is True or False"):
+        fxfact.Latency(0.5, compiled="yes")  # type: ignore[arg-type]
+    assert fxfact.Macs(np.float32(0.5)).fraction == 0.5
     with pytest.raises(BudgetError):
         fxfact.Params()
     with pytest.raises(BudgetError):

@@ -19,7 +19,7 @@ from fxfact.capture import capture
 from fxfact.choosing import Selected
 from fxfact.conv import ConvLayer
 from fxfact.conv_modules import read_conv
-from fxfact.errors import ArgumentError, CalibrationError
+from fxfact.errors import ArgumentError, CalibrationError, WeightError
 from fxfact.ranks import WithinBudget
 
 
@@ -157,3 +157,56 @@ def test_two_processes_measure_on_the_data_of_both(tmp_path: Path) -> None:
     one, other = (fxfact.Plan.load(tmp_path / f"{rank}.json") for rank in range(2))
     assert one == other
     assert one.measured is not None
+
+
+class Score(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).mean(1)
+
+
+def test_one_number_a_sample_is_an_output_too() -> None:
+    given: dict[str, Any] = {"calibration": data().split(8), "likelihood": "gaussian"}
+    plan = planned(Score().eval(), budget=fxfact.Macs(0.5), **given)
+    assert plan.measured is not None
+    assert 0 < plan.measured < 1e3
+
+
+class Named(Score):
+    def forward(self, **given: Tensor) -> Tensor:
+        return self.inner(given["x"])
+
+
+def test_arguments_by_any_name_are_all_kept() -> None:
+    batches = [{"x": batch} for batch in data().split(8)]
+    assert fxfact.plan(Named().eval(), budget=fxfact.Macs(0.5), calibration=batches).rewrites
+
+
+def test_statistics_of_another_model_are_refused(model: nn.Module) -> None:
+    other = fxfact.calibrate(Score().eval(), data().split(8), likelihood="gaussian")
+    for how in ({"rank": 0.5}, {"budget": fxfact.Macs(0.5)}):
+        with pytest.raises(CalibrationError, match=r"know none of the convolutions.*inner\.0.*Calibrate this model"):
+            planned(model, calibration=other, **how)
+    nn.init.zeros_(model[-1].weight)
+    with pytest.raises(CalibrationError, match="no gradient reached any"):
+        planned(model, calibration=data().split(8), budget=fxfact.Macs(0.5))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"budget": fxfact.Macs(0.5)}, "2: the weight holds 1 NaN"),
+        ({"rank": fxfact.ranks.VBMF()}, "2: the weight holds 1 NaN"),
+        ({"rank": fxfact.ranks.Energy(0.9)}, "2: the weight holds 1 NaN"),
+    ],
+    ids=["budget", "VBMF", "energy"],
+)
+def test_weights_that_are_no_numbers_are_named_before_ranks_are_chosen(
+    how: dict[str, Any], words: str, model: nn.Module
+) -> None:
+    model[2].weight.data[0, 0, 0, 0] = float("inf")
+    with pytest.raises(WeightError, match=f"^{words}"):
+        planned(model, **how)

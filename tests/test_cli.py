@@ -179,6 +179,8 @@ def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureF
         (["inspect", "shop:nothing"], "gives a int"),
         (["inspect", "shop:small", "--weights", "data.npy"], "no state_dict"),
         (["inspect", "net.pt2", "--weights", "state.pt"], "has its own"),
+        (["plan", "net.pt2", "--rank", "4", "--multiple-of", "8"], "--multiple-of is for budgets"),
+        (["compress", "net.pt2", "-o", "small.pt2", "--plan", "plan.json", "--rank", "4"], "pass no --rank or budget"),
         (["plan", "net.pt2", "--macs", "0.5", "--rank", "0.5"], "one of --rank"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "shop.py"], "no array"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "."], "fails on a batch|no array|shape"),
@@ -187,11 +189,14 @@ def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureF
         (["compress", "shop:small", "-o", "small.pt2"], "pass --input"),
         (["compress", "net.pt2", "-o", "small.pt2", "--plan", "data.npy"], "not a plan"),
         (["bench", "shop:small", "shop:small"], "pass --input"),
+        (["bench", "net.pt2", "net.pt2", "--input", "3,4,16,16"], "fails on these inputs"),
+        (["plan", "net.pt2", "--macs", "0.5", "--calibration", "number.npy"], "one number, not samples"),
     ],
 )
 def test_what_cannot_be_done_is_said(
     room: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
+    np.save("number.npy", np.float32(1))
     np.save("other.npy", np.zeros((4, 5, 10, 10), dtype=np.float32))
     assert main(arguments) == 1
     assert re.search(words, capsys.readouterr().err)

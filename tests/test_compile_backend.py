@@ -261,3 +261,51 @@ print(float((found - expected).norm() / expected.norm()) < 1e-5, float((found - 
 def test_the_name_is_known_to_torch_alone() -> None:
     done = subprocess.run([sys.executable, "-c", _ONLY_TORCH], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.parametrize("dynamic", [True, False, None])
+@pytest.mark.parametrize("method", ["tucker", "cp"])
+def test_compilers_that_guard_sizes_take_the_factors(method: str, dynamic: bool | None) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)).eval()
+    x = torch.randn(2, 8, 12, 12)
+    made = fxfact.factorize(model, method, rank=0.5)
+    compiled = torch.compile(model, backend=fxfact.backend(method, rank=0.5, inner="aot_eager"), dynamic=dynamic)
+    with torch.no_grad():
+        for batch in (x, x[:1], torch.randn(3, 8, 9, 10)):
+            torch.testing.assert_close(compiled(batch), made(batch), rtol=1e-4, atol=1e-5)
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        torch._dynamo.graph_break()
+        return self.b(y)
+
+
+@pytest.mark.parametrize(
+    ("what", "rewritten"),
+    [
+        ({"exclude": "a"}, ["b"]),
+        ({"include": "a"}, ["a"]),
+        ({"rank": {"a": 0.5}}, ["a"]),
+        ({"factorization": {"b": "cp"}}, ["b"]),
+    ],
+    ids=str,
+)
+def test_paths_are_of_the_model_also_where_a_graph_is_a_part_of_it(what: dict[str, Any], rewritten: list[str]) -> None:
+    backend = fxfact.backend(inner="eager", **what)
+    with torch.no_grad():
+        torch.compile(Broken().eval(), backend=backend)(torch.randn(1, 8, 9, 9))
+    assert [decision.path for plan in backend.plans for decision in plan.rewrites] == rewritten
+
+
+def test_a_weight_that_cannot_be_decomposed_is_named() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    model[1].weight.data[0, 0, 0, 0] = float("nan")
+    compiled = torch.compile(model, backend=fxfact.backend(inner="eager"))
+    with torch.no_grad(), pytest.raises(Exception, match="WeightError: 1: the weight holds 1 NaN"):
+        compiled(torch.randn(1, 8, 9, 9))

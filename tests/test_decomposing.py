@@ -140,3 +140,28 @@ def test_a_cluster_is_an_executor() -> None:
     ):
         made = fxfact.factorize(model, executor=client.get_executor())
     assert same(made, fxfact.factorize(model))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e30])
+def test_errors_are_told_of_kernels_of_any_size(scale: float) -> None:
+    model = many()
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    found = fxfact.inspect(fxfact.factorize(model, rank=0.5)).rows[0].relative_error
+    assert found == pytest.approx(fxfact.inspect(fxfact.factorize(many(), rank=0.5)).rows[0].relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["tucker", "tt", "cp", "channel_svd"])
+def test_large_numbers_in_half_precision_do_not_overflow(method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False)).half().eval()
+    with torch.no_grad():
+        model[0].weight.fill_(6e4)
+    x = torch.full((1, 8, 9, 9), 1e-3).half()
+    small = fxfact.factorize(model, method, rank=0.9)
+    assert all(parameter.isfinite().all() for parameter in small.parameters())
+    torch.testing.assert_close(small.float()(x.float()), model.float()(x.float()), rtol=1e-2, atol=0)
+
+
+def test_precisions_that_nothing_is_decomposed_in_stay_dense() -> None:
+    plan = fxfact.plan(nn.Sequential(nn.Conv2d(8, 16, 3)).to(torch.float8_e4m3fn))
+    assert "float8_e4m3fn, which nothing is decomposed in" in plan["0"].reason

@@ -361,3 +361,20 @@ def test_a_process_that_is_killed_while_saving_leaves_a_whole_file(tmp_path: Pat
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.stdout.strip() == "100 True", done.stderr
+
+
+def test_networks_for_inference_and_those_factorized_again_come_back(x: Tensor, tmp_path: Path) -> None:
+    swapped = fxfact.factorize(net(), "tucker", rank=0.5, example_inputs=x, capture="modules")
+    again = fxfact.factorize(swapped, "channel_svd", rank=0.5, example_inputs=x, allow_growth=True)
+    for network in (again, fxfact.for_inference(swapped, x), fxfact.for_inference(again, x)):
+        fxfact.save(network, tmp_path / "small.pt")
+        loaded = fxfact.load(tmp_path / "small.pt", net(1))
+        assert torch.equal(loaded(x), network(x))
+        assert fxfact.plan_of(loaded) == fxfact.plan_of(network)
+
+
+def test_what_is_no_path_is_refused(x: Tensor) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"path must be a str or os\.PathLike, got int"):
+        fxfact.save(fxfact.factorize(net(), rank=0.5), 3)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match=r"path must be a str or os\.PathLike, got int"):
+        fxfact.load(3, net())  # type: ignore[arg-type]

@@ -179,6 +179,8 @@ def test_the_form_for_inference_computes_the_same(kind: type[Net], model: Net, x
     assert any(isinstance(module, nn.BatchNorm2d) for module in found.modules()) == (kind is Own)
     with pytest.raises(ArgumentError, match="exported program"):
         fxfact.for_inference(torch.export.export(model, (x,)), x)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="needs example_inputs"):
+        fxfact.for_inference(model, None)  # type: ignore[arg-type]
 
 
 def test_stages_that_were_merged_cannot_be_verified_and_that_is_said(x: Tensor) -> None:
@@ -247,6 +249,21 @@ def test_a_network_that_is_not_faster_in_the_whole_stays_dense(
     assert plan.form == ("fold_batch_norms",)
     assert "the whole network measured slower: 30 → 31 ms" in [decision.reason for decision in plan]
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_far_from_what_was_foreseen_is_said(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([[40.0, 30.0, 40.0, 35.0], [30.0, 15.0], [30.0, 25.0]])  # forms, rehearsal, result
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: next(taken))
+    with pytest.warns(UserWarning, match=r"measures 25 ms and the dense network 30 ms.*not what was asked"):
+        small = fxfact.factorize(model, budget=fxfact.Latency(0.5), example_inputs=x)
+    assert fxfact.plan_of(small).timed == (30.0, 25.0)
+
+
+def test_no_chain_is_foreseen_to_take_less_than_nothing(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 0.5, 10.0, 10.0][: len(calls)])
+    plan = fxfact.plan(model, budget=fxfact.Latency(0.9), example_inputs=x)
+    assert plan.rewrites
+    assert all(decision.milliseconds[1] > 0 for decision in plan.rewrites if decision.milliseconds)
 
 
 def test_plans_are_rehearsed_until_their_networks_meet_the_budget(

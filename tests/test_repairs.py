@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -210,3 +211,48 @@ def test_bad_requests(small: Small, factorized: nn.Module, data: Tensor) -> None
     frozen = copy.deepcopy(factorized).requires_grad_(False)
     with pytest.raises(ArgumentError, match="has none"):
         fxfact.recover(frozen, small, data.split(8))
+
+
+def test_networks_for_inference_are_repaired_and_recovered_as_they_are(
+    small: Small, factorized: nn.Module, data: Tensor
+) -> None:
+    with torch.no_grad():
+        small.norm.running_var.uniform_(0.05, 0.1)
+    own = fxfact.factorize(small, "tucker", rank=0.4, example_inputs=data[:2])
+    folded = fxfact.for_inference(own, data[:2])
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    one, other = (fxfact.repair(each, small, data.split(8)) for each in (own, folded))
+    assert one[1].paths == other[1].paths == ("first", "second")
+    torch.testing.assert_close(one[0](data), other[0](data), rtol=1e-3, atol=1e-4)
+    learned = [fxfact.recover(each, small, data.split(8), steps=40, lr=1e-3)[1] for each in (own, folded)]
+    assert learned[1].after < 0.5 * learned[1].before
+    assert learned[1].after == pytest.approx(learned[0].after, rel=0.5)
+
+
+@pytest.mark.parametrize("do", [fxfact.repair, fxfact.recover])
+def test_the_original_is_the_network_that_the_last_plan_was_made_of(do: Any, small: Small, data: Tensor) -> None:
+    once = fxfact.factorize(small, "tucker", rank=0.5, example_inputs=data[:2])
+    twice = fxfact.factorize(once, "channel_svd", rank=0.5, example_inputs=data[:2], allow_growth=True)
+    with pytest.raises(PlanError, match="the network that it was made of"):
+        do(twice, small, data.split(8))
+    _, report = do(twice, once, data.split(8))
+    assert report.after <= report.before
+    plain = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(4)).eval()
+    plain(data)
+    merged = fxfact.for_inference(fxfact.factorize(plain, "tucker", rank=0.3, example_inputs=data), data)
+    with pytest.raises(PlanError, match="stages, and they are not there any more"):
+        do(merged, plain, data.split(8))
+
+
+@pytest.mark.parametrize("capture", ["trace", "modules"])
+def test_what_was_repaired_or_trained_is_still_verified(capture: Any, small: Small, data: Tensor) -> None:
+    made = fxfact.factorize(small, "tucker", rank=0.4, example_inputs=data[:2], capture=capture)
+    assert fxfact.verify(small, made, data).changed == ()
+    for do in (fxfact.repair, fxfact.recover):
+        changed, _ = do(made, small, data.split(8))
+        verified = fxfact.verify(small, changed, data)
+        assert verified.right
+        assert "first.bias" in verified.changed
+        assert "changed since" in str(verified)
+    changed.get_submodule("second.1").padding = (0, 0)
+    assert not fxfact.verify(small, changed, data).right

@@ -14,7 +14,7 @@ import fxfact
 from fxfact.comparing import difference, relative_error, tensors_of, tolerance_for
 from fxfact.conv import run
 from fxfact.conv_modules import read_conv
-from fxfact.errors import CaptureError, PlanError
+from fxfact.errors import ArgumentTypeError, CaptureError, PlanError
 from fxfact.factorizations import Tucker
 from fxfact.verification import with_composed_kernels
 from tests.conftest import Small, apart
@@ -115,3 +115,45 @@ def test_outputs_are_compared_whatever_they_come_in() -> None:
     assert relative_error(torch.tensor([3, 4]), torch.tensor([3, 5])) == pytest.approx(0.2)
     assert tolerance_for(one) == 1e-4
     assert tolerance_for((x.double(), x.bfloat16())) == 5e-2
+
+
+class Mixed(nn.Module):
+    """Convolutions in another precision than what comes out."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(8, 8, 3).to(torch.bfloat16 if how == "weights" else torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "weights":
+            return self.conv(x.bfloat16()).float()
+        if self.how == "output":
+            return self.conv(x).double()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.conv(x)
+        return y.float()
+
+
+@pytest.mark.parametrize("how", ["weights", "output", "autocast"])
+def test_the_tolerance_is_that_of_what_convolutions_are_computed_in(how: str) -> None:
+    x = torch.randn(2, 8, 9, 9)
+    small = fxfact.factorize(Mixed(how).eval(), rank=0.7, allow_growth=True, example_inputs=x, verify=True)
+    assert fxfact.plan_of(small).rewrites
+
+
+class Attribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.randn(16, 8, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, self.weight)
+
+
+def test_a_weight_that_is_a_plain_attribute_is_verified() -> None:
+    model, x = Attribute().eval(), torch.randn(2, 8, 9, 9)
+    small = fxfact.factorize(model, rank=0.5, example_inputs=x, verify=True)
+    assert fxfact.verify(model, small, x).right
+    with pytest.raises(ArgumentTypeError, match=r"original must be a torch\.nn\.Module or ExportedProgram, got int"):
+        fxfact.verify(3, small, x)  # type: ignore[arg-type]

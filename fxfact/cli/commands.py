@@ -69,6 +69,8 @@ def compress(given: Arguments) -> int:
     if as_program and read.inputs is None:
         raise ArgumentError("a .pt2 file holds a program of example inputs: pass --input 1,3,224,224")
     started = time.perf_counter()
+    if given.plan and any(v is not None for v in (given.rank, given.macs, given.params, given.latency, given.loss)):
+        raise ArgumentError("--plan says what becomes of every convolution: pass no --rank or budget with it")
     if given.plan:
         made, statistics = Plan.load(given.plan), _statistics(given, read, _batches(given)[0])
     else:
@@ -142,6 +144,8 @@ def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
                (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
+    if given.multiple_of is not None and not budgets:
+        raise ArgumentError("--multiple-of is for budgets, such as --macs: a rank is what it says")
     kept, held_out = _batches(given)
     statistics = _statistics(given, read, kept)
     options: dict[str, Any] = {
