@@ -56,7 +56,9 @@ def noted(network: nn.Module) -> Any:
 
 
 def note(network: nn.Module, what: Any) -> None:
-    """Note something on a network that its copies and pickles keep."""
+    """Note something on a network, which its copies and pickles keep; nothing for None."""
+    if what is None:
+        return
     if isinstance(network, fx.GraphModule):
         network.meta[_NOTED] = what  # what copy.deepcopy keeps of one
     setattr(network, f"_{_NOTED}", what)  # what pickling keeps

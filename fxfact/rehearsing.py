@@ -15,7 +15,7 @@ from fxfact.capture import Captured
 from fxfact.cost import Cost
 from fxfact.errors import BudgetError
 from fxfact.inference import Rival
-from fxfact.latency import Clock, saved
+from fxfact.latency import Clock, remaining
 from fxfact.passes import Decomposed, Decomposing, carry_out
 from fxfact.planning import Decision, Plan
 from fxfact.ranks import Latency, WithinBudget
@@ -120,4 +120,4 @@ def _scaled(decision: Decision, factor: float) -> Decision:
     if decision.factorization is None or decision.milliseconds is None:
         return decision
     dense, chain = decision.milliseconds
-    return replace(decision, milliseconds=(dense, saved(dense, factor * (dense - chain))))
+    return replace(decision, milliseconds=(dense, remaining(dense, factor * (dense - chain))))

@@ -26,11 +26,11 @@ def cast_stages(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The stages' numbers in a dtype, the largest of each made alike where one would overflow. Raises WeightError where
     that does not help.
     """
-    most = torch.finfo(dtype).max
+    cast = [part.to(dtype) for part in parts]
+    if dtype != torch.float16 or all(bool(part.isfinite().all()) for part in cast):
+        return cast
     largest = [float(part.abs().max()) for part in parts]
-    if max(largest) > most:
-        mean = math.prod(value ** (1 / len(parts)) for value in largest)
-        parts = [part * (mean / value) if value else part for part, value in zip(parts, largest, strict=True)]
-        if mean > most:
-            raise WeightError(f"the factors reach {mean:.1e}, more than {dtype} holds. Convert the model to float32.")
-    return [part.to(dtype) for part in parts]
+    mean = math.prod(value ** (1 / len(parts)) for value in largest)
+    if mean > torch.finfo(dtype).max:
+        raise WeightError(f"the factors reach {mean:.1e}, more than {dtype} holds. Convert the model to float32.")
+    return [(part * (mean / (value or 1.0))).to(dtype) for part, value in zip(parts, largest, strict=True)]

@@ -38,9 +38,10 @@ def history_from_text(path: str | os.PathLike[str], text: object, kinds: Kinds) 
 
 
 def names_in(path: str | os.PathLike[str]) -> list[str]:
-    """What a zip archive holds, each name without the folder that all are in. Raises FileError for other files."""
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
+    """What a zip archive holds, each name without the folder that all are in. Raises FileError for other files,
+    ArgumentTypeError.
+    """
+    check_path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
@@ -50,6 +51,12 @@ def names_in(path: str | os.PathLike[str]) -> list[str]:
         raise FileError(f"{path}: there is no such file") from error
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise FileError(f"{path}: this is no network that can be read, or not all of it: {error}") from error
+
+
+def check_path(path: object) -> None:
+    """Raise ArgumentTypeError for what is no path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
 
 
 def _errors(values: Any) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfact.errors import ArgumentTypeError, FileError
-from fxfact.files.base import Kinds, names_in
+from fxfact.files.base import Kinds, check_path, names_in
 from fxfact.files.programs import load_program, save_program
 from fxfact.files.states import load_state, save_state
 
@@ -21,8 +21,7 @@ def save(network: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> 
     .pt2 archive, which ``torch.export.load`` reads as well. At ``path`` there is the old file or the new one, whenever
     the process is killed. Raises ArgumentTypeError, FileError.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
+    check_path(path)
     if isinstance(network, ExportedProgram):
         save_program(network, path)
     elif isinstance(network, nn.Module):

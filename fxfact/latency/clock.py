@@ -24,8 +24,8 @@ _SPREAD, _LEAST = 1.5, 0.05
 Layout = tuple[ConvSpec, ...]
 
 
-def saved(ms: float, saving: float) -> float:
-    """The milliseconds that are left of some, a twentieth at least."""
+def remaining(ms: float, saving: float) -> float:
+    """What a saving leaves of some milliseconds, a twentieth at least."""
     return max(ms - saving, _LEAST * ms)
 
 
@@ -67,7 +67,7 @@ class Clock:
             for k, ms in zip(again, found, strict=True):
                 known.setdefault(keys[k], ms * scale)
         dense, *chains = (known[key] for key in keys)
-        return [dense, *(saved(dense, self._scale * (dense - ms)) for ms in chains)]
+        return [dense, *(remaining(dense, self._scale * (dense - ms)) for ms in chains)]
 
     def correct(self, *, planned: float, measured: float) -> float:
         """Learn what chains that were planned to save so many milliseconds save in the network: the factor, which is
