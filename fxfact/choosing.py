@@ -72,14 +72,13 @@ def choose(
 ) -> Chosen:
     """Raises ArgumentError, BudgetError, CalibrationError."""
     paths = [site.path for site in captured.sites]
-    if isinstance(data.calibration, Statistics):
-        data.calibration.check(paths)
     if not isinstance(strategy, WithinBudget):
         if data.held_out is not None:
             raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
         statistics = data.calibration
         if statistics is not None and not isinstance(statistics, Statistics):
             statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.progress)
+        if statistics is not None:
             statistics.check(paths)
         return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))

@@ -56,8 +56,10 @@ class backend:  # noqa: N801 (it is called as a function is)
         inner: str | _Compiled = "inductor",
     ) -> None:
         self._strategy = replace(Requested.parse(factorization, rank), partial=True)
-        self._selection: dict[str, Any] = {"include": include, "exclude": exclude, "allow_growth": allow_growth}
-        self._selection["partial"] = True  # Dynamo may split a model into several graphs
+        self._selection: dict[str, Any] = {
+            "include": include, "exclude": exclude, "allow_growth": allow_growth,
+            "partial": True,  # Dynamo may split a model into several graphs
+        }  # fmt: skip
         if not isinstance(inner, str) and not callable(inner):
             raise ArgumentTypeError(f"inner must be a backend or the name of one, got {inner!r}. Pass 'inductor'.")
         self._inner = inner
