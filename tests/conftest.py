@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,6 +16,9 @@ from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.factorizations import FACTORIZATIONS, CPFactorized, CPMobilenet, Factorization, Tucker
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks.networks
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads of theirs would fight
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 ALL: list[Factorization] = [kind() for kind in FACTORIZATIONS]
 EVERY_STAGE: list[Factorization] = [replace(f, keep_full_sides=True) if isinstance(f, Tucker) else f for f in ALL]

@@ -156,6 +156,16 @@ def inference(self: Two, x: Tensor) -> Tensor:
     return self.d(y.clone())
 
 
+def enabling(self: Two, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return Two.forward(self, x)
+
+
+def asking(self: Two, x: Tensor) -> Tensor:
+    y = Two.forward(self, x)
+    return y if torch.is_grad_enabled() else y / 2
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -187,6 +197,8 @@ def doubles(self: Two, x: Tensor, up: Tensor | None = None) -> Tensor:
 LOST = {
     autocast: "autocast",
     inference: "gradients off",
+    enabling: "gradients on",
+    asking: "is_grad_enabled",
     reverses: "autograd.Function",
     remembers: "sets the attribute 'feature'",
     draws: "makes a tensor anew",
@@ -210,6 +222,10 @@ def test_what_a_graph_would_lose_keeps_its_python(forward: Any, x: Tensor) -> No
     assert result(x).dtype == expected.dtype
     if forward is remembers:
         assert result.feature.shape == (2, 16, 12, 12)
+    with torch.no_grad():
+        without = result(x)
+    assert without.requires_grad == (forward is enabling)
+    assert torch.allclose(without * (2 if forward is asking else 1), result(x)) or forward is draws
     if forward is doubles:
         assert result(x).norm() > 30 * result(x, x).norm()
 

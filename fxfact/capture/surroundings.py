@@ -9,21 +9,24 @@ from torch.autograd import Function
 
 _DEVICES = ("cpu", "cuda")
 _APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
-Surroundings = tuple[tuple[bool, torch.dtype], ...]
+Surroundings = tuple[bool | torch.dtype, ...]
 
 
 def surroundings() -> Surroundings:
-    """Whether autocast is on, and to what, by device."""
-    return tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES)
+    """Whether gradients are on, then whether autocast is, and to what, by device."""
+    gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
+    return (gradients, *(value for pair in autocast for value in pair))
 
 
 def surroundings_changed(before: Surroundings) -> str:
-    """What forward did to them, gradients having been on before; empty where nothing."""
+    """What forward did to them; empty where nothing."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is _APPLY:
             return "calls an autograd.Function"
         frame = frame.f_back  # type: ignore[assignment]
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        return "turns gradients off"
-    return "" if surroundings() == before else "turns autocast on or off"
+    now = surroundings()
+    if now[0] != before[0]:
+        return f"turns gradients {'on' if now[0] else 'off'}"
+    return "" if now == before else "turns autocast on or off"

@@ -94,11 +94,13 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
 
-def _traced(own: nn.Module, name: str, leaves: Sequence[str], *, seed: int = 1, **given: Any) -> fx.GraphModule:
+def _traced(
+    own: nn.Module, name: str, leaves: Sequence[str], *, seed: int = 1, gradients: bool = True, **given: Any
+) -> fx.GraphModule:
     """``given`` are values that arguments are bound to."""
     _check_methods(own)
     buffers, convs = _buffers(own), _conv_attributes(own)
-    with torch.enable_grad(), ParameterGuard(own) as guard, drawn_from_seed(seed):
+    with torch.set_grad_enabled(gradients), ParameterGuard(own) as guard, drawn_from_seed(seed):
         tracer = _Tracer(leaves)
         try:
             graph = tracer.trace(own, concrete_args=given or None)
@@ -119,8 +121,8 @@ def _traced(own: nn.Module, name: str, leaves: Sequence[str], *, seed: int = 1, 
 
 
 def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leaves: Sequence[str]) -> None:
-    """Trace a second copy in the other mode, from another seed and without arguments that may be left out; raise
-    CaptureError where that makes a difference.
+    """Trace a second copy in the other mode, from another seed, without gradients, and without arguments that may be
+    left out; raise CaptureError where that makes a difference.
     """
     modes = [mode for mode in (True, False) if any(module.training != mode for module in own.modules())]
     for training in modes:
@@ -128,11 +130,11 @@ def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leave
         for module in other.modules():
             module.training = training
         try:
-            second = _traced(other, "", leaves, seed=2)
+            second = _traced(other, "", leaves, seed=2, gradients=False)
         except CaptureError as error:
-            raise CaptureError(f"traced with training={training} it fails: {error}") from error
+            raise CaptureError(f"traced with training={training}, without gradients, it fails: {error}") from error
         if second.code != traced.code:
-            raise CaptureError("forward depends on self.training, which a traced graph would freeze")
+            raise CaptureError("forward depends on self.training or on torch.is_grad_enabled(), which a graph would freeze")
         if not _same_constants(traced, second):
             raise CaptureError("forward makes a tensor anew in every call, which a traced graph would freeze")
     signature = inspect.signature(own.forward).parameters.values()
