@@ -134,7 +134,7 @@ def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leave
         except CaptureError as error:
             raise CaptureError(f"traced with training={training}, without gradients, it fails: {error}") from error
         if second.code != traced.code:
-            raise CaptureError("forward depends on self.training or torch.is_grad_enabled(), which a graph would freeze")
+            raise CaptureError("forward depends on self.training or torch.is_grad_enabled(): a graph would freeze them")
         if not _same_constants(traced, second):
             raise CaptureError("forward makes a tensor anew in every call, which a traced graph would freeze")
     signature = inspect.signature(own.forward).parameters.values()
