@@ -87,12 +87,15 @@ class Contest:
         return self._compiled(forms) if self._given.compiled and network is self.model else forms
 
     def _compiled(self, forms: list[nn.Module]) -> list[nn.Module]:
-        """With inductor and freezing as well."""
+        """With inductor as well: weights frozen, called from Python or from C++."""
         torch._inductor.config.freezing = True
-        compiled: Any = torch.compile(copy.deepcopy(forms[-1]), dynamic=False)
-        with torch.no_grad():
-            compiled(self.x)
-        return [*forms, compiled]
+        made: list[Any] = []
+        for called_from_cpp in (False, True):
+            torch._inductor.config.cpp_wrapper = called_from_cpp
+            made.append(torch.compile(copy.deepcopy(forms[-1]), dynamic=False))
+            with torch.no_grad():
+                made[-1](self.x)
+        return [*forms, *made]
 
 
 def _loss(network: nn.Module) -> float:

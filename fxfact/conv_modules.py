@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxfact.conv import ConvLayer, ConvSpec, compose_weights, from_torch, same_padding, to_torch
 from fxfact.errors import SpecError
+from fxfact.pointwise import POINTWISE_TYPES
 from fxfact.skip import Skip
 
 COMPUTED = "its weight or bias is computed from other parameters: fold_weights=True folds what torch.nn.utils computes"
@@ -52,7 +53,7 @@ def refusal_of(module: nn.Module) -> str:
         return f"{kind.__name__} is not a convolution"
     if reason := refusal_of_state(module):
         return reason
-    if kind not in CONV_TYPES + TRANSPOSED_TYPES:
+    if kind not in {*CONV_TYPES, *TRANSPOSED_TYPES, *POINTWISE_TYPES.values()}:
         return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else"
     return "it has hooks, which a factorized convolution would lose" if has_hooks(module) else ""
 
@@ -191,6 +192,25 @@ def to_channels_last(network: nn.Module) -> int:
         moved = nn.Parameter(weight.detach().contiguous(memory_format=wanted), requires_grad=weight.requires_grad)
         module.weight = done.setdefault(id(weight), moved)
     return len(done)
+
+
+def to_linear(network: nn.Module) -> int:
+    """Have the pointwise convolutions of a private copy that ``can_be_linear`` computed as matrix products; how many
+    were not.
+    """
+    done = 0
+    for module in network.modules():
+        if type(module) in POINTWISE_TYPES and not refusal_of(module) and can_be_linear(spec_of(module)):
+            module.__class__ = POINTWISE_TYPES[type(module)]
+            done += 1
+    return done
+
+
+def can_be_linear(spec: ConvSpec) -> bool:
+    """Whether it does nothing but multiply every place of a map by its weight; not of 1-D ones, for which there is no
+    channels_last.
+    """
+    return spec.is_pointwise and spec.groups == 1 and spec.order > 1
 
 
 def _formatted(weight: Tensor, like: Tensor) -> nn.Parameter:

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
+from fxfact.conv_modules import can_be_linear
 from fxfact.copying import copy_sharing, evaluated, private_copy
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.passes import applied, in_form, record_plan
@@ -20,7 +22,8 @@ from fxfact.planning import Plan
 from fxfact.ranks import Latency
 from fxfact.timing import fastest
 
-_FORMS = ((), ("fold_batch_norms",), ("channels_last",), ("fold_batch_norms", "channels_last"))
+LINEAR = ("channels_last", "pointwise_linear")
+_FORMATS: tuple[tuple[str, ...], ...] = ((), ("channels_last",), LINEAR)
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
 _TURNS, _WITHIN = 25, 6.0  # of whole networks, fewer where they would take more seconds
@@ -29,10 +32,15 @@ _Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Form:
-    """Passes (``fxfact.passes.in_form``), and the milliseconds of a network after them."""
+    """Passes (``fxfact.passes.in_form``), and the milliseconds of a network after them.
+
+    ``linear`` says whether 1×1 convolutions are matrix products; None where those of chains may be, for the network
+    has none.
+    """
 
     passes: tuple[str, ...]
     ms: float
+    linear: bool | None
 
 
 def best_form(captured: Captured, *, compiled: bool = False) -> Form:
@@ -40,33 +48,39 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
     if captured.example_inputs is None:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
     can_be_folded = isinstance(captured.network, fx.GraphModule) and captured.program is None
+    folded: list[tuple[str, ...]] = [("fold_batch_norms",)] if can_be_folded else []
+    known = any(can_be_linear(site.spec) for site in captured.sites)
+    formats = _FORMATS if known else _FORMATS[:-1]
     forms: list[tuple[str, ...]]
     if captured.program is not None:
         forms = [()]
     elif compiled:  # the compiler chooses the memory format itself
-        forms = [("fold_batch_norms",) if can_be_folded else ()]
+        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form != ("channels_last",)]
     else:
-        forms = [form for form in _FORMS if can_be_folded or "fold_batch_norms" not in form]
+        forms = [(*fold, *form) for form in formats for fold in [(), *folded]]
     network = evaluated(private_copy(captured.network))
     times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
-    return min((Form(form, ms) for form, ms in zip(forms, times, strict=True)), key=lambda form: form.ms)
+    passes, ms = min(zip(forms, times, strict=True), key=lambda pair: pair[1])
+    open_to_it = captured.program is None and not known and (compiled or "channels_last" in passes)
+    return Form(passes, ms, linear=None if open_to_it else "pointwise_linear" in passes)
 
 
 def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     """A copy of the model, in evaluation mode, in the fastest form that computes the same: batch norms folded into
-    convolutions, 1×1 convolutions with nothing between merged, convolutions in channels_last if that measures faster.
+    convolutions, 1×1 convolutions with nothing between merged, and if that measures faster convolutions in
+    channels_last, 1×1 ones as matrix products.
 
-    Of a model that torch.fx cannot trace only the last. Stages of neighbouring chains may be merged too: ``verify`` and
-    ``report`` want the network from before. Raises ArgumentError, ArgumentTypeError, CaptureError.
+    Of a model that torch.fx cannot trace only what is measured. Stages of neighbouring chains may be merged too:
+    ``verify`` and ``report`` want the network from before. Raises ArgumentError, ArgumentTypeError, CaptureError.
     """
     if isinstance(model, ExportedProgram):
         raise ArgumentError("an exported program is made for inference by what compiles it: pass the model itself")
     if example_inputs is None:
         raise ArgumentError("the fastest form is found by measuring: for_inference needs example_inputs")
     captured = capture(model, example_inputs)
-    forms = (_FOR_ALL, (*_FOR_ALL, "channels_last"))
+    forms = [(*_FOR_ALL, *form) for form in _FORMATS]
     network = in_form(evaluated(captured.network), _FOR_ALL)
-    networks = [network, in_form(network, ("channels_last",))]
+    networks = [in_form(network, form) for form in _FORMATS]
     times = _milliseconds(networks, example_inputs, compiled=False)
     best = times.index(min(times))
     network = copy_sharing(networks[best], set())
@@ -134,7 +148,8 @@ def _called(network: nn.Module, example_inputs: ExampleInputs, *, compiled: bool
 def _compiled(network: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
     import torch._inductor.config as inductor  # noqa: PLC0415 (takes seconds, so only who compiles imports it)
 
-    with inductor.patch(freezing=True):
+    on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    with inductor.patch(freezing=True, cpp_wrapper=on_cpu):  # freezing does nothing among torch.compile's options
         call: Callable[..., Any] = torch.compile(network, dynamic=False)
         call(*args, **kwargs)
     return call

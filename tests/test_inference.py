@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from fxfact.conv_modules import is_conv, write_conv
 from fxfact.errors import ArgumentError, BudgetError, PlanError, TimingError
 from fxfact.latency import Kept, clock
 from fxfact.latency.frozen import frozen
-from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise
+from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise, PointwiseLinear, in_form
 from fxfact.timing import TICK
 from tests.conftest import SPECS, random_input, random_layer
 
@@ -107,6 +109,44 @@ def test_channels_last_is_of_the_weights_and_of_what_comes_out() -> None:
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
     assert model[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pointwise_convolutions_become_matrix_products_and_stay_convolutions(order: int, bias: bool) -> None:
+    kind: Any = (nn.Conv2d, nn.Conv3d)[order - 2]
+    others = [kind(8, 8, 1, stride=2), kind(8, 8, 1, padding=1), kind(8, 8, 1, groups=2), kind(8, 8, 3, bias=bias)]
+    model = nn.Sequential(kind(6, 8, 1, bias=bias), *others, kind(8, 4, 1, bias=bias)).eval()
+    result = PointwiseLinear()(fx.symbolic_trace(model))
+    assert result is not None
+    linear = result.graph_module
+    assert [type(module).__name__ for module in linear.modules() if is_conv(module)] == [
+        f"PointwiseConv{order}d", *[kind.__name__] * 4, f"PointwiseConv{order}d"
+    ]  # fmt: skip
+    for form in (torch.contiguous_format, (torch.channels_last, torch.channels_last_3d)[order - 2]):
+        x = torch.randn(2, 6, *[7] * order).contiguous(memory_format=form)
+        for network in (linear, copy.deepcopy(linear), pickle.loads(pickle.dumps(linear)), fx.symbolic_trace(linear)):
+            torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear(x[0]), model(x[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(linear, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
+    assert {key: value.shape for key, value in linear.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+    assert type(model[0]) is kind
+    again = fxfact.factorize(linear, "pointwise_svd", rank=0.9, example_inputs=x, allow_growth=True, verify=True)
+    assert "0" in [decision.path for decision in fxfact.plan_of(again).rewrites]
+
+
+def test_what_must_not_become_a_matrix_product_does_not() -> None:
+    hooked = nn.Conv2d(6, 8, 1)
+    hooked.register_forward_hook(lambda module, args, output: output * 2)
+    kept = [hooked, nn.ConvTranspose2d(8, 8, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))]
+    same = in_form(nn.Sequential(*kept), ["pointwise_linear"])
+    x = torch.randn(2, 6, 5, 5)
+    assert same(x).equal(nn.Sequential(*kept)(x))
+    flat = PointwiseLinear()(fx.symbolic_trace(nn.Sequential(nn.Conv1d(6, 8, 1))))
+    assert flat is not None
+    assert not flat.modified
 
 
 class Net(nn.Module):
@@ -338,6 +378,37 @@ def test_frozen_convolutions_compute_the_same(name: str) -> None:
     torch.testing.assert_close(ready(x), chain(x), rtol=1e-4, atol=1e-4)
     packed = name in ("plain", "strided", "dilated", "groups", "3-D") and torch._C._has_mkldnn
     assert is_conv(ready[0]) == (not packed)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_frozen_matrix_products_compute_the_same(order: int) -> None:
+    kind: Any = (nn.Conv2d, nn.Conv3d)[order - 2]
+    chain: Any = in_form(nn.Sequential(kind(6, 8, 3), kind(8, 4, 1, bias=False), kind(4, 5, 1)), ["pointwise_linear"])
+    x = torch.randn(2, 6, *[6] * order)
+    ready = frozen(chain, x)
+    torch.testing.assert_close(ready(x), chain(x), rtol=1e-4, atol=1e-4)
+    assert sum(map(is_conv, ready)) == (0 if torch._C.has_mkl else 2)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_chains_are_matrix_products_where_those_measure_faster(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch, faster: bool
+) -> None:
+    def measured(calls: Sequence[Callable[[], object]], **options: Any) -> list[list[float]]:
+        return (
+            [[2.0, 2.0], [1.0 if faster else 3.0] * 2]
+            if len(calls) == 2
+            else [[1.0 + len(calls)] * 2, *[[1.0] * 2] * (len(calls) - 1)]
+        )
+
+    monkeypatch.setattr(clock, "milliseconds", measured)
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [20.0, 15.0, 12.0, 10.0][: len(calls)])
+    small = fxfact.factorize(model, "tucker", budget=fxfact.Latency(0.8), example_inputs=x)
+    plan = fxfact.plan_of(small)
+    assert plan.rewrites
+    assert ("pointwise_linear" in plan.form) == faster
+    assert any(type(module).__name__ == "PointwiseConv2d" for module in small.modules()) == faster
+    torch.testing.assert_close(fxfact.apply(plan, model)(x), small(x))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Convolutions as PyTorch's compiler runs them with frozen weights, without it: oneDNN's, on packed weights."""
+"""Convolutions as PyTorch's compiler runs them with frozen weights, without it: on weights packed for oneDNN or MKL."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv_modules import TRANSPOSED_TYPES, is_conv
+from fxfact.pointwise import POINTWISE_TYPES
 
 
 class _Packed(nn.Module):
@@ -26,14 +27,36 @@ class _Packed(nn.Module):
         return found
 
 
+class _PackedLinear(nn.Module):
+    """What inductor puts in the place of a matrix product on as many places."""
+
+    def __init__(self, conv: Any, places: int) -> None:
+        super().__init__()
+        weight = conv.weight.detach().flatten(1)
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, places)
+        bias = None if conv.bias is None else conv.bias.detach()
+        self._arguments: tuple[Any, ...] = (packed, weight, bias, places)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, *size) to (batch, out, *size)."""
+        found: Tensor = torch.ops.mkl._mkl_linear(x.movedim(1, -1), *self._arguments)
+        return found.movedim(-1, 1)
+
+
 @torch.no_grad()
 def frozen(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
     """The chain for inputs like ``x``; stages that oneDNN does not compute that way are as they were."""
     stages: list[nn.Module] = []
     for stage in chain:
-        stages.append(_Packed(stage, x.shape) if _can_be_packed(stage, x) else stage)
+        stages.append(_packed(stage, x) if _can_be_packed(stage, x) else stage)
         x = stage(x)
     return nn.Sequential(*stages)
+
+
+def _packed(stage: nn.Module, x: Tensor) -> nn.Module:
+    if type(stage) in POINTWISE_TYPES.values():
+        return _PackedLinear(stage, x[:, 0].numel()) if torch._C.has_mkl else stage
+    return _Packed(stage, x.shape)
 
 
 def _can_be_packed(stage: Any, x: Tensor) -> bool:

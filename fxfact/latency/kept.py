@@ -19,14 +19,19 @@ from fxfact.writing import written
 _FORMAT = {"format": "fxfact times", "version": 1}
 
 
+_TELLING = ("model name", "cpu family", "model", "stepping")  # in /proc/cpuinfo: one name has many models
+
+
 @cache
 def _processor() -> str:
-    """The processor's name, where the system tells."""
+    """Which processor it is, as far as the system tells, and the instructions that PyTorch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    named = [told[key] for key in _TELLING if key in told] or [platform.processor()]
+    return ", ".join([*named, torch.backends.cpu.get_cpu_capability()])
 
 
 def machine(device: torch.device) -> dict[str, Any]:

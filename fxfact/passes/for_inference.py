@@ -9,7 +9,7 @@ from typing import final
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxfact.conv_modules import to_channels_last
+from fxfact.conv_modules import to_channels_last, to_linear
 from fxfact.copying import copy_sharing
 from fxfact.errors import PlanError
 from fxfact.graph import check_contract, fold_batch_norms, merge_pointwise, refresh_shapes
@@ -64,16 +64,26 @@ class ChannelsLast(_Exact):
         return to_channels_last(graph_module)
 
 
+@final
+class PointwiseLinear(_Exact):
+    """1×1 convolutions computed as matrix products, which takes less time where maps are channels_last."""
+
+    def _change(self, graph_module: fx.GraphModule) -> int:
+        return to_linear(graph_module)
+
+
 _PASSES: dict[str, type[_Exact]] = {
     "fold_batch_norms": FoldBatchNorms,
     "merge_pointwise": MergePointwise,
     "channels_last": ChannelsLast,
+    "pointwise_linear": PointwiseLinear,
 }
+_ON_MODULES = {"channels_last": to_channels_last, "pointwise_linear": to_linear}
 
 
 def in_form(network: nn.Module, form: Sequence[str]) -> nn.Module:
-    """A copy of the network with these passes applied, of which one without a graph takes only channels_last. Raises
-    PlanError for another name.
+    """A copy of the network with these passes applied, of which one without a graph takes those that change
+    modules alone. Raises PlanError for another name.
     """
     for name in form:
         if name not in _PASSES:
@@ -82,7 +92,7 @@ def in_form(network: nn.Module, form: Sequence[str]) -> nn.Module:
             result = _PASSES[name]()(network)
             assert result is not None
             network = result.graph_module
-        elif name == "channels_last":
+        elif name in _ON_MODULES:
             network = copy_sharing(network, set(map(id, network.parameters())))
-            to_channels_last(network)
+            _ON_MODULES[name](network)
     return network
