@@ -89,6 +89,7 @@ class Contest:
     def _compiled(self, forms: list[nn.Module]) -> list[nn.Module]:
         """With inductor as well: weights frozen, called from Python or from C++."""
         torch._inductor.config.freezing = True
+        torch._dynamo.config.recompile_limit = 1000  # every network is compiled once, however many share their classes
         made: list[Any] = []
         for called_from_cpp in (False, True):
             torch._inductor.config.cpp_wrapper = called_from_cpp

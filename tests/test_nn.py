@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import fxfact.nn as fnn
 from fxfact.conv import ConvLayer
@@ -282,6 +283,9 @@ def test_any_factorization_can_be_a_layer() -> None:
         (lambda: fnn.CPConv(6, 8, 3, order=2, dtype=torch.int32), ArgumentError, "int32"),
         (lambda: fnn.CPConv.from_conv(nn.Linear(2, 2)), ArgumentTypeError, "Linear"),
         (lambda: fnn.CPConv.from_conv("conv"), ArgumentTypeError, "str"),
+        (lambda: fnn.CPConv.from_conv(nn.Conv2d(2, 2, 3), generator=3), ArgumentTypeError, "Generator, got int"),
+        (lambda: fnn.CPConv(6, 8, 3, order=2, generator=3), ArgumentTypeError, "Generator, got int"),
+        (lambda: fnn.CPConv.from_conv(weight_norm(nn.Conv2d(2, 2, 3))), RefusedError, "remove_parametrizations"),
         (lambda: fnn.CPConv.from_conv(nn.Conv2d(6, 8, 3, device="meta"), 0.5), WeightError, "meta"),
     ],
 )

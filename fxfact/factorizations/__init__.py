@@ -12,7 +12,7 @@ from fxfact.factorizations.rank_request import ParsedRank, RankRequest, parse_ra
 from fxfact.factorizations.spatial_svd import SpatialSVD
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
-from fxfact.factorizations.weights import check_weight
+from fxfact.factorizations.weights import check_generator, check_weight
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     CPMobilenet,
@@ -37,6 +37,7 @@ __all__ = [
     "RankRequest",
     "SpatialSVD",
     "Tucker",
+    "check_generator",
     "check_weight",
     "parse_factorization",
     "parse_rank_request",

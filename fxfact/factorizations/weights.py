@@ -1,4 +1,4 @@
-"""The numbers of a kernel before it is decomposed, and of its stages behind that."""
+"""What a decomposition begins with, and the numbers of the stages behind it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxfact.errors import WeightError
+from fxfact.errors import ArgumentTypeError, WeightError
 
 
 def check_weight(weight: Tensor) -> None:
@@ -20,6 +20,12 @@ def check_weight(weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
         raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Repair or exclude it.")
+
+
+def check_generator(generator: object) -> None:
+    """Raise ArgumentTypeError for anything but a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def cast_stages(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

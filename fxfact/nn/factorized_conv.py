@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv import ConvSpec, Sizes, run_weight
-from fxfact.conv_modules import composed, is_conv, read_conv, write_chain, write_conv
+from fxfact.conv_modules import composed, computes_weight, is_conv, read_conv, write_chain, write_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
-from fxfact.factorizations import Factorization, Rank, RankRequest
+from fxfact.factorizations import Factorization, Rank, RankRequest, check_generator
 from fxfact.nn.base import Implementation, Structure
 from fxfact.skip import Skip
 
@@ -56,6 +56,7 @@ class FactorizedConv(nn.Module):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        check_generator(generator)
         spec = ConvSpec.parse(
             in_channels,
             out_channels,
@@ -94,6 +95,12 @@ class FactorizedConv(nn.Module):
         """
         if not isinstance(conv, nn.Module) or not is_conv(conv):
             raise ArgumentTypeError(f"conv must be a torch.nn.Conv1d, Conv2d or Conv3d, got {type(conv).__name__}")
+        check_generator(generator)
+        if computes_weight(conv):
+            raise RefusedError(
+                f"{type(conv).__name__}: its weight or bias is computed from other parameters. Make it "
+                "one: torch.nn.utils.parametrize.remove_parametrizations(conv, 'weight')."
+            )
         layer = read_conv(conv)
         if isinstance(layer, Skip):
             raise RefusedError(f"{type(conv).__name__}: {layer.reason}")

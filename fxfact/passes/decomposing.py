@@ -16,6 +16,7 @@ from fxfact.calibration import Statistics
 from fxfact.conv import ConvLayer, compose
 from fxfact.conv_modules import is_conv, write_chain
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, place
+from fxfact.factorizations import check_generator
 from fxfact.metric import Metric
 from fxfact.planning import Decision, Plan
 from fxfact.progress import Progress, shown
@@ -51,8 +52,7 @@ class Decomposing:
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
             raise ArgumentError(f"weights must be 'decompose' or 'empty', got {self.weights!r}")
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
+        check_generator(self.generator)
         if self.executor is not None and not isinstance(self.executor, Executor):
             raise ArgumentTypeError(
                 f"executor must be a concurrent.futures.Executor, got {type(self.executor).__name__}"
