@@ -45,7 +45,7 @@ class _PackedLinear(nn.Module):
 
 @torch.no_grad()
 def frozen(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
-    """The chain for inputs like ``x``; stages that oneDNN does not compute that way are as they were."""
+    """The chain for inputs like ``x``; stages that neither library computes that way are as they were."""
     stages: list[nn.Module] = []
     for stage in chain:
         stages.append(_packed(stage, x) if _can_be_packed(stage, x) else stage)

@@ -17,8 +17,6 @@ import torch
 from fxfact.writing import written
 
 _FORMAT = {"format": "fxfact times", "version": 1}
-
-
 _TELLING = ("model name", "cpu family", "model", "stepping")  # in /proc/cpuinfo: one name has many models
 
 
