@@ -14,6 +14,7 @@ same. Needs the trained weights and data sets (FXFACT_DATA).
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics as stats
 import sys
 import time
@@ -228,17 +229,15 @@ def main() -> None:
     parser.add_argument("--save", default="accuracy", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    tables = {}
+    tables: dict[str, Any] = {}
     for name in given.networks:
         trial = Trial(name, given)
-        rows = list(trial.classic())
-        for samples in given.samples:
-            for seed in given.seeds:
-                rows += trial.on_data(samples, seed)
-        dense = trial.measure.dense
-        tables[name] = {"dense": float(dense.mean()), "tests": len(dense), "rows": summary(rows, dense)}
+        dense, rows = trial.measure.dense, list(trial.classic())
+        for samples, seed in itertools.product(given.samples, given.seeds):
+            rows += trial.on_data(samples, seed)
+            tables[name] = {"dense": float(dense.mean()), "tests": len(dense), "rows": summary(rows, dense)}
+            save(given.save, tables)  # after every seed: what takes hours may be stopped
         show(f"{name}: {TASKS[name].unit}, dense {dense.mean():.2f} on {len(dense)} tests", tables[name]["rows"], ".4g")
-        save(given.save, tables)
 
 
 if __name__ == "__main__":

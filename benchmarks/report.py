@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from fxfact.latency import machine
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,14 +42,8 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], floatfmt: str = ".3g") -
 
 def save(name: str, content: Mapping[str, Any]) -> None:
     """Write ``results/<name>.json`` with a description of the machine."""
-    machine = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
+    described = {**machine(torch.device("cpu")), "cores": os.cpu_count(), "python": platform.python_version()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine, **content}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"machine": described, **content}, indent=1) + "\n", encoding="utf-8")
     print(f"\n{path}")

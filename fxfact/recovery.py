@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from fxfact.calibration import Batches
 from fxfact.capture import ExampleInputs
 from fxfact.errors import ArgumentError
-from fxfact.pairs import Pair
+from fxfact.pairs import Nearer, Pair
 from fxfact.progress import Progress, shown
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -24,19 +24,13 @@ Augment = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
-    """What ``recover`` did: the divergence from the original on held-out batches before and behind, in nats for one
-    sample, how many ``steps`` were taken and how many ``seconds`` that took.
-    """
+class Recovery(Nearer):
+    """What ``recover`` did, in how many ``steps``."""
 
-    before: float
-    after: float
     steps: int
-    seconds: float
 
-    def __str__(self) -> str:
-        many = f"{self.steps} steps in {self.seconds:.1f} s"
-        return f"{many}: {self.before:.4g} → {self.after:.4g} nats from the original, on held-out batches"
+    def _done(self) -> str:
+        return f"{self.steps} steps"
 
 
 @torch.inference_mode(False)

@@ -26,7 +26,7 @@ from fxfact.conv import from_torch, run_weight, to_torch
 from fxfact.conv_modules import spec_of
 from fxfact.copying import copy_sharing
 from fxfact.errors import ArgumentError
-from fxfact.pairs import Pair
+from fxfact.pairs import Nearer, Pair
 from fxfact.progress import Progress, shown
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -36,19 +36,13 @@ _DAMPING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair:
-    """What ``repair`` did: the divergence from the original on held-out batches before and behind, in nats for one
-    sample, the paths of the chains that were changed, and how many ``seconds`` it took.
-    """
+class Repair(Nearer):
+    """What ``repair`` did, and the ``paths`` of the chains that were changed."""
 
-    before: float
-    after: float
     paths: tuple[str, ...]
-    seconds: float
 
-    def __str__(self) -> str:
-        many = f"{len(self.paths)} chains repaired in {self.seconds:.1f} s"
-        return f"{many}: {self.before:.4g} → {self.after:.4g} nats from the original, on held-out batches"
+    def _done(self) -> str:
+        return f"{len(self.paths)} chains repaired"
 
 
 @torch.inference_mode(False)
