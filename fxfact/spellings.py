@@ -68,4 +68,9 @@ def write_call(module: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def looks_like_conv(function: object) -> bool:
     """Whether the name of a function says that it convolves."""
-    return bool(_LOOKS_LIKE_ONE.search(getattr(function, "__name__", "")))
+    return bool(_LOOKS_LIKE_ONE.search(getattr(function, "__name__", ""))) and not runs_backward(function)
+
+
+def runs_backward(function: object) -> bool:
+    """Whether the name of a function says that autograd calls it: it reads the weights of what it differentiates."""
+    return "backward" in getattr(function, "__name__", "")

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxfact
 from fxfact.capture import capture
-from fxfact.errors import ArgumentError, CaptureError, PlanError
+from fxfact.errors import ArgumentError, CalibrationError, CaptureError, PlanError
 from tests.conftest import Small, apart
 
 
@@ -413,6 +413,27 @@ def test_hostile_a_model_that_writes_to_its_parameters_is_refused(image: Tensor,
             fxfact.factorize(model)
     assert unchanged(model, before)
     assert [id(p) for p in model.parameters()] == identities
+
+
+def test_a_model_that_takes_gradients_of_its_own(image: Tensor) -> None:
+    class Score(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(super().forward(x).square().sum(), x)[0]
+
+    model = Score().eval()
+    before = states(model)
+    small = fxfact.factorize(model, "tucker", rank=0.5, example_inputs=image, verify=True)
+    plan = fxfact.plan_of(small)
+    plain = fxfact.plan(Small().eval(), "tucker", rank=0.5, example_inputs=image)
+    assert [d.path for d in plan.rewrites] == [d.path for d in plain.rewrites]
+    assert plan.rewrites
+    assert plan.network.macs == (plain.network.macs or 0) + model.head.weight.numel()  # of gradients, those of `head`
+    assert small(image).shape == model(image).shape
+    assert unchanged(model, before)
+    with pytest.raises(CalibrationError, match="gradients of its own, plan without data"):
+        fxfact.calibrate(model, [image], likelihood="gaussian")
 
 
 def test_hostile_a_model_that_reads_a_weight_that_it_also_convolves_with(image: Tensor) -> None:

@@ -59,7 +59,10 @@ def calibrate(
             if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
                 raise CalibrationError("calibration: the model's own output, or its loss, is NaN or Inf on this data")
             if not any(tensor.requires_grad for tensor in tensors):
-                raise CalibrationError("calibration: no gradient leads from the output to a convolution")
+                raise CalibrationError(
+                    "calibration: no gradient leads from the output to a convolution. Where forward detaches its "
+                    "output, or makes it of gradients of its own, plan without data."
+                )
             output_sums += _moments_of([tensor.detach() for tensor in dense])
             pulled = [k for k, tensor in enumerate(tensors) if tensor.requires_grad]
             with collector.on(drawing.fractions):

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxfact.capture.base import ExampleInputs, run_model
 from fxfact.capture.guard import ParameterGuard, storage_of
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.conv_modules import is_conv, spec_of
 from fxfact.errors import SpecError
+from fxfact.graph import MacCounter
 from fxfact.skip import Skip
-from fxfact.spellings import ConvCall, looks_like_conv, read_call
+from fxfact.spellings import ConvCall, looks_like_conv, read_call, runs_backward
 from fxfact.stand_ins import StandIn, beneath
 
 
@@ -54,10 +54,10 @@ def observe(network: nn.Module, example_inputs: ExampleInputs) -> Observed:
     """
     network.eval()
     log = _Log(network)
-    with FlopCounterMode(display=False) as counter, _Reads(network, log) as guard, _FunctionCalls(log):
+    with MacCounter() as counter, _Reads(network, log) as guard, _FunctionCalls(log):
         output = run_model(network, example_inputs)
     guard.check()
-    return Observed(output, int(counter.get_total_flops()) // 2, dict(log.calls), tuple(log.by_function))
+    return Observed(output, counter.macs, dict(log.calls), tuple(log.by_function))
 
 
 class _Log:
@@ -166,7 +166,7 @@ class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
     ) -> Any:
         if not self._log.inside and looks_like_conv(func):
             self._convolved(args)
-        elif not _is_view(func):
+        elif not _is_view(func) and not runs_backward(func):
             for tensor in tree_leaves((args, kwargs)):
                 self._read(tensor, str(func))
         return super().__torch_dispatch__(func, types, args, kwargs)

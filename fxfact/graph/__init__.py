@@ -6,13 +6,14 @@ from fxfact.graph.fold import fold_computed_weights
 from fxfact.graph.fuse import fold_batch_norms, merge_pointwise
 from fxfact.graph.lift import Factor, Lifted, lift, lower
 from fxfact.graph.match import Match, match
-from fxfact.graph.shapes import macs_by_node, record_macs, record_shapes, refresh_shapes
+from fxfact.graph.shapes import MacCounter, macs_by_node, record_macs, record_shapes, refresh_shapes
 from fxfact.graph.splice import splice
 
 __all__ = [
     "Factor",
     "GraphSite",
     "Lifted",
+    "MacCounter",
     "Match",
     "check_contract",
     "fold_batch_norms",

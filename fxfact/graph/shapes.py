@@ -18,6 +18,33 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxfact.errors import CaptureError
 
 
+class MacCounter(FlopCounterMode):
+    """Counts the multiply-accumulates of whatever runs inside, in the whole.
+
+    A forward may take gradients of its own (``torch.autograd.grad``). What would tell by which module is therefore left
+    out: it hooks every gradient, under which that fails. And the gradients of convolutions are not counted: chains save
+    on them as they do on the convolutions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker = _Whole()  # type: ignore[assignment]
+        self.flop_registry.pop(torch.ops.aten.convolution_backward, None)
+
+    def __enter__(self) -> MacCounter:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def macs(self) -> int:
+        """So far."""
+        return int(self.get_total_flops()) // 2
+
+
+class _Whole(contextlib.nullcontext[None]):
+    parents = ("Global",)  # FlopCounterMode's name for the whole
+
+
 def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any], *, fake: bool = True) -> int:
     """Record ``tensor_meta`` for these placeholder values in every node; returns the multiply-accumulates.
 
@@ -30,7 +57,7 @@ def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any], *, fake: 
         with _quiet(), _buffers_kept(graph_module), torch.no_grad():
             propagation = ShapeProp(graph_module, mode)
             propagation.propagate(*own)
-            with mode or contextlib.nullcontext(), FlopCounterMode(display=False) as counter:
+            with mode or contextlib.nullcontext(), MacCounter() as counter:
                 runnable = propagation.fake_module if mode else graph_module
                 fx.Interpreter(runnable).run(*(_fake(value, mode) for value in own))
     except Exception as error:
@@ -38,16 +65,16 @@ def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any], *, fake: 
         raise CaptureError(
             f"the network cannot run on example_inputs: {reason}. Pass inputs that it accepts."
         ) from error
-    return int(counter.get_total_flops()) // 2
+    return counter.macs
 
 
 def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = tree_map(lambda value: _fake(value, mode), (args, kwargs))
-    with torch.no_grad(), _buffers_kept(graph_module), mode, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _buffers_kept(graph_module), mode, MacCounter() as counter:
         graph_module(*fakes[0], **fakes[1])
-    return int(counter.get_total_flops()) // 2
+    return counter.macs
 
 
 def macs_by_node(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
@@ -75,9 +102,9 @@ class _Counting(fx.Interpreter):
         self.macs: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with MacCounter() as counter:
             result = super().run_node(n)
-        self.macs[n] = int(counter.get_total_flops()) // 2
+        self.macs[n] = counter.macs
         return result
 
 
