@@ -20,8 +20,8 @@ _IN_SOURCE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 @dataclass(frozen=True, eq=False)
 class Lifted:
-    """A copy of a graph in which the parameters that convolutions read are attributes; ``places`` are those of the
-    inputs that they were, by name.
+    """A copy of a graph in which the parameters and buffers that convolutions read are attributes; ``places`` are those
+    of the inputs that they were, by name.
     """
 
     graph_module: fx.GraphModule
@@ -52,9 +52,10 @@ def lift(original: fx.GraphModule, values: Sequence[Any]) -> Lifted:
     placeholders = [node for node in original.graph.nodes if node.op == "placeholder"]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for index, (old, value) in enumerate(zip(placeholders, values, strict=True)):
-        if copies[old] in read and isinstance(value, nn.Parameter):
-            name = _path_of(old)
-            name = str(old.target) if name in attributes else name
+        path = _path_of(old)
+        held = isinstance(value, nn.Parameter) or (path is not None and not isinstance(value, FakeTensor))
+        if copies[old] in read and held:
+            name = str(old.target) if path is None or path in attributes else path
             places[name], attributes[name] = index, value
             with graph.inserting_before(first):
                 copies[old].replace_all_uses_with(graph.get_attr(name))
@@ -98,12 +99,12 @@ def lower(lifted: Lifted, rewritten: fx.GraphModule, sites: Sequence[GraphSite])
     return fx.GraphModule(rewritten, graph), factors
 
 
-def _path_of(placeholder: fx.Node) -> str:
-    """Where the model holds the parameter, as Dynamo says; else the placeholder's own name."""
+def _path_of(placeholder: fx.Node) -> str | None:
+    """Where the model holds the parameter or buffer, as Dynamo says; None of what it does not hold."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name: str | Callable[[], str] = getattr(source, "name", "")
     parts = _IN_SOURCE.findall(name() if callable(name) else name)
-    return ".".join(parts) or str(placeholder.target)
+    return ".".join(parts) or None
 
 
 def _at(root: nn.Module, target: str) -> nn.Module | Tensor:

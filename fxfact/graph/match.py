@@ -97,7 +97,9 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
     for role, read in (("weight", call.weight), ("bias", call.bias)):
         fixed = isinstance(read, fx.Node) and read.op == "get_attr" and get_tensor(root, str(read.target)) is not None
         if read is not None and not fixed:
-            return Skip(f"its {role} is computed in the graph by {getattr(read, 'name', read)}", node.name)
+            given = isinstance(read, fx.Node) and read.op == "placeholder"
+            how = "the graph's input" if given else "computed in the graph by"
+            return Skip(f"its {role} is {how} {getattr(read, 'name', read)}", node.name)
         tensors.append(None if read is None else get_tensor(root, str(read.target)))
     weight, bias = tensors
     if not isinstance(call.input, fx.Node) or weight is None or any(map(_holds_node, call.settings.values())):
