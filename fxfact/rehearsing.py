@@ -104,7 +104,8 @@ class Rehearsal:
         """The time of the plan's network over that of the dense one, taking turns."""
         weights = {site.path: site.weight for site in self.captured.sites}
         random = {decision.rewrite: _random(decision, weights[decision.path]) for decision in plan.rewrites}
-        made = carry_out(replace(plan, metric=False), self.captured, Decomposing(known=random))
+        rehearsed = replace(plan, model=f"{plan.model}, rehearsed with random numbers", metric=False)  # for the log
+        made = carry_out(rehearsed, self.captured, Decomposing(known=random))
         network = made.module() if isinstance(made, ExportedProgram) else made
         before, after = self.rival.times(network)
         return after / before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -256,8 +257,15 @@ def test_a_budget_of_milliseconds_is_met_as_measured(kind: type[Net], budget: An
     assert fxfact.report(own, small, x).right
 
 
-def test_an_exported_program_is_planned_and_rehearsed(model: Net, x: Tensor, told: list[int]) -> None:
-    small = fxfact.factorize(torch.export.export(model, (x,)), budget=fxfact.Latency(0.5))
+def test_an_exported_program_is_planned_and_rehearsed(
+    model: Net, x: Tensor, told: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="fxfact"):
+        small = fxfact.factorize(torch.export.export(model, (x,)), budget=fxfact.Latency(0.5))
+    *rehearsals, last = [text for text in caplog.messages if "carried out" in text]
+    assert rehearsals
+    assert all("rehearsed with random numbers" in text for text in rehearsals)
+    assert "rehearsed" not in last
     plan = fxfact.plan_of(small)
     assert plan.after.ms is not None
     assert plan.network.ms is not None
