@@ -138,6 +138,20 @@ def test_pointwise_convolutions_become_matrix_products_and_stay_convolutions(ord
     assert "0" in [decision.path for decision in fxfact.plan_of(again).rewrites]
 
 
+def test_matrix_products_are_factorized_where_a_model_keeps_its_own_python() -> None:
+    class Branches(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.mean() < 100 else x / 2)
+
+    model = in_form(Branches(nn.Conv2d(6, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval(), ["pointwise_linear"])
+    x = torch.randn(2, 6, 5, 5)
+    small = fxfact.factorize(model, "pointwise_svd", rank=0.7, exclude="0", example_inputs=x, verify=True)
+    assert fxfact.plan_of(small).capture == "modules"
+    assert [type(module).__name__ for module in small.children()] == ["PointwiseConv2d", "ReLU", "FactorizedConv2d"]
+    torch.testing.assert_close(copy.deepcopy(small)(x), small(x))
+    assert fxfact.verify(model, small, x).right
+
+
 def test_what_must_not_become_a_matrix_product_does_not() -> None:
     hooked = nn.Conv2d(6, 8, 1)
     hooked.register_forward_hook(lambda module, args, output: output * 2)
