@@ -66,8 +66,7 @@ def factorize(
     verify: compare the result, on ``example_inputs`` in evaluation mode, with the model itself, its kernels replaced
         by what the chains compose to, and raise VerificationError rather than return a network whose graph is wrong.
     generator: for factorizations that begin at random (``CPMobilenet(init='random')``); no other randomness is used.
-    executor: a ``concurrent.futures.Executor`` on which kernels are decomposed; the result is the same.
-    progress: True for tqdm's bar over the kernels, or what is called as tqdm is.
+    executor: as of ``plan``, and for the decomposition itself.
 
     The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises
     ArgumentError, ArgumentTypeError, CaptureError, RankError, WeightError: all of them FxfactError.
@@ -79,7 +78,7 @@ def factorize(
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     selected = Selected(include, exclude, allow_growth)
-    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, progress=progress)
+    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
     decided, statistics, decomposed = choose(captured, strategy, selected, budget, data)
     if generator is None:  # else what is random is drawn from it
         decomposing = replace(decomposing, known=decomposed)
@@ -109,6 +108,7 @@ def plan(
     capture: How = "auto",
     fold_weights: bool = False,
     leaves: str | Sequence[str] = (),
+    executor: Executor | None = None,
     progress: Progress = False,
 ) -> Plan:
     """Decide what every convolution becomes, without doing it. ``print`` the plan, edit it, save it, ``apply`` it.
@@ -145,13 +145,16 @@ def plan(
     fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm, parametrizations,
         pruning, standardisation in a graph) parameters, with the values they have in evaluation mode.
     leaves: globs on the paths of modules that tracing keeps whole, and so leaves alone.
+    executor: a ``concurrent.futures.Executor`` on which kernels are decomposed where plans are measured; the plan is
+        the same.
     progress: True for tqdm's bars, or what is called as tqdm is.
     """
     strategy = _strategy(factorization, rank, budget, multiple_of, progress)
+    decomposing = Decomposing(executor=executor, progress=progress)
     example_inputs, calibration = _example(model, example_inputs, calibration)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     selected = Selected(include, exclude, allow_growth)
-    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, progress=progress)
+    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
     return choose(captured, strategy, selected, budget, data).plan
 
 

@@ -18,9 +18,9 @@ from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, CalibrationError
 from fxfact.inference import LINEAR, Rival, best_form
 from fxfact.latency import Clock
-from fxfact.passes import Decomposed, decompose
+from fxfact.passes import Decomposed, Decomposing
 from fxfact.planning import Decision, Plan, Selection, make_plan
-from fxfact.progress import Progress, shown
+from fxfact.progress import shown
 from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinBudget
 from fxfact.rehearsing import Rehearsal
 from fxfact.verification import with_kernels
@@ -47,12 +47,14 @@ class Selected:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a caller gives: batches or the statistics of some, batches to measure on, and what the output means."""
+    """What a caller gives: batches or the statistics of some, batches to measure on, what the output means, and how
+    kernels are decomposed to measure them.
+    """
 
     calibration: Batches | Statistics | None
     held_out: Batches | None
     likelihood: object
-    progress: Progress = False
+    decomposing: Decomposing
 
 
 class Chosen(NamedTuple):
@@ -77,7 +79,7 @@ def choose(
             raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
         statistics = data.calibration
         if statistics is not None and not isinstance(statistics, Statistics):
-            statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.progress)
+            statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.decomposing.progress)
         if statistics is not None:
             statistics.check(paths)
         return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
@@ -170,15 +172,15 @@ def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statis
     network = evaluated(private_copy(captured.network))
     request = given.likelihood if isinstance(given, Statistics) and data.likelihood is None else data.likelihood
     if not held_out:
-        return calibrate(captured, kept, likelihood=request, progress=data.progress), None
+        return calibrate(captured, kept, likelihood=request, progress=data.decomposing.progress), None
     measured = HeldOut(network, held_out, request)
     if isinstance(given, Statistics):
         statistics = given
     else:
-        statistics = calibrate(captured, kept, likelihood=measured.likelihood, progress=data.progress)
+        statistics = calibrate(captured, kept, likelihood=measured.likelihood, progress=data.decomposing.progress)
     if not (needed or measured.likelihood.measures or data.held_out is not None):
         return statistics, None
-    return statistics, _Measure(captured, statistics, measured, data.progress)
+    return statistics, _Measure(captured, statistics, measured, data.decomposing)
 
 
 def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
@@ -203,10 +205,10 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[Exam
 class _Measure:
     """How far the network that a plan would make is from the original on held-out data."""
 
-    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut, progress: Progress) -> None:
+    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut, decomposing: Decomposing) -> None:
         self._captured, self._statistics, self._held_out = captured, statistics, held_out
         self._sites = {site.path: site for site in captured.sites}
-        self._progress = progress
+        self._decomposing = decomposing
         self._known: dict[frozenset[str], float] = {}
         self.decomposed: dict[str, Decomposed] = {}
 
@@ -214,19 +216,30 @@ class _Measure:
         """Nats for one sample."""
         key = frozenset(decision.rewrite for decision in plan.rewrites)
         if key not in self._known:
-            rewrites = shown(plan.rewrites, len(plan.rewrites), "measuring", self._progress)
-            kernels = {decision.path: self._kernel(decision) for decision in rewrites}
+            own = {decision.path: self._own(decision) for decision in plan.rewrites}
+            self._decompose({decision.rewrite: decision for decision in own.values()})
+            kernels = {path: self._kernel(decision) for path, decision in own.items()}
             network = evaluated(with_kernels(private_copy(self._captured.network), kernels))
             self._known[key] = self._held_out.divergence(network)
         return self._known[key]
 
+    def _own(self, decision: Decision) -> Decision:
+        """The same of the convolution whose weight it shares."""
+        return replace(decision, path=decision.tied_to or decision.path)
+
+    def _decompose(self, decisions: Mapping[str, Decision]) -> None:
+        """What was not yet, of decisions by ``Decision.rewrite``."""
+        new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self.decomposed}
+        sites = [self._sites[decision.path] for decision in new.values()]
+        jobs = (
+            (site.layer, decision, None, self._statistics.metric(site.path, site.spec))
+            for site, decision in zip(sites, new.values(), strict=True)
+        )
+        results = shown(self._decomposing.decomposed(jobs), len(new), "measuring", self._decomposing.progress)
+        self.decomposed.update(zip(new, results, strict=True))
+
     def _kernel(self, decision: Decision) -> Tensor:
         """What the chain of a decision composes to, in PyTorch's layout."""
-        site = self._sites[decision.tied_to or decision.path]
-        own = replace(decision, path=site.path)
-        if own.rewrite not in self.decomposed:
-            metric = self._statistics.metric(site.path, site.spec)
-            self.decomposed[own.rewrite] = decompose(site.layer, own, None, metric)
-        weights, _ = self.decomposed[own.rewrite]
+        weights, _ = self.decomposed[decision.rewrite]
         parts = [weight.reshape(spec.weight_shape) for weight, spec in zip(weights, decision.stages, strict=True)]
-        return to_torch(site.spec, compose_weights(decision.stages, parts))
+        return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fxfact.errors import ArgumentError, ArgumentTypeError
@@ -20,9 +20,19 @@ def shown(results: Iterable[Any], total: int | None, what: str, progress: Progre
         passed = progress(results, total=total, desc=what)
         if not isinstance(passed, Iterable):
             raise ArgumentTypeError(f"progress must give back an iterable, as tqdm does, got {passed!r}")
-        return passed
+        return _all(passed, total)
     try:
         from tqdm import tqdm  # noqa: PLC0415 (an extra)
     except ImportError as error:
         raise ArgumentError("progress=True shows tqdm's bar: pip install 'fxfact[progress]'") from error
     return tqdm(results, total=total, desc=what)
+
+
+def _all(passed: Iterable[Any], total: int | None) -> Iterator[Any]:
+    """Raises ArgumentError where fewer come than there are."""
+    count = 0
+    for each in passed:
+        count += 1
+        yield each
+    if total is not None and count < total:
+        raise ArgumentError("progress must pass on everything that it iterates over, as tqdm does")

@@ -87,6 +87,29 @@ def test_progress_is_shown_as_tqdm_shows_it() -> None:
     assert isinstance(empty, nn.Module)
 
 
+def test_plans_are_measured_on_an_executor_too_and_are_the_same(image: Tensor) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(5)).eval()
+    model(image)
+    what: dict[str, Any] = {"budget": fxfact.Macs(0.6), "calibration": torch.randn(16, *image.shape[1:]).split(4)}
+    recording, seen = Recording(2), list[str]()
+
+    def bar(iterable: Iterable[Any], *, total: int | None, desc: str) -> Iterable[Any]:
+        seen.append(desc)
+        return iterable
+
+    plain = fxfact.plan(model, "channel_svd", **what)
+    assert fxfact.plan(model, "channel_svd", executor=recording, progress=bar, **what) == plain
+    assert recording.submitted >= len(plain.rewrites) > 0
+    assert "measuring" in seen
+    before = recording.submitted
+    made = fxfact.factorize(model, "channel_svd", executor=recording, **what)
+    assert recording.submitted > before
+    torch.testing.assert_close(made(image), fxfact.factorize(model, "channel_svd", **what)(image))
+    with pytest.raises(fxfact.FxfactError, match="pass on everything"):
+        fxfact.plan(model, "channel_svd", progress=lambda results, **_: list(results)[:-1], **what)
+
+
 def test_an_interrupt_cancels_what_has_not_begun_and_leaves_the_model_alone(image: Tensor) -> None:
     gate, begun = threading.Event(), []
 

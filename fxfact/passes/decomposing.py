@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ from fxfact.sites import ConvSite
 
 Weights = Literal["decompose", "empty"]
 Decomposed = tuple[list[Tensor], float]
-_Result = TypeVar("_Result")
-_Job = tuple[ConvLayer, Decision, int | None, Metric | None]
+Job = tuple[ConvLayer, Decision, int | None, Metric | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,7 +73,7 @@ class Decomposing:
         for decision in plan.rewrites:
             site = sites[decision.path]
             if site.tied_to is None:
-                made[decision.path] = _next(results)
+                made[decision.path] = next(results)
             weights, error = made[site.tied_to or site.path]
             stages = write_chain(decision.stages, weights, site.bias, like=site.weight)
             made[site.path] = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)], error
@@ -88,15 +87,16 @@ class Decomposing:
             return
         seeds = [None if self.generator is None else _seed(self.generator) for _ in jobs]
         new = [(*job, seed) for job, seed in zip(jobs, seeds, strict=True) if job[1].rewrite not in self.known]
-        results = self._results(
+        results = self.decomposed(
             (site.layer, decision, seed, statistics.metric(site.path, site.spec) if statistics else None)
             for site, decision, seed in new
         )
         coming = iter(shown(results, len(new), "decomposing", self.progress))
         for _, decision in jobs:
-            yield self.known[decision.rewrite] if decision.rewrite in self.known else _next(coming)
+            yield self.known[decision.rewrite] if decision.rewrite in self.known else next(coming)
 
-    def _results(self, jobs: Iterable[_Job]) -> Iterator[Decomposed]:
+    def decomposed(self, jobs: Iterable[Job]) -> Iterator[Decomposed]:
+        """What ``decompose`` gives for each, in their order, on the executor where there is one."""
         if self.executor is None:
             yield from (decompose(*job) for job in jobs)
             return
@@ -144,13 +144,6 @@ def decompose(layer: ConvLayer, decision: Decision, seed: int | None, metric: Me
         norm = float((dense.to(wide) / largest).norm())
         missed = float(((compose(chain).to(wide) - dense.to(wide)) / largest).norm())
     return [stage.weight for stage in chain.layers], missed / norm if norm else 0.0
-
-
-def _next(results: Iterator[_Result]) -> _Result:
-    found = next(results, None)
-    if found is None:
-        raise ArgumentError("progress must pass on everything that it iterates over, as tqdm does")
-    return found
 
 
 def _seed(generator: torch.Generator) -> int:
