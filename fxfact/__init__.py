@@ -30,7 +30,8 @@ The way of the data, top down, which is also the way of the imports::
     copying, comparing       private copies of models; how far apart two outputs are
     conv, tensor             convolutions and chains as values; decompositions of plain tensors
     pointwise                1×1 convolutions as matrix products
-    errors, skip, progress   how "no" is said; a bar for what takes long
+    errors, skip             how "no" is said
+    executing, progress      long work: on the caller's executor, and shown
     timing, activations      how long calls take, and how much memory
     writing                  files that are whole or not there
 """

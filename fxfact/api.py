@@ -71,8 +71,8 @@ def factorize(
     The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises
     ArgumentError, ArgumentTypeError, CaptureError, RankError, WeightError: all of them FxfactError.
     """
-    strategy = _strategy(factorization, rank, budget, multiple_of, progress)
     decomposing = Decomposing(generator=generator, executor=executor, progress=progress)
+    strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)
     example_inputs, calibration = _example(model, example_inputs, calibration)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
@@ -145,12 +145,12 @@ def plan(
     fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm, parametrizations,
         pruning, standardisation in a graph) parameters, with the values they have in evaluation mode.
     leaves: globs on the paths of modules that tracing keeps whole, and so leaves alone.
-    executor: a ``concurrent.futures.Executor`` on which kernels are decomposed where plans are measured; the plan is
-        the same.
+    executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster's) on which a plan for a budget computes
+        errors and decomposes what it measures; the plan is the same.
     progress: True for tqdm's bars, or what is called as tqdm is.
     """
-    strategy = _strategy(factorization, rank, budget, multiple_of, progress)
     decomposing = Decomposing(executor=executor, progress=progress)
+    strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)
     example_inputs, calibration = _example(model, example_inputs, calibration)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     selected = Selected(include, exclude, allow_growth)
@@ -236,7 +236,7 @@ def _example(
 
 
 def _strategy(
-    factorization: object, rank: object, budget: object, multiple_of: int | None, progress: Progress
+    factorization: object, rank: object, budget: object, multiple_of: int | None, decomposing: Decomposing
 ) -> Requested | WithinBudget:
     if budget is None:
         if multiple_of is not None:
@@ -252,4 +252,7 @@ def _strategy(
     every += [SpatialSVD(last_axes_first=True)] if isinstance(budget, Latency) else []
     methods = ByPath.parse(every if factorization is None else factorization, parse_several)
     within = budget if isinstance(budget, Budget) else Macs(1.0)
-    return WithinBudget(within, methods, multiple=1 if multiple_of is None else multiple_of, progress=progress)
+    multiple = 1 if multiple_of is None else multiple_of
+    return WithinBudget(
+        within, methods, multiple=multiple, progress=decomposing.progress, executor=decomposing.executor
+    )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from fxfact.calibration import Statistics
 from fxfact.conv import ConvLayer, compose
 from fxfact.conv_modules import is_conv, write_chain
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, place
+from fxfact.executing import check_executor, in_order
 from fxfact.factorizations import check_generator
 from fxfact.metric import Metric
 from fxfact.planning import Decision, Plan
@@ -52,10 +51,7 @@ class Decomposing:
         if self.weights not in get_args(Weights):
             raise ArgumentError(f"weights must be 'decompose' or 'empty', got {self.weights!r}")
         check_generator(self.generator)
-        if self.executor is not None and not isinstance(self.executor, Executor):
-            raise ArgumentTypeError(
-                f"executor must be a concurrent.futures.Executor, got {type(self.executor).__name__}"
-            )
+        check_executor(self.executor)
         if not isinstance(self.progress, bool) and not callable(self.progress):
             raise ArgumentTypeError(f"progress must be True, False or called as tqdm is, got {self.progress!r}")
 
@@ -96,29 +92,8 @@ class Decomposing:
             yield self.known[decision.rewrite] if decision.rewrite in self.known else next(coming)
 
     def decomposed(self, jobs: Iterable[Job]) -> Iterator[Decomposed]:
-        """What ``decompose`` gives for each, in their order, on the executor where there is one."""
-        if self.executor is None:
-            yield from (decompose(*job) for job in jobs)
-            return
-        waiting: deque[Future[Decomposed]] = deque()
-        workers = getattr(self.executor, "_max_workers", None) or os.cpu_count() or 1
-        try:
-            for job in jobs:
-                waiting.append(self._submitted(*job))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    def _submitted(self, *job: Any) -> Future[Decomposed]:
-        assert self.executor is not None
-        try:
-            return self.executor.submit(decompose, *job)
-        except RuntimeError as error:
-            raise ArgumentError(f"executor takes no work: {error}. Pass one that has not been shut down.") from error
+        """What ``decompose`` gives for each, in their order."""
+        return in_order(decompose, jobs, self.executor)
 
 
 @dataclass(frozen=True, eq=False)

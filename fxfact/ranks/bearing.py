@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,33 +18,45 @@ Curves = dict[str, Curve]  # by factorization and its options
 _COMPUTED, _LAST = 6, 0.9  # ranks of a factorization without a formula; the last of them, among all
 
 
-def curve_of(
+class Foreseen(NamedTuple):
+    """Of one convolution: by how much the loss grows where its output is lost altogether, and the curves that were not
+    known before.
+    """
+
+    whole: float
+    curves: Curves
+
+
+def foresee(
     layer: ConvLayer,
-    factorization: Factorization,
-    ranks: Sequence[Rank],
-    *,
-    among: Sequence[Rank],
+    asked: Sequence[tuple[Factorization, Sequence[Rank]]],
     metric: Metric | None,
-    known: Curves,
-) -> list[float]:
-    """Nats for each of the ranks; without a metric, ‖W − Ŵ‖² / ‖W‖², or what it is at most. What takes long is computed
-    for ranks ``among`` all that may ever be asked for, ascending, and kept in ``known``.
+    known: Collection[str],
+) -> Foreseen:
+    """Nats for factorizations at ranks, those among which may ever be chosen, ascending; without a metric
+    ‖W − Ŵ‖² / ‖W‖², or what it is at most. This is what takes long; it takes and gives values only.
 
     Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
-    ones, where they change most, and interpolated between, their logarithm over the rank. The largest ranks, which save
-    little and take long, count as the last that was computed.
+    ones, where they change most.
     """
-    key = f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
-    if key not in known and metric is None and (bounds := factorization.bounds(layer, among)) is not None:
-        known[key] = list(zip(among, bounds, strict=True))
-    if key not in known:
-        places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(among) - 1)
-        computed = [among[k] for k in np.unique(places.round().astype(int))]
-        if metric is not None:
-            known[key] = list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
-        else:
-            known[key] = [(rank, relative_square(layer, factorization, rank)) for rank in computed]
-    return _between(known[key], ranks)
+    whole = 1.0 if metric is None else metric.increase(layer.spec, -layer.weight.float())
+    new = [(method, ranks) for method, ranks in asked if ranks and key_of(method) not in known]
+    return Foreseen(whole, {key_of(method): _curve(layer, method, ranks, metric) for method, ranks in new})
+
+
+def key_of(factorization: Factorization) -> str:
+    """By which its curve is known."""
+    return f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
+
+
+def _curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank], metric: Metric | None) -> Curve:
+    if metric is None and (bounds := factorization.bounds(layer, among)) is not None:
+        return list(zip(among, bounds, strict=True))
+    places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(among) - 1)
+    computed = [among[k] for k in np.unique(places.round().astype(int))]
+    if metric is not None:
+        return list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
+    return [(rank, relative_square(layer, factorization, rank)) for rank in computed]
 
 
 def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
@@ -53,7 +66,10 @@ def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) 
     return float(missed.square().sum() / dense.square().sum().clamp_min(1e-30))
 
 
-def _between(known: Curve, ranks: Sequence[Rank]) -> list[float]:
+def read_off(known: Curve, ranks: Sequence[Rank]) -> list[float]:
+    """Nats for each of the ranks: between those computed, their logarithm is interpolated over the rank. The largest
+    ranks, which save little and take long, count as the last that was computed.
+    """
     sizes, nats = [sum(rank) for rank, _ in known], [value for _, value in known]
     lowest = np.minimum.accumulate(np.maximum(nats, 1e-12 * max(nats, default=0.0) + 1e-300))
     found: list[float] = np.exp(np.interp([sum(rank) for rank in ranks], sizes, np.log(lowest))).tolist()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 from fxfact.calibration import Statistics
 from fxfact.cost import Cost, cost_of
 from fxfact.errors import ArgumentError, BudgetError, place
+from fxfact.executing import in_order
 from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
 from fxfact.latency import Clock
 from fxfact.progress import Progress, shown
 from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
-from fxfact.ranks.bearing import Curves, curve_of
+from fxfact.ranks.bearing import Curves, Foreseen, foresee, key_of, read_off
 from fxfact.ranks.budgets import Budget
 from fxfact.ranks.clocking import liked, multiples, times_of
 from fxfact.ranks.knapsack import Class, Knapsack
@@ -50,6 +52,8 @@ class WithinBudget(RankStrategy):
     Increases of the loss add up while they are small. ``evenness``, 0 … 1, is for budgets under which they are not: the
     increases of each convolution count divided by that power of what it would cost to lose its output altogether, so
     that none loses nearly all of it.
+
+    ``executor``: on which errors are computed, with the same result.
     """
 
     budget: Budget
@@ -61,6 +65,7 @@ class WithinBudget(RankStrategy):
     evenness: float = 0.0
     clock: Clock | None = None
     progress: Progress = False
+    executor: Executor | None = None
     _curves: dict[str, Curves] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,34 +122,54 @@ class WithinBudget(RankStrategy):
 
     def _options(self, candidates: Sequence[Candidate]) -> list[list[Option]]:
         """For each candidate the dense one first."""
-        return [self._options_of(each) for each in shown(candidates, len(candidates), "planning", self.progress)]
+        families = [self._families(candidate) for candidate in candidates]
+        jobs = (self._job(candidate, own) for candidate, own in zip(candidates, families, strict=True))
+        new = any(key_of(f.method) not in self._known(f.candidate) for own in families for f in own)
+        results = in_order(foresee, jobs, self.executor if new else None)  # what is known is soon read
+        foreseen = list(shown(results, len(candidates), "planning", self.progress))  # before anything is timed
+        return [self._options_of(*each) for each in zip(candidates, families, foreseen, strict=True)]
 
-    def _options_of(self, candidate: Candidate) -> list[Option]:
-        spec, dense = candidate.spec, cost_of((candidate.spec,), candidate.input_sizes)
+    def _families(self, candidate: Candidate) -> list[_Family]:
+        """What could replace a convolution, if data say anything of it, and the ranks among which to choose."""
+        if not self._is_reached(candidate):
+            return []
+        dense = cost_of((candidate.spec,), candidate.input_sizes)
+        methods, _ = self.factorizations.get(candidate.path)
+        families = [_Family(method, candidate, dense) for method in methods or () if not method.rejects(candidate.spec)]
+        return [replace(family, ranks=ranks) for family in families if (ranks := self._ranks(family))]
+
+    def _is_reached(self, candidate: Candidate) -> bool:
+        return self.statistics is None or candidate.path in self.statistics.moments
+
+    def _known(self, candidate: Candidate) -> Curves:
+        kept = self._curves if self.statistics is None else self.statistics.curves
+        return kept.setdefault(candidate.path, {})
+
+    def _job(self, candidate: Candidate, families: Sequence[_Family]) -> tuple[Any, ...]:
+        """For ``foresee``."""
         with place(candidate.path):
             layer = candidate.checked
-        options = [Option(_DENSE, dense, 0.0, 0.0)]
-        metric = None if self.statistics is None else self.statistics.metric(candidate.path, spec)
-        if self.statistics is not None and metric is None:
+        metric = None if self.statistics is None else self.statistics.metric(candidate.path, candidate.spec)
+        asked = [(family.method, family.thinned or family.ranks) for family in families]
+        return layer, asked, metric, set(self._known(candidate))
+
+    def _options_of(self, candidate: Candidate, families: Sequence[_Family], foreseen: Foreseen) -> list[Option]:
+        dense = cost_of((candidate.spec,), candidate.input_sizes)
+        if not self._is_reached(candidate):
             return [Option(Skip("no gradient reached it in calibration"), dense, 0.0, 0.0)]
-        whole = 1.0 if metric is None else metric.increase(spec, -layer.weight.float())
-        kept = self._curves if self.statistics is None else self.statistics.curves
-        methods, _ = self.factorizations.get(candidate.path)
-        families = [_Family(method, candidate, dense) for method in methods or () if not method.rejects(spec)]
-        choices = [(family, ranks) for family in families if (ranks := self._ranks(family))]
-        ranked = [(family.method, ranks) for family, ranks in choices]
+        ranked = [(family.method, family.ranks) for family in families]
         ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, ranked)
-        options[0] = options[0]._replace(cost=replace(dense, ms=ms))
-        known = kept.setdefault(candidate.path, {})
-        for k, (family, ranks) in enumerate(choices):
-            among = family.thinned or ranks
-            nats = curve_of(layer, family.method, ranks, among=among, metric=metric, known=known)
-            for j, (rank, n) in enumerate(zip(ranks, nats, strict=True)):
+        options = [Option(_DENSE, replace(dense, ms=ms), 0.0, 0.0)]
+        known = self._known(candidate)
+        known.update(foreseen.curves)
+        for k, family in enumerate(families):
+            nats = read_off(known[key_of(family.method)], family.ranks)
+            for j, (rank, n) in enumerate(zip(family.ranks, nats, strict=True)):
                 pair = None if ms is None else (ms, times[k][j])
-                choice = Choice(family.method, rank, increase=None if metric is None else n, milliseconds=pair)
+                choice = Choice(family.method, rank, increase=n if self.in_metric else None, milliseconds=pair)
                 cost = family.cost(rank)
                 timed = cost if pair is None else replace(cost, ms=pair[1])
-                options.append(Option(choice, timed, n, n / max(whole, 1e-30) ** self.evenness))
+                options.append(Option(choice, timed, n, n / max(foreseen.whole, 1e-30) ** self.evenness))
         return options if ms is None else _faster(options, ms)
 
     def _ranks(self, family: _Family) -> list[Rank]:
@@ -158,11 +183,12 @@ class WithinBudget(RankStrategy):
 
 @dataclass(frozen=True, eq=False)
 class _Family:
-    """The ranks of a factorization that are none dearer than the convolution."""
+    """The ranks of a factorization that are none dearer than the convolution; ``ranks`` are those to choose among."""
 
     method: Factorization
     candidate: Candidate
     dense: Cost
+    ranks: Sequence[Rank] = ()
 
     @cached_property
     def fitting(self) -> Sequence[Rank]:
