@@ -2,6 +2,7 @@
 
     python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: over half an hour
     python -m benchmarks.planning --factorizations cp channel_svd  # some of the factorizations
+    python -m benchmarks.planning --workers 2                      # errors and kernels on as many processes
 
 Random weights and images: neither changes what it takes. The peak is the kernel's own count of resident pages (VmHWM)
 beyond what the model and the images take, for each step. Linux.
@@ -12,6 +13,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -22,6 +26,12 @@ from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 
 
+def _workers(count: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    if not count:
+        return nullcontext()
+    return ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=["resnet18", "resnet50"], default="resnet18")
@@ -29,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.5, help="share of the MACs")
     parser.add_argument("--factorizations", nargs="+", default=None, help="default: all")
+    parser.add_argument("--workers", type=int, default=0, help="processes of one thread each; default: none but this")
     given = parser.parse_args()
     torch.manual_seed(0)
     model = NETWORKS[given.network].build().eval()
@@ -46,14 +57,17 @@ def main() -> None:
 
     statistics = measured("calibrate", lambda: fxfact.calibrate(model, images.split(given.batch)))
 
-    def plan() -> fxfact.Plan:
-        return fxfact.plan(model, given.factorizations, calibration=statistics, **known)
+    with _workers(given.workers) as executor:
+        options: dict[str, Any] = {"executor": executor}
 
-    measured("plan", plan)
-    found = measured("plan again", plan)
-    measured("apply", lambda: fxfact.apply(found, model, statistics=statistics))
+        def plan() -> fxfact.Plan:
+            return fxfact.plan(model, given.factorizations, calibration=statistics, **known, **options)
+
+        measured("plan", plan)
+        found = measured("plan again", plan)
+        measured("apply", lambda: fxfact.apply(found, model, statistics=statistics, **options))
     show(f"{given.network}, {given.samples} images of 224², {torch.get_num_threads()} threads", rows)
-    save("planning", {"network": given.network, "samples": given.samples, "rows": rows})
+    save("planning", {"network": given.network, "workers": given.workers, "samples": given.samples, "rows": rows})
 
 
 if __name__ == "__main__":
