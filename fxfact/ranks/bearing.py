@@ -40,7 +40,7 @@ def foresee(
     ones, where they change most.
     """
     whole = 1.0 if metric is None else metric.increase(layer.spec, -layer.weight.float())
-    new = [(method, ranks) for method, ranks in asked if ranks and key_of(method) not in known]
+    new = [(method, ranks) for method, ranks in asked if key_of(method) not in known]
     return Foreseen(whole, {key_of(method): _curve(layer, method, ranks, metric) for method, ranks in new})
 
 

@@ -16,7 +16,7 @@ from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
 from fxfact.latency import Clock
 from fxfact.progress import Progress, shown
 from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
-from fxfact.ranks.bearing import Curves, Foreseen, foresee, key_of, read_off
+from fxfact.ranks.bearing import Curves, foresee, key_of, read_off
 from fxfact.ranks.budgets import Budget
 from fxfact.ranks.clocking import liked, multiples, times_of
 from fxfact.ranks.knapsack import Class, Knapsack
@@ -126,8 +126,11 @@ class WithinBudget(RankStrategy):
         jobs = (self._job(candidate, own) for candidate, own in zip(candidates, families, strict=True))
         new = any(key_of(f.method) not in self._known(f.candidate) for own in families for f in own)
         results = in_order(foresee, jobs, self.executor if new else None)  # what is known is soon read
-        foreseen = list(shown(results, len(candidates), "planning", self.progress))  # before anything is timed
-        return [self._options_of(*each) for each in zip(candidates, families, foreseen, strict=True)]
+        coming, wholes = shown(results, len(candidates), "planning", self.progress), list[float]()
+        for candidate, found in zip(candidates, coming, strict=True):  # all of them, before anything is timed
+            self._known(candidate).update(found.curves)
+            wholes.append(found.whole)
+        return [self._options_of(*each) for each in zip(candidates, families, wholes, strict=True)]
 
     def _families(self, candidate: Candidate) -> list[_Family]:
         """What could replace a convolution, if data say anything of it, and the ranks among which to choose."""
@@ -153,7 +156,7 @@ class WithinBudget(RankStrategy):
         asked = [(family.method, family.thinned or family.ranks) for family in families]
         return layer, asked, metric, set(self._known(candidate))
 
-    def _options_of(self, candidate: Candidate, families: Sequence[_Family], foreseen: Foreseen) -> list[Option]:
+    def _options_of(self, candidate: Candidate, families: Sequence[_Family], whole: float) -> list[Option]:
         dense = cost_of((candidate.spec,), candidate.input_sizes)
         if not self._is_reached(candidate):
             return [Option(Skip("no gradient reached it in calibration"), dense, 0.0, 0.0)]
@@ -161,7 +164,6 @@ class WithinBudget(RankStrategy):
         ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, ranked)
         options = [Option(_DENSE, replace(dense, ms=ms), 0.0, 0.0)]
         known = self._known(candidate)
-        known.update(foreseen.curves)
         for k, family in enumerate(families):
             nats = read_off(known[key_of(family.method)], family.ranks)
             for j, (rank, n) in enumerate(zip(family.ranks, nats, strict=True)):
@@ -169,7 +171,7 @@ class WithinBudget(RankStrategy):
                 choice = Choice(family.method, rank, increase=n if self.in_metric else None, milliseconds=pair)
                 cost = family.cost(rank)
                 timed = cost if pair is None else replace(cost, ms=pair[1])
-                options.append(Option(choice, timed, n, n / max(foreseen.whole, 1e-30) ** self.evenness))
+                options.append(Option(choice, timed, n, n / max(whole, 1e-30) ** self.evenness))
         return options if ms is None else _faster(options, ms)
 
     def _ranks(self, family: _Family) -> list[Rank]:
