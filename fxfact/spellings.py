@@ -26,6 +26,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.convolution, _aten.convolution.default), _ANY),
 }
 _LOOKS_LIKE_ONE = re.compile(r"conv(olution|_?transpose|_tbc|_depthwise|\dd)")
+_DIFFERENTIATES_ONE = re.compile(r"conv\w*_backward(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def write_call(module: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def looks_like_conv(function: object) -> bool:
     """Whether the name of a function says that it convolves."""
-    return bool(_LOOKS_LIKE_ONE.search(getattr(function, "__name__", ""))) and not runs_backward(function)
+    return bool(_LOOKS_LIKE_ONE.search(getattr(function, "__name__", ""))) and not differentiates_conv(function)
 
 
-def runs_backward(function: object) -> bool:
-    """Whether the name of a function says that autograd calls it: it reads the weights of what it differentiates."""
-    return "backward" in getattr(function, "__name__", "")
+def differentiates_conv(function: object) -> bool:
+    """Whether it is what autograd calls for a convolution, whose weight it reads as that does."""
+    return bool(_DIFFERENTIATES_ONE.search(getattr(function, "__name__", "")))

@@ -210,6 +210,47 @@ def test_shared_computed_and_bare_weights(x: Tensor) -> None:
     assert close(found, expected(x))
 
 
+@torch.no_grad()
+def test_weights_that_are_buffers_are_followed_and_inputs_are_not_factorized(x: Tensor) -> None:
+    class Bare(nn.Module):
+        kernel: Tensor
+        bias: Tensor
+
+        def __init__(self, *, writes: bool) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.randn(8, 3, 3, 3))
+            self.register_buffer("bias", torch.randn(8))
+            self.writes = writes
+
+        def forward(self, x: Tensor, given: Tensor) -> Tensor:
+            if self.writes:
+                self.kernel.mul_(1.5)
+            return F.conv2d(F.conv2d(x, self.kernel, self.bias), given)
+
+    given = torch.randn(4, 8, 3, 3)
+    for writes in (False, True):
+        model = Bare(writes=writes).eval()
+        backend = fxfact.backend("channel_svd", rank=1.0, inner="eager", allow_growth=True)
+        compiled = torch.compile(model, backend=backend)
+        compiled(x, given)
+        (plan,) = backend.plans
+        reasons = {d.path: d.reason for d in plan if d.reason}
+        assert "its weight is the graph's input l_given_" in reasons.values()
+        assert ("also read by mul_" in reasons.get("kernel", "")) == writes
+        assert [d.path for d in plan.rewrites] == ([] if writes else ["kernel"])
+        model.kernel.mul_(-2.0)
+        model.bias.add_(1.0)
+        own = Bare(writes=False).eval()
+        own.load_state_dict(model.state_dict())
+        if writes:
+            own.kernel.mul_(1.5)
+            assert close(compiled(x, given), own(x, given))
+        else:
+            what = {"example_inputs": (x, given), "allow_growth": True}
+            assert close(compiled(x, given), fxfact.factorize(own, "channel_svd", rank=1.0, **what)(x, given))
+        assert len(backend.plans) == 1
+
+
 def test_inference_mode(model: Net, x: Tensor) -> None:
     compiled = torch.compile(model, backend=fxfact.backend("tucker", rank=0.5, inner="eager"))
     with torch.inference_mode():

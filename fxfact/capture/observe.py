@@ -22,7 +22,7 @@ from fxfact.conv_modules import is_conv, spec_of
 from fxfact.errors import SpecError
 from fxfact.graph import MacCounter
 from fxfact.skip import Skip
-from fxfact.spellings import ConvCall, looks_like_conv, read_call, runs_backward
+from fxfact.spellings import ConvCall, differentiates_conv, looks_like_conv, read_call
 from fxfact.stand_ins import StandIn, beneath
 
 
@@ -166,7 +166,7 @@ class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
     ) -> Any:
         if not self._log.inside and looks_like_conv(func):
             self._convolved(args)
-        elif not _is_view(func) and not runs_backward(func):
+        elif not _is_view(func) and not differentiates_conv(func):
             for tensor in tree_leaves((args, kwargs)):
                 self._read(tensor, str(func))
         return super().__torch_dispatch__(func, types, args, kwargs)
