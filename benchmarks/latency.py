@@ -3,6 +3,7 @@
     python -m benchmarks.latency                                                # hours on two cores
     python -m benchmarks.latency --networks resnet18 --batches 1 --threads 1    # some minutes
     python -m benchmarks.latency --networks resnet18 --batches 1 --compiled     # inductor with freezing as well
+    python -m benchmarks.latency --networks resnet18 --batches 256 --compiled --device cuda --dtype bfloat16
 
 Random weights, no data: the times do not depend on them. ``faster`` is the fastest dense form's time over that of the
 fastest form here, all taking turns, medians; ``±`` the larger of the two spreads (half the range between the quartiles,
@@ -31,6 +32,7 @@ from benchmarks.untrained import TIMED
 from fxfact.timing import milliseconds
 
 _THEIRS = "TensorLy-Torch"
+_WARM = 3  # calls, of which CUDA graphs are made
 
 
 class Contest:
@@ -40,8 +42,9 @@ class Contest:
         self._given = given
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.model = TIMED[name].build().eval()
-            self.x = torch.randn(batch, *TIMED[name].input_shape)
+            like = {"device": given.device, "dtype": getattr(torch, given.dtype)}
+            self.model = TIMED[name].build().eval().to(**like)
+            self.x = torch.randn(batch, *TIMED[name].input_shape).to(**like)
         self.forms: dict[str, list[nn.Module]] = {"dense": self._forms(self.model)}
         self.facts: dict[str, dict[str, Any]] = {"dense": {}}
 
@@ -87,15 +90,16 @@ class Contest:
         return self._compiled(forms) if self._given.compiled and network is self.model else forms
 
     def _compiled(self, forms: list[nn.Module]) -> list[nn.Module]:
-        """With inductor as well: weights frozen, called from Python or from C++."""
-        torch._inductor.config.freezing = True
+        """With inductor as well: weights frozen; called from Python and from C++, or as CUDA graphs."""
         torch._dynamo.config.recompile_limit = 1000  # every network is compiled once, however many share their classes
+        on_cpu = self._given.device == "cpu"
+        ways = [{"cpp_wrapper": False}, {"cpp_wrapper": True}] if on_cpu else [{"triton.cudagraphs": True}]
         made: list[Any] = []
-        for called_from_cpp in (False, True):
-            torch._inductor.config.cpp_wrapper = called_from_cpp
+        for way in ways:
             made.append(torch.compile(copy.deepcopy(forms[-1]), dynamic=False))
-            with torch.no_grad():
-                made[-1](self.x)
+            with torch.no_grad(), torch._inductor.config.patch({"freezing": True, **way}):
+                for _ in range(_WARM):
+                    made[-1](self.x)
         return [*forms, *made]
 
 
@@ -141,7 +145,7 @@ def _tensorly(plan: fxfact.Plan, model: nn.Module) -> nn.Module | None:
             conv, rank=rank, factorization="tucker", implementation="factorized", decompose_weights=False
         )
         owner, _, name = decision.path.rpartition(".")
-        setattr(network.get_submodule(owner), name, layer)
+        setattr(network.get_submodule(owner), name, layer.to(conv.weight.device, conv.weight.dtype))
     return network.eval()
 
 
@@ -160,7 +164,7 @@ def _enter(contest: Contest, share: float, given: argparse.Namespace) -> None:
     """All that competes at a budget."""
     started = time.perf_counter()
     budget = fxfact.Latency(share, compiled=given.compiled)
-    small = fxfact.factorize(contest.model, budget=budget, example_inputs=contest.x)
+    small = fxfact.factorize(contest.model, given.factorizations, budget=budget, example_inputs=contest.x)
     plan = fxfact.plan_of(small)
     contest.add(f"fxfact at {share}", small, plan, time.perf_counter() - started)
     assert plan.after.macs is not None
@@ -202,6 +206,9 @@ def main() -> None:
     parser.add_argument("--rules", nargs="*", default=["tucker", "cp"], help="uniform ones, at the same MACs")
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--compiled", action="store_true", help="inductor with freezing as a further form")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--factorizations", nargs="+", default=None, help="default: all, mixed")
     parser.add_argument("--save", default="latency", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
     tables: dict[str, Any] = {}
@@ -209,10 +216,11 @@ def main() -> None:
         torch.set_num_threads(threads)
         for name in given.networks:
             for batch in given.batches:
-                title = f"{name}, batch {batch}, {threads} threads"
+                on = f"{threads} threads" if given.device == "cpu" else f"{given.device}, {given.dtype}"
+                title = f"{name}, batch {batch}, {on}"
                 tables[title] = compete(name, batch, given)
                 show(title, tables[title])
-                save(given.save, {**tables, "summary": [summary(tables)]})
+                save(given.save, {**tables, "summary": [summary(tables)]}, given.device)
     show("all", [summary(tables)])
 
 

@@ -40,9 +40,9 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], floatfmt: str = ".3g") -
     print(f"\n{title}\n\n{tabulate(rows, headers='keys', floatfmt=floatfmt)}", flush=True)
 
 
-def save(name: str, content: Mapping[str, Any]) -> None:
+def save(name: str, content: Mapping[str, Any], device: str = "cpu") -> None:
     """Write ``results/<name>.json`` with a description of the machine."""
-    described = {**machine(torch.device("cpu")), "cores": os.cpu_count(), "python": platform.python_version()}
+    described = {**machine(torch.device(device)), "cores": os.cpu_count(), "python": platform.python_version()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": described, **content}, indent=1) + "\n", encoding="utf-8")

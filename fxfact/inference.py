@@ -27,6 +27,7 @@ _FORMATS: tuple[tuple[str, ...], ...] = ((), ("channels_last",), LINEAR)
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
 _TURNS, _WITHIN = 25, 6.0  # of whole networks, fewer where they would take more seconds
+_UNTIL_RECORDED = 3  # calls, of which CUDA graphs are made
 _Call = Callable[[], Any]
 
 
@@ -149,7 +150,9 @@ def _compiled(network: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
     import torch._inductor.config as inductor  # noqa: PLC0415 (takes seconds, so only who compiles imports it)
 
     on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    with inductor.patch(freezing=True, cpp_wrapper=on_cpu):  # freezing does nothing among torch.compile's options
+    how = {"freezing": True, "cpp_wrapper": on_cpu, "triton.cudagraphs": not on_cpu}
+    with inductor.patch(how):  # freezing does nothing among torch.compile's options
         call: Callable[..., Any] = torch.compile(network, dynamic=False)
-        call(*args, **kwargs)
+        for _ in range(1 if on_cpu else _UNTIL_RECORDED):
+            call(*args, **kwargs)
     return call

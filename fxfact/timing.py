@@ -16,6 +16,7 @@ from fxfact.errors import TimingError
 _Call = Callable[[], Any]
 TICK = 1e3 * time.get_clock_info("perf_counter").resolution  # milliseconds
 _TURN, _FEWEST = 0.01, 3  # seconds of one call's turn, where the number of runs is not given; turns, whatever the bound
+_GRAPH, _MOST = 0.002, 20  # seconds of the runs in a graph, when launched one by one; how many at most
 
 
 def milliseconds(
@@ -36,6 +37,29 @@ def milliseconds(
             for _ in range(repeats)
         ]
     return [[turn[k] for turn in turns] for k in range(len(calls))]
+
+
+def milliseconds_of_graphs(
+    calls: Sequence[_Call], device: torch.device, *, repeats: int = 7, within: float = math.inf
+) -> list[list[float]]:
+    """``milliseconds`` of calls as CUDA graphs, which is what PyTorch's compiler makes of a network: no launch takes
+    time. A graph holds as many runs of a call as take some thousandths of a second, for its own launch does.
+    """
+    seconds = [min(times) / 1e3 for times in milliseconds(calls, repeats=1, number=_FEWEST)]
+    runs = [min(_MOST, max(_FEWEST, round(_GRAPH / each))) for each in seconds]
+    with torch.no_grad(), torch.cuda.device(device), _said():
+        memory = torch.cuda.graph_pool_handle()  # of all: what one computes, the next overwrites
+        graphs = [_recorded(call, n, memory) for call, n in zip(calls, runs, strict=True)]
+    turns = milliseconds([graph.replay for graph in graphs], repeats=repeats, number=1, within=within)
+    return [[ms / n for ms in times] for times, n in zip(turns, runs, strict=True)]
+
+
+def _recorded(call: _Call, runs: int, memory: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory):
+        for _ in range(runs):
+            call()
+    return graph
 
 
 @contextmanager

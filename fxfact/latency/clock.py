@@ -17,7 +17,7 @@ from fxfact.conv_modules import CHANNELS_LAST, to_channels_last, to_linear, writ
 from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
-from fxfact.timing import milliseconds
+from fxfact.timing import milliseconds, milliseconds_of_graphs
 
 _REPEATS, _WITHIN = 15, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
 _SPREAD, _LEAST = 1.5, 0.05
@@ -114,9 +114,12 @@ class Clock:
             return frozen(chain, x) if self._compiled else chain
 
         by_shape = [{shape: ready(chain, x) for shape, x in inputs.items()} for chain in chains]
-        calls = [[(chain[shape], inputs[shape]) for shape in shapes] for chain in by_shape]
-        number = 1 if weight.device.type == "cpu" else None  # else the launch and the wait for it are what is measured
-        turns = milliseconds([partial(run, each) for each in calls], repeats=_REPEATS, number=number, within=_WITHIN)
+        calls = [partial(run, [(chain[shape], inputs[shape]) for shape in shapes]) for chain in by_shape]
+        if self._compiled and weight.device.type == "cuda":
+            turns = milliseconds_of_graphs(calls, weight.device, repeats=_REPEATS, within=_WITHIN)
+        else:
+            number = 1 if weight.device.type == "cpu" else None  # else the launch and the wait for it are measured
+            turns = milliseconds(calls, repeats=_REPEATS, number=number, within=_WITHIN)
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return [min(times) for times in turns]
 

@@ -33,15 +33,16 @@ def _processor() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What times depend on, but for what is computed: processor or accelerator, threads, version of PyTorch."""
-    on_cpu = device.type == "cpu"
-    return {
-        "device": _processor() if on_cpu else torch.cuda.get_device_name(device) if torch.cuda.is_available() else "",
-        "kind": device.type,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads() if on_cpu else 0,
-        "torch": torch.__version__,
-    }
+    """What times depend on, but for what is computed: processor or accelerator, threads or choice of kernels,
+    version of PyTorch.
+    """
+    always = {"kind": device.type, "machine": platform.machine(), "torch": torch.__version__}
+    if device.type == "cpu":
+        return {**always, "device": _processor(), "threads": torch.get_num_threads()}
+    chosen: Any = torch.backends.cudnn
+    kernels = [chosen.version(), chosen.benchmark, chosen.deterministic, chosen.allow_tf32]
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    return {**always, "device": name, "kernels": kernels}
 
 
 class Kept:

@@ -75,8 +75,9 @@ class Params(Budget):
 @dataclass(frozen=True, init=False)
 class Latency(Budget):
     """Milliseconds of one call with the example inputs, on this machine: a share of what the dense network takes in the
-    fastest of its forms, or ``at_most_ms``. ``compiled``: as torch.compile runs it, with frozen weights and on
-    processors called from C++ (``torch._inductor.config.freezing`` and ``cpp_wrapper``).
+    fastest of its forms, or ``at_most_ms``. ``compiled``: as torch.compile runs it, with frozen weights, on processors
+    called from C++, on GPUs as CUDA graphs (of ``torch._inductor.config``: ``freezing``, ``cpp_wrapper``,
+    ``triton.cudagraphs``).
     """
 
     compiled: bool = False
