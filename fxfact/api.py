@@ -132,8 +132,9 @@ def plan(
         only.
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
-    multiple_of: ranks under a budget are multiples of it, or full. Default: 1; of milliseconds what hardware likes, 32,
-        16 or 8.
+    multiple_of: ranks are multiples of it, or full; those asked for are rounded down. GPUs compute half precision at
+        speed where channels are multiples of 8. Default: 1; under a budget of milliseconds what hardware likes, 32, 16
+        or 8.
     example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
         MACs, show which convolutions the model calls and how, and what was captured is compared with the model on
         them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own. Default: the first
@@ -239,9 +240,8 @@ def _strategy(
     factorization: object, rank: object, budget: object, multiple_of: int | None, decomposing: Decomposing
 ) -> Requested | WithinBudget:
     if budget is None:
-        if multiple_of is not None:
-            raise ArgumentError("multiple_of is for budgets. Pass budget=, or ranks as you want them.")
-        return Requested.parse("tucker" if factorization is None else factorization, 0.5 if rank is None else rank)
+        methods, ranks = "tucker" if factorization is None else factorization, 0.5 if rank is None else rank
+        return Requested.parse(methods, ranks, multiple_of)
     if not isinstance(budget, Budget | Loss):
         raise ArgumentTypeError(
             f"budget must be fxfact.Macs, Params, Latency or Loss, got {budget!r}. Pass fxfact.Macs(0.5)."

@@ -30,7 +30,7 @@ from fxfact.skip import Skip
 
 _log = logging.getLogger(__name__)
 _Compiled = Callable[..., Any]
-_OWN = ("factorization", "rank", "include", "exclude", "allow_growth", "inner")
+_OWN = ("factorization", "rank", "multiple_of", "include", "exclude", "allow_growth", "inner")
 _FactorizationRequest = str | Factorization | Sequence[str | Factorization]
 _TRAINED = "gradients are on and its weight is being trained; call the compiled model under torch.no_grad()"
 
@@ -38,9 +38,9 @@ _TRAINED = "gradients are on and its weight is being trained; call the compiled 
 class backend:  # noqa: N801 (it is called as a function is)
     """A backend for ``torch.compile(model, backend=fxfact.backend("tucker", rank=0.5))``.
 
-    ``factorization``, ``rank``, ``include``, ``exclude`` and ``allow_growth`` are those of ``fxfact.plan``, paths
-    those of the model's modules, of which a graph may have some only: what fits none is no error here. ``inner`` is
-    the backend, by name or itself, that compiles what comes out. ``plans`` has the plan of every graph so far.
+    The arguments are those of ``fxfact.plan``, paths those of the model's modules, of which a graph may have some
+    only: what fits none is no error here. ``inner`` is the backend, by name or itself, that compiles what comes out.
+    ``plans`` has the plan of every graph so far.
     Factors follow their parameters: written to, replaced, loaded, converted; only writes through ``parameter.data``
     go unseen. The model keeps its parameters, and so its size. Raises ArgumentError, RankError.
     """
@@ -50,12 +50,13 @@ class backend:  # noqa: N801 (it is called as a function is)
         factorization: _FactorizationRequest | Mapping[str, _FactorizationRequest] = "tucker",
         *,
         rank: RankRequest | RankRule | Mapping[str, RankRequest | RankRule] = 0.5,
+        multiple_of: int | None = None,
         include: Selection | None = None,
         exclude: Selection | None = None,
         allow_growth: bool = False,
         inner: str | _Compiled = "inductor",
     ) -> None:
-        self._strategy = replace(Requested.parse(factorization, rank), partial=True)
+        self._strategy = replace(Requested.parse(factorization, rank, multiple_of), partial=True)
         self._selection: dict[str, Any] = {
             "include": include, "exclude": exclude, "allow_growth": allow_growth,
             "partial": True,  # Dynamo may split a model into several graphs

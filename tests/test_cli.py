@@ -179,7 +179,6 @@ def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureF
         (["inspect", "shop:nothing"], "gives a int"),
         (["inspect", "shop:small", "--weights", "data.npy"], "no state_dict"),
         (["inspect", "net.pt2", "--weights", "state.pt"], "has its own"),
-        (["plan", "net.pt2", "--rank", "4", "--multiple-of", "8"], "--multiple-of is for budgets"),
         (["compress", "net.pt2", "-o", "small.pt2", "--plan", "plan.json", "--rank", "4"], "pass no --rank or budget"),
         (["plan", "net.pt2", "--macs", "0.5", "--rank", "0.5"], "one of --rank"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "shop.py"], "no array"),

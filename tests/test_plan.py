@@ -37,6 +37,21 @@ def test_a_plan_says_what_will_be(small: Small, image: Tensor, factorization: ob
     assert plan.after.macs == again.network.macs
 
 
+@pytest.mark.parametrize("factorization", ALL, ids=by_name)
+@pytest.mark.parametrize("rank", [0.3, 0.6, 7, fxfact.ranks.Energy(0.7)])
+def test_ranks_asked_for_are_rounded_to_multiples(image: Tensor, factorization: object, rank: object) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 48, 3, padding=1), nn.Conv2d(48, 24, 1))
+    asked, rounded = (
+        fxfact.plan(model, factorization, rank=rank, multiple_of=number, example_inputs=image, allow_growth=True)  # type: ignore[arg-type]
+        for number in (None, 4)
+    )
+    assert [decision.path for decision in rounded.rewrites] == [decision.path for decision in asked.rewrites]
+    for before, after in zip(asked.rewrites, rounded.rewrites, strict=True):
+        pairs = zip(before.rank, after.factorization.max_rank(after.spec), strict=True)
+        expected = tuple(top if r == top or top < 4 else max(4, r // 4 * 4) for r, top in pairs)
+        assert after.rank == after.factorization.clip(after.spec, expected)  # in TT one bounds the next
+
+
 def test_a_plan_prints_as_a_table(small: Small, image: Tensor) -> None:
     text = str(fxfact.plan(small, rank={"second": (5, 4)}, example_inputs=image))
     assert "second" in text
@@ -243,7 +258,7 @@ def test_growth_is_refused_unless_allowed(image: Tensor) -> None:
         ({"budget": 0.5}, ArgumentTypeError, "must be fxfact.Macs"),
         ({"budget": fxfact.Params(0.5), "rank": 0.5}, ArgumentError, "not both"),
         ({"budget": fxfact.Macs(0.5)}, BudgetError, "example_inputs"),
-        ({"multiple_of": 8}, ArgumentError, "for budgets"),
+        ({"multiple_of": 2.0}, ArgumentError, "multiple_of must be an int"),
         ({"budget": fxfact.Params(0.5), "multiple_of": 0}, ArgumentError, "multiple_of"),
         ({"budget": fxfact.Loss(0.1)}, CalibrationError, "pass two or more"),
         ({"calibration": 5}, CalibrationError, "iterable of batches"),

@@ -144,16 +144,15 @@ def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
                (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
-    if given.multiple_of is not None and not budgets:
-        raise ArgumentError("--multiple-of is for budgets, such as --macs: a rank is what it says")
     kept, held_out = _batches(given)
     statistics = _statistics(given, read, kept)
     options: dict[str, Any] = {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": given.fold_weights, "example_inputs": _example(read), "progress": given.progress,
+        "multiple_of": given.multiple_of,
     }  # fmt: skip
     if budgets:
-        options |= {"budget": budgets[0], "held_out": held_out or None, "multiple_of": given.multiple_of}
+        options |= {"budget": budgets[0], "held_out": held_out or None}
     return decide(read.model, given.factorization, calibration=statistics, **options), statistics
 
 

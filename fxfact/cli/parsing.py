@@ -164,7 +164,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, default=64, help="samples at once (default: %(default)s)")
     parser.add_argument("--likelihood", choices=["categorical", "gaussian"], help="what the output means")
     parser.add_argument("--statistics", metavar="FILE", help="of data, kept from an earlier plan")
-    parser.add_argument("--multiple-of", type=_positive, help="ranks under a budget (default: 1, for --latency 8)")
+    parser.add_argument("--multiple-of", type=_positive, help="ranks (default: 1, for --latency 8)")
     parser.add_argument("--include", action="append", metavar="GLOB", help="only these paths; may be repeated")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="not these paths; may be repeated")
     parser.add_argument("--fold-weights", action="store_true", help="make computed weights parameters")

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Generic, TypeVar, final
 
 from fxfact.calibration import Statistics
+from fxfact.conv import ConvSpec
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, place
 from fxfact.factorizations import (
@@ -19,7 +20,7 @@ from fxfact.factorizations import (
     parse_rank_request,
     resolve_rank,
 )
-from fxfact.ranks.base import Candidate, Choice, Chosen, RankStrategy
+from fxfact.ranks.base import Candidate, Choice, Chosen, RankStrategy, check_multiple
 from fxfact.ranks.rules import RankRule
 from fxfact.skip import Skip
 
@@ -69,17 +70,23 @@ class Requested(RankStrategy):
     """The first factorization listed for a convolution that takes it, at the rank asked for.
 
     A rank that is too large is lowered to what is feasible, with a note, unless its path was named: then RankError.
+    Ranks are rounded down to ``multiple`` and its multiples, but for those that are full.
     """
 
     factorizations: ByPath[tuple[Factorization, ...]]
     ranks: ByPath[ParsedRank | RankRule]
     statistics: Statistics | None = None
+    multiple: int = 1
     partial: bool = False  # whether the candidates may be some of those that paths are of
 
+    def __post_init__(self) -> None:
+        check_multiple(self.multiple)
+
     @classmethod
-    def parse(cls, factorization: object, rank: object) -> Requested:
+    def parse(cls, factorization: object, rank: object, multiple: int | None = None) -> Requested:
         """From what ``fxfact.factorize`` takes. Raises ArgumentError, ArgumentTypeError, RankError."""
-        return cls(ByPath.parse(factorization, parse_several), ByPath.parse(rank, _parse_rank))
+        methods, ranks = ByPath.parse(factorization, parse_several), ByPath.parse(rank, _parse_rank)
+        return cls(methods, ranks, multiple=1 if multiple is None else multiple)
 
     @property
     def in_metric(self) -> bool:
@@ -110,7 +117,8 @@ class Requested(RankStrategy):
                 method.layout(candidate.spec, rank)
             asked = (request,) * len(rank) if isinstance(request, int) else request
             lowered = isinstance(request, int | tuple) and asked != rank
-            return Choice(method, rank, f"rank {request} lowered to what is feasible" if lowered else "")
+            note = f"rank {request} lowered to what is feasible" if lowered else ""
+            return Choice(method, _rounded(method, candidate.spec, rank, self.multiple), note)
         return Skip("; ".join(dict.fromkeys(refusals)))
 
 
@@ -133,6 +141,12 @@ def _resolved(
     if not isinstance(request, RankRule):
         return resolve_rank(method, candidate.spec, request, clip=clip)
     return method.rejects(candidate.spec) or request.rank_for(method, candidate)
+
+
+def _rounded(method: Factorization, spec: ConvSpec, rank: Rank, multiple: int) -> Rank:
+    """Down to multiples of a number, at least to that; what is full stays."""
+    pairs = zip(rank, method.max_rank(spec), strict=True)
+    return method.clip(spec, tuple(r if r == most else max(multiple, r // multiple * multiple) for r, most in pairs))
 
 
 def _some(paths: Sequence[str]) -> str:
