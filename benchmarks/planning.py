@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -24,12 +21,7 @@ import fxfact
 from benchmarks.memory import forget_the_peak, resident
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
-
-
-def _workers(count: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
-    if not count:
-        return nullcontext()
-    return ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,))
+from fxfact.executing import processes
 
 
 def main() -> None:
@@ -39,7 +31,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.5, help="share of the MACs")
     parser.add_argument("--factorizations", nargs="+", default=None, help="default: all")
-    parser.add_argument("--workers", type=int, default=0, help="processes of one thread each; default: none but this")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each; default: this one")
     given = parser.parse_args()
     torch.manual_seed(0)
     model = NETWORKS[given.network].build().eval()
@@ -57,7 +49,7 @@ def main() -> None:
 
     statistics = measured("calibrate", lambda: fxfact.calibrate(model, images.split(given.batch)))
 
-    with _workers(given.workers) as executor:
+    with processes(given.workers) as executor:
         options: dict[str, Any] = {"executor": executor}
 
         def plan() -> fxfact.Plan:

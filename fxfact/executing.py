@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from typing import Any, TypeVar
+
+import torch
 
 from fxfact.errors import ArgumentError, ArgumentTypeError
 
@@ -17,6 +21,16 @@ def check_executor(executor: object) -> None:
     """Raises ArgumentTypeError for what is neither an executor nor None."""
     if executor is not None and not isinstance(executor, Executor):
         raise ArgumentTypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}")
+
+
+@contextmanager
+def processes(count: int) -> Iterator[Executor | None]:
+    """An executor of so many, of one thread each; none for one, which this process is."""
+    if count == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
+        yield executor
 
 
 def in_order(

@@ -159,6 +159,8 @@ def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureF
     data = ["--calibration", "data.npy", "--batch", "8", "--macs", "0.6", "--factorization", "tucker,channel_svd"]
     told(capsys, "plan", "net.pt2", *data, "-o", "plan.json", "--keep-statistics", "kept.npz")
     plan = fxfact.Plan.load("plan.json")
+    told(capsys, "plan", "net.pt2", *data, "--workers", "2", "-o", "shared.json")
+    assert [decision.rewrite for decision in fxfact.Plan.load("shared.json")] == [decision.rewrite for decision in plan]
     assert {d.factorization.name for d in plan.rewrites if d.factorization} <= {"tucker", "channel_svd"}
     done = told(capsys, "compress", "net.pt2", "-o", "small.pt2", "--plan", "plan.json", "--statistics", "kept.npz")
     assert done["after"]["macs"] == plan.after.macs

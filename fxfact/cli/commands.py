@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import Executor
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from fxfact.cli.base import Given, read_batches, read_model, runnable
 from fxfact.comparing import relative_error
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, PlanError, VerificationError
+from fxfact.executing import processes
 from fxfact.files import save
 from fxfact.inspection import inspect as look
 from fxfact.passes import applied, record_all
@@ -49,7 +51,8 @@ def inspect(given: Arguments) -> int:
 def plan(given: Arguments) -> int:
     """Decide, and write the plan."""
     read = read_model(given.model, given.input, given.weights)
-    made, statistics = _planned(given, read)
+    with processes(given.workers) as executor:
+        made, statistics = _planned(given, read, executor)
     if given.output:
         made.save(given.output)
     if given.keep_statistics and isinstance(statistics, Statistics):
@@ -71,11 +74,12 @@ def compress(given: Arguments) -> int:
     started = time.perf_counter()
     if given.plan and any(v is not None for v in (given.rank, given.macs, given.params, given.latency, given.loss)):
         raise ArgumentError("--plan says what becomes of every convolution: pass no --rank or budget with it")
-    if given.plan:
-        made, statistics = Plan.load(given.plan), _statistics(given, read, _batches(given)[0])
-    else:
-        made, statistics = _planned(given, read)
-    network = apply(made, read.model, statistics=statistics, progress=given.progress)
+    with processes(given.workers) as executor:
+        if given.plan:
+            made, statistics = Plan.load(given.plan), _statistics(given, read, _batches(given)[0])
+        else:
+            made, statistics = _planned(given, read, executor)
+        network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
     if read.inputs is not None and made.rewrites:
         check_rewrite(read.model, network, read.inputs)
     if as_program and not isinstance(network, ExportedProgram):
@@ -139,7 +143,7 @@ def bench(given: Arguments) -> int:
     return 0
 
 
-def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
+def _planned(given: Arguments, read: Given, executor: Executor | None) -> tuple[Plan, Statistics | None]:
     budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Latency, given.latency),
                (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
@@ -149,7 +153,7 @@ def _planned(given: Arguments, read: Given) -> tuple[Plan, Statistics | None]:
     options: dict[str, Any] = {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": given.fold_weights, "example_inputs": _example(read), "progress": given.progress,
-        "multiple_of": given.multiple_of,
+        "multiple_of": given.multiple_of, "executor": executor,
     }  # fmt: skip
     if budgets:
         options |= {"budget": budgets[0], "held_out": held_out or None}
