@@ -29,7 +29,7 @@ The way of the data, top down, which is also the way of the imports::
     cost                     parameters and MACs
     copying, comparing       private copies of models; how far apart two outputs are
     conv, tensor             convolutions and chains as values; decompositions of plain tensors
-    pointwise                1×1 convolutions as matrix products
+    kernels                  convolutions computed in other ways: as matrix products, by oneDNN
     errors, skip             how "no" is said
     executing, progress      long work: on the caller's executor, and shown
     timing, activations      how long calls take, and how much memory

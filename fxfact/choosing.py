@@ -16,7 +16,7 @@ from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, CalibrationError
-from fxfact.inference import LINEAR, Rival, best_form
+from fxfact.inference import Rival, best_form
 from fxfact.latency import Clock
 from fxfact.passes import Decomposed, Decomposing
 from fxfact.planning import Decision, Plan, Selection, make_plan
@@ -117,15 +117,13 @@ def _clocked(
     Raises BudgetError.
     """
     form = best_form(captured, compiled=budget.compiled)
-    last = "channels_last" in form.passes
-    clock = Clock(captured.sites, form.ms, channels_last=last, linear=form.linear, compiled=budget.compiled)
-    passes = tuple(dict.fromkeys((*form.passes, *(LINEAR if clock.linear else ()))))
-    make = partial(replace(selected, form=passes, ms=form.ms).plan, captured)
+    clock = Clock(captured.sites, form.ms, form=form.passes, undecided=form.undecided, compiled=budget.compiled)
+    make = partial(replace(selected, form=clock.form, ms=form.ms).plan, captured)
     share = min(1.0, budget.allowed(Cost(0, None, form.ms)) / form.ms)
     make(replace(strategy, budget=Params(1.0), clock=clock))
     clock.save()
     if not clock.noisy:
-        rival = Rival(captured, passes, compiled=budget.compiled)
+        rival = Rival(captured, clock.form, compiled=budget.compiled)
         return Rehearsal(captured, clock, rival, make), replace(strategy, clock=clock), budget
     warnings.warn(
         f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs instead. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxfact.conv import ConvLayer, ConvSpec, compose_weights, from_torch, same_padding, to_torch
 from fxfact.errors import SpecError
-from fxfact.pointwise import POINTWISE_TYPES
+from fxfact.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES
 from fxfact.skip import Skip
 
 COMPUTED = "its weight or bias is computed from other parameters: fold_weights=True folds what torch.nn.utils computes"
@@ -53,7 +53,7 @@ def refusal_of(module: nn.Module) -> str:
         return f"{kind.__name__} is not a convolution"
     if reason := refusal_of_state(module):
         return reason
-    if kind not in {*CONV_TYPES, *TRANSPOSED_TYPES, *POINTWISE_TYPES.values()}:
+    if kind not in {*CONV_TYPES, *TRANSPOSED_TYPES, *PLAIN_TYPES}:
         return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else"
     return "it has hooks, which a factorized convolution would lose" if has_hooks(module) else ""
 
@@ -198,10 +198,21 @@ def to_linear(network: nn.Module) -> int:
     """Have the pointwise convolutions of a private copy that ``can_be_linear`` computed as matrix products; how many
     were not.
     """
+    return _computed(network, POINTWISE_TYPES, can_be_linear)
+
+
+def to_onednn(network: nn.Module) -> int:
+    """Have the 3-D convolutions of a private copy that ``can_be_onednn`` computed by oneDNN; how many were not."""
+    return _computed(network, ONEDNN_TYPES, can_be_onednn)
+
+
+def _computed(
+    network: nn.Module, types: Mapping[type[nn.Module], type[nn.Module]], can_be: Callable[[ConvSpec], bool]
+) -> int:
     done = 0
     for module in network.modules():
-        if type(module) in POINTWISE_TYPES and not refusal_of(module) and can_be_linear(spec_of(module)):
-            module.__class__ = POINTWISE_TYPES[type(module)]
+        if type(module) in types and not refusal_of(module) and can_be(spec_of(module)):
+            module.__class__ = types[type(module)]
             done += 1
     return done
 
@@ -211,6 +222,19 @@ def can_be_linear(spec: ConvSpec) -> bool:
     channels_last.
     """
     return spec.is_pointwise and spec.groups == 1 and spec.order > 1
+
+
+def can_be_onednn(spec: ConvSpec) -> bool:
+    """Whether it is one of three dimensions with the same number of zeros before and behind."""
+    even = all(first == last for first, last in spec.padding)
+    return spec.order == 3 and not spec.transposed and spec.padding_mode == "zeros" and even
+
+
+FORMS: dict[str, Callable[[nn.Module], int]] = {
+    "channels_last": to_channels_last,
+    "pointwise_linear": to_linear,
+    "onednn": to_onednn,
+}
 
 
 def _formatted(weight: Tensor, like: Tensor) -> nn.Parameter:

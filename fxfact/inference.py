@@ -14,16 +14,17 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
-from fxfact.conv_modules import can_be_linear
+from fxfact.conv_modules import can_be_linear, can_be_onednn
 from fxfact.copying import copy_sharing, evaluated, private_copy
 from fxfact.errors import ArgumentError, BudgetError
+from fxfact.kernels import on_onednn
 from fxfact.passes import applied, in_form, record_plan
 from fxfact.planning import Plan
 from fxfact.ranks import Latency
 from fxfact.timing import fastest
 
-LINEAR = ("channels_last", "pointwise_linear")
-_FORMATS: tuple[tuple[str, ...], ...] = ((), ("channels_last",), LINEAR)
+_PLAIN: tuple[tuple[str, ...], ...] = ((), ("channels_last",))
+_LINEAR, _ONEDNN = ("channels_last", "pointwise_linear"), ("onednn",)
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
 _TURNS, _WITHIN = 25, 6.0  # of whole networks, fewer where they would take more seconds
@@ -35,13 +36,12 @@ _Call = Callable[[], Any]
 class Form:
     """Passes (``fxfact.passes.in_form``), and the milliseconds of a network after them.
 
-    ``linear`` says whether 1×1 convolutions are matrix products; None where those of chains may be, for the network
-    has none.
+    ``undecided`` says that 1×1 convolutions of chains may be matrix products or not, for the network has none.
     """
 
     passes: tuple[str, ...]
     ms: float
-    linear: bool | None
+    undecided: bool
 
 
 def best_form(captured: Captured, *, compiled: bool = False) -> Form:
@@ -50,20 +50,26 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
     can_be_folded = isinstance(captured.network, fx.GraphModule) and captured.program is None
     folded: list[tuple[str, ...]] = [("fold_batch_norms",)] if can_be_folded else []
-    known = any(can_be_linear(site.spec) for site in captured.sites)
-    formats = _FORMATS if known else _FORMATS[:-1]
+    formats = _formats(captured)
     forms: list[tuple[str, ...]]
     if captured.program is not None:
         forms = [()]
     elif compiled:  # the compiler chooses the memory format itself
-        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form != ("channels_last",)]
+        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form in ((), _LINEAR)]
     else:
         forms = [(*fold, *form) for form in formats for fold in [(), *folded]]
     network = evaluated(private_copy(captured.network))
     times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
     passes, ms = min(zip(forms, times, strict=True), key=lambda pair: pair[1])
-    open_to_it = captured.program is None and not known and (compiled or "channels_last" in passes)
-    return Form(passes, ms, linear=None if open_to_it else "pointwise_linear" in passes)
+    known = captured.program is not None or _LINEAR in formats
+    return Form(passes, ms, undecided=not known and (compiled or "channels_last" in passes))
+
+
+def _formats(captured: Captured) -> list[tuple[str, ...]]:
+    """Ways to compute convolutions that may be faster, of those that the network has."""
+    found = [*_PLAIN, *([_LINEAR] if any(can_be_linear(site.spec) for site in captured.sites) else [])]
+    by_onednn = any(can_be_onednn(site.spec) and on_onednn(site.weight) for site in captured.sites)
+    return [*found, *((*form, *_ONEDNN) for form in found if by_onednn)]
 
 
 def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
@@ -79,9 +85,10 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     if example_inputs is None:
         raise ArgumentError("the fastest form is found by measuring: for_inference needs example_inputs")
     captured = capture(model, example_inputs)
-    forms = [(*_FOR_ALL, *form) for form in _FORMATS]
+    formats = _formats(captured)
+    forms = [(*_FOR_ALL, *form) for form in formats]
     network = in_form(evaluated(captured.network), _FOR_ALL)
-    networks = [in_form(network, form) for form in _FORMATS]
+    networks = [in_form(network, form) for form in formats]
     times = _milliseconds(networks, example_inputs, compiled=False)
     best = times.index(min(times))
     network = copy_sharing(networks[best], set())

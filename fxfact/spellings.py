@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxfact.conv import ConvSpec
+from fxfact.kernels import convolved_by_onednn
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -24,6 +25,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
         (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input), _TRANSPOSE
     ),
     **dict.fromkeys((torch.convolution, _aten.convolution.default), _ANY),
+    convolved_by_onednn: _CONV,
 }
 _LOOKS_LIKE_ONE = re.compile(r"conv(olution|_?transpose|_tbc|_depthwise|\dd)")
 _DIFFERENTIATES_ONE = re.compile(r"conv\w*_backward(\.|$)")

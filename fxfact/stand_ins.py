@@ -16,11 +16,10 @@ from torch.overrides import TorchFunctionMode
 from fxfact.conv import ConvSpec, to_torch
 from fxfact.conv_modules import CONV_TYPES, TRANSPOSED_TYPES, composed, is_conv
 from fxfact.errors import ArgumentError
-from fxfact.pointwise import POINTWISE_TYPES
+from fxfact.kernels import PLAIN_TYPES
 from fxfact.spellings import read_call
 
 _OF_STAGES = ("weight", "bias", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
-_CONVOLVING = {linear: plain for plain, linear in POINTWISE_TYPES.items()}
 
 
 class StandIn(nn.Module):
@@ -122,7 +121,7 @@ def beneath(kind: type, addition: type, prefix: str) -> type:
     """A class like ``kind`` whose ``super().forward`` reaches that of ``addition`` before that of PyTorch's class,
     which stands for what computes the same as a matrix product.
     """
-    base, kind = torch_type(kind), _CONVOLVING.get(kind, kind)
+    base, kind = torch_type(kind), PLAIN_TYPES.get(kind, kind)
     body = {"__module__": addition.__module__}
     added = type(f"{prefix}{base.__name__}", (addition, base), body)
     return added if kind is base else type(f"{prefix}{kind.__name__}", (kind, added), body)
@@ -131,7 +130,7 @@ def beneath(kind: type, addition: type, prefix: str) -> type:
 @cache
 def _kind(kind: Any) -> Any:
     below = beneath(kind, StandIn, "Factorized")
-    if _CONVOLVING.get(kind, kind) is torch_type(kind):
+    if PLAIN_TYPES.get(kind, kind) is torch_type(kind):
         return below
     return type(below.__name__, (_OfSubclass, below), {"__module__": __name__})
 

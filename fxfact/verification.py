@@ -191,7 +191,7 @@ def prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
     how: Any = "export" if isinstance(original, ExportedProgram) else plan.capture
     trusted = [decision.path for decision in plan.rewrites]
     captured = capture(original, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
-    kept = [name for name in plan.form if name not in {"merge_pointwise", "pointwise_linear"}]
+    kept = [name for name in plan.form if name not in {"merge_pointwise", "pointwise_linear", "onednn"}]
     return in_form(evaluated(captured.network), kept)
 
 

@@ -13,7 +13,7 @@ ROOT = Path(fxfact.__file__).parent
 # Bottom first. A name stands for a module, or for a folder whose modules import only what is below it and its base.
 FLOORS = [
     ["errors", "skip"],
-    ["conv", "tensor", "activations", "executing", "pointwise", "progress", "timing", "writing"],
+    ["conv", "tensor", "activations", "executing", "kernels", "progress", "timing", "writing"],
     ["cost", "metric", "conv_modules", "spellings", "comparing", "copying"],
     ["sites", "folding", "stand_ins"],
     ["factorizations.stages", "factorizations.weights"],

@@ -20,7 +20,7 @@ from fxfact.conv_modules import is_conv, write_conv
 from fxfact.errors import ArgumentError, BudgetError, PlanError, TimingError
 from fxfact.latency import Kept, clock
 from fxfact.latency.frozen import frozen
-from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise, PointwiseLinear, in_form
+from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise, OneDNN, PointwiseLinear, in_form
 from fxfact.timing import TICK
 from tests.conftest import SPECS, random_input, random_layer
 
@@ -136,6 +136,67 @@ def test_pointwise_convolutions_become_matrix_products_and_stay_convolutions(ord
     assert type(model[0]) is kind
     again = fxfact.factorize(linear, "pointwise_svd", rank=0.9, example_inputs=x, allow_growth=True, verify=True)
     assert "0" in [decision.path for decision in fxfact.plan_of(again).rewrites]
+
+
+def test_3d_convolutions_are_computed_by_onednn_and_stay_convolutions() -> None:
+    left = [nn.Conv3d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv3d(8, 8, 2, padding="same")]
+    taken = [
+        nn.Conv3d(3, 8, 3, padding=1),
+        nn.Conv3d(8, 8, (1, 3, 2), stride=2, dilation=(1, 1, 2), groups=2, bias=False),
+    ]
+    model = nn.Sequential(*taken, *left, nn.ConvTranspose3d(8, 4, 2)).eval()
+    result = OneDNN()(fx.symbolic_trace(model))
+    assert result is not None
+    quick = result.graph_module
+    names = [type(module).__name__ for module in quick.modules() if is_conv(module)]
+    assert names == ["OneDNNConv3d", "OneDNNConv3d", "Conv3d", "Conv3d", "ConvTranspose3d"]
+    assert type(model[0]) is nn.Conv3d
+    x = torch.randn(1, 3, 9, 8, 10)
+    for form in (torch.contiguous_format, torch.channels_last_3d):
+        mapped = x.contiguous(memory_format=form)
+        for network in (quick, copy.deepcopy(quick), pickle.loads(pickle.dumps(quick)), fx.symbolic_trace(quick)):
+            torch.testing.assert_close(network(mapped), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quick(x[0]), model(x[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(quick).double()(x.double()), copy.deepcopy(model).double()(x.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quick(x), model(x))
+    for network in (quick, model):
+        network(x).square().sum().backward()
+    for name, parameter in quick.named_parameters():
+        torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, rtol=1e-3, atol=1e-4)
+    program = torch.export.export(quick, (x,))
+    assert "mkldnn" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("capture", ["trace", "modules"])
+def test_what_onednn_computes_is_counted_and_factorized(capture: Any) -> None:
+    model = nn.Sequential(nn.Conv3d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, 16, 3)).eval()
+    x = torch.randn(1, 8, 6, 6, 6)
+    quick = in_form(model, ["onednn"])
+    plans = [fxfact.plan(network, "tucker", rank=0.6, example_inputs=x, capture=capture) for network in (model, quick)]
+    assert [plan.network for plan in plans] == [plans[0].network] * 2
+    small = fxfact.factorize(quick, "tucker", rank=0.6, exclude="0", example_inputs=x, capture=capture, verify=True)
+    assert [d.path for d in fxfact.plan_of(small).rewrites] == ["2"]
+    assert type(small.get_submodule("0")).__name__ == "OneDNNConv3d"
+    assert len(fxfact.plan_of(fxfact.factorize(fx.symbolic_trace(quick), rank=0.6, example_inputs=x)).rewrites) == 2
+    again = fxfact.apply(plans[1], quick)
+    torch.testing.assert_close(again(x), fxfact.apply(plans[0], model)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fastest_form_of_a_3d_network_may_be_by_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv3d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, 16, 3)).eval().to(dtype)
+    x = torch.randn(1, 8, 6, 6, 6, dtype=dtype)
+    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0 - k for k in range(len(calls))])
+    quick = fxfact.for_inference(model, x)
+    assert {type(module).__name__ for module in quick.modules() if is_conv(module)} == {
+        "OneDNNConv3d" if dtype == torch.float32 else "Conv3d"
+    }
+    torch.testing.assert_close(quick(x), model(x), rtol=1e-4, atol=1e-5)
+    small = fxfact.factorize(model, "tucker", budget=fxfact.Latency(0.9), example_inputs=x)
+    assert ("onednn" in fxfact.plan_of(small).form) == (dtype == torch.float32)
+    torch.testing.assert_close(fxfact.apply(fxfact.plan_of(small), model)(x), small(x))
 
 
 def test_matrix_products_are_factorized_where_a_model_keeps_its_own_python() -> None:

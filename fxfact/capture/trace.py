@@ -19,6 +19,7 @@ from fxfact.conv_modules import has_hooks, is_conv
 from fxfact.copying import note, noted, private_copy
 from fxfact.errors import CaptureError
 from fxfact.graph import check_contract, fold_computed_weights, get_tensor, match, record_shapes
+from fxfact.kernels import PLAIN_TYPES
 from fxfact.skip import Skip
 
 
@@ -86,7 +87,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         asked = any(fnmatchcase(qualified_name, pattern) for pattern in self._leaves)
         opaque = isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations")
-        return asked or opaque or super().is_leaf_module(module, qualified_name)
+        return asked or opaque or type(module) in PLAIN_TYPES or super().is_leaf_module(module, qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if now := surroundings_changed(self._surroundings):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.conv_modules import CHANNELS_LAST, to_channels_last, to_linear, write_conv
+from fxfact.conv_modules import CHANNELS_LAST, FORMS, write_conv
 from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
@@ -29,20 +29,24 @@ def remaining(ms: float, saving: float) -> float:
     return max(ms - saving, _LEAST * ms)
 
 
+def _as_linear(form: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*form, "channels_last", "pointwise_linear")))
+
+
 class Clock:
     """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
     the memory format in which it runs, all of a convolution taking turns. On a processor each runs once in a turn: so
     its weights have left the caches when they are wanted again, as in the network. What is known is not measured again.
 
-    ``network`` is the milliseconds of the whole dense network in its fastest form; ``channels_last``, ``linear``
-    (pointwise convolutions as matrix products; None: whichever measures faster) and ``compiled``, with frozen weights,
-    are how it runs in that.
+    ``network`` is the milliseconds of the whole dense network in its fastest form: after the passes ``form``, and
+    ``compiled`` with frozen weights. ``undecided`` says that 1×1 convolutions may be matrix products besides: then
+    ``form`` becomes whichever measures faster.
     """
 
     def __init__(
-        self, sites: Sequence[ConvSite], network: float, *, channels_last: bool, linear: bool | None, compiled: bool
+        self, sites: Sequence[ConvSite], network: float, *, form: Sequence[str], undecided: bool, compiled: bool
     ) -> None:
-        self.network, self._channels_last, self._compiled = network, channels_last or compiled, compiled
+        self.network, self.form, self._compiled = network, tuple(form), compiled
         self._sites: Mapping[str, list[ConvSite]] = {
             site.path: [other for other in sites if site.path in (other.path, other.tied_to)] for site in sites
         }
@@ -50,7 +54,8 @@ class Clock:
         self._kept = Kept(machine(device))
         self._spreads: list[float] = []
         self._scale = 1.0  # of what chains save
-        self.linear = self._faster_if_linear(sites) if linear is None else linear
+        if undecided and self._faster_if_linear(sites):
+            self.form = _as_linear(self.form)
 
     @property
     def noisy(self) -> bool:
@@ -61,13 +66,13 @@ class Clock:
         """Milliseconds of each, at all calls of the convolution and those that share its weight, the first layout being
         the convolution itself.
         """
-        keys = [self._key(path, layout, linear=self.linear) for layout in layouts]
+        keys = [self._key(path, layout, self.form) for layout in layouts]
         known = self._kept.ms
         missing = [k for k, key in enumerate(keys) if key not in known]
         if missing:
             again = sorted({0, *missing})
             like = self._sites[path][0].weight
-            found = self._measured(path, [self._chain(layouts[k], like, linear=self.linear) for k in again])
+            found = self._measured(path, [self._chain(layouts[k], like, self.form) for k in again])
             scale = known.get(keys[0], found[0]) / found[0]
             for k, ms in zip(again, found, strict=True):
                 known.setdefault(keys[k], ms * scale)
@@ -89,14 +94,14 @@ class Clock:
 
     def _faster_if_linear(self, sites: Sequence[ConvSite]) -> bool:
         """Whether 1×1 convolutions on the inputs of these, to half as many channels, take less time so."""
-        known, saved = self._kept.ms, 0.0
+        known, saved, forms = self._kept.ms, 0.0, (self.form, _as_linear(self.form))
         for site in sites:
             if site.spec.order > 1 and site.spec.in_channels > 1 and site.tied_to is None:
                 channels = site.spec.in_channels
                 halving = (ConvSpec.parse(channels, channels // 2, (1,) * site.spec.order),)
-                keys = [self._key(site.path, halving, linear=linear) for linear in (False, True)]
+                keys = [self._key(site.path, halving, form) for form in forms]
                 if not known.keys() >= set(keys):
-                    chains = [self._chain(halving, site.weight, linear=linear) for linear in (False, True)]
+                    chains = [self._chain(halving, site.weight, form) for form in forms]
                     known.update(zip(keys, self._measured(site.path, chains), strict=True))
                 saved += known[keys[0]] - known[keys[1]]
         return saved > 0
@@ -123,28 +128,30 @@ class Clock:
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return [min(times) for times in turns]
 
-    def _chain(self, layout: Layout, like: Tensor, *, linear: bool) -> nn.Sequential:
+    def _chain(self, layout: Layout, like: Tensor, form: Sequence[str]) -> nn.Sequential:
         """Stages that hold random numbers."""
         stages: list[nn.Module] = []
         for spec in layout:
             weight = torch.randn(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
             stages += write_conv(spec, weight.to(like), torch.zeros(spec.out_channels).to(like) if spec.bias else None)
         chain = nn.Sequential(*stages).eval().requires_grad_(requires_grad=False)
-        if self._channels_last:
-            to_channels_last(chain)
-        if linear:
-            to_linear(chain)
+        for name in self._of_modules(form):
+            FORMS[name](chain)
         return chain
 
+    def _of_modules(self, form: Sequence[str]) -> list[str]:
+        """What of a form is about single convolutions; the compiler chooses channels_last itself."""
+        return [name for name in FORMS if name in form or (name == "channels_last" and self._compiled)]
+
     def _formatted(self, tensor: Tensor) -> Tensor:
-        formats = CHANNELS_LAST if self._channels_last else {}
+        formats = CHANNELS_LAST if "channels_last" in self._of_modules(self.form) else {}
         return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
 
     def _shapes(self, path: str) -> list[Sizes]:
         return [shape for site in self._sites[path] for shape in site.input_shapes or ()]
 
-    def _key(self, path: str, layout: Layout, *, linear: bool) -> str:
+    def _key(self, path: str, layout: Layout, form: Sequence[str]) -> str:
         weight = self._sites[path][0].weight
-        how = [str(weight.dtype), self._channels_last, linear, self._compiled]
+        how = [str(weight.dtype), self._of_modules(form), self._compiled]
         described = [*how, self._shapes(path), [asdict(spec) for spec in layout]]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]

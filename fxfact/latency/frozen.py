@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv_modules import TRANSPOSED_TYPES, is_conv
-from fxfact.pointwise import POINTWISE_TYPES
+from fxfact.kernels import POINTWISE_TYPES
 
 
 class _Packed(nn.Module):

@@ -4,7 +4,7 @@ from fxfact.passes.base import Applied, applied, last_plan, record, record_all, 
 from fxfact.passes.carrying_out import carry_out
 from fxfact.passes.decomposing import Decomposed, Decomposing, Weights, decompose
 from fxfact.passes.factorize_convs import FactorizeConvs
-from fxfact.passes.for_inference import ChannelsLast, FoldBatchNorms, MergePointwise, PointwiseLinear, in_form
+from fxfact.passes.for_inference import ChannelsLast, FoldBatchNorms, MergePointwise, OneDNN, PointwiseLinear, in_form
 from fxfact.passes.swap_convs import swap_convs
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FactorizeConvs",
     "FoldBatchNorms",
     "MergePointwise",
+    "OneDNN",
     "PointwiseLinear",
     "Weights",
     "applied",

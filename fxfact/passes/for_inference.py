@@ -9,7 +9,7 @@ from typing import final
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxfact.conv_modules import to_channels_last, to_linear
+from fxfact.conv_modules import FORMS, to_channels_last, to_linear, to_onednn
 from fxfact.copying import copy_sharing
 from fxfact.errors import PlanError
 from fxfact.graph import check_contract, fold_batch_norms, merge_pointwise, refresh_shapes
@@ -72,13 +72,21 @@ class PointwiseLinear(_Exact):
         return to_linear(graph_module)
 
 
+@final
+class OneDNN(_Exact):
+    """3-D convolutions computed by oneDNN on processors, also where PyTorch takes a slower kernel of its own."""
+
+    def _change(self, graph_module: fx.GraphModule) -> int:
+        return to_onednn(graph_module)
+
+
 _PASSES: dict[str, type[_Exact]] = {
     "fold_batch_norms": FoldBatchNorms,
     "merge_pointwise": MergePointwise,
     "channels_last": ChannelsLast,
     "pointwise_linear": PointwiseLinear,
+    "onednn": OneDNN,
 }
-_ON_MODULES = {"channels_last": to_channels_last, "pointwise_linear": to_linear}
 
 
 def in_form(network: nn.Module, form: Sequence[str]) -> nn.Module:
@@ -92,7 +100,7 @@ def in_form(network: nn.Module, form: Sequence[str]) -> nn.Module:
             result = _PASSES[name]()(network)
             assert result is not None
             network = result.graph_module
-        elif name in _ON_MODULES:
+        elif name in FORMS:
             network = copy_sharing(network, set(map(id, network.parameters())))
-            _ON_MODULES[name](network)
+            FORMS[name](network)
     return network

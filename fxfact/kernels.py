@@ -1,0 +1,70 @@
+"""Convolutions computed in another way than PyTorch would take: the same numbers, often sooner."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+class _Linear(nn.Module):
+    """Beneath a convolution's class: its forward multiplies every place of the map by the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
+        weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
+        channels = 1 - weight.ndim
+        return functional.linear(input.movedim(channels, -1), weight.flatten(1), bias).movedim(-1, channels)
+
+
+class PointwiseConv2d(_Linear, nn.Conv2d):
+    """A 1×1 ``nn.Conv2d`` without stride, padding or groups, computed as a matrix product."""
+
+
+class PointwiseConv3d(_Linear, nn.Conv3d):
+    """A 1×1×1 ``nn.Conv3d`` without stride, padding or groups, computed as a matrix product."""
+
+
+class OneDNNConv3d(nn.Conv3d):
+    """An ``nn.Conv3d`` with zeros around it, computed by oneDNN on processors: PyTorch passes that over for single
+    samples with small maps, on which its own kernel can take ten times as long (``use_mkldnn`` in
+    aten/src/ATen/native/Convolution.cpp).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return convolved_by_onednn(input, self.weight, self.bias, *settings)
+
+
+@fx.wrap
+def convolved_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    """A 3-D convolution, ``settings`` its stride, padding, dilation and groups; by PyTorch's own choice where oneDNN
+    cannot, and for whoever compiles or watches.
+    """
+    if torch.compiler.is_compiling() or _watched() or not _taken(input, weight):
+        return functional.conv3d(input, weight, bias, *settings)
+    stride, padding, dilation, groups = settings
+    return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, groups)
+
+
+def on_onednn(tensor: Tensor) -> bool:
+    """Whether the tensor is of a kind that oneDNN computes with."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch._C._has_mkldnn
+
+
+def _taken(input: Tensor, weight: Tensor) -> bool:
+    known = type(input) is Tensor and input.ndim == 5 and input.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    return known and on_onednn(input) and on_onednn(weight)
+
+
+def _watched() -> bool:
+    return _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack() > 0
+
+
+POINTWISE_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PointwiseConv2d, nn.Conv3d: PointwiseConv3d}
+ONEDNN_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: OneDNNConv3d}
+PLAIN_TYPES = {other: plain for types in (POINTWISE_TYPES, ONEDNN_TYPES) for plain, other in types.items()}
