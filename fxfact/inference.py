@@ -75,7 +75,7 @@ def _formats(captured: Captured) -> list[tuple[str, ...]]:
 def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     """A copy of the model, in evaluation mode, in the fastest form that computes the same: batch norms folded into
     convolutions, 1×1 convolutions with nothing between merged, and if that measures faster convolutions in
-    channels_last, 1×1 ones as matrix products.
+    channels_last, 1×1 ones as matrix products, 3-D ones by oneDNN.
 
     Of a model that torch.fx cannot trace only what is measured. Stages of neighbouring chains may be merged too:
     ``verify`` and ``report`` want the network from before. Raises ArgumentError, ArgumentTypeError, CaptureError.

@@ -18,7 +18,7 @@ import fxfact
 from fxfact import inference, rehearsing, timing
 from fxfact.conv_modules import is_conv, write_conv
 from fxfact.errors import ArgumentError, BudgetError, PlanError, TimingError
-from fxfact.latency import Kept, clock
+from fxfact.latency import Kept, clock, machine
 from fxfact.latency.frozen import frozen
 from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise, OneDNN, PointwiseLinear, in_form
 from fxfact.timing import TICK
@@ -539,6 +539,18 @@ def test_under_load_it_says_so_and_plans_by_macs(model: Net, x: Tensor, monkeypa
         plan = fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
     by_macs = fxfact.plan(model, budget=fxfact.Macs(0.5), example_inputs=x)
     assert [d.rank for d in plan] == [d.rank for d in by_macs]
+
+
+def test_times_are_of_what_a_gpu_s_kernels_are_chosen_by() -> None:
+    gpu, before, precise = torch.device("cuda"), machine(torch.device("cuda")), torch.backends.cudnn.conv.fp32_precision
+    assert "threads" not in before
+    assert machine(torch.device("cpu"))["threads"] == torch.get_num_threads()
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # which cudnn.allow_tf32 cannot tell
+        assert machine(gpu) != before
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precise
+    assert machine(gpu) == before
 
 
 def test_times_are_measured_once(model: Net, x: Tensor, told: list[int]) -> None:

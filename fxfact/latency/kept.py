@@ -40,7 +40,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {**always, "device": _processor(), "threads": torch.get_num_threads()}
     chosen: Any = torch.backends.cudnn
-    kernels = [chosen.version(), chosen.benchmark, chosen.deterministic, chosen.allow_tf32]
+    precision = [chosen.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
+    kernels = [chosen.version(), chosen.benchmark, chosen.deterministic, *precision]
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
     return {**always, "device": name, "kernels": kernels}
 
