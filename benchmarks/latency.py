@@ -113,12 +113,13 @@ def _spread(times: list[float]) -> float:
     return (high - low) / 2 / median(times)
 
 
-def _uniform(contest: Contest, rule: str, macs: int) -> tuple[nn.Module, fxfact.Plan] | None:
+def _uniform(contest: Contest, rule: str, macs: int, multiple_of: int) -> tuple[nn.Module, fxfact.Plan] | None:
     """The largest fraction, everywhere, that is within these MACs."""
     low, high, best = 0.0, 1.0, None
     for _ in range(7):
         middle = (low + high) / 2
-        plan = fxfact.plan(contest.model, [rule, "pointwise_svd"], rank=middle, example_inputs=contest.x)
+        asked: dict[str, Any] = {"rank": middle, "multiple_of": multiple_of, "example_inputs": contest.x}
+        plan = fxfact.plan(contest.model, [rule, "pointwise_svd"], **asked)
         if plan.after.macs is not None and plan.after.macs <= macs:
             low, best = middle, plan
         else:
@@ -170,7 +171,7 @@ def _enter(contest: Contest, share: float, given: argparse.Namespace) -> None:
     assert plan.after.macs is not None
     for rule in given.rules:
         started = time.perf_counter()
-        if (found := _uniform(contest, rule, plan.after.macs)) is not None:
+        if (found := _uniform(contest, rule, plan.after.macs, given.multiple_of)) is not None:
             contest.add(f"uniform {rule} at {share}", *found, time.perf_counter() - started)
             if rule == "tucker" and (theirs := _tensorly(found[1], contest.model)) is not None:
                 contest.add(f"{_THEIRS} at {share}", theirs, None, 0.0)
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5, 0.4], help="budgets, of the dense time")
     parser.add_argument("--rules", nargs="*", default=["tucker", "cp"], help="uniform ones, at the same MACs")
+    parser.add_argument("--multiple-of", type=int, default=1, help="what ranks of the uniform ones are multiples of")
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--compiled", action="store_true", help="inductor with freezing as a further form")
     parser.add_argument("--device", default="cpu")
