@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of
@@ -65,6 +66,7 @@ class Chosen(NamedTuple):
     decomposed: Mapping[str, Decomposed]
 
 
+@torch.inference_mode(False)  # in which nothing can be fitted
 def choose(
     captured: Captured,
     strategy: Requested | WithinBudget,

@@ -152,6 +152,14 @@ def test_budgets_are_met(model: nn.Module, x: Tensor, budget: fxfact.ranks.Budge
     assert increases == sorted(increases, reverse=True)
 
 
+def test_a_budget_is_met_in_inference_mode_too(model: nn.Module, x: Tensor) -> None:
+    asked: dict[str, Any] = {"factorization": ["tucker", "cp"], "budget": fxfact.Macs(0.6), "calibration": x.split(8)}
+    with torch.inference_mode():
+        small = fxfact.factorize(model, **asked)
+    assert fxfact.plan_of(small) == fxfact.plan_of(fxfact.factorize(model, **asked))
+    assert not any(parameter.is_inference() for parameter in small.parameters())
+
+
 def test_a_front_can_be_drawn(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plan = fxfact.plan(model, "channel_svd", budget=fxfact.Macs(0.7), calibration=[x], example_inputs=x[:1])

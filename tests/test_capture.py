@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -530,3 +532,28 @@ def test_a_network_on_the_meta_device_is_planned_without_being_run(image: Tensor
     plan = fxfact.plan(Small().to("meta"), example_inputs=image.to("meta"))
     assert (len(plan.rewrites), plan.compared) == (2, False)
     assert plan.network.macs == capture(Small(), image).macs
+
+
+def test_threads_factorize_and_run_models_at_once(small: Small, image: Tensor) -> None:
+    expected, whole, failed = small(image), threading.Event(), []
+    call = nn.Module.__call__
+
+    def serve() -> None:
+        while not whole.is_set():
+            if not torch.equal(small(image), expected):
+                failed.append("another output")
+
+    def factorize() -> None:
+        for _ in range(3):
+            made = fxfact.factorize(small, "tucker", rank=0.5, example_inputs=image)
+            if len(fxfact.plan_of(made).rewrites) != 2 or fxfact.plan_of(made).capture != "trace":
+                failed.append("another plan")
+
+    with ThreadPoolExecutor(3) as threads:
+        serving = threads.submit(serve)
+        for done in [threads.submit(factorize) for _ in range(2)]:
+            done.result()
+        whole.set()
+        serving.result()
+    assert not failed
+    assert nn.Module.__call__ is call

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fxfact.errors import CaptureError
 from fxfact.graph import check_contract, fold_computed_weights, get_tensor, match, record_shapes
 from fxfact.kernels import PLAIN_TYPES
 from fxfact.skip import Skip
+
+_ONE_AT_A_TIME = RLock()  # for torch.fx undoes what it replaced as if nobody else had replaced it since
 
 
 def trace(
@@ -75,19 +78,32 @@ class _Value(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Records stack traces; what torch.fx cannot look into stays whole, and so recognisable."""
+    """Records stack traces; what torch.fx cannot look into stays whole, and so recognisable.
+
+    While it traces, torch.fx has replaced how modules are called, and their attributes read, for every thread: other
+    threads get what they would without.
+    """
 
     record_stack_traces = True
 
     def __init__(self, leaves: Sequence[str] = ()) -> None:  # torch.fx makes one of its own to unpickle a graph
         super().__init__()
-        self._leaves = leaves
+        self._leaves, self._thread = leaves, get_ident()
         self._surroundings = surroundings()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         asked = any(fnmatchcase(qualified_name, pattern) for pattern in self._leaves)
         opaque = isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations")
         return asked or opaque or type(module) in PLAIN_TYPES or super().is_leaf_module(module, qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return super().call_module(m, forward, args, kwargs) if self._is_mine() else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_mine() else attr_val
+
+    def _is_mine(self) -> bool:
+        return get_ident() == self._thread
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if now := surroundings_changed(self._surroundings):
@@ -104,7 +120,8 @@ def _traced(
     with torch.set_grad_enabled(gradients), ParameterGuard(own) as guard, drawn_from_seed(seed):
         tracer = _Tracer(leaves)
         try:
-            graph = tracer.trace(own, concrete_args=given or None)
+            with _ONE_AT_A_TIME:
+                graph = tracer.trace(own, concrete_args=given or None)
         except CaptureError:
             raise
         except Exception as error:

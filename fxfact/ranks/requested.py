@@ -70,7 +70,8 @@ class Requested(RankStrategy):
     """The first factorization listed for a convolution that takes it, at the rank asked for.
 
     A rank that is too large is lowered to what is feasible, with a note, unless its path was named: then RankError.
-    Ranks are rounded down to ``multiple`` and its multiples, but for those that are full.
+    Ranks are rounded down to multiples of ``multiple``, but for those that are full; where nothing is left of one, the
+    convolution stays dense.
     """
 
     factorizations: ByPath[tuple[Factorization, ...]]
@@ -118,7 +119,11 @@ class Requested(RankStrategy):
             asked = (request,) * len(rank) if isinstance(request, int) else request
             lowered = isinstance(request, int | tuple) and asked != rank
             note = f"rank {request} lowered to what is feasible" if lowered else ""
-            return Choice(method, _rounded(method, candidate.spec, rank, self.multiple), note)
+            rounded = _rounded(method, candidate.spec, rank, self.multiple)
+            if rounded is None:
+                refusals.append(f"rank {rank} of {method.name} is below the first multiple of {self.multiple}")
+                continue
+            return Choice(method, rounded, note)
         return Skip("; ".join(dict.fromkeys(refusals)))
 
 
@@ -143,10 +148,11 @@ def _resolved(
     return method.rejects(candidate.spec) or request.rank_for(method, candidate)
 
 
-def _rounded(method: Factorization, spec: ConvSpec, rank: Rank, multiple: int) -> Rank:
-    """Down to multiples of a number, at least to that; what is full stays."""
+def _rounded(method: Factorization, spec: ConvSpec, rank: Rank, multiple: int) -> Rank | None:
+    """Down to multiples of a number, None where that is nothing; what is full stays."""
     pairs = zip(rank, method.max_rank(spec), strict=True)
-    return method.clip(spec, tuple(r if r == most else max(multiple, r // multiple * multiple) for r, most in pairs))
+    rounded = tuple(r if r == most else r // multiple * multiple for r, most in pairs)
+    return method.clip(spec, rounded) if all(rounded) else None
 
 
 def _some(paths: Sequence[str]) -> str:
