@@ -534,6 +534,18 @@ def test_a_network_on_the_meta_device_is_planned_without_being_run(image: Tensor
     assert plan.network.macs == capture(Small(), image).macs
 
 
+@pytest.mark.parametrize("how", ["trace", "modules"])
+def test_a_weight_that_forward_returns_stays(small: Small, image: Tensor, how: Any) -> None:
+    class Returning(Small):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.second.weight
+
+    model = Returning().eval()
+    plan = fxfact.plan(model, rank=0.5, example_inputs=image, capture=how)
+    assert [decision.path for decision in plan.rewrites] == ["first"]
+    assert "is also" in plan["second"].reason
+
+
 def test_threads_factorize_and_run_models_at_once(small: Small, image: Tensor) -> None:
     expected, whole, failed = small(image), threading.Event(), []
     call = nn.Module.__call__

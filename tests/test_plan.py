@@ -76,6 +76,14 @@ def test_a_plan_without_inputs_has_no_macs(small: Small) -> None:
     assert plan["second"].input_sizes is None
 
 
+def test_a_plan_that_rewrites_nothing_is_of_its_model_too(small: Small) -> None:
+    nothing = fxfact.plan(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(PlanError, match="made for another model"):
+        fxfact.apply(nothing, small)
+    kept = fxfact.apply(fxfact.plan(small, exclude="*"), small)
+    assert len(fxfact.plan_of(kept)) == 2
+
+
 def test_plans_save_and_load(small: Small, image: Tensor, tmp_path: Path) -> None:
     method = {"first": CPMobilenet(sweeps=7), "second": [Tucker(keep_full_sides=True)]}
     plan = fxfact.plan(small, method, example_inputs=image)

@@ -35,6 +35,10 @@ from fxfact.verification import check_rewrite
 from fxfact.verification import verify as compare
 
 Arguments = argparse.Namespace
+_CHOOSING = (
+    *("rank", "macs", "params", "latency", "loss"),
+    *("factorization", "multiple_of", "include", "exclude", "fold_weights"),
+)  # what a plan has said already
 
 
 def inspect(given: Arguments) -> int:
@@ -72,11 +76,13 @@ def compress(given: Arguments) -> int:
     if as_program and read.inputs is None:
         raise ArgumentError("a .pt2 file holds a program of example inputs: pass --input 1,3,224,224")
     started = time.perf_counter()
-    if given.plan and any(v is not None for v in (given.rank, given.macs, given.params, given.latency, given.loss)):
-        raise ArgumentError("--plan says what becomes of every convolution: pass no --rank or budget with it")
+    if given.plan and (chosen := [name for name in _CHOOSING if getattr(given, name) is not None]):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
+        raise ArgumentError(f"--plan says what becomes of every convolution: pass no {options} with it")
     with processes(given.workers) as executor:
         if given.plan:
-            made, statistics = Plan.load(given.plan), _statistics(given, read, _batches(given)[0])
+            made = Plan.load(given.plan)
+            statistics = _statistics(given, read, _batches(given)[0], fold_weights=made.fold_weights)
         else:
             made, statistics = _planned(given, read, executor)
         network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
@@ -149,10 +155,10 @@ def _planned(given: Arguments, read: Given, executor: Executor | None) -> tuple[
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
     kept, held_out = _batches(given)
-    statistics = _statistics(given, read, kept)
+    statistics = _statistics(given, read, kept, fold_weights=bool(given.fold_weights))
     options: dict[str, Any] = {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
-        "fold_weights": given.fold_weights, "example_inputs": _example(read), "progress": given.progress,
+        "fold_weights": bool(given.fold_weights), "example_inputs": _example(read), "progress": given.progress,
         "multiple_of": given.multiple_of, "executor": executor,
     }  # fmt: skip
     if budgets:
@@ -160,13 +166,13 @@ def _planned(given: Arguments, read: Given, executor: Executor | None) -> tuple[
     return decide(read.model, given.factorization, calibration=statistics, **options), statistics
 
 
-def _statistics(given: Arguments, read: Given, kept: list[Any]) -> Statistics | None:
+def _statistics(given: Arguments, read: Given, kept: list[Any], *, fold_weights: bool) -> Statistics | None:
     """From their file, or of the data that is not held out."""
     if given.statistics:
         return Statistics.load(given.statistics)
     if not kept:
         return None
-    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": given.fold_weights}
+    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": fold_weights}
     return calibrate(read.model, kept, example_inputs=_example(read), progress=given.progress, **options)
 
 

@@ -167,7 +167,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--multiple-of", type=_positive, help="ranks (default: 1, for --latency 8)")
     parser.add_argument("--include", action="append", metavar="GLOB", help="only these paths; may be repeated")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="not these paths; may be repeated")
-    parser.add_argument("--fold-weights", action="store_true", help="make computed weights parameters")
+    parser.add_argument("--fold-weights", action="store_true", default=None, help="make computed weights parameters")
     parser.add_argument("--workers", type=_positive, default=1, help="processes of a thread each (default: this one)")
     parser.add_argument("--progress", action="store_true", help="bars on stderr (needs tqdm)")
 

@@ -37,10 +37,12 @@ class FactorizeConvs(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Carry the plan out."""
         history = applied(graph_module)
-        if not self._plan.rewrites or (history and history[-1].plan == self._plan):
+        if history and history[-1].plan == self._plan:
             return PassResult(graph_module, False)
         theirs = {site.path: site for site in match(graph_module).sites}
         self._plan.check_fits({path: (site.spec, site.tied_to) for path, site in theirs.items()})
+        if not self._plan.rewrites:
+            return PassResult(graph_module, False)
         replaced = {id(theirs[decision.path].weight) for decision in self._plan.rewrites}
         result = copy_sharing(graph_module, replaced)
         assert isinstance(result, fx.GraphModule)
