@@ -132,10 +132,9 @@ def plan(
         only.
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
-    multiple_of: ranks are multiples of it, or full; those asked for are rounded down, and where nothing
-        is left of one the convolution stays dense. GPUs compute half precision at
-        speed where channels are multiples of 8. Default: 1; under a budget of milliseconds what hardware likes, 32, 16
-        or 8.
+    multiple_of: ranks are multiples of it, or full; those asked for are rounded down, and where nothing is left of one
+        the convolution stays dense. GPUs compute half precision at speed where channels are multiples of 8. Default:
+        1; under a budget of milliseconds what hardware likes, 32, 16 or 8.
     example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
         MACs, show which convolutions the model calls and how, and what was captured is compared with the model on
         them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own. Default: the first

@@ -36,8 +36,9 @@ class OneDNNConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
-        settings = (self.stride, self.padding, self.dilation, self.groups)
-        return convolved_by_onednn(input, self.weight, self.bias, *settings)
+        named = isinstance(self.padding, str)  # 'same' or 'valid', whose numbers PyTorch keeps here
+        padding = tuple(self._reversed_padding_repeated_twice[::-2]) if named else self.padding
+        return convolved_by_onednn(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 @fx.wrap

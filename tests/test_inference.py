@@ -140,16 +140,17 @@ def test_pointwise_convolutions_become_matrix_products_and_stay_convolutions(ord
 
 def test_3d_convolutions_are_computed_by_onednn_and_stay_convolutions() -> None:
     left = [nn.Conv3d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv3d(8, 8, 2, padding="same")]
+    named = [nn.Conv3d(8, 8, (1, 3, 5), padding="same", dilation=(1, 1, 2)), nn.Conv3d(8, 8, 2, padding="valid")]
     taken = [
         nn.Conv3d(3, 8, 3, padding=1),
         nn.Conv3d(8, 8, (1, 3, 2), stride=2, dilation=(1, 1, 2), groups=2, bias=False),
     ]
-    model = nn.Sequential(*taken, *left, nn.ConvTranspose3d(8, 4, 2)).eval()
+    model = nn.Sequential(*taken, *named, *left, nn.ConvTranspose3d(8, 4, 2)).eval()
     result = OneDNN()(fx.symbolic_trace(model))
     assert result is not None
     quick = result.graph_module
     names = [type(module).__name__ for module in quick.modules() if is_conv(module)]
-    assert names == ["OneDNNConv3d", "OneDNNConv3d", "Conv3d", "Conv3d", "ConvTranspose3d"]
+    assert names == [*["OneDNNConv3d"] * 4, "Conv3d", "Conv3d", "ConvTranspose3d"]
     assert type(model[0]) is nn.Conv3d
     x = torch.randn(1, 3, 9, 8, 10)
     for form in (torch.contiguous_format, torch.channels_last_3d):
