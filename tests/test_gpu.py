@@ -19,7 +19,9 @@ from fxfact.latency import machine
 from fxfact.timing import milliseconds, milliseconds_of_graphs
 from tests.conftest import EVERY_STAGE, Small, apart, by_name, quick, random_input, random_layer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA GPU", allow_module_level=True)
+
 GPU = torch.device("cuda")
 DTYPES = {torch.float64: 1e-10, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # TF32, by default
 
