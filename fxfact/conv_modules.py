@@ -235,6 +235,7 @@ FORMS: dict[str, Callable[[nn.Module], int]] = {
     "pointwise_linear": to_linear,
     "onednn": to_onednn,
 }
+LINEAR = ("channels_last", "pointwise_linear")  # for matrix products want the channels last
 
 
 def _formatted(weight: Tensor, like: Tensor) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
-from fxfact.conv_modules import can_be_linear, can_be_onednn
+from fxfact.conv_modules import LINEAR, can_be_linear, can_be_onednn
 from fxfact.copying import copy_sharing, evaluated, private_copy
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.kernels import on_onednn
@@ -24,7 +24,6 @@ from fxfact.ranks import Latency
 from fxfact.timing import fastest
 
 _PLAIN: tuple[tuple[str, ...], ...] = ((), ("channels_last",))
-_LINEAR, _ONEDNN = ("channels_last", "pointwise_linear"), ("onednn",)
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
 _TURNS, _WITHIN = 25, 6.0  # of whole networks, fewer where they would take more seconds
@@ -55,21 +54,21 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
     if captured.program is not None:
         forms = [()]
     elif compiled:  # the compiler chooses the memory format itself
-        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form in ((), _LINEAR)]
+        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form in ((), LINEAR)]
     else:
         forms = [(*fold, *form) for form in formats for fold in [(), *folded]]
     network = evaluated(private_copy(captured.network))
     times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
     passes, ms = min(zip(forms, times, strict=True), key=lambda pair: pair[1])
-    known = captured.program is not None or _LINEAR in formats
+    known = captured.program is not None or LINEAR in formats
     return Form(passes, ms, undecided=not known and (compiled or "channels_last" in passes))
 
 
 def _formats(captured: Captured) -> list[tuple[str, ...]]:
     """Ways to compute convolutions that may be faster, of those that the network has."""
-    found = [*_PLAIN, *([_LINEAR] if any(can_be_linear(site.spec) for site in captured.sites) else [])]
+    found = [*_PLAIN, *([LINEAR] if any(can_be_linear(site.spec) for site in captured.sites) else [])]
     by_onednn = any(can_be_onednn(site.spec) and on_onednn(site.weight) for site in captured.sites)
-    return [*found, *((*form, *_ONEDNN) for form in found if by_onednn)]
+    return [*found, *((*form, "onednn") for form in found if by_onednn)]
 
 
 def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:

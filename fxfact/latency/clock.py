@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.conv_modules import CHANNELS_LAST, FORMS, write_conv
+from fxfact.conv_modules import CHANNELS_LAST, FORMS, LINEAR, write_conv
 from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
@@ -31,7 +31,7 @@ def remaining(ms: float, saving: float) -> float:
 
 def _as_linear(form: Sequence[str]) -> tuple[str, ...]:
     """With matrix products besides, in the order in which what a convolution is computed by is chosen."""
-    wanted = {*form, "channels_last", "pointwise_linear"}
+    wanted = {*form, *LINEAR}
     return (*(name for name in form if name not in FORMS), *(name for name in FORMS if name in wanted))
 
 
