@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfact.calibration import Batches, Likelihood, Statistics, first_sample
+from fxfact.calibration import MOST_SEED, Batches, Likelihood, Statistics, first_sample
 from fxfact.calibration import calibrate as collect
 from fxfact.capture import ExampleInputs, How
 from fxfact.capture import capture as capture_model
 from fxfact.choosing import Data, Selected, choose
-from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, whole
 from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest, SpatialSVD
 from fxfact.inference import never_slower
 from fxfact.passes import Decomposing, Weights, carry_out, last_plan
@@ -213,8 +213,7 @@ def calibrate(
     """
     if batches is None or isinstance(batches, Statistics):
         raise CalibrationError(f"batches must be an iterable of batches, got {type(batches).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**23:
-        raise ArgumentError(f"seed must be an int within 0 and {2**23 - 1}, got {seed!r}")
+    seed = whole("seed", seed, 0, MOST_SEED)
     example_inputs, given = _example(model, example_inputs, batches)
     assert isinstance(given, Iterable)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 
 
 class FxfactError(Exception):
@@ -68,6 +69,15 @@ class FileError(FxfactError, ValueError):
 
 class VerificationError(FxfactError, ValueError):
     """A rewritten network does not compute what its own kernels say."""
+
+
+def whole(name: str, number: object, least: int, most: int | None = None) -> int:
+    """A number that an argument gives as an int, which NumPy's integers become. Raises ArgumentError for others."""
+    value = int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
+    if value is None or value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"within {least} and {most}"
+        raise ArgumentError(f"{name} must be an int, {bounds}, got {number!r}")
+    return value
 
 
 def first_differences(one: str, ones: Mapping[str, str], other: str, others: Mapping[str, str]) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from fxfact.calibration import Batches
+from fxfact.calibration import MOST_SEED, Batches
 from fxfact.capture import ExampleInputs
-from fxfact.errors import ArgumentError
+from fxfact.errors import ArgumentError, whole
 from fxfact.pairs import Nearer, Pair
 from fxfact.progress import Progress, shown
 
@@ -61,7 +61,9 @@ def recover(
     (random flips, shifts); the original sees the same. Without an end by ``seconds``, and with an ``augment`` that is,
     deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
-    _check(steps, seconds, lr, patience)
+    steps, patience, seed = whole("steps", steps, 1), whole("patience", patience, 1), whole("seed", seed, 0, MOST_SEED)
+    if not seconds > 0 or not 0 < lr < math.inf:
+        raise ArgumentError(f"seconds and lr are positive, got {seconds!r}, {lr!r}")
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     trained = [parameter for parameter in pair.factorized.parameters() if parameter.requires_grad]
     if not trained or any(parameter.dtype == torch.float16 for parameter in trained):
@@ -171,12 +173,3 @@ def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
 
     augmented: ExampleInputs = tree_map(changed, batch)
     return augmented
-
-
-def _check(steps: int, seconds: float, lr: float, patience: int) -> None:
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (steps, patience))
-    if not whole or not seconds > 0 or not 0 < lr < math.inf:
-        raise ArgumentError(
-            f"steps and patience are positive ints, seconds and lr positive, got {steps!r}, {patience!r}, {seconds!r}, "
-            f"{lr!r}"
-        )

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfact.calibration import Batches, run_batch
+from fxfact.calibration import MOST_SEED, Batches, run_batch
 from fxfact.capture import ExampleInputs
 from fxfact.conv import from_torch, run_weight, to_torch
 from fxfact.conv_modules import spec_of
 from fxfact.copying import copy_sharing
-from fxfact.errors import ArgumentError
+from fxfact.errors import ArgumentError, whole
 from fxfact.pairs import Nearer, Pair
 from fxfact.progress import Progress, shown
 
@@ -71,6 +71,7 @@ def repair(
     """
     if not refit and not means:
         raise ArgumentError("repair has nothing to do: pass refit=True or means=True")
+    seed = whole("seed", seed, 0, MOST_SEED)
     started = time.perf_counter()
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     before = pair.divergence()

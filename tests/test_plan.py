@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -293,6 +295,15 @@ def test_bad_arguments_are_refused(small: Small, arguments: dict[str, object], e
         assert isinstance(caught.value, fxfact.FxfactError)
         assert isinstance(caught.value, ValueError | TypeError)
     assert all(value.equal(before[name]) for name, value in small.state_dict().items())
+
+
+def test_integers_of_numpy_are_integers(small: Small, image: Tensor, tmp_path: Path) -> None:
+    numbers: dict[str, Any] = {"rank": np.int64(7), "multiple_of": np.int32(4), "example_inputs": image}
+    method = Tucker(sweeps=np.int64(2))  # type: ignore[arg-type]
+    plan = fxfact.plan(small, method, **numbers)
+    assert str(plan) == str(fxfact.plan(small, Tucker(sweeps=2), rank=7, multiple_of=4, example_inputs=image))
+    plan.save(tmp_path / "plan.json")
+    assert fxfact.Plan.load(tmp_path / "plan.json") == plan
 
 
 def test_bad_models_are_refused(small: Small, image: Tensor) -> None:

@@ -20,6 +20,7 @@ from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
 from fxfact.progress import Progress, shown
 
+MOST_SEED = 2**23 - 1  # with the number of a sample in the other 40 bits a generator's seed
 _POSITIONS = 64  # patches of a sample that are looked at, of each convolution
 _backward = torch.ops.aten.convolution_backward.default
 

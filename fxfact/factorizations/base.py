@@ -273,13 +273,10 @@ def _by_group(spec: ConvSpec, weight: Tensor, metric: Metric | None) -> Iterator
         yield part, None if own is None or not float(own.square(spec.block, part)) > 0 else own
 
 
-def check_iteration(sweeps: object, tolerance: object, *, least: int) -> None:
-    """Raise ArgumentError unless these can end an iteration."""
-    whole = isinstance(sweeps, int) and not isinstance(sweeps, bool) and sweeps >= least
-    if not whole or not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise ArgumentError(
-            f"sweeps must be an int, at least {least}, tolerance a number, at least 0, got {sweeps!r}, {tolerance!r}"
-        )
+def check_tolerance(tolerance: object) -> None:
+    """Raise ArgumentError unless it can end an iteration."""
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise ArgumentError(f"tolerance must be a number, at least 0, got {tolerance!r}")
 
 
 def _show(rank: Rank) -> str:

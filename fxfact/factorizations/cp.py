@@ -17,8 +17,8 @@ from tensorly.cp_tensor import validate_cp_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.errors import ArgumentError
-from fxfact.factorizations.base import Factorization, Rank, check_iteration
+from fxfact.errors import ArgumentError, whole
+from fxfact.factorizations.base import Factorization, Rank, check_tolerance
 from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
 from fxfact.tensor import cp, singular_squares
 
@@ -37,7 +37,8 @@ class _CP(Factorization):
     tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        check_iteration(self.sweeps, self.tolerance, least=1)
+        object.__setattr__(self, "sweeps", whole("sweeps", self.sweeps, 1))
+        check_tolerance(self.tolerance)
         if self.init not in ("svd", "random"):
             raise ArgumentError(f"init must be 'svd' or 'random', got {self.init!r}")
 

@@ -14,7 +14,8 @@ from tensorly.tucker_tensor import validate_tucker_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec
-from fxfact.factorizations.base import Factorization, Rank, check_iteration
+from fxfact.errors import whole
+from fxfact.factorizations.base import Factorization, Rank, check_tolerance
 from fxfact.factorizations.stages import no_channel_modes, pointwise
 from fxfact.tensor import partial_tucker
 
@@ -34,7 +35,8 @@ class Tucker(Factorization):
     tolerance: float = 5e-4
 
     def __post_init__(self) -> None:
-        check_iteration(self.sweeps, self.tolerance, least=0)
+        object.__setattr__(self, "sweeps", whole("sweeps", self.sweeps, 0))
+        check_tolerance(self.tolerance)
 
     def _rejects(self, block: ConvSpec) -> str | None:
         return no_channel_modes(block)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from fxfact.conv import ConvLayer, ConvSpec, Sizes
 from fxfact.cost import Cost
-from fxfact.errors import ArgumentError
 from fxfact.factorizations import Factorization, Rank, check_weight
 from fxfact.skip import Skip
 
@@ -64,12 +63,6 @@ class Chosen:
 
     choices: tuple[Choice | Skip, ...]
     front: tuple[FrontPoint, ...] = ()
-
-
-def check_multiple(number: object) -> None:
-    """Raise ArgumentError for what ranks cannot be multiples of."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ArgumentError(f"multiple_of must be an int, at least 1, got {number!r}")
 
 
 class RankStrategy(ABC):

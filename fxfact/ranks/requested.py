@@ -11,7 +11,7 @@ from typing import Generic, TypeVar, final
 from fxfact.calibration import Statistics
 from fxfact.conv import ConvSpec
 from fxfact.cost import Cost
-from fxfact.errors import ArgumentError, place
+from fxfact.errors import ArgumentError, place, whole
 from fxfact.factorizations import (
     Factorization,
     ParsedRank,
@@ -20,7 +20,7 @@ from fxfact.factorizations import (
     parse_rank_request,
     resolve_rank,
 )
-from fxfact.ranks.base import Candidate, Choice, Chosen, RankStrategy, check_multiple
+from fxfact.ranks.base import Candidate, Choice, Chosen, RankStrategy
 from fxfact.ranks.rules import RankRule
 from fxfact.skip import Skip
 
@@ -81,7 +81,7 @@ class Requested(RankStrategy):
     partial: bool = False  # whether the candidates may be some of those that paths are of
 
     def __post_init__(self) -> None:
-        check_multiple(self.multiple)
+        object.__setattr__(self, "multiple", whole("multiple_of", self.multiple, 1))
 
     @classmethod
     def parse(cls, factorization: object, rank: object, multiple: int | None = None) -> Requested:

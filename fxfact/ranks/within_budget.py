@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, final
 
 from fxfact.calibration import Statistics
 from fxfact.cost import Cost, cost_of
-from fxfact.errors import BudgetError, place
+from fxfact.errors import BudgetError, place, whole
 from fxfact.executing import in_order
 from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
 from fxfact.latency import Clock
 from fxfact.progress import Progress, shown
-from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy, check_multiple
+from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
 from fxfact.ranks.bearing import Curves, foresee, key_of, read_off
 from fxfact.ranks.budgets import Budget
 from fxfact.ranks.clocking import liked, multiples, times_of
@@ -69,7 +69,7 @@ class WithinBudget(RankStrategy):
     _curves: dict[str, Curves] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_multiple(self.multiple)
+        object.__setattr__(self, "multiple", whole("multiple_of", self.multiple, 1))
 
     def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
         """Raises BudgetError where not even the smallest ranks meet the budget."""
