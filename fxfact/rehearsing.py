@@ -19,6 +19,7 @@ from fxfact.latency import Clock, remaining
 from fxfact.passes import Decomposed, Decomposing, carry_out
 from fxfact.planning import Decision, Plan
 from fxfact.ranks import Latency, WithinBudget
+from fxfact.timing import random_numbers
 
 _REHEARSALS = 5
 _NEAR = 0.03  # of the budget below it, and above it what may be chance
@@ -114,7 +115,7 @@ class Rehearsal:
 def _random(decision: Decision, like: Tensor) -> Decomposed:
     """Stages that keep the size of what goes through them."""
     sizes = [torch.Size(spec.weight_shape) for spec in decision.stages]
-    return [(torch.randn(size) / size[1:].numel() ** 0.5).to(like) for size in sizes], 0.0
+    return [(random_numbers(size) / size[1:].numel() ** 0.5).to(like) for size in sizes], 0.0
 
 
 def _scaled(decision: Decision, factor: float) -> Decision:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from fxfact.errors import TimingError
@@ -17,6 +18,11 @@ _Call = Callable[[], Any]
 TICK = 1e3 * time.get_clock_info("perf_counter").resolution  # milliseconds
 _TURN, _FEWEST = 0.01, 3  # seconds of one call's turn, where the number of runs is not given; turns, whatever the bound
 _GRAPH, _MOST = 0.002, 20  # seconds of the runs in a graph, when launched one by one; how many at most
+
+
+def random_numbers(shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers to time with, the same for each shape; PyTorch's own generator stays where it is."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
 
 
 def milliseconds(

@@ -316,6 +316,7 @@ def test_stages_that_were_merged_cannot_be_verified_and_that_is_said(x: Tensor) 
 def test_a_budget_of_milliseconds_is_met_as_measured(kind: type[Net], budget: Any, model: Net, x: Tensor) -> None:
     own = kind().eval()
     own.load_state_dict(model.state_dict())
+    random_state = torch.get_rng_state()
     small = fxfact.factorize(own, budget=budget, example_inputs=x, verify=True)
     plan = fxfact.plan_of(small)
     assert plan.network.ms == pytest.approx(2 * plan.network.macs / 1e6 + 0.01)
@@ -331,6 +332,7 @@ def test_a_budget_of_milliseconds_is_met_as_measured(kind: type[Net], budget: An
     torch.testing.assert_close(again(x), small(x))
     assert fxfact.verify(own, small, x).right
     assert fxfact.report(own, small, x).right
+    assert torch.get_rng_state().equal(random_state)  # whether times were known or not
 
 
 def test_an_exported_program_is_planned_and_rehearsed(

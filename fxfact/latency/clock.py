@@ -17,7 +17,7 @@ from fxfact.conv_modules import CHANNELS_LAST, FORMS, LINEAR, write_conv
 from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
-from fxfact.timing import milliseconds, milliseconds_of_graphs
+from fxfact.timing import milliseconds, milliseconds_of_graphs, random_numbers
 
 _REPEATS, _WITHIN = 15, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
 _SPREAD, _LEAST = 1.5, 0.05
@@ -111,7 +111,7 @@ class Clock:
     def _measured(self, path: str, chains: Sequence[nn.Sequential]) -> list[float]:
         weight = self._sites[path][0].weight
         shapes = self._shapes(path)
-        inputs = {shape: self._formatted(torch.randn(shape).to(weight)) for shape in shapes}
+        inputs = {shape: self._formatted(random_numbers(shape).to(weight)) for shape in shapes}
 
         def run(calls: Sequence[tuple[nn.Module, Tensor]]) -> None:
             for chain, x in calls:
@@ -134,7 +134,7 @@ class Clock:
         """Stages that hold random numbers."""
         stages: list[nn.Module] = []
         for spec in layout:
-            weight = torch.randn(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
+            weight = random_numbers(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
             stages += write_conv(spec, weight.to(like), torch.zeros(spec.out_channels).to(like) if spec.bias else None)
         chain = nn.Sequential(*stages).eval().requires_grad_(requires_grad=False)
         for name in self._of_modules(form):

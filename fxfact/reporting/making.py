@@ -26,7 +26,7 @@ from fxfact.reporting.base import ConvReport, Facts, Spectrum
 from fxfact.reporting.flow import chains_of, flow_of
 from fxfact.reporting.page import page
 from fxfact.sites import ConvSite
-from fxfact.timing import fastest
+from fxfact.timing import fastest, random_numbers
 from fxfact.verification import SiteErrors, plain_copy, verify
 from fxfact.writing import written
 
@@ -132,7 +132,7 @@ def _measured(decision: Decision, site: ConvSite, factorized: nn.Module) -> dict
     layer, weights = site.layer, [stage.weight for stage in stages]
     chain = nn.Sequential(*write_chain(decision.stages, weights, bias, like=site.weight))
     dense = nn.Sequential(*write_conv(site.spec, layer.weight, layer.bias))
-    known = {shape: torch.randn(shape).to(site.weight) for shape in site.input_shapes}
+    known = {shape: random_numbers(shape).to(site.weight) for shape in site.input_shapes}
     inputs = [known[shape] for shape in site.input_shapes]
 
     def run(network: nn.Module) -> None:
