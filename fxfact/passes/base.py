@@ -70,4 +70,9 @@ def announce(name: str, plan: Plan, network: nn.Module) -> None:
 
 
 def _shown(network: nn.Module) -> str:
-    return str(network.print_readable(print_output=False) if isinstance(network, fx.GraphModule) else network)
+    if not isinstance(network, fx.GraphModule):
+        return str(network)
+    try:
+        return str(network.print_readable(print_output=False))
+    except AssertionError:  # of PyTorch 2.11, where a child is scripted
+        return network.code
