@@ -218,10 +218,8 @@ def _computed(
 
 
 def can_be_linear(spec: ConvSpec) -> bool:
-    """Whether it does nothing but multiply every place of a map by its weight; not of 1-D ones, for which there is no
-    channels_last.
-    """
-    return spec.is_pointwise and spec.groups == 1 and spec.order > 1
+    """Whether it does nothing but multiply every place of a map by its weight."""
+    return spec.is_pointwise and spec.groups == 1
 
 
 def can_be_onednn(spec: ConvSpec) -> bool:
@@ -235,11 +233,17 @@ FORMS: dict[str, Callable[[nn.Module], int]] = {
     "pointwise_linear": to_linear,
     "onednn": to_onednn,
 }
-LINEAR = ("channels_last", "pointwise_linear")  # for matrix products want the channels last
+
+
+def linear_form(specs: Iterable[ConvSpec]) -> tuple[str, ...]:
+    """The passes for matrix products in a network of these convolutions: but for 1-D ones they want channels last."""
+    return (*(("channels_last",) if any(spec.order > 1 for spec in specs) else ()), "pointwise_linear")
 
 
 def _formatted(weight: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight.detach().contiguous(memory_format=_format(like)), requires_grad=like.requires_grad)
+    """With the strides of a new tensor: by those of a 1×1 kernel too PyTorch chooses the format that it computes in."""
+    own, new = weight.detach(), torch.empty_like(weight, memory_format=_format(like), requires_grad=False)
+    return nn.Parameter(own if own.stride() == new.stride() else new.copy_(own), requires_grad=like.requires_grad)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

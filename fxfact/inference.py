@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,17 +14,17 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
-from fxfact.conv_modules import LINEAR, can_be_linear, can_be_onednn
+from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments, run_model
+from fxfact.comparing import difference
+from fxfact.conv_modules import can_be_linear, can_be_onednn, linear_form
 from fxfact.copying import copy_sharing, evaluated, private_copy
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.kernels import on_onednn
 from fxfact.passes import applied, in_form, record_plan
 from fxfact.planning import Plan
 from fxfact.ranks import Latency
-from fxfact.timing import fastest
+from fxfact.timing import as_timing_errors, fastest
 
-_PLAIN: tuple[tuple[str, ...], ...] = ((), ("channels_last",))
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
 _TURNS, _WITHIN = 25, 6.0  # of whole networks, fewer where they would take more seconds
@@ -49,24 +50,31 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
     can_be_folded = isinstance(captured.network, fx.GraphModule) and captured.program is None
     folded: list[tuple[str, ...]] = [("fold_batch_norms",)] if can_be_folded else []
-    formats = _formats(captured)
+    formats, linear = _formats(captured), linear_form(site.spec for site in captured.sites)
     forms: list[tuple[str, ...]]
     if captured.program is not None:
         forms = [()]
     elif compiled:  # the compiler chooses the memory format itself
-        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form in ((), LINEAR)]
+        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form in ((), linear)]
     else:
         forms = [(*fold, *form) for form in formats for fold in [(), *folded]]
     network = evaluated(private_copy(captured.network))
-    times = _milliseconds([in_form(network, form) for form in forms], captured.example_inputs, compiled=compiled)
-    passes, ms = min(zip(forms, times, strict=True), key=lambda pair: pair[1])
-    known = captured.program is not None or LINEAR in formats
-    return Form(passes, ms, undecided=not known and (compiled or "channels_last" in passes))
+    able = _able(network, forms, captured.example_inputs)
+    times = _milliseconds(able.values(), captured.example_inputs, compiled=compiled)
+    passes, ms = min(zip(able, times, strict=True), key=lambda pair: pair[1])
+    if captured.program is not None or linear in formats:
+        return Form(passes, ms, undecided=False)
+    layout = linear[:-1]  # in which the matrix products of chains would be
+    if compiled:
+        able = _able(network, [passes, layout], captured.example_inputs)
+    return Form(passes, ms, undecided=layout in able if compiled else {*layout} <= {*passes})
 
 
 def _formats(captured: Captured) -> list[tuple[str, ...]]:
     """Ways to compute convolutions that may be faster, of those that the network has."""
-    found = [*_PLAIN, *([LINEAR] if any(can_be_linear(site.spec) for site in captured.sites) else [])]
+    specs = [site.spec for site in captured.sites]
+    found: list[tuple[str, ...]] = [(), *([("channels_last",)] if any(spec.order > 1 for spec in specs) else [])]
+    found += [linear_form(specs)] if any(map(can_be_linear, specs)) else []
     by_onednn = any(can_be_onednn(site.spec) and on_onednn(site.weight) for site in captured.sites)
     return [*found, *((*form, "onednn") for form in found if by_onednn)]
 
@@ -85,14 +93,13 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
         raise ArgumentError("the fastest form is found by measuring: for_inference needs example_inputs")
     captured = capture(model, example_inputs)
     formats = _formats(captured)
-    forms = [(*_FOR_ALL, *form) for form in formats]
     network = in_form(evaluated(captured.network), _FOR_ALL)
-    networks = [in_form(network, form) for form in formats]
-    times = _milliseconds(networks, example_inputs, compiled=False)
-    best = times.index(min(times))
-    network = copy_sharing(networks[best], set())
+    able = _able(network, formats, example_inputs)
+    times = _milliseconds(able.values(), example_inputs, compiled=False)
+    best = min(zip(able, times, strict=True), key=lambda pair: pair[1])[0]
+    network = copy_sharing(able[best], set())
     if history := applied(network):
-        form = tuple(dict.fromkeys((*history[-1].plan.form, *forms[best])))
+        form = tuple(dict.fromkeys((*history[-1].plan.form, *_FOR_ALL, *best)))
         record_plan(network, form=form, capture=captured.rung)  # so that the plan makes it again
     return network
 
@@ -137,7 +144,26 @@ def never_slower(
     return kept
 
 
-def _milliseconds(networks: Sequence[nn.Module], example_inputs: ExampleInputs, *, compiled: bool) -> list[float]:
+def _able(
+    network: nn.Module, forms: Sequence[tuple[str, ...]], example_inputs: ExampleInputs
+) -> dict[tuple[str, ...], nn.Module]:
+    """The network in the first of these forms, and in those others in which it computes the same: ``Tensor.view`` may
+    refuse a map in channels_last, and random numbers come in another order there.
+    """
+    first, *others = forms
+    made = {first: in_form(network, first)}
+    with as_timing_errors():
+        expected = run_model(made[first], example_inputs) if others else None
+    for form in others:
+        other = in_form(network, form)
+        forward = other.forward if isinstance(other, fx.GraphModule) else other  # a graph module prints what it raises
+        with suppress(Exception):
+            if not difference(expected, run_model(forward, example_inputs), strictness=1.0):
+                made[form] = other
+    return made
+
+
+def _milliseconds(networks: Iterable[nn.Module], example_inputs: ExampleInputs, *, compiled: bool) -> list[float]:
     return _fastest([_called(network, example_inputs, compiled=compiled) for network in networks])
 
 

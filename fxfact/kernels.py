@@ -20,6 +20,23 @@ class _Linear(nn.Module):
         return functional.linear(input.movedim(channels, -1), weight.flatten(1), bias).movedim(-1, channels)
 
 
+class PointwiseConv1d(nn.Conv1d):
+    """A 1×1 ``nn.Conv1d`` without stride, padding or groups, computed as a matrix product, channels where they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, in, length) or (in, length) to (batch, out, length) or (out, length)."""
+        return weighed_channels(input, self.weight.flatten(1), self.bias)
+
+
+@fx.wrap
+def weighed_channels(input: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """``matrix`` (out, in) times maps (batch, in, length), or one (in, length), plus ``bias`` (out,)."""
+    maps = input if input.ndim == 3 else input[None]
+    matrices = matrix.expand(maps.shape[0], -1, -1)
+    product = torch.bmm(matrices, maps) if bias is None else torch.baddbmm(bias[:, None], matrices, maps)
+    return product if input.ndim == 3 else product[0]
+
+
 class PointwiseConv2d(_Linear, nn.Conv2d):
     """A 1×1 ``nn.Conv2d`` without stride, padding or groups, computed as a matrix product."""
 
@@ -66,6 +83,10 @@ def _watched() -> bool:
     return _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack() > 0
 
 
-POINTWISE_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PointwiseConv2d, nn.Conv3d: PointwiseConv3d}
+POINTWISE_TYPES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: PointwiseConv1d,
+    nn.Conv2d: PointwiseConv2d,
+    nn.Conv3d: PointwiseConv3d,
+}
 ONEDNN_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: OneDNNConv3d}
 PLAIN_TYPES = {other: plain for types in (POINTWISE_TYPES, ONEDNN_TYPES) for plain, other in types.items()}

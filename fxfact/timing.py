@@ -32,7 +32,7 @@ def milliseconds(
     fewer where that would take more than ``within`` seconds; without gradients, each warmed up first. Raises
     TimingError where a call fails.
     """
-    with torch.no_grad(), _said():
+    with torch.no_grad(), as_timing_errors():
         timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
         seconds = [timer.timeit(1 if number else 3).median for timer in timers]
         runs = [number or max(1, round(_TURN / max(each, 1e-7))) for each in seconds]
@@ -53,7 +53,7 @@ def milliseconds_of_graphs(
     """
     seconds = [min(times) / 1e3 for times in milliseconds(calls, repeats=1, number=_FEWEST)]
     runs = [min(_MOST, max(_FEWEST, round(_GRAPH / each))) for each in seconds]
-    with torch.no_grad(), torch.cuda.device(device), _said():
+    with torch.no_grad(), torch.cuda.device(device), as_timing_errors():
         memory = torch.cuda.graph_pool_handle()  # of all: what one computes, the next overwrites
         graphs = [_recorded(call, n, memory) for call, n in zip(calls, runs, strict=True)]
     turns = milliseconds([graph.replay for graph in graphs], repeats=repeats, number=1, within=within)
@@ -69,7 +69,8 @@ def _recorded(call: _Call, runs: int, memory: Any) -> torch.cuda.CUDAGraph:
 
 
 @contextmanager
-def _said() -> Iterator[None]:
+def as_timing_errors() -> Iterator[None]:
+    """Raise TimingError where something fails to run inside."""
     try:
         yield
     except RuntimeError as error:  # of a device that is lost or full, among others

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 import fxfact
 from fxfact.calibration.moments import Window
+from fxfact.conv import ConvSpec
 from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, CalibrationError, PlanError
 from fxfact.metric import as_matrix
 from fxfact.ranks.knapsack import Class, Knapsack
+from fxfact.skip import Skip
+from tests.conftest import ALL, by_name
 
 
 class Classifier(nn.Module):
@@ -238,6 +241,21 @@ def test_outputs_that_do_not_say_their_loss_are_refused(x: Tensor) -> None:
     with pytest.raises(CalibrationError, match="the function failed on the model's output: TypeError"):
         fxfact.calibrate(Dense(), [x], likelihood=nn.CrossEntropyLoss())
     assert set(fxfact.calibrate(Dense(), [x], likelihood="gaussian").moments) == {"conv"}
+
+
+@pytest.mark.parametrize("factorization", ALL, ids=by_name)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_stages_fitted_to_data_have_the_strides_of_new_ones(factorization: Any, order: int) -> None:
+    """By which PyTorch chooses the memory format, of 1×1 kernels too."""
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[order - 1]
+    model = nn.Sequential(kind(6, 8, 3), kind(8, 12, 3), nn.Flatten(), nn.Linear(12 * 2**order, 3)).eval()
+    x = torch.randn(8, 6, *[6] * order, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"include": "1", "allow_growth": True}
+    if isinstance(factorization.rejects(ConvSpec.parse(8, 12, (3,) * order)), Skip):
+        return
+    small = fxfact.factorize(model, factorization, rank=0.6, calibration=[x], **options)
+    assert fxfact.plan_of(small).rewrites
+    assert all(p.stride() == torch.empty(p.shape).stride() for p in small.parameters())
 
 
 @pytest.mark.parametrize("seed", [-1, 2**40, "a", True])

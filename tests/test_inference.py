@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import fxfact
 from fxfact import inference, rehearsing, timing
-from fxfact.conv_modules import is_conv, write_conv
+from fxfact.conv_modules import CHANNELS_LAST, is_conv, write_conv
 from fxfact.errors import ArgumentError, BudgetError, PlanError, TimingError
 from fxfact.latency import Kept, clock, machine
 from fxfact.latency.frozen import frozen
@@ -112,10 +112,10 @@ def test_channels_last_is_of_the_weights_and_of_what_comes_out() -> None:
     assert model[0].weight.is_contiguous()
 
 
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_pointwise_convolutions_become_matrix_products_and_stay_convolutions(order: int, bias: bool) -> None:
-    kind: Any = (nn.Conv2d, nn.Conv3d)[order - 2]
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[order - 1]
     others = [kind(8, 8, 1, stride=2), kind(8, 8, 1, padding=1), kind(8, 8, 1, groups=2), kind(8, 8, 3, bias=bias)]
     model = nn.Sequential(kind(6, 8, 1, bias=bias), *others, kind(8, 4, 1, bias=bias)).eval()
     result = PointwiseLinear()(fx.symbolic_trace(model))
@@ -124,7 +124,7 @@ def test_pointwise_convolutions_become_matrix_products_and_stay_convolutions(ord
     assert [type(module).__name__ for module in linear.modules() if is_conv(module)] == [
         f"PointwiseConv{order}d", *[kind.__name__] * 4, f"PointwiseConv{order}d"
     ]  # fmt: skip
-    for form in (torch.contiguous_format, (torch.channels_last, torch.channels_last_3d)[order - 2]):
+    for form in (torch.contiguous_format, CHANNELS_LAST.get(order + 2, torch.contiguous_format)):
         x = torch.randn(2, 6, *[7] * order).contiguous(memory_format=form)
         for network in (linear, copy.deepcopy(linear), pickle.loads(pickle.dumps(linear)), fx.symbolic_trace(linear)):
             torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
@@ -221,9 +221,36 @@ def test_what_must_not_become_a_matrix_product_does_not() -> None:
     same = in_form(nn.Sequential(*kept), ["pointwise_linear"])
     x = torch.randn(2, 6, 5, 5)
     assert same(x).equal(nn.Sequential(*kept)(x))
-    flat = PointwiseLinear()(fx.symbolic_trace(nn.Sequential(nn.Conv1d(6, 8, 1))))
-    assert flat is not None
-    assert not flat.modified
+
+
+class Flat(nn.Module):
+    """What PyTorch cannot ``view`` so where maps are channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.head = nn.Linear(32 * 100, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(torch.relu(self.a(x))).view(x.shape[0], -1))
+
+
+def test_a_form_in_which_the_network_does_not_run_is_none(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(calls: Sequence[Callable[[], object]], **options: Any) -> list[float]:
+        for call in calls:
+            call()
+        return [10.0 - k for k in range(len(calls))]  # the last is the fastest
+
+    monkeypatch.setattr(inference, "fastest", timed)
+    monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[3.0] * 2, *[[1.0] * 2] * (len(calls) - 1)])
+    model = Flat().eval()
+    with pytest.raises(RuntimeError, match="view size"):
+        in_form(model, ["channels_last"])(x)
+    torch.testing.assert_close(fxfact.for_inference(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+    small = fxfact.factorize(model, "tucker", budget=fxfact.Latency(0.9), example_inputs=x, verify=True)
+    assert fxfact.plan_of(small).rewrites
+    assert "channels_last" not in fxfact.plan_of(small).form
+    assert small(x).shape == (2, 4)
 
 
 class Net(nn.Module):
@@ -466,14 +493,14 @@ def test_frozen_convolutions_compute_the_same(name: str) -> None:
     assert is_conv(ready[0]) == (not packed)
 
 
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [1, 2, 3])
 def test_frozen_matrix_products_compute_the_same(order: int) -> None:
-    kind: Any = (nn.Conv2d, nn.Conv3d)[order - 2]
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[order - 1]
     chain: Any = in_form(nn.Sequential(kind(6, 8, 3), kind(8, 4, 1, bias=False), kind(4, 5, 1)), ["pointwise_linear"])
     x = torch.randn(2, 6, *[6] * order)
     ready = frozen(chain, x)
     torch.testing.assert_close(ready(x), chain(x), rtol=1e-4, atol=1e-4)
-    assert sum(map(is_conv, ready)) == (0 if torch._C.has_mkl else 2)
+    assert sum(map(is_conv, ready)) == (3 if order == 1 else 0 if torch._C.has_mkl else 2)
 
 
 @pytest.mark.parametrize("faster", [True, False])

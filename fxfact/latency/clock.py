@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.conv_modules import CHANNELS_LAST, FORMS, LINEAR, write_conv
+from fxfact.conv_modules import CHANNELS_LAST, FORMS, linear_form, write_conv
 from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
@@ -29,9 +29,9 @@ def remaining(ms: float, saving: float) -> float:
     return max(ms - saving, _LEAST * ms)
 
 
-def _as_linear(form: Sequence[str]) -> tuple[str, ...]:
+def _as_linear(form: Sequence[str], sites: Sequence[ConvSite]) -> tuple[str, ...]:
     """With matrix products besides, in the order in which what a convolution is computed by is chosen."""
-    wanted = {*form, *LINEAR}
+    wanted = {*form, *linear_form(site.spec for site in sites)}
     return (*(name for name in form if name not in FORMS), *(name for name in FORMS if name in wanted))
 
 
@@ -57,7 +57,7 @@ class Clock:
         self._spreads: list[float] = []
         self._scale = 1.0  # of what chains save
         if undecided and self._faster_if_linear(sites):
-            self.form = _as_linear(self.form)
+            self.form = _as_linear(self.form, sites)
 
     @property
     def noisy(self) -> bool:
@@ -96,9 +96,9 @@ class Clock:
 
     def _faster_if_linear(self, sites: Sequence[ConvSite]) -> bool:
         """Whether 1×1 convolutions on the inputs of these, to half as many channels, take less time so."""
-        known, saved, forms = self._kept.ms, 0.0, (self.form, _as_linear(self.form))
+        known, saved, forms = self._kept.ms, 0.0, (self.form, _as_linear(self.form, sites))
         for site in sites:
-            if site.spec.order > 1 and site.spec.in_channels > 1 and site.tied_to is None:
+            if site.spec.in_channels > 1 and site.tied_to is None:
                 channels = site.spec.in_channels
                 halving = (ConvSpec.parse(channels, channels // 2, (1,) * site.spec.order),)
                 keys = [self._key(site.path, halving, form) for form in forms]
