@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxfact.errors import CaptureError
@@ -69,13 +70,19 @@ def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     own = {id(tensor): tensor for tensor in _tensors(module)}
     values = {key: tensor.detach().clone() for key, tensor in own.items() if not tensor.is_leaf and key not in memo}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():  # with gradients the tensors of scripted copies are no leaves
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of copying an exported program's module
-            return copy.deepcopy(module, {**values, **memo})
+            made = copy.deepcopy(module, {**values, **memo})
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__} cannot be copied: {error}. Make it support copy.deepcopy."
         ) from error
+    for child, other in zip(module.modules(), made.modules(), strict=False):
+        if isinstance(child, torch.jit.ScriptModule):
+            for one, two in zip(child.parameters(recurse=False), other.parameters(recurse=False), strict=True):
+                two.requires_grad_(one.requires_grad)
+    note(made, noted(made))  # copy.deepcopy of a graph module keeps one of the two places
+    return made
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

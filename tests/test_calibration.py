@@ -243,6 +243,18 @@ def test_outputs_that_do_not_say_their_loss_are_refused(x: Tensor) -> None:
     assert set(fxfact.calibrate(Dense(), [x], likelihood="gaussian").moments) == {"conv"}
 
 
+def test_what_cannot_be_learned_from_is_said(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"on the meta device.*Load its weights"):
+        fxfact.calibrate(copy.deepcopy(model).to("meta"), [x])
+    with pytest.raises(CalibrationError, match="reach no convolution"):
+        fxfact.calibrate(model, [x], likelihood=lambda output: torch.zeros((), requires_grad=True))
+    own = fxfact.calibrate(model, [x], likelihood=lambda output: output.square().sum())
+    with pytest.raises(CalibrationError, match=r"a likelihood of your own.*leave held_out away"):
+        fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=own, held_out=[x], example_inputs=x[:1])
+    with pytest.raises(CalibrationError, match=r"fails on a batch of \[\(.*\)\]: .*Give batches that the model takes"):
+        fxfact.calibrate(model, [x, x[:, :1]])
+
+
 @pytest.mark.parametrize("factorization", ALL, ids=by_name)
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_stages_fitted_to_data_have_the_strides_of_new_ones(factorization: Any, order: int) -> None:

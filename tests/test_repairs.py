@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -194,6 +195,65 @@ def test_modules_that_are_no_plain_convolutions_are_not_compared_with_chains(dat
     _, report = fxfact.repair(small, model, data.split(8))
     assert set(report.paths) <= {"1"}
     fxfact.recover(small, model, data.split(8), steps=3)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.body(x)
+        return self.head((maps + torch.randn(maps.shape)).mean((2, 3)))
+
+
+def test_what_is_random_is_drawn_alike_in_both_networks(data: Tensor) -> None:
+    model, batches = Noisy().eval(), data.split(8)
+    random_state = torch.get_rng_state()
+    every = fxfact.factorize(model, "tucker", budget=fxfact.Loss(10.0), calibration=batches)
+    small = fxfact.factorize(model, "tucker", rank=0.5)
+    one, other = (fxfact.repair(small, model, batches)[1] for _ in range(2))
+    assert (one.before, one.after, one.paths) == (other.before, other.after, other.paths)
+    assert torch.get_rng_state().equal(random_state)
+    assert fxfact.plan_of(every).rewrites
+    same = fxfact.factorize(model, "tucker", rank=0.5, exclude="*")
+    assert fxfact.repair(same, model, batches)[1].before == 0
+
+
+def test_what_was_repaired_is_pickled_with_its_plan(small: Small, factorized: nn.Module, data: Tensor) -> None:
+    repaired, _ = fxfact.repair(factorized, small, data.split(8))
+    assert fxfact.plan_of(pickle.loads(pickle.dumps(repaired))) == fxfact.plan_of(factorized)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(4, 16, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        maps = self.body(x)
+        return maps.mean((2, 3)), maps.flatten(0, 1)
+
+
+class Masked(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).mean((2, 3)).masked_fill(torch.arange(16) < 2, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("model", "likelihood", "words"),
+    [(Two(), "gaussian", r"\[8, 128\] samples on their first axis"), (Masked(), None, "own output is NaN or Inf")],
+)
+def test_outputs_that_cannot_be_compared_are_refused(
+    model: nn.Module, likelihood: Any, words: str, data: Tensor
+) -> None:
+    small = fxfact.factorize(model.eval(), "tucker", rank=0.5)
+    for nearer in (fxfact.repair, fxfact.recover):
+        with pytest.raises(CalibrationError, match=words):
+            nearer(small, model, data.split(8), likelihood=likelihood)
 
 
 def test_bad_requests(small: Small, factorized: nn.Module, data: Tensor) -> None:

@@ -273,6 +273,12 @@ def test_scripted_children_are_listed_and_stay_trainable(x: Tensor) -> None:
         result = fxfact.factorize(model, example_inputs=x, capture=capture)
         assert "c" in " ".join(reasons(result))
         assert any(name.startswith("c.") for name in result.state_dict())
+        assert all(p.is_leaf and p.requires_grad for p in result.parameters())
+        result(x).sum().backward()
+        assert all(p.grad is None for p in model.parameters())
+        fxfact.recover(result, model, [x, x], steps=1, likelihood="gaussian")
+    small = fxfact.factorize(model, budget=fxfact.Macs(0.8), calibration=[x, x], likelihood="gaussian")
+    assert fxfact.plan_of(small).measured is not None
 
 
 def test_a_gain_on_the_bias_is_not_taken_for_the_bias(x: Tensor) -> None:

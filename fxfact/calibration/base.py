@@ -58,7 +58,7 @@ class Statistics:
     def check(self, paths: Sequence[str]) -> None:
         """Raise CalibrationError where they know none of the convolutions at these paths."""
         if paths and not any(path in self.moments for path in paths):
-            known = ", ".join(list(self.moments)[:3]) or "none, for no gradient reached any"
+            known = ", ".join(list(self.moments)[:3])
             raise CalibrationError(
                 f"the statistics know none of the convolutions ({', '.join(paths[:3])}, …), but others: {known}. "
                 "Calibrate this model."

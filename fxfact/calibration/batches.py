@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxfact.capture import ExampleInputs, copied_arguments, reason_of
+from fxfact.capture import ExampleInputs, copied_arguments, drawn_from_seed, reason_of
 from fxfact.errors import CalibrationError
 
 Batches = Iterable[ExampleInputs]
@@ -33,6 +33,8 @@ def arguments_for(
         )
     tensors = [*network.parameters(), *network.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type == "meta":
+        raise CalibrationError(f"{name}: the model is on the meta device, where it computes nothing. Load its weights.")
     count = -1
     for count, batch in enumerate(_raising(batches, name)):
         cut = _cut(network, batch, example_inputs, name)
@@ -59,12 +61,19 @@ def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, B
 
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:
-    """The network's output for a copy of the batch. Raises CalibrationError where the network does."""
+    """The network's output for a copy of the batch; whatever is random is drawn alike in every run, so that networks
+    can be compared. Raises CalibrationError where the network fails.
+    """
     args, kwargs = copied_arguments(batch)
     try:
-        return network(*args, **kwargs)
+        with drawn_from_seed():
+            return network(*args, **kwargs)
     except Exception as error:
-        raise CalibrationError(f"{type(network).__name__} fails on a batch: {reason_of(error)}") from error
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        raise CalibrationError(
+            f"{type(network).__name__} fails on a batch of {shapes or 'no tensors'}: {reason_of(error)}. Give batches "
+            "that the model takes."
+        ) from error
 
 
 def held_out_of(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], list[ExampleInputs]]:

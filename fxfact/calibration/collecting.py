@@ -82,6 +82,11 @@ def _statistics(
     count, total, squares = output_sums.tolist()
     variance = max(0.0, squares / count - (total / count) ** 2) if count else 0.0
     metrics = {path: found.metric(samples, known.scale(variance)) for path, (_, found) in sums.items()}
+    if metrics and not any(metrics.values()):
+        raise CalibrationError(
+            "calibration: the gradients of the output reach no convolution. Pass a likelihood that depends on them, or "
+            "plan without data."
+        )
     return Statistics(
         samples=int(samples),
         likelihood=known.name,

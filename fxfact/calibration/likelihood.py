@@ -95,6 +95,11 @@ class Gaussian(Likelihood):
         """Half the squared distance by the variance, summed over the output."""
         pairs = zip(dense_of(expected), dense_of(found), strict=True)
         squares = [(other - one).double().square().reshape(len(one), -1).sum(dim=1) for one, other in pairs]
+        if len({len(square) for square in squares}) > 1:
+            raise CalibrationError(
+                f"likelihood='gaussian': outputs have {sorted({len(square) for square in squares})} samples on their "
+                "first axis. Give a model whose tensors all have the batch there."
+            )
         return torch.stack(squares).sum(dim=0) / 2 * self.scale(variance)
 
 
@@ -137,6 +142,11 @@ def likelihood_for(request: object, output: Any) -> Likelihood:
     way_out = (
         "Pass likelihood='categorical' (classes on axis 1), 'gaussian' (numbers), or a function that gives a loss."
     )
+    if request == OwnLoss.name:
+        raise CalibrationError(
+            "the statistics are of a likelihood of your own, which tells gradients, not how to measure a loss. Pass "
+            "'categorical' or 'gaussian' to measure, or leave held_out away."
+        )
     if request is not None:
         raise CalibrationError(f"likelihood cannot be {request!r}. {way_out}")
     logits = _named_logits(output)
@@ -164,7 +174,10 @@ def dense_of(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output. Raises CalibrationError where there are none."""
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.ndim > 0]
     if not found:
-        raise CalibrationError("likelihood='gaussian' needs a floating-point tensor in the output, got none")
+        raise CalibrationError(
+            "the output holds no floating-point tensor with an axis for the samples, which it is judged by, 'gaussian' "
+            "or not. Return one."
+        )
     return found
 
 

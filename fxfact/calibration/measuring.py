@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from fxfact.calibration.batches import run_batch
 from fxfact.calibration.collecting import all_reduce
 from fxfact.calibration.likelihood import Likelihood, dense_of, likelihood_for
 from fxfact.capture import ExampleInputs
+from fxfact.errors import CalibrationError
 
 
 class HeldOut:
@@ -36,6 +38,14 @@ class HeldOut:
             numbers = [tensor.double().flatten() for output in self._expected for tensor in dense_of(output)]
             variance = float(torch.cat(numbers).var(correction=0))
         self.variance = variance
+        if self.likelihood.measures and not all(map(self._is_measured, self._expected)):
+            raise CalibrationError(
+                "the model's own output is NaN or Inf on this data, from which nothing is near or far. Repair or drop "
+                "the data, or mask with a large number."
+            )
+
+    def _is_measured(self, output: Any) -> bool:
+        return bool(self.likelihood.divergence(output, output, self.variance).isfinite().all())
 
     @torch.no_grad()
     def divergence(self, network: nn.Module) -> float:

@@ -1,6 +1,15 @@
 """A model becomes something whose convolutions can be found and replaced, in three ways, each compared with it."""
 
-from fxfact.capture.base import Captured, ExampleInputs, Rung, copied_arguments, reason_of, run_model, samples_of
+from fxfact.capture.base import (
+    Captured,
+    ExampleInputs,
+    Rung,
+    copied_arguments,
+    drawn_from_seed,
+    reason_of,
+    run_model,
+    samples_of,
+)
 from fxfact.capture.exported import reexport
 from fxfact.capture.guard import storage_of
 from fxfact.capture.ladder import How, capture
@@ -12,6 +21,7 @@ __all__ = [
     "Rung",
     "capture",
     "copied_arguments",
+    "drawn_from_seed",
     "reason_of",
     "reexport",
     "run_model",
