@@ -1,4 +1,4 @@
-"""The zoo: third-party models as they are, factorized in one call. ``pytest -m zoo``, with the extra [zoo].
+"""The zoo: third-party models as they are, factorized in one call. ``pytest -m zoo -n 0``, with the extra [zoo].
 
 At the end the table of the README is written to benchmarks/results/zoo.md.
 """
