@@ -263,10 +263,9 @@ def test_stages_fitted_to_data_have_the_strides_of_new_ones(factorization: Any, 
     model = nn.Sequential(kind(6, 8, 3), kind(8, 12, 3), nn.Flatten(), nn.Linear(12 * 2**order, 3)).eval()
     x = torch.randn(8, 6, *[6] * order, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"include": "1", "allow_growth": True}
-    if isinstance(factorization.rejects(ConvSpec.parse(8, 12, (3,) * order)), Skip):
-        return
+    refused = isinstance(factorization.rejects(ConvSpec.parse(8, 12, (3,) * order)), Skip)
     small = fxfact.factorize(model, factorization, rank=0.6, calibration=[x], **options)
-    assert fxfact.plan_of(small).rewrites
+    assert bool(fxfact.plan_of(small).rewrites) != refused
     assert all(p.stride() == torch.empty(p.shape).stride() for p in small.parameters())
 
 
