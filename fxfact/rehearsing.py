@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -15,20 +15,23 @@ from fxfact.capture import Captured
 from fxfact.cost import Cost
 from fxfact.errors import BudgetError
 from fxfact.inference import Rival
-from fxfact.latency import Clock, remaining
+from fxfact.latency import Clock
 from fxfact.passes import Decomposed, Decomposing, carry_out
 from fxfact.planning import Decision, Plan
-from fxfact.ranks import Latency, WithinBudget
-from fxfact.timing import random_numbers
+from fxfact.ranks import Budget, FrontPoint, Latency, WithinBudget
+from fxfact.timing import TICK, random_numbers
 
 _REHEARSALS = 5
 _NEAR = 0.03  # of the budget below it, and above it what may be chance
+_LEAST = 0.05  # of the milliseconds of a convolution, for its chain, and of what was foreseen to be saved
+_INNER = 0.2  # of what is searched, at either end: not looked at
 
 
 class Rehearsed(NamedTuple):
-    """A plan, and the milliseconds that its network measured."""
+    """A plan, the milliseconds asked of the clock for it, and those that its network measured."""
 
     plan: Plan
+    asked: float
     ms: float
 
 
@@ -36,70 +39,62 @@ class Rehearsed(NamedTuple):
 class Rehearsal:
     """Makes plans whose networks measure within the milliseconds of their budget.
 
-    What chains save in a network is not what they save alone: caches are cold there, and the compiler fuses. Each
-    rehearsal corrects the clock for the next, and its own plan for what was measured.
+    What chains save in a network is not what they save alone: caches are cold there, and the compiler fuses. So it
+    searches for what to ask the clock: between what gave a network too slow and what gave one too fast.
     """
 
     captured: Captured
     clock: Clock
     rival: Rival
     make: Callable[[WithinBudget], Plan]
+    _asked: dict[float, float] = field(default_factory=dict)  # for a budget, at last
 
     def __call__(self, strategy: WithinBudget) -> Plan:
         """Of up to five the nearest to the budget that is within; where none is, the fastest, with a warning. Raises
         BudgetError where even the fastest chains, rehearsed, do not meet it.
         """
-        allowed = strategy.budget.allowed(Cost(0, None, self.clock.network))
+        network = self.clock.network
+        allowed = strategy.budget.allowed(Cost(0, None, network))
+        search = _Search(network, allowed)
         tried: dict[frozenset[str], Rehearsed] = {}
-        refusal = None
+        asked, refused = self._asked.get(allowed, allowed), False
         for _ in range(_REHEARSALS):
-            plan, refusal = self._planned(strategy)
+            plan, asked, at_least = self._planned(strategy, asked)
             rewrites = frozenset(decision.rewrite for decision in plan.rewrites)
-            if not rewrites and refusal is None:
-                return plan
             known = tried.get(rewrites)
-            if not rewrites or (known is not None and (refusal is not None or known.ms <= allowed)):
+            if known is None or (at_least and known.ms > allowed):  # no plan is faster: it may have been disturbed
+                tried[rewrites] = self._rehearsed(plan, asked)
+            ms = tried[rewrites].ms
+            refused = at_least and ms > allowed * (1 + _NEAR)
+            if abs(ms / allowed - 1) < _NEAR or (refused and known) or not rewrites:
                 break
-            tried[rewrites] = self._rehearsed(plan)  # for the second time where it seemed too slow and no more does
-            if abs(tried[rewrites].ms / allowed - 1) < _NEAR:
-                break
-        if refusal is not None and all(each.ms > allowed * (1 + _NEAR) for each in tried.values()):
-            raise refusal
-        return self._best(list(tried.values()), allowed).plan
+            asked = search.after(asked, ms)
+        best = _best(list(tried.values()), allowed, strategy.budget if refused else None)
+        self._asked[allowed] = best.asked
+        return best.plan
 
-    def _best(self, tried: list[Rehearsed], allowed: float) -> Rehearsed:
-        within = [each for each in tried if each.ms <= allowed * (1 + _NEAR)]
-        if within:
-            return max(within, key=lambda each: each.ms)
-        best = min(tried, key=lambda each: each.ms)
-        warnings.warn(
-            f"the budget is {allowed:.3g} ms, and of {len(tried)} networks planned for it the fastest measures "
-            f"{best.ms:.3g} ms. Ask for less, or try again when the machine is idle.",
-            stacklevel=6,
-        )
-        return best
-
-    def _planned(self, strategy: WithinBudget) -> tuple[Plan, BudgetError | None]:
-        """The plan; where the clock knows none so fast, why, and the fastest that it knows: in the network that may
-        save more.
+    def _planned(self, strategy: WithinBudget, asked: float) -> tuple[Plan, float, bool]:
+        """The plan for so many milliseconds, or for the fewest that the clock knows of; which, and whether it is
+        those: in the network they may be fewer.
         """
         try:
-            return self.make(strategy), None
+            return self.make(replace(strategy, budget=Latency(at_most_ms=asked))), asked, False
         except BudgetError as error:
             if error.least is None:
                 raise
-            return self.make(replace(strategy, budget=Latency(at_most_ms=error.least * (1 + 1e-9)))), error
+            least = error.least * (1 + 1e-9)
+            return self.make(replace(strategy, budget=Latency(at_most_ms=least))), least, True
 
-    def _rehearsed(self, plan: Plan) -> Rehearsed:
-        """What the plan's network measures, and the plan with that spread over its chains; the clock learns."""
+    def _rehearsed(self, plan: Plan, asked: float) -> Rehearsed:
+        """What the plan's network measures, and the plan with that spread over its chains."""
         planned, network = plan.after.ms, plan.network.ms
         assert planned is not None
         assert network is not None
         if planned >= network:
-            return Rehearsed(plan, planned)
+            return Rehearsed(plan, asked, planned)
         measured = network * self._share(plan)
-        factor = self.clock.correct(planned=network - planned, measured=network - measured)
-        return Rehearsed(replace(plan, decisions=tuple(_scaled(decision, factor) for decision in plan)), measured)
+        factor = max((network - measured) / (network - planned), _LEAST)
+        return Rehearsed(_scaled(plan, factor), asked, measured)
 
     def _share(self, plan: Plan) -> float:
         """The time of the plan's network over that of the dense one, taking turns."""
@@ -112,14 +107,68 @@ class Rehearsal:
         return after / before
 
 
+def _best(tried: list[Rehearsed], allowed: float, missed: Budget | None) -> Rehearsed:
+    within = [each for each in tried if each.ms <= allowed * (1 + _NEAR)]
+    if within:
+        return max(within, key=lambda each: each.ms)
+    best = min(tried, key=lambda each: each.ms)
+    if missed is not None:
+        raise missed.unmet(best.ms, best.plan.network)
+    warnings.warn(
+        f"the budget is {allowed:.3g} ms, and of {len(tried)} networks planned for it the fastest measures "
+        f"{best.ms:.3g} ms. Ask for less, or try again when the machine is idle.",
+        stacklevel=6,
+    )
+    return best
+
+
 def _random(decision: Decision, like: Tensor) -> Decomposed:
     """Stages that keep the size of what goes through them."""
     sizes = [torch.Size(spec.weight_shape) for spec in decision.stages]
     return [(random_numbers(size) / size[1:].numel() ** 0.5).to(like) for size in sizes], 0.0
 
 
-def _scaled(decision: Decision, factor: float) -> Decision:
-    if decision.factorization is None or decision.milliseconds is None:
-        return decision
-    dense, chain = decision.milliseconds
-    return replace(decision, milliseconds=(dense, remaining(dense, factor * (dense - chain))))
+def _scaled(plan: Plan, factor: float) -> Plan:
+    """With so many times what its chains, and those of the other networks that could be had, were foreseen to save."""
+
+    def left(dense: float, ms: float) -> float:
+        return max(dense - factor * (dense - ms), _LEAST * dense)
+
+    def chain_scaled(decision: Decision) -> Decision:
+        if decision.factorization is None or decision.milliseconds is None:
+            return decision
+        dense, chain = decision.milliseconds
+        return replace(decision, milliseconds=(dense, left(dense, chain)))
+
+    def point_scaled(point: FrontPoint) -> FrontPoint:
+        return replace(point, cost=replace(point.cost, ms=left(plan.network.ms or 0.0, point.cost.ms or 0.0)))
+
+    return replace(plan, decisions=tuple(map(chain_scaled, plan)), front=tuple(map(point_scaled, plan.front)))
+
+
+class _Search:
+    """For the milliseconds to ask of a clock for a network that measures what is allowed (by the Illinois method:
+    M. Dowell and P. Jarratt, A modified regula falsi method, BIT 11, 1971).
+    """
+
+    def __init__(self, network: float, allowed: float) -> None:
+        self._network, self._allowed = network, allowed
+        self._ends = {True: (network, network - allowed)}  # by whether it was too slow: asked, by how much
+        self._last: bool | None = None
+
+    def after(self, asked: float, measured: float) -> float:
+        """What to ask next: where a line through what gave a network too slow, at first the dense one, and what gave
+        one too fast meets what is allowed; until one was too fast, what it would be if savings were in proportion.
+        """
+        slow = measured > self._allowed
+        if slow is self._last and len(self._ends) == 2:  # then the other end counts half
+            other, by = self._ends[not slow]
+            self._ends[not slow] = other, by / 2
+        self._ends[slow], self._last = (asked, measured - self._allowed), slow
+        start, above = self._ends[True]
+        if False not in self._ends:
+            wanted = self._network - self._allowed
+            saved = max(wanted - above, _LEAST * (self._network - start))
+            return max(self._network - (self._network - start) * wanted / saved, TICK)
+        end, below = self._ends[False]
+        return start + min(max(above / (above - below), _INNER), 1 - _INNER) * (end - start)

@@ -455,6 +455,26 @@ def test_chains_may_save_more_in_the_network_than_the_clock_foresees(
     assert len(plan.rewrites) == 3
 
 
+def test_networks_that_save_less_or_more_than_their_chains_meet_the_budget(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mild chains save nothing in the network, strong ones twice of what they save alone: no one factor tells that."""
+
+    def little_or_much(calls: Sequence[Callable[[], Any]], **options: Any) -> list[float]:
+        dense, *others = map(macs_of, calls)
+        return [dense, *(dense - max(0.0, 1.6 * (dense - ms) - 0.6 * dense) for ms in others)]
+
+    monkeypatch.setattr(inference, "fastest", little_or_much)
+    for share in (0.9, 0.7, 0.5):
+        plan = fxfact.plan(model, budget=fxfact.Latency(share), example_inputs=x)
+        assert plan.after.ms is not None
+        assert plan.network.ms is not None
+        assert (share - 0.1) * plan.network.ms < plan.after.ms <= share * 1.03 * plan.network.ms
+        front = [point.cost.ms / plan.network.ms for point in plan.front if point.cost.ms]
+        assert min(front) < share < max(front)
+        assert " ms " in str(plan.curve()).split("\n")[0]
+
+
 def test_one_bad_rehearsal_does_not_refuse_a_budget(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsed: list[float] = []
 
@@ -589,7 +609,26 @@ def test_times_are_measured_once(model: Net, x: Tensor, told: list[int]) -> None
     assert sum(first) > 20
     told.clear()
     fxfact.plan(model, budget=fxfact.Latency(0.7), example_inputs=x)
-    assert told == [first[0], 2]  # the forms of the whole network, and a rehearsal
+    assert told == [first[0], 1, 1, 1, 2]  # the forms of the whole network, its convolutions, and a rehearsal
+
+
+@pytest.mark.parametrize("slower", [1.2, 4.0])
+def test_what_was_kept_under_load_is_measured_again(
+    model: Net, x: Tensor, told: list[int], tmp_path: Path, slower: float
+) -> None:
+    """A little slower is scaled, the convolution and its chains alike."""
+    expected = fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
+    (path,) = (tmp_path / "times").iterdir()
+    kept = json.loads(path.read_text())
+    times = next(iter(kept["ms"].values()))
+    times.update({key: slower * ms for key, ms in times.items()})
+    path.write_text(json.dumps(kept))
+    told.clear()
+    found = fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
+    assert (sum(told) > 20) == (slower > 1.5)
+    assert [d.rank for d in found] == [d.rank for d in expected]
+    assert found.after.ms == pytest.approx(expected.after.ms)
+    assert json.loads(path.read_text())["ms"].keys() == kept["ms"].keys()
 
 
 def test_a_budget_of_milliseconds_needs_inputs_and_numbers(model: Net) -> None:
@@ -607,16 +646,19 @@ def test_a_budget_of_milliseconds_needs_inputs_and_numbers(model: Net) -> None:
         (b"{", "damaged"),
         (b"\xff\xfe", "can't decode"),
         (b"[]", "damaged"),
-        (b'{"format": "fxfact times", "version": 1, "machine": {}, "ms": {"a": 1.0}}', "another machine"),
-        (b'{"format": "fxfact times", "version": 1, "machine": {"kind": "toaster"}, "ms": {"a": -1.0}}', "no times"),
-        (b'{"format": "fxfact times", "version": 1, "machine": {"kind": "toaster"}, "ms": {"a": "x"}}', "damaged"),
+        (b'{"format": "fxfact times", "version": 2, "machine": {}, "ms": {"a": {"b": 1.0}}}', "another machine"),
+        (
+            b'{"format": "fxfact times", "version": 2, "machine": {"kind": "toaster"}, "ms": {"a": {"b": -1.0}}}',
+            "no times",
+        ),
+        (b'{"format": "fxfact times", "version": 2, "machine": {"kind": "toaster"}, "ms": {"a": 1.0}}', "damaged"),
     ],
 )
 def test_a_file_of_times_that_cannot_be_used_is_left_aside(content: bytes, words: str) -> None:
     kept = Kept({"kind": "toaster"})
-    kept.ms["a"] = 2.0
+    kept.ms["a"] = {"b": 2.0}
     kept.save()
-    assert Kept({"kind": "toaster"}).ms == {"a": 2.0}
+    assert Kept({"kind": "toaster"}).ms == {"a": {"b": 2.0}}
     assert Kept({"kind": "oven"}).ms == {}
     kept.path.write_bytes(content)
     with pytest.warns(UserWarning, match=words):

@@ -1,6 +1,6 @@
 """How long convolutions and chains take on this machine: measured side by side, kept in a file."""
 
-from fxfact.latency.clock import Clock, remaining
+from fxfact.latency.clock import Clock
 from fxfact.latency.kept import Kept, machine
 
-__all__ = ["Clock", "Kept", "machine", "remaining"]
+__all__ = ["Clock", "Kept", "machine"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,13 +21,8 @@ from fxfact.sites import ConvSite
 from fxfact.timing import milliseconds, milliseconds_of_graphs, random_numbers
 
 _REPEATS, _WITHIN = 15, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
-_SPREAD, _LEAST = 1.5, 0.05
+_SPREAD = 1.5
 Layout = tuple[ConvSpec, ...]
-
-
-def remaining(ms: float, saving: float) -> float:
-    """What a saving leaves of some milliseconds, a twentieth at least."""
-    return max(ms - saving, _LEAST * ms)
 
 
 def _as_linear(form: Sequence[str], sites: Sequence[ConvSite]) -> tuple[str, ...]:
@@ -38,7 +34,10 @@ def _as_linear(form: Sequence[str], sites: Sequence[ConvSite]) -> tuple[str, ...
 class Clock:
     """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
     the memory format in which it runs, all of a convolution taking turns. On a processor each runs once in a turn: so
-    its weights have left the caches when they are wanted again, as in the network. What is known is not measured again.
+    its weights have left the caches when they are wanted again, as in the network.
+
+    Of what is kept only the convolution itself is measured again: where it takes much less, the machine was under load
+    before, and its chains are measured again too.
 
     ``network`` is the milliseconds of the whole dense network in its fastest form: after the passes ``form``, and
     ``compiled`` with frozen weights. ``undecided`` says that 1×1 convolutions may be matrix products besides: then
@@ -55,7 +54,7 @@ class Clock:
         device = sites[0].weight.device if sites else torch.device("cpu")
         self._kept = Kept(machine(device))
         self._spreads: list[float] = []
-        self._scale = 1.0  # of what chains save
+        self._paced: set[str] = set()  # what of the kept was compared with this machine now
         if undecided and self._faster_if_linear(sites):
             self.form = _as_linear(self.form, sites)
 
@@ -68,26 +67,18 @@ class Clock:
         """Milliseconds of each, at all calls of the convolution and those that share its weight, the first layout being
         the convolution itself.
         """
-        keys = [self._key(path, layout, self.form) for layout in layouts]
-        known = self._kept.ms
-        missing = [k for k, key in enumerate(keys) if key not in known]
-        if missing:
-            again = sorted({0, *missing})
+        group, keys = self._group(path, self.form), [_hash([asdict(spec) for spec in layout]) for layout in layouts]
+        known = self._kept.ms.setdefault(group, {})
+        asked = sorted({0, *(k for k, key in enumerate(keys) if key not in known)})
+        if len(asked) > 1 or group not in self._paced:
+            self._paced.add(group)
             like = self._sites[path][0].weight
-            found = self._measured(path, [self._chain(layouts[k], like, self.form) for k in again])
-            scale = known.get(keys[0], found[0]) / found[0]
-            for k, ms in zip(again, found, strict=True):
-                known.setdefault(keys[k], ms * scale)
-        dense, *chains = (known[key] for key in keys)
-        return [dense, *(remaining(dense, self._scale * (dense - ms)) for ms in chains)]
-
-    def correct(self, *, planned: float, measured: float) -> float:
-        """Learn what chains that were planned to save so many milliseconds save in the network: the factor, which is
-        within what a clock can believe.
-        """
-        factor = max(measured / planned, _LEAST)
-        self._scale *= factor
-        return factor
+            measured = self._measured(path, [self._chain(layouts[k], like, self.form) for k in asked])
+            if known and known.get(keys[0], math.inf) > _SPREAD * measured[0]:
+                known.clear()
+                return self.times(path, layouts)
+            _add(known, {keys[k]: ms for k, ms in zip(asked, measured, strict=True)}, keys[0])
+        return [known[key] for key in keys]
 
     def save(self) -> None:
         """Keep what was measured, for the next time."""
@@ -96,12 +87,13 @@ class Clock:
 
     def _faster_if_linear(self, sites: Sequence[ConvSite]) -> bool:
         """Whether 1×1 convolutions on the inputs of these, to half as many channels, take less time so."""
-        known, saved, forms = self._kept.ms, 0.0, (self.form, _as_linear(self.form, sites))
+        saved, forms = 0.0, (self.form, _as_linear(self.form, sites))
+        keys = [_hash(self._of_modules(form)) for form in forms]
         for site in sites:
             if site.spec.in_channels > 1 and site.tied_to is None:
                 channels = site.spec.in_channels
                 halving = (ConvSpec.parse(channels, channels // 2, (1,) * site.spec.order),)
-                keys = [self._key(site.path, halving, form) for form in forms]
+                known = self._kept.ms.setdefault(self._group(site.path, *forms), {})
                 if not known.keys() >= set(keys):
                     chains = [self._chain(halving, site.weight, form) for form in forms]
                     known.update(zip(keys, self._measured(site.path, chains), strict=True))
@@ -152,8 +144,20 @@ class Clock:
     def _shapes(self, path: str) -> list[Sizes]:
         return [shape for site in self._sites[path] for shape in site.input_shapes or ()]
 
-    def _key(self, path: str, layout: Layout, form: Sequence[str]) -> str:
-        weight = self._sites[path][0].weight
-        how = [str(weight.dtype), self._of_modules(form), self._compiled]
-        described = [*how, self._shapes(path), [asdict(spec) for spec in layout]]
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]
+    def _group(self, path: str, *forms: Sequence[str]) -> str:
+        """A name for a convolution, computed in some forms."""
+        site = self._sites[path][0]
+        how = [str(site.weight.dtype), *map(self._of_modules, forms), self._compiled]
+        return _hash([*how, self._shapes(path), asdict(site.spec)])
+
+
+def _add(known: dict[str, float], found: Mapping[str, float], dense: str) -> None:
+    """New times to those known, all at the faster pace of both, by the convolution's own."""
+    before, now = known.get(dense, found[dense]), found[dense]
+    best = min(before, now)
+    known.update({key: ms * best / before for key, ms in known.items()})
+    known.update({key: ms * best / now for key, ms in found.items()})
+
+
+def _hash(described: object) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]

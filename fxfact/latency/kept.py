@@ -16,7 +16,7 @@ import torch
 
 from fxfact.writing import written
 
-_FORMAT = {"format": "fxfact times", "version": 1}
+_FORMAT = {"format": "fxfact times", "version": 2}
 _TELLING = ("model name", "cpu family", "model", "stepping")  # in /proc/cpuinfo: one name has many models
 
 
@@ -47,7 +47,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 class Kept:
-    """Milliseconds by what was measured, in the folder FXFACT_CACHE, or fxfact in XDG_CACHE_HOME or ~/.cache.
+    """Milliseconds by convolution and by what takes its place, in the folder FXFACT_CACHE, or fxfact in XDG_CACHE_HOME
+    or ~/.cache.
 
     A file that is damaged, or of another machine, is left aside with a warning and written anew.
     """
@@ -69,7 +70,7 @@ class Kept:
         except OSError as error:
             warnings.warn(f"{self.path}: times cannot be kept there: {error}. Set FXFACT_CACHE.", stacklevel=2)
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, dict[str, float]]:
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -78,14 +79,15 @@ class Kept:
             return self._aside(str(error))
         try:
             found = json.loads(text)
-            times = {str(key): float(ms) for key, ms in found["ms"].items()}
+            times = {name: {key: float(ms) for key, ms in own.items()} for name, own in found["ms"].items()}
             described = {key: found[key] for key in (*_FORMAT, "machine")}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return self._aside(f"it is damaged: {error}")
         if described != {**_FORMAT, "machine": self._machine}:
             return self._aside("it is of another machine or version")
-        return times if all(0 < ms < float("inf") for ms in times.values()) else self._aside("it holds no times")
+        possible = all(0 < ms < float("inf") for own in times.values() for ms in own.values())
+        return times if possible else self._aside("it holds no times")
 
-    def _aside(self, why: str) -> dict[str, float]:
+    def _aside(self, why: str) -> dict[str, dict[str, float]]:
         warnings.warn(f"{self.path}: times are measured again, for {why}", stacklevel=4)
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,12 @@ from tabulate import tabulate
 from fxfact.cost import Cost
 from fxfact.errors import PlanError
 from fxfact.ranks import FrontPoint
+
+_UNITS: Mapping[str, Callable[[Cost], float | None]] = {
+    "parameters": lambda cost: cost.params,
+    "MACs": lambda cost: cost.macs,
+    "ms": lambda cost: cost.ms,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +27,17 @@ class Curve:
     points: Sequence[FrontPoint]
 
     def __str__(self) -> str:
+        units = self._units
         rows = [
-            [
-                *_shown(point.cost.params, self.network.params),
-                *_shown(point.cost.macs, self.network.macs),
-                f"{point.increase:.3g}",
-            ]
+            [*(text for unit in units for text in self._shown(unit, point)), f"{point.increase:.3g}"]
             for point in self.points
         ]
-        return tabulate(rows, ["parameters", "of all", "MACs", "of all", "loss +"], disable_numparse=True)
+        header = [*(text for unit in units for text in (unit, "of all")), "loss +"]
+        return tabulate(rows, header, disable_numparse=True)
 
     def plot(self) -> Any:
-        """A matplotlib figure of the expected increase of the loss over the share of the MACs (parameters, where those
-        are unknown). Raises PlanError where matplotlib is not installed.
+        """A matplotlib figure of the expected increase of the loss over the share of the milliseconds, where those are
+        known, else of the MACs, else of the parameters. Raises PlanError where matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure  # noqa: PLC0415 (not a dependency)
@@ -41,17 +45,24 @@ class Curve:
             raise PlanError(
                 "a picture needs matplotlib: pip install matplotlib. print(curve) needs nothing."
             ) from error
-        by_macs = self.network.macs is not None
+        unit = self._units[-1]
         figure = Figure(layout="constrained")
         axes = figure.subplots()
-        costs = [(p.cost.macs or 0) / (self.network.macs or 1) if by_macs else p.cost.params / self.network.params
-                 for p in self.points]  # fmt: skip
-        axes.semilogy(costs, [max(point.increase, 1e-9) for point in self.points], marker=".")
-        axes.set_xlabel(f"share of the {'MACs' if by_macs else 'parameters'}")
+        shares = [self._share(unit, point) for point in self.points]
+        axes.semilogy(shares, [max(point.increase, 1e-9) for point in self.points], marker=".")
+        axes.set_xlabel(f"share of the {unit}")
         axes.set_ylabel("expected increase of the loss (nats)")
         axes.grid(visible=True, alpha=0.3)
         return figure
 
+    @property
+    def _units(self) -> list[str]:
+        return [unit for unit, amount in _UNITS.items() if amount(self.network)]
 
-def _shown(cost: int | None, dense: int | None) -> tuple[str, str]:
-    return ("", "") if cost is None or not dense else (f"{cost:,}", f"{cost / dense:.2f}")
+    def _share(self, unit: str, point: FrontPoint) -> float:
+        amount = _UNITS[unit]
+        return (amount(point.cost) or 0) / (amount(self.network) or 1)
+
+    def _shown(self, unit: str, point: FrontPoint) -> tuple[str, str]:
+        amount = _UNITS[unit](point.cost) or 0
+        return f"{amount:,}" if isinstance(amount, int) else f"{amount:.3g}", f"{self._share(unit, point):.2f}"

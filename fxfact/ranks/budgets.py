@@ -44,6 +44,16 @@ class Budget(ABC):
         """The bound for a network that costs this much."""
         return self.at_most if self.at_most is not None else (self.fraction or 0) * self.amount(network)
 
+    def unmet(self, least: float, network: Cost) -> BudgetError:
+        """What to raise where a network that costs this much cannot go below ``least``."""
+        whole = self.amount(network)
+        return BudgetError(
+            f"the budget is {_shown(self.allowed(network))} {self.unit}, and these factorizations can go down to "
+            f"{_shown(least)} ({least / whole:.3f} of {_shown(whole)}). Raise it, or let it have more convolutions and "
+            "factorizations.",
+            least,
+        )
+
 
 @final
 @dataclass(frozen=True)
@@ -114,3 +124,7 @@ class Loss:
     def __post_init__(self) -> None:
         if isinstance(self.nats, bool) or not isinstance(self.nats, int | float) or not 0 < self.nats < math.inf:
             raise BudgetError(f"Loss({self.nats!r}) is no budget: it is a positive number of nats for one sample")
+
+
+def _shown(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 
 from fxfact.calibration import Statistics
 from fxfact.cost import Cost, cost_of
-from fxfact.errors import BudgetError, place, whole
+from fxfact.errors import place, whole
 from fxfact.executing import in_order
 from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
 from fxfact.latency import Clock
@@ -81,13 +81,7 @@ class WithinBudget(RankStrategy):
         knapsack = self._knapsack(options)
         picked = knapsack.at(allowed - fixed)
         if picked is None:
-            least, whole = fixed + knapsack.least, self.budget.amount(network)
-            raise BudgetError(
-                f"the budget is {_shown(allowed)} {self.budget.unit}, and these factorizations can go down to "
-                f"{_shown(least)} ({least / whole:.3f} of {_shown(whole)}). Raise it, or let it have more convolutions "
-                "and factorizations.",
-                least,
-            )
+            raise self.budget.unmet(fixed + knapsack.least, network)
         choices = tuple(each[k].choice for each, k in zip(options, picked, strict=True))
         return Chosen(choices, self._front(options, knapsack, network))
 
@@ -228,7 +222,3 @@ def _faster(options: Sequence[Option], ms: float) -> list[Option]:
         fastest = min(option.cost.ms or 0.0 for option in others)
         dense = dense._replace(choice=Skip(f"no chain measures faster: {ms:.3g} ms as it is, {fastest:.3g} ms at best"))
     return [dense, *kept]
-
-
-def _shown(amount: float) -> str:
-    return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"
