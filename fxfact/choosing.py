@@ -120,13 +120,14 @@ def _clocked(
     """
     form = best_form(captured, compiled=budget.compiled)
     clock = Clock(captured.sites, form.ms, form=form.passes, undecided=form.undecided, compiled=budget.compiled)
-    make = partial(replace(selected, form=clock.form, ms=form.ms).plan, captured)
-    share = min(1.0, budget.allowed(Cost(0, None, form.ms)) / form.ms)
-    make(replace(strategy, budget=Params(1.0), clock=clock))
+    selected.plan(captured, replace(strategy, budget=Params(1.0), clock=clock))
     clock.save()
+    rival = Rival(captured, clock.form, compiled=budget.compiled)
+    clock.network = min(form.ms, rival.ms)  # at the pace at which its convolutions were measured
+    make = partial(replace(selected, form=clock.form, ms=clock.network).plan, captured)
     if not clock.noisy:
-        rival = Rival(captured, clock.form, compiled=budget.compiled)
         return Rehearsal(captured, clock, rival, make), replace(strategy, clock=clock), budget
+    share = min(1.0, budget.allowed(Cost(0, None, clock.network)) / clock.network)
     warnings.warn(
         f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs instead. "
         "Try again when it is idle.",

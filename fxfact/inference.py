@@ -27,7 +27,7 @@ from fxfact.timing import as_timing_errors, fastest
 
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
-_TURNS, _WITHIN = 25, 6.0  # of whole networks, fewer where they would take more seconds
+_TURNS, _WITHIN = 100, 6.0  # of whole networks, fewer where they would take more seconds
 _APART = 100.0  # tolerances between forms of a network, for GPUs may round to TF32
 _UNTIL_RECORDED = 3  # calls, of which CUDA graphs are made
 _Call = Callable[[], Any]
@@ -112,6 +112,11 @@ class Rival:
         assert captured.example_inputs is not None
         self._example_inputs, self._compiled = captured.example_inputs, compiled
         self._dense = self._call(in_form(evaluated(private_copy(captured.network)), form))
+
+    @property
+    def ms(self) -> float:
+        """Its own milliseconds, measured now."""
+        return _fastest([self._dense])[0]
 
     def times(self, network: nn.Module) -> tuple[float, float]:
         """Milliseconds of its own and of the network, taking turns."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as device_timer  # waits for what a device was given
 
 from fxfact.errors import TimingError
 
@@ -26,23 +27,30 @@ def random_numbers(shape: Sequence[int]) -> Tensor:
 
 
 def milliseconds(
-    calls: Sequence[_Call], *, repeats: int = 7, number: int | None = None, within: float = math.inf
+    calls: Sequence[_Call],
+    *,
+    repeats: int = 7,
+    number: int | None = None,
+    warm: int = 1,
+    within: float = math.inf,
 ) -> list[list[float]]:
-    """Of each call the mean of ``number`` runs (None: of as many as take a hundredth of a second), ``repeats`` times,
-    fewer where that would take more than ``within`` seconds; without gradients, each warmed up first. Raises
+    """Of each call the mean of ``number`` runs (None: of as many as take a hundredth of a second), after ``warm`` that
+    do not count, ``repeats`` times, fewer where that would take more than ``within`` seconds; without gradients. Raises
     TimingError where a call fails.
     """
     with torch.no_grad(), as_timing_errors():
-        timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
-        seconds = [timer.timeit(1 if number else 3).median for timer in timers]
+        timers = [timeit.Timer(call, timer=device_timer) for call in calls]
+        seconds = [min(timer.repeat(_FEWEST, 1)) for timer in timers]
         runs = [number or max(1, round(_TURN / max(each, 1e-7))) for each in seconds]
-        round_of_all = sum(n * each for n, each in zip(runs, seconds, strict=True))
+        round_of_all = sum((warm + n) * each for n, each in zip(runs, seconds, strict=True))
         repeats = int(max(_FEWEST, min(repeats, within / round_of_all))) if round_of_all else repeats
-        turns = [
-            [max(TICK, 1e3 * timer.timeit(n).median) for timer, n in zip(timers, runs, strict=True)]
-            for _ in range(repeats)
-        ]
+        turns = [[_mean(timer, warm, n) for timer, n in zip(timers, runs, strict=True)] for _ in range(repeats)]
     return [[turn[k] for turn in turns] for k in range(len(calls))]
+
+
+def _mean(timer: timeit.Timer, warm: int, number: int) -> float:
+    timer.timeit(warm)
+    return max(TICK, 1e3 * timer.timeit(number) / number)
 
 
 def milliseconds_of_graphs(

@@ -20,7 +20,7 @@ from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
 from fxfact.timing import milliseconds, milliseconds_of_graphs, random_numbers
 
-_REPEATS, _WITHIN = 15, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
+_REPEATS, _WITHIN = 31, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
 _SPREAD = 1.5
 Layout = tuple[ConvSpec, ...]
 
@@ -117,8 +117,9 @@ class Clock:
         if self._compiled and weight.device.type == "cuda":
             turns = milliseconds_of_graphs(calls, weight.device, repeats=_REPEATS, within=_WITHIN)
         else:
-            number = 1 if weight.device.type == "cpu" else None  # else the launch and the wait for it are measured
-            turns = milliseconds(calls, repeats=_REPEATS, number=number, within=_WITHIN)
+            on_cpu = weight.device.type == "cpu"  # else the launch and the wait for it are measured
+            number, warm = (1, 0) if on_cpu else (None, 1)
+            turns = milliseconds(calls, repeats=_REPEATS, number=number, warm=warm, within=_WITHIN)
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return [min(times) for times in turns]
 
