@@ -8,9 +8,9 @@
 Random weights, no data: the times do not depend on them. ``faster`` is the fastest dense form's time over that of the
 fastest form here, all taking turns, medians; ``±`` the larger of the two spreads (half the range between the quartiles,
 relative); ``fastest`` the same of minima; ``efficiency`` is ``faster`` over ``fewer MACs``; ``foreseen`` the planned
-share of the dense time over the measured one, both of minima, as the clock's times are; ``loss`` the sum of the squares
-of the kernels' relative errors. Uniform: the same factorization and fraction everywhere, at the MACs that the budget of
-milliseconds came to. TensorLy-Torch's layers are measured where it is installed (pip install --no-deps tensorly-torch).
+share of the dense time over the measured one; ``loss`` the sum of the squares of the kernels' relative errors. Uniform:
+the same factorization and fraction everywhere, at the MACs that the budget of milliseconds came to. TensorLy-Torch's
+layers are measured where it is installed (pip install --no-deps tensorly-torch).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Contest:
             rows.append({
                 "rule": rule, "ms": median(own), "faster": faster, "±": max(_spread(dense), _spread(own)),
                 "fastest": fastest, "fewer MACs": fewer, "efficiency": faster / fewer if fewer else None,
-                "foreseen": foreseen * fastest if foreseen else None, "loss": facts.get("loss"),
+                "foreseen": foreseen * faster if foreseen else None, "loss": facts.get("loss"),
                 "s": facts.get("s"),
             })  # fmt: skip
         return rows

@@ -17,7 +17,7 @@ from fxfact.api import plan as prepare
 from fxfact.errors import FxfactError
 from fxfact.factorizations import RankRequest
 from fxfact.inspection import diff
-from fxfact.timing import fastest
+from fxfact.timing import side_by_side
 
 Say = Callable[[str], None]
 
@@ -98,7 +98,7 @@ def run_demo(
     networks: dict[str, nn.Module] = {"dense": dense, "factorized": small}
     macs = [plan.network.macs, plan.after.macs]
     images = digits.test[0][:128]
-    times = fastest([partial(network, images) for network in networks.values()])
+    times = side_by_side([partial(network, images) for network in networks.values()])
     rows = [
         [
             name,

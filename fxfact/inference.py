@@ -23,7 +23,7 @@ from fxfact.kernels import on_onednn
 from fxfact.passes import applied, in_form, record_plan
 from fxfact.planning import Plan
 from fxfact.ranks import Latency
-from fxfact.timing import as_timing_errors, fastest
+from fxfact.timing import as_timing_errors, side_by_side
 
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
@@ -116,11 +116,11 @@ class Rival:
     @property
     def ms(self) -> float:
         """Its own milliseconds, measured now."""
-        return _fastest([self._dense])[0]
+        return _side_by_side([self._dense])[0]
 
     def times(self, network: nn.Module) -> tuple[float, float]:
         """Milliseconds of its own and of the network, taking turns."""
-        before, after = _fastest([self._dense, self._call(evaluated(private_copy(network)))])
+        before, after = _side_by_side([self._dense, self._call(evaluated(private_copy(network)))])
         return before, after
 
     def _call(self, network: nn.Module) -> _Call:
@@ -170,11 +170,11 @@ def _able(
 
 
 def _milliseconds(networks: Iterable[nn.Module], example_inputs: ExampleInputs, *, compiled: bool) -> list[float]:
-    return _fastest([_called(network, example_inputs, compiled=compiled) for network in networks])
+    return _side_by_side([_called(network, example_inputs, compiled=compiled) for network in networks])
 
 
-def _fastest(calls: Sequence[_Call]) -> list[float]:
-    return fastest(calls, repeats=_TURNS, within=_WITHIN)
+def _side_by_side(calls: Sequence[_Call]) -> list[float]:
+    return side_by_side(calls, repeats=_TURNS, within=_WITHIN)
 
 
 def _called(network: nn.Module, example_inputs: ExampleInputs, *, compiled: bool) -> _Call:

@@ -7,6 +7,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -88,6 +89,16 @@ def as_timing_errors() -> Iterator[None]:
         ) from error
 
 
-def fastest(calls: Sequence[_Call], *, repeats: int = 9, within: float = math.inf) -> list[float]:
-    """The minima of ``milliseconds``: what is left where others use the machine too."""
-    return [min(times) for times in milliseconds(calls, repeats=repeats, within=within)]
+def compared(turns: Sequence[Sequence[float]]) -> list[float]:
+    """Of ``milliseconds``: the first call's at its fastest, and those of the others by the median, over the turns, of
+    their ratio to it: where others use the machine too, both are slower in the same turns, while the minimum of one may
+    be of a quiet moment and that of the other not.
+    """
+    first, *others = turns
+    least = min(first)
+    return [least, *(least * median(ms / own for ms, own in zip(each, first, strict=True)) for each in others)]
+
+
+def side_by_side(calls: Sequence[_Call], *, repeats: int = 9, within: float = math.inf) -> list[float]:
+    """``compared`` of as many turns."""
+    return compared(milliseconds(calls, repeats=repeats, within=within))

@@ -189,7 +189,7 @@ def test_what_onednn_computes_is_counted_and_factorized(capture: Any) -> None:
 def test_the_fastest_form_of_a_3d_network_may_be_by_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Conv3d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, 16, 3)).eval().to(dtype)
     x = torch.randn(1, 8, 6, 6, 6, dtype=dtype)
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0 - k for k in range(len(calls))])
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [10.0 - k for k in range(len(calls))])
     quick = fxfact.for_inference(model, x)
     assert {type(module).__name__ for module in quick.modules() if is_conv(module)} == {
         "OneDNNConv3d" if dtype == torch.float32 else "Conv3d"
@@ -241,7 +241,7 @@ def test_a_form_in_which_the_network_does_not_run_is_none(x: Tensor, monkeypatch
             call()
         return [10.0 - k for k in range(len(calls))]  # the last is the fastest
 
-    monkeypatch.setattr(inference, "fastest", timed)
+    monkeypatch.setattr(inference, "side_by_side", timed)
     monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[3.0] * 2, *[[1.0] * 2] * (len(calls) - 1)])
     model = Flat().eval()
     with pytest.raises(RuntimeError, match="view size"):
@@ -305,7 +305,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]
         return [[macs_of(call)] * 3 for call in calls]
 
     monkeypatch.setattr(clock, "milliseconds", milliseconds)
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [min(t) for t in milliseconds(calls)])
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [min(t) for t in milliseconds(calls)])
     monkeypatch.setenv("FXFACT_CACHE", str(tmp_path / "times"))
     return timed
 
@@ -395,7 +395,7 @@ def test_a_network_that_is_not_faster_in_the_whole_stays_dense(
     model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = iter([[40.0, 30.0, 40.0, 35.0], [30.0], [40.0, 35.0], [30.0, 31.0]])  # forms, dense, rehearsal, result
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: next(taken))
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: next(taken))
     small = fxfact.factorize(model, budget=fxfact.Latency(0.9), example_inputs=x)
     plan = fxfact.plan_of(small)
     assert not plan.rewrites
@@ -406,14 +406,14 @@ def test_a_network_that_is_not_faster_in_the_whole_stays_dense(
 
 def test_a_network_far_from_what_was_foreseen_is_said(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = iter([[40.0, 30.0, 40.0, 35.0], [32.0], [30.0, 15.0], [30.0, 25.0]])  # forms, dense, rehearsal, result
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: next(taken))
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: next(taken))
     with pytest.warns(UserWarning, match=r"measures 25 ms and the dense network 30 ms.*not what was asked"):
         small = fxfact.factorize(model, budget=fxfact.Latency(0.5), example_inputs=x)
     assert fxfact.plan_of(small).timed == (30.0, 25.0)
 
 
 def test_no_chain_is_foreseen_to_take_less_than_nothing(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 0.5, 10.0, 10.0][: len(calls)])
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [10.0, 0.5, 10.0, 10.0][: len(calls)])
     plan = fxfact.plan(model, budget=fxfact.Latency(0.9), example_inputs=x)
     assert plan.rewrites
     assert all(decision.milliseconds[1] > 0 for decision in plan.rewrites if decision.milliseconds)
@@ -430,7 +430,7 @@ def test_plans_are_rehearsed_until_their_networks_meet_the_budget(
         asked.extend(found := [dense, *(dense - (dense - ms) / 2 for ms in others)])
         return found
 
-    monkeypatch.setattr(inference, "fastest", half_as_much)
+    monkeypatch.setattr(inference, "side_by_side", half_as_much)
     plan = fxfact.plan(model, budget=fxfact.Latency(0.7), example_inputs=x)
     assert plan.network.ms is not None
     assert plan.after.ms is not None
@@ -447,7 +447,7 @@ def test_chains_may_save_more_in_the_network_than_the_clock_foresees(
     model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[1.0] * 3, *[[0.9] * 3] * (len(calls) - 1)])
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 5.0, 10.0, 10.0][: len(calls)])
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [10.0, 5.0, 10.0, 10.0][: len(calls)])
     with pytest.raises(BudgetError, match="can go down to"):  # 9.7 ms for all that the clock knows
         fxfact.plan(model, budget=fxfact.Latency(0.3), example_inputs=x)
     plan = fxfact.plan(model, budget=fxfact.Latency(at_most_ms=2.52), example_inputs=x)
@@ -464,7 +464,7 @@ def test_networks_that_save_less_or_more_than_their_chains_meet_the_budget(
         dense, *others = map(macs_of, calls)
         return [dense, *(dense - max(0.0, 1.6 * (dense - ms) - 0.6 * dense) for ms in others)]
 
-    monkeypatch.setattr(inference, "fastest", little_or_much)
+    monkeypatch.setattr(inference, "side_by_side", little_or_much)
     for share in (0.9, 0.7, 0.5):
         plan = fxfact.plan(model, budget=fxfact.Latency(share), example_inputs=x)
         assert plan.after.ms is not None
@@ -485,7 +485,7 @@ def test_one_bad_rehearsal_does_not_refuse_a_budget(model: Net, x: Tensor, monke
             found[1] = 0.97 * found[0] if len(rehearsed) == 1 else found[1]
         return found
 
-    monkeypatch.setattr(inference, "fastest", disturbed_at_first)
+    monkeypatch.setattr(inference, "side_by_side", disturbed_at_first)
     plan = fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
     assert plan.after.ms is not None
     assert plan.network.ms is not None
@@ -495,7 +495,7 @@ def test_one_bad_rehearsal_does_not_refuse_a_budget(model: Net, x: Tensor, monke
 
 def test_a_budget_that_no_rehearsal_meets_is_said(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsing, "_REHEARSALS", 1)
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 9.0, 9.5, 9.7][: len(calls)])
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [10.0, 9.0, 9.5, 9.7][: len(calls)])
     with pytest.warns(UserWarning, match=r"the budget is 6\.3 ms.*fastest measures 8\.1 ms"):
         plan = fxfact.plan(model, budget=fxfact.Latency(0.7), example_inputs=x)
     assert plan.after.ms == pytest.approx(8.1)
@@ -535,7 +535,7 @@ def test_chains_are_matrix_products_where_those_measure_faster(
         )
 
     monkeypatch.setattr(clock, "milliseconds", measured)
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [20.0, 15.0, 12.0, 10.0][: len(calls)])
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [20.0, 15.0, 12.0, 10.0][: len(calls)])
     small = fxfact.factorize(model, "tucker", budget=fxfact.Latency(0.8), example_inputs=x)
     plan = fxfact.plan_of(small)
     assert plan.rewrites
@@ -549,7 +549,7 @@ def test_a_budget_for_the_compiler_is_planned_and_compiled(
     model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Callable[..., Any]] = []
-    monkeypatch.setattr(inference, "fastest", lambda calls, **options: [10.0, 9.0][: len(calls)])
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [10.0, 9.0][: len(calls)])
     monkeypatch.setattr(clock, "milliseconds", lambda calls, **options: [[3.0] * 3, *[[1.0] * 3] * (len(calls) - 1)])
     compiled = inference._compiled
 

@@ -18,7 +18,7 @@ from fxfact.conv_modules import CHANNELS_LAST, FORMS, linear_form, write_conv
 from fxfact.latency.frozen import frozen
 from fxfact.latency.kept import Kept, machine
 from fxfact.sites import ConvSite
-from fxfact.timing import milliseconds, milliseconds_of_graphs, random_numbers
+from fxfact.timing import compared, milliseconds, milliseconds_of_graphs, random_numbers
 
 _REPEATS, _WITHIN = 31, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
 _SPREAD = 1.5
@@ -121,7 +121,7 @@ class Clock:
             number, warm = (1, 0) if on_cpu else (None, 1)
             turns = milliseconds(calls, repeats=_REPEATS, number=number, warm=warm, within=_WITHIN)
         self._spreads.append(median(turns[0]) / min(turns[0]))
-        return [min(times) for times in turns]
+        return compared(turns)
 
     def _chain(self, layout: Layout, like: Tensor, form: Sequence[str]) -> nn.Sequential:
         """Stages that hold random numbers."""

@@ -26,7 +26,7 @@ from fxfact.reporting.base import ConvReport, Facts, Spectrum
 from fxfact.reporting.flow import chains_of, flow_of
 from fxfact.reporting.page import page
 from fxfact.sites import ConvSite
-from fxfact.timing import fastest, random_numbers
+from fxfact.timing import random_numbers, side_by_side
 from fxfact.verification import SiteErrors, plain_copy, verify
 from fxfact.writing import written
 
@@ -84,7 +84,7 @@ def report(
     )
     args, kwargs = copied_arguments(example_inputs)
     calls = [partial(network, *args, **kwargs) for network in networks]
-    ms, peaks = fastest(calls), [peak_bytes(call) for call in calls]
+    ms, peaks = side_by_side(calls), [peak_bytes(call) for call in calls]
     return Report(
         model=plan.model, capture=plan.capture, refused=plan.refused, before=plan.network, after=plan.after,
         milliseconds=(ms[0], ms[1]), activation_bytes=(peaks[0], peaks[1]), threads=torch.get_num_threads(),
@@ -140,7 +140,7 @@ def _measured(decision: Decision, site: ConvSite, factorized: nn.Module) -> dict
             network(x)
 
     calls = [partial(run, network) for network in (dense, chain)]
-    return {"milliseconds": tuple(fastest(calls)), "activation_bytes": tuple(map(peak_bytes, calls))}
+    return {"milliseconds": tuple(side_by_side(calls)), "activation_bytes": tuple(map(peak_bytes, calls))}
 
 
 def _spectra(decision: Decision, site: ConvSite) -> tuple[Spectrum, ...]:
