@@ -41,8 +41,8 @@ class Rehearsed(NamedTuple):
 class Rehearsal:
     """Makes plans whose networks measure within the milliseconds of their budget.
 
-    What chains save in a network is not what they save alone: caches are cold there, and the compiler fuses. So it
-    searches for what to ask the clock: between what gave a network too slow and what gave one too fast.
+    What chains save in a network is not what they save alone: their inputs are fresh there, and the compiler fuses. So
+    it searches for what to ask the clock: between what gave a network too slow and what gave one too fast.
     """
 
     captured: Captured

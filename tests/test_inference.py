@@ -493,6 +493,21 @@ def test_one_bad_rehearsal_does_not_refuse_a_budget(model: Net, x: Tensor, monke
     assert rehearsed[1] < rehearsed[0]  # the fastest, before it is refused
 
 
+def test_a_budget_is_refused_by_what_three_rehearsals_say_of_the_fastest_plan(
+    model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.9, 0.55, 0.7, 0.6])  # of the plan asked for, and thrice of the fastest
+
+    def rehearsed(calls: Sequence[Callable[[], Any]], **options: Any) -> list[float]:
+        dense, *others = map(macs_of, calls)
+        return [dense, dense * next(shares)] if len(calls) == 2 else [dense, *others]
+
+    monkeypatch.setattr(inference, "side_by_side", rehearsed)
+    with pytest.raises(BudgetError, match=r"can go down to [\d.]+ \(0\.600 of"):
+        fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
+    assert next(shares, None) is None
+
+
 def test_a_budget_that_no_rehearsal_meets_is_said(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsing, "_REHEARSALS", 1)
     monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [10.0, 9.0, 9.5, 9.7][: len(calls)])
