@@ -123,7 +123,7 @@ def _clocked(
     selected.plan(captured, replace(strategy, budget=Params(1.0), clock=clock))
     clock.save()
     rival = Rival(captured, clock.form, compiled=budget.compiled)
-    clock.network = min(form.ms, rival.ms)  # at the pace at which its convolutions were measured
+    clock.network = min(form.ms, rival.milliseconds())  # at the pace at which its convolutions were measured
     make = partial(replace(selected, form=clock.form, ms=clock.network).plan, captured)
     if not clock.noisy:
         return Rehearsal(captured, clock, rival, make), replace(strategy, clock=clock), budget

@@ -113,9 +113,8 @@ class Rival:
         self._example_inputs, self._compiled = captured.example_inputs, compiled
         self._dense = self._call(in_form(evaluated(private_copy(captured.network)), form))
 
-    @property
-    def ms(self) -> float:
-        """Its own milliseconds, measured now."""
+    def milliseconds(self) -> float:
+        """Its own, measured now."""
         return _side_by_side([self._dense])[0]
 
     def times(self, network: nn.Module) -> tuple[float, float]:

@@ -667,6 +667,10 @@ def test_a_budget_of_milliseconds_needs_inputs_and_numbers(model: Net) -> None:
             "no times",
         ),
         (b'{"format": "fxfact times", "version": 2, "machine": {"kind": "toaster"}, "ms": {"a": 1.0}}', "damaged"),
+        (
+            b'{"format": "fxfact times", "version": 2, "machine": {"kind": "toaster"}, "ms": {"a": {"b": "x"}}}',
+            "damaged",
+        ),
     ],
 )
 def test_a_file_of_times_that_cannot_be_used_is_left_aside(content: bytes, words: str) -> None:
