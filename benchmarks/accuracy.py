@@ -141,7 +141,7 @@ class Trial:
                 plan = self._chosen(budget, statistics, measured)
                 if plan is None:
                     continue
-                small, _ = self._applied(plan, statistics)
+                small, _ = self._applied(plan, inputs if rule == "inputs" else every)
                 row = self._measured(budget, rule, small, time.perf_counter() - started)
                 yield replace(row, **known, predicted=plan.increase)
                 if rule == "ours":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from fxfact.verification import with_kernels
 
 _EVENNESS = (0.0, 0.5, 1.0)  # of the plans that are measured for one budget
 _HALVINGS = 8
+_SPARE_SEED = 1  # other random numbers than the samples before
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class Data:
 
 
 class Chosen(NamedTuple):
-    """The plan, the statistics that it was made with, and what was decomposed on the way, by ``Decision.rewrite``."""
+    """The plan, the statistics that it was made with, and what measured it."""
 
     plan: Plan
     statistics: Statistics | None
-    decomposed: Mapping[str, Decomposed]
+    measure: _Measure | None = None
+
+    def learned(self) -> tuple[Statistics | None, Mapping[str, Decomposed]]:
+        """Statistics to carry the plan out with, and what is decomposed in their metric, by ``Decision.rewrite``."""
+        if self.measure is None or not self.plan.rewrites:
+            return self.statistics, {}
+        return self.measure.learned()
 
 
 @torch.inference_mode(False)  # in which nothing can be fitted
@@ -84,7 +91,7 @@ def choose(
             statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.decomposing.progress)
         if statistics is not None:
             statistics.check(paths)
-        return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
+        return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics)
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
     if statistics is not None:
         statistics.check(paths)
@@ -107,7 +114,7 @@ def choose(
     else:
         assert budget is not None
         best = plan_for(budget)
-    return Chosen(best, statistics, {} if measure is None else measure.decomposed)
+    return Chosen(best, statistics, measure)
 
 
 def _clocked(
@@ -181,7 +188,8 @@ def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statis
         statistics = calibrate(captured, kept, likelihood=measured.likelihood, progress=data.decomposing.progress)
     if not (needed or measured.likelihood.measures or data.held_out is not None):
         return statistics, None
-    return statistics, _Measure(captured, statistics, measured, data.decomposing)
+    spare = held_out if kept and data.held_out is None and not needed else []
+    return statistics, _Measure(captured, statistics, measured, data.decomposing, spare)
 
 
 def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
@@ -204,14 +212,23 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[Exam
 
 
 class _Measure:
-    """How far the network that a plan would make is from the original on held-out data."""
+    """How far the network that a plan would make is from the original on held-out data, of which ``spare`` may be
+    learned from once the plan is chosen.
+    """
 
-    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut, decomposing: Decomposing) -> None:
-        self._captured, self._statistics, self._held_out = captured, statistics, held_out
+    def __init__(
+        self,
+        captured: Captured,
+        statistics: Statistics,
+        held_out: HeldOut,
+        decomposing: Decomposing,
+        spare: Sequence[ExampleInputs],
+    ) -> None:
+        self._captured, self._statistics, self._held_out, self._spare = captured, statistics, held_out, spare
         self._sites = {site.path: site for site in captured.sites}
         self._decomposing = decomposing
         self._known: dict[frozenset[str], float] = {}
-        self.decomposed: dict[str, Decomposed] = {}
+        self._decomposed: dict[str, Decomposed] = {}
 
     def __call__(self, plan: Plan) -> float:
         """Nats for one sample."""
@@ -224,23 +241,34 @@ class _Measure:
             self._known[key] = self._held_out.divergence(network)
         return self._known[key]
 
+    def learned(self) -> tuple[Statistics, Mapping[str, Decomposed]]:
+        """Statistics of all data, those to measure on too where they are spare, and what is decomposed in their metric.
+
+        A promise to stay within a loss holds for what was measured, so nothing is spare there.
+        """
+        if not self._spare:
+            return self._statistics, self._decomposed
+        request, progress = self._held_out.likelihood, self._decomposing.progress
+        more = calibrate(self._captured, self._spare, likelihood=request, seed=_SPARE_SEED, progress=progress)
+        return self._statistics.joined(more), {}
+
     def _own(self, decision: Decision) -> Decision:
         """The same of the convolution whose weight it shares."""
         return replace(decision, path=decision.tied_to or decision.path)
 
     def _decompose(self, decisions: Mapping[str, Decision]) -> None:
         """What was not yet, of decisions by ``Decision.rewrite``."""
-        new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self.decomposed}
+        new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self._decomposed}
         sites = [self._sites[decision.path] for decision in new.values()]
         jobs = (
             (site.layer, decision, None, self._statistics.metric(site.path, site.spec))
             for site, decision in zip(sites, new.values(), strict=True)
         )
         results = shown(self._decomposing.decomposed(jobs), len(new), "measuring", self._decomposing.progress)
-        self.decomposed.update(zip(new, results, strict=True))
+        self._decomposed.update(zip(new, results, strict=True))
 
     def _kernel(self, decision: Decision) -> Tensor:
         """What the chain of a decision composes to, in PyTorch's layout."""
-        weights, _ = self.decomposed[decision.rewrite]
+        weights, _ = self._decomposed[decision.rewrite]
         parts = [weight.reshape(spec.weight_shape) for weight, spec in zip(weights, decision.stages, strict=True)]
         return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, parts))

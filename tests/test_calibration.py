@@ -118,6 +118,18 @@ def test_batches_do_not_matter_and_the_model_is_untouched(model: nn.Module, x: T
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_statistics_of_parts_are_joined_to_those_of_the_whole(model: nn.Module, x: Tensor) -> None:
+    x = x[:, :, :7, :7]
+    whole, *parts = (fxfact.calibrate(model, [part], likelihood=summed) for part in (x, x[:20], x[20:]))
+    joined = parts[0].joined(parts[1])
+    assert joined.samples == whole.samples
+    assert joined.variance == pytest.approx(whole.variance, rel=0.1)  # but for that between the parts
+    for path, metric in whole.moments.items():
+        same = joined.moments[path]
+        torch.testing.assert_close(same.input.factors[0], metric.input.factors[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(same.output.factors[0], metric.output.factors[0], rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_survive_their_file_and_give_the_same_network(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
     statistics = fxfact.calibrate(model, x.split(8))
     plan = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=statistics, example_inputs=x[:1])

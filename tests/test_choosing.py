@@ -55,11 +55,23 @@ def test_what_a_plan_says_was_measured_is_what_the_network_does(model: nn.Module
     batches = data().split(4)
     kept, held_out = held_out_of(batches)
     plan = planned(model, budget=budget, calibration=batches)
-    small = fxfact.apply(plan, model, statistics=fxfact.calibrate(model, kept))
+    statistics = fxfact.calibrate(model, kept)
+    small = fxfact.apply(plan, model, statistics=statistics)
     assert plan.measured == pytest.approx(divergence(model, small, held_out), rel=1e-3)
     again = fxfact.factorize(model, budget=budget, calibration=batches, example_inputs=data()[:1])
     assert fxfact.plan_of(again) == plan
+    if not isinstance(budget, fxfact.Loss):  # once the plan is chosen, what was held out is learned from too
+        statistics = statistics.joined(fxfact.calibrate(model, held_out, seed=1))
+        small = fxfact.apply(plan, model, statistics=statistics)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), small.parameters(), strict=True))
+
+
+def test_batches_that_the_caller_holds_out_are_only_measured_on(model: nn.Module) -> None:
+    arguments: dict[str, Any] = {"budget": fxfact.Macs(0.3), "example_inputs": data()[:1]}
+    kept, others = data().split(8), data(1).split(8)
+    small = fxfact.factorize(model, calibration=kept, held_out=others, **arguments)
+    same = fxfact.apply(fxfact.plan_of(small), model, statistics=fxfact.calibrate(model, kept))
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
 
 
 def test_the_plan_that_measures_best_is_taken(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,21 @@ class Statistics:
         known = self.moments[path]
         shrunk = Metric(known.input.shrunk(self.samples), known.output.shrunk(self.samples, self.shrinkage))
         return shrunk.damped(_DAMPING)
+
+    def joined(self, other: Statistics) -> Statistics:
+        """Of the samples of both, those of the other being of the same network and likelihood; without curves."""
+        samples = self.samples + other.samples
+        share = other.samples / samples
+        return replace(
+            self,
+            samples=samples,
+            variance=(1 - share) * self.variance + share * other.variance,
+            moments={
+                path: metric.mixed(other.moments[path], share) if path in other.moments else metric
+                for path, metric in self.moments.items()
+            },
+            curves={},
+        )
 
     def check(self, paths: Sequence[str]) -> None:
         """Raise CalibrationError where they know none of the convolutions at these paths."""

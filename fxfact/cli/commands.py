@@ -85,6 +85,7 @@ def compress(given: Arguments) -> int:
             statistics = _statistics(given, read, _batches(given)[0], fold_weights=made.fold_weights)
         else:
             made, statistics = _planned(given, read, executor)
+        statistics = _learned(given, read, statistics, fold_weights=made.fold_weights)
         network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
     if read.inputs is not None and made.rewrites:
         check_rewrite(read.model, network, read.inputs)
@@ -170,10 +171,20 @@ def _statistics(given: Arguments, read: Given, kept: list[Any], *, fold_weights:
     """From their file, or of the data that is not held out."""
     if given.statistics:
         return Statistics.load(given.statistics)
-    if not kept:
-        return None
-    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": fold_weights}
-    return calibrate(read.model, kept, example_inputs=_example(read), progress=given.progress, **options)
+    return _calibrated(given, read, kept, fold_weights=fold_weights) if kept else None
+
+
+def _learned(given: Arguments, read: Given, statistics: Statistics | None, *, fold_weights: bool) -> Statistics | None:
+    """Those of all data, once the plan is chosen; but a loss that was promised is that of what was measured."""
+    held_out = _batches(given)[1]
+    if statistics is None or given.statistics or given.loss is not None or not held_out:
+        return statistics
+    return statistics.joined(_calibrated(given, read, held_out, fold_weights=fold_weights, seed=1))
+
+
+def _calibrated(given: Arguments, read: Given, batches: list[Any], *, fold_weights: bool, seed: int = 0) -> Statistics:
+    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": fold_weights, "seed": seed}
+    return calibrate(read.model, batches, example_inputs=_example(read), progress=given.progress, **options)
 
 
 def _batches(given: Arguments) -> tuple[list[Any], list[Any]]:
