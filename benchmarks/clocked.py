@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from benchmarks.accuracy import Measured
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task
-from fxfact.timing import milliseconds
+from fxfact.timing import side_by_side
 
 _HALVINGS = 6
 
@@ -68,7 +67,7 @@ class Race:
 
     def _faster(self, network: nn.Module) -> float:
         calls = [partial(each, self._x) for each in (self._dense, network)]
-        dense, own = (median(times) for times in milliseconds(calls, repeats=self._repeats))
+        dense, own = side_by_side(calls, repeats=self._repeats)
         return dense / own
 
     def _row(self, rule: str, network: nn.Module, faster: float) -> dict[str, Any]:

@@ -5,12 +5,12 @@
     python -m benchmarks.latency --networks resnet18 --batches 1 --compiled     # inductor with freezing as well
     python -m benchmarks.latency --networks resnet18 --batches 256 --compiled --device cuda --dtype bfloat16
 
-Random weights, no data: the times do not depend on them. ``faster`` is the fastest dense form's time over that of the
-fastest form here, all taking turns, medians; ``±`` the larger of the two spreads (half the range between the quartiles,
-relative); ``fastest`` the same of minima; ``efficiency`` is ``faster`` over ``fewer MACs``; ``foreseen`` the planned
-share of the dense time over the measured one; ``loss`` the sum of the squares of the kernels' relative errors. Uniform:
-the same factorization and fraction everywhere, at the MACs that the budget of milliseconds came to. TensorLy-Torch's
-layers are measured where it is installed (pip install --no-deps tensorly-torch).
+Random weights, no data: the times do not depend on them. All take turns; ``faster`` is the median, over the turns, of
+the fastest dense form's time over that of the fastest form here; ``±`` the larger of the two spreads (half the range
+between the quartiles, relative); ``fastest`` the ratio of minima; ``efficiency`` is ``faster`` over ``fewer MACs``;
+``foreseen`` the planned share of the dense time over the measured one; ``loss`` the sum of the squares of the kernels'
+relative errors. Uniform: the same factorization and fraction everywhere, at the MACs that the budget of milliseconds
+came to. TensorLy-Torch's layers are measured where it is installed (pip install --no-deps tensorly-torch).
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Contest:
         rows = []
         for rule, own in best.items():
             facts = self.facts[rule]
-            faster, fastest = median(dense) / median(own), min(dense) / min(own)
+            faster = median(d / o for d, o in zip(dense, own, strict=True))
+            fastest = min(dense) / min(own)
             fewer, foreseen = facts.get("fewer MACs"), facts.get("foreseen")
             rows.append({
                 "rule": rule, "ms": median(own), "faster": faster, "±": max(_spread(dense), _spread(own)),

@@ -128,9 +128,10 @@ def plan(
     calibration: batches without labels (an iterable of tensors, tuples or mappings; what ``example_inputs`` lack is cut
         off), or ``Statistics`` from ``fxfact.calibrate``. Errors then count by what they do to the loss, in the choice
         of ranks and in the decomposition. Without, all relative errors count alike.
-    held_out: batches on which plans for the budget are measured, of which the best is taken. Default: every fourth of
-        the batches given as calibration (of two or three the last), which ``factorize`` learns from in the end (but for
-        ``Loss``: a promise holds for what was measured); none with ``Statistics``, whose plan is foreseen only.
+    held_out: batches on which plans for the budget are measured: the usual one, and two that are taken where they are
+        better by two standard errors. Default: every fourth of the batches given as calibration (of two or three the
+        last), which ``factorize`` learns from in the end (but for ``Loss``: a promise holds for what was measured);
+        none with ``Statistics``, whose plan is foreseen only.
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
     multiple_of: ranks are multiples of it, or full; those asked for are rounded down, and where nothing is left of one

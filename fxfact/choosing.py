@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of
+from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of, mean_and_error
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
@@ -26,7 +26,8 @@ from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinB
 from fxfact.rehearsing import Rehearsal
 from fxfact.verification import with_kernels
 
-_EVENNESS = (0.0, 0.5, 1.0)  # of the plans that are measured for one budget
+_OTHERS = (0.0, 1.0)  # evennesses, of plans that are measured beside the usual one
+_CLEARLY = 2.0  # standard errors
 _HALVINGS = 8
 _SPARE_SEED = 1  # other random numbers than the samples before
 
@@ -101,13 +102,14 @@ def choose(
         make, strategy, budget = _clocked(captured, strategy, selected, budget)
 
     def plan_for(some: Budget) -> Plan:
-        plans = [make(replace(strategy, budget=some))]
+        best = make(replace(strategy, budget=some))
         if measure is None:
-            return plans[0]
-        for evenness in _EVENNESS[1:]:
-            even = make(replace(strategy, budget=some, evenness=evenness))
-            plans.append(replace(even, front=plans[0].front))
-        return min((replace(plan, measured=measure(plan)) for plan in plans), key=lambda plan: plan.measured or 0.0)
+            return best
+        for evenness in _OTHERS:
+            other = make(replace(strategy, budget=some, evenness=evenness))
+            if measure.is_clear(other, best):
+                best = replace(other, front=best.front)
+        return replace(best, measured=measure(best))
 
     if isinstance(budget, Loss):
         best = _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs)
@@ -227,18 +229,28 @@ class _Measure:
         self._captured, self._statistics, self._held_out, self._spare = captured, statistics, held_out, spare
         self._sites = {site.path: site for site in captured.sites}
         self._decomposing = decomposing
-        self._known: dict[frozenset[str], float] = {}
+        self._known: dict[frozenset[str], Tensor] = {}
         self._decomposed: dict[str, Decomposed] = {}
 
     def __call__(self, plan: Plan) -> float:
         """Nats for one sample."""
+        return mean_and_error(self._divergences(plan))[0]
+
+    def is_clear(self, better: Plan, than: Plan) -> bool:
+        """Whether a plan measures better by more than what may be chance: two standard errors of the difference on the
+        same samples.
+        """
+        mean, error = mean_and_error(self._divergences(better) - self._divergences(than))
+        return mean < -_CLEARLY * error
+
+    def _divergences(self, plan: Plan) -> Tensor:
         key = frozenset(decision.rewrite for decision in plan.rewrites)
         if key not in self._known:
             own = {decision.path: self._own(decision) for decision in plan.rewrites}
             self._decompose({decision.rewrite: decision for decision in own.values()})
             kernels = {path: self._kernel(decision) for path, decision in own.items()}
             network = evaluated(with_kernels(private_copy(self._captured.network), kernels))
-            self._known[key] = self._held_out.divergence(network)
+            self._known[key] = self._held_out.divergences(network)
         return self._known[key]
 
     def learned(self) -> tuple[Statistics, Mapping[str, Decomposed]]:

@@ -30,7 +30,7 @@ from fxfact.passes import applied, record_all
 from fxfact.planning import Plan
 from fxfact.ranks import Latency, Loss, Macs, Params
 from fxfact.reporting import report as make_report
-from fxfact.timing import milliseconds
+from fxfact.timing import compared, milliseconds
 from fxfact.verification import check_rewrite
 from fxfact.verification import verify as compare
 
@@ -143,7 +143,8 @@ def bench(given: Arguments) -> int:
          "parameters": sum(p.numel() for p in network.parameters())}
         for (text, _), own, network in zip(_two(given), times, networks, strict=True)
     ]  # fmt: skip
-    ratio = median(times[0]) / median(times[1])
+    first, second = compared(times)
+    ratio = first / second
     table = tabulate(rows, headers="keys", floatfmt=".3f")
     words = f"{table}\n\nthe second is {ratio:.2f}× as fast, on {torch.get_num_threads()} threads"
     _show(given, words, {"networks": rows, "speedup": ratio, "threads": torch.get_num_threads()})

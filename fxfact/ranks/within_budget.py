@@ -49,9 +49,9 @@ class WithinBudget(RankStrategy):
     ``multiple`` or its multiples. Options that cost more than the convolution, in parameters or in MACs, are none; with
     a ``clock``, which a budget of milliseconds needs, nor are those that do not measure faster.
 
-    Increases of the loss add up while they are small. ``evenness``, 0 … 1, is for budgets under which they are not: the
-    increases of each convolution count divided by that power of what it would cost to lose its output altogether, so
-    that none loses nearly all of it.
+    Increases of the loss add up while they are small. ``evenness``, 0 … 1, is for those that are not: the increases of
+    each convolution count divided by that power of what it would cost to lose its output altogether, so that none loses
+    nearly all of it. Of 0, ½ and 1 it is nearly always ½ that measures best on other data, or near the best.
 
     ``executor``: on which errors are computed, with the same result.
     """
@@ -62,7 +62,7 @@ class WithinBudget(RankStrategy):
     )
     statistics: Statistics | None = None
     multiple: int = 1
-    evenness: float = 0.0
+    evenness: float = 0.5
     clock: Clock | None = None
     progress: Progress = False
     executor: Executor | None = None
