@@ -37,7 +37,7 @@ class Clock:
     its weights have left the caches when they are wanted again, as in the network.
 
     Of what is kept only the convolution itself is measured again: where it takes much less, the machine was under load
-    before, and its chains are measured again too.
+    before, and its chains are measured again too. Else all count at its pace of now, at which the network runs as well.
 
     ``network`` is the milliseconds of the whole dense network in its fastest form: after the passes ``form``, and
     ``compiled`` with frozen weights. ``undecided`` says that 1×1 convolutions may be matrix products besides: then
@@ -54,7 +54,7 @@ class Clock:
         device = sites[0].weight.device if sites else torch.device("cpu")
         self._kept = Kept(machine(device))
         self._spreads: list[float] = []
-        self._paced: set[str] = set()  # what of the kept was compared with this machine now
+        self._pace: dict[str, float] = {}  # of this machine now, for what is kept: how many times as long all takes
         if undecided and self._faster_if_linear(sites):
             self.form = _as_linear(self.form, sites)
 
@@ -70,15 +70,15 @@ class Clock:
         group, keys = self._group(path, self.form), [_hash([asdict(spec) for spec in layout]) for layout in layouts]
         known = self._kept.ms.setdefault(group, {})
         asked = sorted({0, *(k for k, key in enumerate(keys) if key not in known)})
-        if len(asked) > 1 or group not in self._paced:
-            self._paced.add(group)
+        if len(asked) > 1 or group not in self._pace:
             like = self._sites[path][0].weight
             measured = self._measured(path, [self._chain(layouts[k], like, self.form) for k in asked])
             if known and known.get(keys[0], math.inf) > _SPREAD * measured[0]:
                 known.clear()
                 return self.times(path, layouts)
             _add(known, {keys[k]: ms for k, ms in zip(asked, measured, strict=True)}, keys[0])
-        return [known[key] for key in keys]
+            self._pace[group] = measured[0] / known[keys[0]]
+        return [known[key] * self._pace[group] for key in keys]
 
     def save(self) -> None:
         """Keep what was measured, for the next time."""
