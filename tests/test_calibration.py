@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,15 @@ def test_statistics_of_parts_are_joined_to_those_of_the_whole(model: nn.Module, 
         same = joined.moments[path]
         torch.testing.assert_close(same.input.factors[0], metric.input.factors[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(same.output.factors[0], metric.output.factors[0], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_another_network_or_likelihood_are_not_joined(model: nn.Module, x: Tensor) -> None:
+    statistics = fxfact.calibrate(model, [x])
+    with pytest.raises(CalibrationError, match=r"categorical.*callable.*differ \(none\)"):
+        statistics.joined(fxfact.calibrate(model, [x], likelihood=summed))
+    other = replace(statistics, specs={**statistics.specs, "first": statistics.specs["up"]})
+    with pytest.raises(CalibrationError, match=r"differ \(first\)"):
+        statistics.joined(other)
 
 
 def test_statistics_survive_their_file_and_give_the_same_network(model: nn.Module, x: Tensor, tmp_path: Path) -> None:

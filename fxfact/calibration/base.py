@@ -56,7 +56,15 @@ class Statistics:
         return shrunk.damped(_DAMPING)
 
     def joined(self, other: Statistics) -> Statistics:
-        """Of the samples of both, those of the other being of the same network and likelihood; without curves."""
+        """Of the samples of both, which are of one network: a convolution that gradients did not reach in the other's
+        keeps its moments. Without curves. Raises CalibrationError where convolutions or likelihoods differ.
+        """
+        differing = [path for path, spec in self.specs.items() if other.specs.get(path, spec) != spec]
+        if differing or self.likelihood != other.likelihood:
+            raise CalibrationError(
+                f"statistics ({self.likelihood}) cannot be joined with these ({other.likelihood}): likelihoods or "
+                f"convolutions differ ({', '.join(differing[:3]) or 'none'}). Calibrate the same model alike."
+            )
         samples = self.samples + other.samples
         share = other.samples / samples
         return replace(
