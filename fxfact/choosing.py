@@ -11,7 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of, mean_and_error
+from fxfact.calibration import (
+    HELD_OUT_SEED,
+    Batches,
+    HeldOut,
+    Statistics,
+    arguments_for,
+    calibrate,
+    held_out_of,
+    mean_and_error,
+)
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
@@ -29,7 +38,6 @@ from fxfact.verification import with_kernels
 _OTHERS = (0.0, 1.0)  # evennesses, of plans that are measured beside the usual one
 _CLEARLY = 2.0  # standard errors
 _HALVINGS = 8
-_SPARE_SEED = 1  # other random numbers than the samples before
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,7 @@ class _Measure:
         if not self._spare:
             return self._statistics, self._decomposed
         request, progress = self._held_out.likelihood, self._decomposing.progress
-        more = calibrate(self._captured, self._spare, likelihood=request, seed=_SPARE_SEED, progress=progress)
+        more = calibrate(self._captured, self._spare, likelihood=request, seed=HELD_OUT_SEED, progress=progress)
         return self._statistics.joined(more), {}
 
     def _own(self, decision: Decision) -> Decision:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fxfact.api import apply, calibrate
 from fxfact.api import plan as decide
-from fxfact.calibration import Statistics, held_out_of
+from fxfact.calibration import HELD_OUT_SEED, Statistics, held_out_of
 from fxfact.cli.base import Given, read_batches, read_model, runnable
 from fxfact.comparing import relative_error
 from fxfact.cost import Cost
@@ -56,7 +56,7 @@ def plan(given: Arguments) -> int:
     """Decide, and write the plan."""
     read = read_model(given.model, given.input, given.weights)
     with processes(given.workers) as executor:
-        made, statistics = _planned(given, read, executor)
+        made, statistics, _ = _planned(given, read, executor)
     if given.output:
         made.save(given.output)
     if given.keep_statistics and isinstance(statistics, Statistics):
@@ -82,10 +82,11 @@ def compress(given: Arguments) -> int:
     with processes(given.workers) as executor:
         if given.plan:
             made = Plan.load(given.plan)
-            statistics = _statistics(given, read, _batches(given)[0], fold_weights=made.fold_weights)
+            kept, held_out = _batches(given)
+            statistics = _statistics(given, read, kept, fold_weights=made.fold_weights)
         else:
-            made, statistics = _planned(given, read, executor)
-        statistics = _learned(given, read, statistics, fold_weights=made.fold_weights)
+            made, statistics, held_out = _planned(given, read, executor)
+        statistics = _learned(given, read, statistics, held_out, fold_weights=made.fold_weights)
         network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
     if read.inputs is not None and made.rewrites:
         check_rewrite(read.model, network, read.inputs)
@@ -151,7 +152,8 @@ def bench(given: Arguments) -> int:
     return 0
 
 
-def _planned(given: Arguments, read: Given, executor: Executor | None) -> tuple[Plan, Statistics | None]:
+def _planned(given: Arguments, read: Given, executor: Executor | None) -> tuple[Plan, Statistics | None, list[Any]]:
+    """With what it was made of, and the batches that were held out."""
     budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Latency, given.latency),
                (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
@@ -165,7 +167,7 @@ def _planned(given: Arguments, read: Given, executor: Executor | None) -> tuple[
     }  # fmt: skip
     if budgets:
         options |= {"budget": budgets[0], "held_out": held_out or None}
-    return decide(read.model, given.factorization, calibration=statistics, **options), statistics
+    return decide(read.model, given.factorization, calibration=statistics, **options), statistics, held_out
 
 
 def _statistics(given: Arguments, read: Given, kept: list[Any], *, fold_weights: bool) -> Statistics | None:
@@ -175,12 +177,13 @@ def _statistics(given: Arguments, read: Given, kept: list[Any], *, fold_weights:
     return _calibrated(given, read, kept, fold_weights=fold_weights) if kept else None
 
 
-def _learned(given: Arguments, read: Given, statistics: Statistics | None, *, fold_weights: bool) -> Statistics | None:
+def _learned(
+    given: Arguments, read: Given, statistics: Statistics | None, held_out: list[Any], *, fold_weights: bool
+) -> Statistics | None:
     """Those of all data, once the plan is chosen; but a loss that was promised is that of what was measured."""
-    held_out = _batches(given)[1]
     if statistics is None or given.statistics or given.loss is not None or not held_out:
         return statistics
-    return statistics.joined(_calibrated(given, read, held_out, fold_weights=fold_weights, seed=1))
+    return statistics.joined(_calibrated(given, read, held_out, fold_weights=fold_weights, seed=HELD_OUT_SEED))
 
 
 def _calibrated(given: Arguments, read: Given, batches: list[Any], *, fold_weights: bool, seed: int = 0) -> Statistics:
