@@ -172,6 +172,16 @@ def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureF
     assert 0 < bound["measured_loss_increase"] <= 1e-4
 
 
+def test_what_was_held_out_is_learned_from_in_the_end(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, "compress", "net.pt2", "-o", "small.pt2", "--macs", "0.5", "--factorization", "tucker",
+         "--calibration", "data.npy", "--batch", "8")  # fmt: skip
+    batches = torch.from_numpy(np.load("data.npy")).split(8)
+    expected = fxfact.factorize(fxfact.load("net.pt2"), "tucker", budget=fxfact.Macs(0.5), calibration=batches)
+    found = fxfact.load("small.pt2").state_dict
+    assert found.keys() == expected.state_dict.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.state_dict.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
