@@ -79,8 +79,7 @@ def factorize(
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
     selected = Selected(include, exclude, allow_growth)
     data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
-    chosen = choose(captured, strategy, selected, budget, data)
-    decided, (statistics, decomposed) = chosen.plan, chosen.learned()
+    decided, statistics, decomposed = choose(captured, strategy, selected, budget, data)
     if generator is None:  # else what is random is drawn from it
         decomposing = replace(decomposing, known=decomposed)
     carried = partial(carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
@@ -128,10 +127,8 @@ def plan(
     calibration: batches without labels (an iterable of tensors, tuples or mappings; what ``example_inputs`` lack is cut
         off), or ``Statistics`` from ``fxfact.calibrate``. Errors then count by what they do to the loss, in the choice
         of ranks and in the decomposition. Without, all relative errors count alike.
-    held_out: batches on which plans for the budget are measured: the usual one, and two that are taken where they are
-        better by two standard errors. Default: every fourth of the batches given as calibration (of two or three the
-        last), which ``factorize`` learns from in the end (but for ``Loss``: a promise holds for what was measured);
-        none with ``Statistics``, whose plan is foreseen only.
+    held_out: batches on which a plan for a budget is measured (``Plan.measured``), and not learned from. ``Loss`` needs
+        them; default: every fourth of the batches given as calibration (of two or three the last).
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
     multiple_of: ranks are multiples of it, or full; those asked for are rounded down, and where nothing is left of one

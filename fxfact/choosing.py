@@ -1,9 +1,9 @@
-"""The plan for a budget: what statistics foresee proposes, what is measured on held-out data decides."""
+"""The plan for a budget: what statistics foresee proposes, a bound on the loss is what held-out data measure."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -11,16 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfact.calibration import (
-    HELD_OUT_SEED,
-    Batches,
-    HeldOut,
-    Statistics,
-    arguments_for,
-    calibrate,
-    held_out_of,
-    mean_and_error,
-)
+from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
@@ -35,8 +26,6 @@ from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinB
 from fxfact.rehearsing import Rehearsal
 from fxfact.verification import with_kernels
 
-_OTHERS = (0.0, 1.0)  # evennesses, of plans that are measured beside the usual one
-_CLEARLY = 2.0  # standard errors
 _HALVINGS = 8
 
 
@@ -69,17 +58,11 @@ class Data:
 
 
 class Chosen(NamedTuple):
-    """The plan, the statistics that it was made with, and what measured it."""
+    """The plan, the statistics that it was made with, and by ``Decision.rewrite`` what was decomposed to measure it."""
 
     plan: Plan
     statistics: Statistics | None
-    measure: _Measure | None = None
-
-    def learned(self) -> tuple[Statistics | None, Mapping[str, Decomposed]]:
-        """Statistics to carry the plan out with, and what is decomposed in their metric, by ``Decision.rewrite``."""
-        if self.measure is None or not self.plan.rewrites:
-            return self.statistics, {}
-        return self.measure.learned()
+    decomposed: Mapping[str, Decomposed]
 
 
 @torch.inference_mode(False)  # in which nothing can be fitted
@@ -100,7 +83,7 @@ def choose(
             statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.decomposing.progress)
         if statistics is not None:
             statistics.check(paths)
-        return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics)
+        return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
     if statistics is not None:
         statistics.check(paths)
@@ -110,21 +93,15 @@ def choose(
         make, strategy, budget = _clocked(captured, strategy, selected, budget)
 
     def plan_for(some: Budget) -> Plan:
-        best = make(replace(strategy, budget=some))
-        if measure is None:
-            return best
-        for evenness in _OTHERS:
-            other = make(replace(strategy, budget=some, evenness=evenness))
-            if measure.is_clear(other, best):
-                best = replace(other, front=best.front)
-        return replace(best, measured=measure(best))
+        made = make(replace(strategy, budget=some))
+        return made if measure is None else replace(made, measured=measure(made))
 
     if isinstance(budget, Loss):
         best = _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs)
     else:
         assert budget is not None
         best = plan_for(budget)
-    return Chosen(best, statistics, measure)
+    return Chosen(best, statistics, {} if measure is None else measure.decomposed)
 
 
 def _clocked(
@@ -182,28 +159,21 @@ def _within(plan: Plan, nats: float) -> bool:
 
 def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statistics | None, _Measure | None]:
     """The statistics, and what measures plans, where there is data to measure on. Raises CalibrationError."""
-    given = data.calibration
+    given, request = data.calibration, data.likelihood
+    if isinstance(given, Statistics) and request is None:
+        request = given.likelihood
     kept, held_out = _batches(captured, data, needed=needed)
-    if not kept and not held_out:
-        assert given is None or isinstance(given, Statistics)
-        return given, None
-    network = evaluated(private_copy(captured.network))
-    request = given.likelihood if isinstance(given, Statistics) and data.likelihood is None else data.likelihood
-    if not held_out:
-        return calibrate(captured, kept, likelihood=request, progress=data.decomposing.progress), None
-    measured = HeldOut(network, held_out, request)
-    if isinstance(given, Statistics):
-        statistics = given
-    else:
-        statistics = calibrate(captured, kept, likelihood=measured.likelihood, progress=data.decomposing.progress)
-    if not (needed or measured.likelihood.measures or data.held_out is not None):
+    original = HeldOut(evaluated(private_copy(captured.network)), held_out, request) if held_out else None
+    statistics = given if isinstance(given, Statistics) else None
+    if kept:
+        statistics = calibrate(captured, kept, likelihood=request, progress=data.decomposing.progress)
+    if statistics is None or original is None:
         return statistics, None
-    spare = held_out if kept and data.held_out is None and not needed else []
-    return statistics, _Measure(captured, statistics, measured, data.decomposing, spare)
+    return statistics, _Measure(captured, statistics, original, data.decomposing)
 
 
 def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
-    """Those to calibrate on, none with statistics, and those to measure on, none where there are none to spare."""
+    """Those to calibrate on, none with statistics, and those to measure on, none where nothing is ``needed``."""
 
     def listed(batches: Batches, name: str) -> list[ExampleInputs]:
         return list(arguments_for(captured.network, batches, captured.example_inputs, name=name))
@@ -211,7 +181,7 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[Exam
     given = data.calibration
     kept = [] if given is None or isinstance(given, Statistics) else listed(given, "calibration")
     held_out = [] if data.held_out is None else listed(data.held_out, "held_out")
-    if kept and not held_out and (needed or len(kept) > 1):
+    if kept and needed and not held_out:
         kept, held_out = held_out_of(kept)
     if (needed and not held_out) or (held_out and given is None):
         raise CalibrationError(
@@ -222,55 +192,25 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[Exam
 
 
 class _Measure:
-    """How far the network that a plan would make is from the original on held-out data, of which ``spare`` may be
-    learned from once the plan is chosen.
-    """
+    """How far the network that a plan would make is from the original on held-out data."""
 
-    def __init__(
-        self,
-        captured: Captured,
-        statistics: Statistics,
-        held_out: HeldOut,
-        decomposing: Decomposing,
-        spare: Sequence[ExampleInputs],
-    ) -> None:
-        self._captured, self._statistics, self._held_out, self._spare = captured, statistics, held_out, spare
+    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut, decomposing: Decomposing) -> None:
+        self._captured, self._statistics, self._held_out = captured, statistics, held_out
         self._sites = {site.path: site for site in captured.sites}
         self._decomposing = decomposing
-        self._known: dict[frozenset[str], Tensor] = {}
-        self._decomposed: dict[str, Decomposed] = {}
+        self._known: dict[frozenset[str], float] = {}
+        self.decomposed: dict[str, Decomposed] = {}  # by ``Decision.rewrite``
 
     def __call__(self, plan: Plan) -> float:
         """Nats for one sample."""
-        return mean_and_error(self._divergences(plan))[0]
-
-    def is_clear(self, better: Plan, than: Plan) -> bool:
-        """Whether a plan measures better by more than what may be chance: two standard errors of the difference on the
-        same samples.
-        """
-        mean, error = mean_and_error(self._divergences(better) - self._divergences(than))
-        return mean < -_CLEARLY * error
-
-    def _divergences(self, plan: Plan) -> Tensor:
         key = frozenset(decision.rewrite for decision in plan.rewrites)
         if key not in self._known:
             own = {decision.path: self._own(decision) for decision in plan.rewrites}
             self._decompose({decision.rewrite: decision for decision in own.values()})
             kernels = {path: self._kernel(decision) for path, decision in own.items()}
             network = evaluated(with_kernels(private_copy(self._captured.network), kernels))
-            self._known[key] = self._held_out.divergences(network)
+            self._known[key] = self._held_out.divergence(network)
         return self._known[key]
-
-    def learned(self) -> tuple[Statistics, Mapping[str, Decomposed]]:
-        """Statistics of all data, those to measure on too where they are spare, and what is decomposed in their metric.
-
-        A promise to stay within a loss holds for what was measured, so nothing is spare there.
-        """
-        if not self._spare:
-            return self._statistics, self._decomposed
-        request, progress = self._held_out.likelihood, self._decomposing.progress
-        more = calibrate(self._captured, self._spare, likelihood=request, seed=HELD_OUT_SEED, progress=progress)
-        return self._statistics.joined(more), {}
 
     def _own(self, decision: Decision) -> Decision:
         """The same of the convolution whose weight it shares."""
@@ -278,17 +218,17 @@ class _Measure:
 
     def _decompose(self, decisions: Mapping[str, Decision]) -> None:
         """What was not yet, of decisions by ``Decision.rewrite``."""
-        new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self._decomposed}
+        new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self.decomposed}
         sites = [self._sites[decision.path] for decision in new.values()]
         jobs = (
             (site.layer, decision, None, self._statistics.metric(site.path, site.spec))
             for site, decision in zip(sites, new.values(), strict=True)
         )
         results = shown(self._decomposing.decomposed(jobs), len(new), "measuring", self._decomposing.progress)
-        self._decomposed.update(zip(new, results, strict=True))
+        self.decomposed.update(zip(new, results, strict=True))
 
     def _kernel(self, decision: Decision) -> Tensor:
         """What the chain of a decision composes to, in PyTorch's layout."""
-        weights, _ = self._decomposed[decision.rewrite]
+        weights, _ = self.decomposed[decision.rewrite]
         parts = [weight.reshape(spec.weight_shape) for weight, spec in zip(weights, decision.stages, strict=True)]
         return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, parts))

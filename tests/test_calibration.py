@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,27 +119,6 @@ def test_batches_do_not_matter_and_the_model_is_untouched(model: nn.Module, x: T
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_statistics_of_parts_are_joined_to_those_of_the_whole(model: nn.Module, x: Tensor) -> None:
-    x = x[:, :, :7, :7]
-    whole, *parts = (fxfact.calibrate(model, [part], likelihood=summed) for part in (x, x[:20], x[20:]))
-    joined = parts[0].joined(parts[1])
-    assert joined.samples == whole.samples
-    assert joined.variance == pytest.approx(whole.variance, rel=0.1)  # but for that between the parts
-    for path, metric in whole.moments.items():
-        same = joined.moments[path]
-        torch.testing.assert_close(same.input.factors[0], metric.input.factors[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(same.output.factors[0], metric.output.factors[0], rtol=1e-4, atol=1e-5)
-
-
-def test_statistics_of_another_network_or_likelihood_are_not_joined(model: nn.Module, x: Tensor) -> None:
-    statistics = fxfact.calibrate(model, [x])
-    with pytest.raises(CalibrationError, match=r"categorical.*callable.*differ \(none\)"):
-        statistics.joined(fxfact.calibrate(model, [x], likelihood=summed))
-    other = replace(statistics, specs={**statistics.specs, "first": statistics.specs["up"]})
-    with pytest.raises(CalibrationError, match=r"differ \(first\)"):
-        statistics.joined(other)
-
-
 def test_statistics_survive_their_file_and_give_the_same_network(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
     statistics = fxfact.calibrate(model, x.split(8))
     plan = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=statistics, example_inputs=x[:1])
@@ -174,7 +153,7 @@ def test_budgets_are_met(model: nn.Module, x: Tensor, budget: fxfact.ranks.Budge
         assert sum(p.numel() for p in small.parameters()) == plan.after.params
     assert "loss +" in str(plan.curve())
     increases = [point.increase for point in plan.curve().points]
-    assert increases == sorted(increases, reverse=True)
+    assert all(b <= 1.02 * a for a, b in pairwise(increases))  # counted by roots they fall, in nats nearly
 
 
 def test_a_budget_is_met_in_inference_mode_too(model: nn.Module, x: Tensor) -> None:
@@ -435,4 +414,5 @@ def test_without_example_inputs_a_sample_of_the_data_shows_how_the_model_runs() 
     assert plan.capture == "modules"
     assert plan.compared
     assert plan.network.macs
-    assert plan.measured is not None
+    assert plan.increase is not None
+    assert plan.increase > 0

@@ -1,22 +1,14 @@
 """What data say of a network: which errors of which kernel its loss can bear. One pass, forward and backward."""
 
 from fxfact.calibration.base import Statistics
-from fxfact.calibration.batches import (
-    HELD_OUT_SEED,
-    Batches,
-    arguments_for,
-    first_sample,
-    held_out_of,
-    run_batch,
-)
+from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch
 from fxfact.calibration.collecting import MOST_SEED, calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
-from fxfact.calibration.measuring import HeldOut, mean_and_error
+from fxfact.calibration.measuring import HeldOut
 
 __all__ = [
     "CATEGORICAL",
     "GAUSSIAN",
-    "HELD_OUT_SEED",
     "MOST_SEED",
     "Batches",
     "HeldOut",
@@ -28,6 +20,5 @@ __all__ = [
     "first_sample",
     "held_out_of",
     "likelihood_for",
-    "mean_and_error",
     "run_batch",
 ]

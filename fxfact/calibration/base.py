@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,29 +54,6 @@ class Statistics:
         known = self.moments[path]
         shrunk = Metric(known.input.shrunk(self.samples), known.output.shrunk(self.samples, self.shrinkage))
         return shrunk.damped(_DAMPING)
-
-    def joined(self, other: Statistics) -> Statistics:
-        """Of the samples of both, which are of one network: a convolution that gradients did not reach in the other's
-        keeps its moments. Without curves. Raises CalibrationError where convolutions or likelihoods differ.
-        """
-        differing = [path for path, spec in self.specs.items() if other.specs.get(path, spec) != spec]
-        if differing or self.likelihood != other.likelihood:
-            raise CalibrationError(
-                f"statistics ({self.likelihood}) cannot be joined with these ({other.likelihood}): likelihoods or "
-                f"convolutions differ ({', '.join(differing[:3]) or 'none'}). Calibrate the same model alike."
-            )
-        samples = self.samples + other.samples
-        share = other.samples / samples
-        return replace(
-            self,
-            samples=samples,
-            variance=(1 - share) * self.variance + share * other.variance,
-            moments={
-                path: metric.mixed(other.moments[path], share) if path in other.moments else metric
-                for path, metric in self.moments.items()
-            },
-            curves={},
-        )
 
     def check(self, paths: Sequence[str]) -> None:
         """Raise CalibrationError where they know none of the convolutions at these paths."""

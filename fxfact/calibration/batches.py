@@ -15,7 +15,6 @@ from fxfact.capture import ExampleInputs, copied_arguments, drawn_from_seed, rea
 from fxfact.errors import CalibrationError
 
 Batches = Iterable[ExampleInputs]
-HELD_OUT_SEED = 1  # of batches that were held out and are learned from in the end: other draws than the others had
 
 
 def arguments_for(

@@ -16,9 +16,9 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from fxfact.api import apply, calibrate
+from fxfact.api import apply, calibrate, factorize, plan_of
 from fxfact.api import plan as decide
-from fxfact.calibration import HELD_OUT_SEED, Statistics, held_out_of
+from fxfact.calibration import Statistics, held_out_of
 from fxfact.cli.base import Given, read_batches, read_model, runnable
 from fxfact.comparing import relative_error
 from fxfact.cost import Cost
@@ -56,11 +56,12 @@ def plan(given: Arguments) -> int:
     """Decide, and write the plan."""
     read = read_model(given.model, given.input, given.weights)
     with processes(given.workers) as executor:
-        made, statistics, _ = _planned(given, read, executor)
+        options = _options(given, read, executor)
+        made = decide(read.model, given.factorization, **options)
     if given.output:
         made.save(given.output)
-    if given.keep_statistics and isinstance(statistics, Statistics):
-        statistics.save(given.keep_statistics)
+    if given.keep_statistics and options["calibration"] is not None:
+        options["calibration"].save(given.keep_statistics)
     _show(given, made, {"plan": made.to_json(), **_summary(made)})
     return 0
 
@@ -82,12 +83,11 @@ def compress(given: Arguments) -> int:
     with processes(given.workers) as executor:
         if given.plan:
             made = Plan.load(given.plan)
-            kept, held_out = _batches(given)
-            statistics = _statistics(given, read, kept, fold_weights=made.fold_weights)
+            statistics = _statistics(given, read, _batches(given), fold_weights=made.fold_weights)
+            network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
         else:
-            made, statistics, held_out = _planned(given, read, executor)
-        statistics = _learned(given, read, statistics, held_out, fold_weights=made.fold_weights)
-        network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
+            network = factorize(read.model, given.factorization, **_options(given, read, executor))
+            made = plan_of(network)
     if read.inputs is not None and made.rewrites:
         check_rewrite(read.model, network, read.inputs)
     if as_program and not isinstance(network, ExportedProgram):
@@ -152,51 +152,37 @@ def bench(given: Arguments) -> int:
     return 0
 
 
-def _planned(given: Arguments, read: Given, executor: Executor | None) -> tuple[Plan, Statistics | None, list[Any]]:
-    """With what it was made of, and the batches that were held out."""
+def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[str, Any]:
+    """What is to be chosen, and of what data, as ``plan`` and ``factorize`` take it."""
     budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Latency, given.latency),
                (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
-    kept, held_out = _batches(given)
-    statistics = _statistics(given, read, kept, fold_weights=bool(given.fold_weights))
-    options: dict[str, Any] = {
+    kept, held_out = _batches(given), list[Any]()
+    if given.loss is not None and kept:
+        kept, held_out = held_out_of(kept)
+    return {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": bool(given.fold_weights), "example_inputs": _example(read), "progress": given.progress,
-        "multiple_of": given.multiple_of, "executor": executor,
+        "multiple_of": given.multiple_of, "executor": executor, "budget": budgets[0] if budgets else None,
+        "calibration": _statistics(given, read, kept, fold_weights=bool(given.fold_weights)),
+        "held_out": held_out or None,
     }  # fmt: skip
-    if budgets:
-        options |= {"budget": budgets[0], "held_out": held_out or None}
-    return decide(read.model, given.factorization, calibration=statistics, **options), statistics, held_out
 
 
-def _statistics(given: Arguments, read: Given, kept: list[Any], *, fold_weights: bool) -> Statistics | None:
-    """From their file, or of the data that is not held out."""
+def _statistics(given: Arguments, read: Given, batches: list[Any], *, fold_weights: bool) -> Statistics | None:
+    """From their file, or of the data."""
     if given.statistics:
         return Statistics.load(given.statistics)
-    return _calibrated(given, read, kept, fold_weights=fold_weights) if kept else None
-
-
-def _learned(
-    given: Arguments, read: Given, statistics: Statistics | None, held_out: list[Any], *, fold_weights: bool
-) -> Statistics | None:
-    """Those of all data, once the plan is chosen; but a loss that was promised is that of what was measured."""
-    if statistics is None or given.statistics or given.loss is not None or not held_out:
-        return statistics
-    return statistics.joined(_calibrated(given, read, held_out, fold_weights=fold_weights, seed=HELD_OUT_SEED))
-
-
-def _calibrated(given: Arguments, read: Given, batches: list[Any], *, fold_weights: bool, seed: int = 0) -> Statistics:
-    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": fold_weights, "seed": seed}
+    if not batches:
+        return None
+    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": fold_weights}
     return calibrate(read.model, batches, example_inputs=_example(read), progress=given.progress, **options)
 
 
-def _batches(given: Arguments) -> tuple[list[Any], list[Any]]:
-    """Those to calibrate on, and those to measure on, where there is something to choose and more than one."""
-    if not given.calibration:
-        return [], []
-    batches: list[Any] = list(read_batches(given.calibration, given.batch))
-    return held_out_of(batches) if given.rank is None and len(batches) > 1 else (batches, [])
+def _batches(given: Arguments) -> list[Any]:
+    """Of the data given, if any."""
+    return list(read_batches(given.calibration, given.batch)) if given.calibration else []
 
 
 def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:

@@ -48,10 +48,6 @@ class Moment:
             product = torch.tensordot(product, factor[0], dims=([axis], [0])).movedim(-1, axis)
         return product.reshape(rows.shape)
 
-    def mixed(self, other: Moment, share: float) -> Moment:
-        """The mean with another of the same sizes, which counts ``share`` of the whole, factor by factor."""
-        return Moment(tuple(torch.lerp(a, b, share) for a, b in zip(self.factors, other.factors, strict=True)))
-
     def channels(self, count: int) -> Tensor:
         """The first group's moment of channels alone (count, count): summed over positions of the kernel."""
         if len(self.factors) > 1:
@@ -128,10 +124,6 @@ class Metric:
     def like(self, tensor: Tensor) -> Metric:
         """In the dtype and on the device of ``tensor``."""
         return Metric(self.input.like(tensor), self.output.like(tensor))
-
-    def mixed(self, other: Metric, share: float) -> Metric:
-        """Both moments ``mixed``."""
-        return Metric(self.input.mixed(other.input, share), self.output.mixed(other.output, share))
 
     def damped(self, amount: float) -> Metric:
         """Both moments ``damped``."""
