@@ -74,20 +74,14 @@ def choose(
     data: Data,
 ) -> Chosen:
     """Raises ArgumentError, BudgetError, CalibrationError."""
-    paths = [site.path for site in captured.sites]
-    if not isinstance(strategy, WithinBudget):
-        if data.held_out is not None:
-            raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
-        statistics = data.calibration
-        if statistics is not None and not isinstance(statistics, Statistics):
-            statistics = calibrate(captured, statistics, likelihood=data.likelihood, progress=data.decomposing.progress)
-        if statistics is not None:
-            statistics.check(paths)
-        return Chosen(selected.plan(captured, replace(strategy, statistics=statistics)), statistics, {})
+    if isinstance(strategy, Requested) and data.held_out is not None:
+        raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
     statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
     if statistics is not None:
-        statistics.check(paths)
+        statistics.check([site.path for site in captured.sites])
     strategy = replace(strategy, statistics=statistics)
+    if isinstance(strategy, Requested):
+        return Chosen(selected.plan(captured, strategy), statistics, {})
     make: Callable[[WithinBudget], Plan] = partial(selected.plan, captured)
     if isinstance(budget, Latency):
         make, strategy, budget = _clocked(captured, strategy, selected, budget)
@@ -165,24 +159,26 @@ def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statis
     kept, held_out = _batches(captured, data, needed=needed)
     original = HeldOut(evaluated(private_copy(captured.network)), held_out, request) if held_out else None
     statistics = given if isinstance(given, Statistics) else None
-    if kept:
+    if kept is not None:
         statistics = calibrate(captured, kept, likelihood=request, progress=data.decomposing.progress)
     if statistics is None or original is None:
         return statistics, None
     return statistics, _Measure(captured, statistics, original, data.decomposing)
 
 
-def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
-    """Those to calibrate on, none with statistics, and those to measure on, none where nothing is ``needed``."""
+def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[Batches | None, list[ExampleInputs]]:
+    """Those to calibrate on, None where there are statistics or no data, and those to measure on, if the caller has
+    some or they are ``needed``.
+    """
 
     def listed(batches: Batches, name: str) -> list[ExampleInputs]:
         return list(arguments_for(captured.network, batches, captured.example_inputs, name=name))
 
     given = data.calibration
-    kept = [] if given is None or isinstance(given, Statistics) else listed(given, "calibration")
+    kept = None if isinstance(given, Statistics) else given
     held_out = [] if data.held_out is None else listed(data.held_out, "held_out")
-    if kept and needed and not held_out:
-        kept, held_out = held_out_of(kept)
+    if kept is not None and needed and not held_out:
+        kept, held_out = held_out_of(listed(kept, "calibration"))
     if (needed and not held_out) or (held_out and given is None):
         raise CalibrationError(
             "a loss is measured on batches of its own: pass two or more as calibration, or fxfact.Statistics and "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,22 @@ def test_where_nothing_is_to_be_measured_all_data_are_learned_from(model: nn.Mod
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("how", [{"rank": 0.5}, {"budget": fxfact.Macs(0.5)}], ids=["rank", "budget"])
+def test_batches_to_learn_from_are_not_kept(model: nn.Module, how: dict[str, Any]) -> None:
+    alive, most = weakref.WeakSet[Tensor](), 0
+
+    def stream() -> Iterator[Tensor]:
+        nonlocal most
+        for seed in range(12):
+            batch = data(seed)
+            alive.add(batch)
+            most = max(most, len(alive))
+            yield batch
+
+    planned(model, calibration=stream(), **how)
+    assert 1 <= most <= 3
+
+
 def test_a_bound_on_the_loss_is_met_on_batches_of_the_callers_own(model: nn.Module) -> None:
     statistics, others = fxfact.calibrate(model, data().split(8)), data(1).split(8)
     plan = planned(model, budget=fxfact.Loss(1e-4), calibration=statistics, held_out=others)
@@ -125,7 +142,7 @@ def test_a_loss_of_ones_own_is_planned_with_and_not_measured(model: nn.Module) -
     def own(output: Tensor) -> Tensor:
         return output.square().sum()
 
-    assert planned(model, budget=fxfact.Macs(0.5), calibration=data().split(8), likelihood=own).measured is None
+    assert planned(model, budget=fxfact.Macs(0.5), calibration=data().split(8), likelihood=own).rewrites
     with pytest.raises(CalibrationError, match="not how to measure"):
         planned(model, budget=fxfact.Loss(0.1), calibration=data().split(8), likelihood=own)
 

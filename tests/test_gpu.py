@@ -97,7 +97,8 @@ def test_autocast_and_training(small: Small, image: Tensor) -> None:
 
 
 def test_statistics_and_plans_are_those_of_the_processor(small: Small, data: Tensor) -> None:
-    budget: dict[str, Any] = {"budget": fxfact.Macs(0.6), "likelihood": "categorical"}
+    kept, held_out = data.double().split(48)
+    given: dict[str, Any] = {"calibration": kept.split(16), "held_out": [held_out], "likelihood": "categorical"}
     model = small.double()
     on_cpu = fxfact.calibrate(model, data.double().split(16), likelihood="categorical")
     on_gpu = fxfact.calibrate(copy.deepcopy(model).to(GPU), data.double().split(16), likelihood="categorical")
@@ -105,9 +106,10 @@ def test_statistics_and_plans_are_those_of_the_processor(small: Small, data: Ten
         for ours, theirs in ((metric.input, on_gpu.moments[path].input), (metric.output, on_gpu.moments[path].output)):
             for a, b in zip(ours.factors, theirs.factors, strict=True):
                 assert apart(a, b.cpu()) < 1e-6
-    plan = fxfact.plan(model, calibration=data.double().split(16), **budget)
-    found = fxfact.plan(copy.deepcopy(model).to(GPU), calibration=data.double().split(16), **budget)
+    plan = fxfact.plan(model, budget=fxfact.Macs(0.6), **given)
+    found = fxfact.plan(copy.deepcopy(model).to(GPU), budget=fxfact.Macs(0.6), **given)
     assert [(d.path, d.rewrite) for d in found] == [(d.path, d.rewrite) for d in plan]
+    assert plan.measured is not None
     assert found.measured == pytest.approx(plan.measured, rel=1e-3)
 
 

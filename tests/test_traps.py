@@ -277,7 +277,8 @@ def test_scripted_children_are_listed_and_stay_trainable(x: Tensor) -> None:
         result(x).sum().backward()
         assert all(p.grad is None for p in model.parameters())
         fxfact.recover(result, model, [x, x], steps=1, likelihood="gaussian")
-    small = fxfact.factorize(model, budget=fxfact.Macs(0.8), calibration=[x, x], likelihood="gaussian")
+    given: dict[str, Any] = {"calibration": [x], "held_out": [x], "likelihood": "gaussian"}
+    small = fxfact.factorize(model, budget=fxfact.Macs(0.8), **given)
     assert fxfact.plan_of(small).measured is not None
 
 
