@@ -127,8 +127,9 @@ def plan(
     calibration: batches without labels (an iterable of tensors, tuples or mappings; what ``example_inputs`` lack is cut
         off), or ``Statistics`` from ``fxfact.calibrate``. Errors then count by what they do to the loss, in the choice
         of ranks and in the decomposition. Without, all relative errors count alike.
-    held_out: batches on which a plan for a budget is measured (``Plan.measured``), and not learned from. ``Loss`` needs
-        them; default: every fourth of the batches given as calibration (of two or three the last).
+    held_out: batches on which a plan for a budget is measured (``Plan.measured``), and which are not learned from. Only
+        ``Loss`` needs some, and without takes every fourth of the batches given as calibration (of two or three the
+        last); beside ``Statistics`` they must be given.
     likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
         function of the output that gives a summed loss. Default: categorical for an output (n, classes).
     multiple_of: ranks are multiples of it, or full; those asked for are rounded down, and where nothing is left of one

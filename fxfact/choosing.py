@@ -1,4 +1,4 @@
-"""The plan for a budget: what statistics foresee proposes, a bound on the loss is what held-out data measure."""
+"""The plan for a budget: statistics foresee what is best, and a bound on the loss is met on held-out data."""
 
 from __future__ import annotations
 
@@ -179,7 +179,9 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[Batches |
     held_out = [] if data.held_out is None else listed(data.held_out, "held_out")
     if kept is not None and needed and not held_out:
         kept, held_out = held_out_of(listed(kept, "calibration"))
-    if (needed and not held_out) or (held_out and given is None):
+    if held_out and given is None:
+        raise CalibrationError("held_out is only measured on: pass calibration, other batches to learn from, as well")
+    if needed and not held_out:
         raise CalibrationError(
             "a loss is measured on batches of its own: pass two or more as calibration, or fxfact.Statistics and "
             "held_out=batches"

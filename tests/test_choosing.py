@@ -1,4 +1,4 @@
-"""Plans for a budget: what is measured decides, on data that was held out, and what cannot be measured is refused."""
+"""Plans for a budget: what they count, what is measured on data held out, and that the rest is refused."""
 
 from __future__ import annotations
 
@@ -143,14 +143,15 @@ def test_a_loss_of_ones_own_is_planned_with_and_not_measured(model: nn.Module) -
         return output.square().sum()
 
     assert planned(model, budget=fxfact.Macs(0.5), calibration=data().split(8), likelihood=own).rewrites
-    with pytest.raises(CalibrationError, match="not how to measure"):
-        planned(model, budget=fxfact.Loss(0.1), calibration=data().split(8), likelihood=own)
+    for measured in ({"budget": fxfact.Loss(0.1)}, {"budget": fxfact.Macs(0.5), "held_out": [data(1)]}):
+        with pytest.raises(CalibrationError, match="not how to measure"):
+            planned(model, calibration=data().split(8), likelihood=own, **measured)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (lambda s: {"budget": fxfact.Macs(0.5), "held_out": [data()]}, "measured on batches"),
+        (lambda s: {"budget": fxfact.Macs(0.5), "held_out": [data()]}, "pass calibration, other"),
         (lambda s: {"budget": fxfact.Loss(0.5), "calibration": s}, "held_out=batches"),
         (lambda s: {"budget": fxfact.Loss(0.5)}, "pass two or more as calibration"),
         (lambda s: {"budget": fxfact.Macs(0.5), "calibration": s, "held_out": []}, "no batch"),

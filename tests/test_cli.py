@@ -173,14 +173,51 @@ def test_a_plan_is_made_kept_and_carried_out(room: Path, capsys: pytest.CaptureF
     assert 0 < bound["measured_loss_increase"] <= 1e-4
 
 
-def test_what_is_written_is_what_factorize_makes(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told(capsys, "compress", "net.pt2", "-o", "small.pt2", "--macs", "0.5", "--factorization", "tucker",
-         "--calibration", "data.npy", "--batch", "8")  # fmt: skip
+@pytest.mark.parametrize("budget", [fxfact.Macs(0.5), fxfact.Loss(1e-4), None], ids=str)
+def test_what_is_written_is_what_factorize_makes(room: Path, capsys: pytest.CaptureFixture[str], budget: Any) -> None:
+    asked = {"Macs": ["--macs", "0.5"], "Loss": ["--loss", "1e-4"]}.get(type(budget).__name__, ["--rank", "0.4"])
+    data = ["--factorization", "tucker", "--calibration", "data.npy", "--batch", "8"]
+    done = told(capsys, "compress", "net.pt2", "-o", "small.pt2", *asked, *data)
     batches = torch.from_numpy(np.load("data.npy")).split(8)
-    expected = fxfact.factorize(fxfact.load("net.pt2"), "tucker", budget=fxfact.Macs(0.5), calibration=batches)
-    found = fxfact.load("small.pt2").state_dict
-    assert found.keys() == expected.state_dict.keys()
-    assert all(torch.equal(value, found[name]) for name, value in expected.state_dict.items())
+    how: dict[str, Any] = {"rank": 0.4} if budget is None else {"budget": budget}
+    expected = fxfact.factorize(fxfact.load("net.pt2"), "tucker", calibration=batches, **how)
+    assert done["measured_loss_increase"] == fxfact.plan_of(expected).measured
+    told(capsys, "plan", "net.pt2", *asked, *data, "-o", "plan.json")
+    told(capsys, "compress", "net.pt2", "-o", "again.pt2", "--plan", "plan.json", *data[2:])
+    for file in ("small.pt2", "again.pt2"):
+        found = fxfact.load(file).state_dict
+        assert found.keys() == expected.state_dict.keys()
+        assert all(torch.equal(value, found[name]) for name, value in expected.state_dict.items())
+
+
+def test_beside_statistics_data_are_measured_on(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    what = ["--factorization", "tucker", "--batch", "8"]
+    told(
+        capsys, "plan", "net.pt2", *what, "--macs", "0.5", "--calibration", "data.npy", "--keep-statistics", "kept.npz"
+    )
+    batches = torch.from_numpy(np.load("data.npy")).flip(-1)
+    np.save("other.npy", batches.numpy())
+    beside = [*what, "--statistics", "kept.npz", "--calibration", "other.npy"]
+    statistics = fxfact.Statistics.load("kept.npz")
+    for option, budget in (("--macs", fxfact.Macs(0.5)), ("--loss", fxfact.Loss(0.5))):
+        found = told(capsys, "plan", "net.pt2", option, "0.5", *beside)["measured_loss_increase"]
+        given: dict[str, Any] = {"calibration": statistics, "held_out": batches.split(8)}
+        assert found == fxfact.plan(fxfact.load("net.pt2"), "tucker", budget=budget, **given).measured > 0
+    assert main(["plan", "net.pt2", "--rank", "0.5", *beside]) == 1
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+def test_a_network_for_a_time_is_written(
+    room: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXFACT_CACHE", "times")
+    shape = ["--input", "4,3,10,10", "--factorization", "channel_svd"]
+    told(capsys, "compress", "shop:small", "-o", "small.pt", "--latency", "0.99", *shape)
+    import shop  # noqa: PLC0415
+
+    small = fxfact.load("small.pt", shop.small())
+    assert fxfact.plan_of(small).network.ms  # of the dense one, in its fastest form
+    assert fxfact.verify(shop.small(), small, torch.randn(4, 3, 10, 10)).right
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_plans_are_measured_on_an_executor_too_and_are_the_same(image: Tensor) -
     model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(5)).eval()
     model(image)
     what: dict[str, Any] = {"budget": fxfact.Macs(0.6), "calibration": torch.randn(16, *image.shape[1:]).split(4)}
+    what["held_out"] = torch.randn(4, *image.shape[1:]).split(4)
     recording, seen = Recording(2), list[str]()
 
     def bar(iterable: Iterable[Any], *, total: int | None, desc: str) -> Iterable[Any]:

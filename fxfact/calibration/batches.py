@@ -82,7 +82,9 @@ def held_out_of(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], 
     Raises CalibrationError for a single one.
     """
     if len(batches) < 2:
-        raise CalibrationError("every fourth batch is held out to measure on, so there must be two at least, got 1")
+        raise CalibrationError(
+            "every fourth batch is held out to measure on, so there must be two at least, got 1. Pass smaller ones."
+        )
     out = set(range(3, len(batches), 4)) or {len(batches) - 1}
     return [b for k, b in enumerate(batches) if k not in out], [b for k, b in enumerate(batches) if k in out]
 

@@ -22,7 +22,6 @@ class Likelihood(ABC):
     """How a network's output is read."""
 
     name: ClassVar[str]
-    measures: ClassVar[bool] = True  # whether there is a ``divergence``
     shrinkage: ClassVar[float] = 0.5  # of the moments of gradients towards multiples of the identity, at least
 
     @abstractmethod
@@ -108,7 +107,6 @@ class OwnLoss(Likelihood):
     """A function of the output that gives a scalar, the summed loss of all samples: its gradient is taken as it is."""
 
     name = "callable"
-    measures = False
 
     def __init__(self, loss: Callable[[Any], Tensor]) -> None:
         self._loss = loss
@@ -145,7 +143,7 @@ def likelihood_for(request: object, output: Any) -> Likelihood:
     if request == OwnLoss.name:
         raise CalibrationError(
             "the statistics are of a likelihood of your own, which tells gradients, not how to measure a loss. Pass "
-            "'categorical' or 'gaussian' to measure, or leave held_out away."
+            "'categorical' or 'gaussian' to measure, or leave held_out away (a Loss needs it)."
         )
     if request is not None:
         raise CalibrationError(f"likelihood cannot be {request!r}. {way_out}")

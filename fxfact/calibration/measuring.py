@@ -18,27 +18,18 @@ from fxfact.errors import CalibrationError
 class HeldOut:
     """Batches to measure on, and what the original, in evaluation mode, gives for them.
 
-    ``variance`` is that of the output, by which differences of numbers are judged; by default of what it gives here.
-    Raises CalibrationError where the original fails on a batch, or its output does not say what its loss is.
+    ``variance`` is that of the output, by which differences of numbers are judged. Raises CalibrationError where the
+    original fails on a batch, or its output does not say what its loss is, and for a likelihood that does not measure.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        original: nn.Module,
-        batches: Sequence[ExampleInputs],
-        likelihood: object,
-        *,
-        variance: float | None = None,
-    ) -> None:
+    def __init__(self, original: nn.Module, batches: Sequence[ExampleInputs], likelihood: object) -> None:
         self._batches = batches
         self._expected = [run_batch(original, batch) for batch in batches]
         self.likelihood: Likelihood = likelihood_for(likelihood, self._expected[0])
-        if variance is None:
-            numbers = [tensor.double().flatten() for output in self._expected for tensor in dense_of(output)]
-            variance = float(torch.cat(numbers).var(correction=0))
-        self.variance = variance
-        if self.likelihood.measures and not all(map(self._is_measured, self._expected)):
+        numbers = [tensor.double().flatten() for output in self._expected for tensor in dense_of(output)]
+        self.variance = float(torch.cat(numbers).var(correction=0))
+        if not all(map(self._is_measured, self._expected)):
             raise CalibrationError(
                 "the model's own output is NaN or Inf on this data, from which nothing is near or far. Repair or drop "
                 "the data, or mask with a large number."

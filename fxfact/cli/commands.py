@@ -80,10 +80,13 @@ def compress(given: Arguments) -> int:
     if given.plan and (chosen := [name for name in _CHOOSING if getattr(given, name) is not None]):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
         raise ArgumentError(f"--plan says what becomes of every convolution: pass no {options} with it")
+    if given.plan and given.statistics and given.calibration:
+        raise ArgumentError("with --plan and --statistics nothing is left to measure: pass no --calibration")
     with processes(given.workers) as executor:
         if given.plan:
             made = Plan.load(given.plan)
-            statistics = _statistics(given, read, _batches(given), fold_weights=made.fold_weights)
+            kept, _ = _batches(given, measured=made.measured is not None)
+            statistics = _statistics(given, read, kept, fold_weights=made.fold_weights)
             network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
         else:
             network = factorize(read.model, given.factorization, **_options(given, read, executor))
@@ -158,9 +161,7 @@ def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[s
                (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
-    kept, held_out = _batches(given), list[Any]()
-    if given.loss is not None and kept:
-        kept, held_out = held_out_of(kept)
+    kept, held_out = _batches(given, measured=given.loss is not None)
     return {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": bool(given.fold_weights), "example_inputs": _example(read), "progress": given.progress,
@@ -180,9 +181,12 @@ def _statistics(given: Arguments, read: Given, batches: list[Any], *, fold_weigh
     return calibrate(read.model, batches, example_inputs=_example(read), progress=given.progress, **options)
 
 
-def _batches(given: Arguments) -> list[Any]:
-    """Of the data given, if any."""
-    return list(read_batches(given.calibration, given.batch)) if given.calibration else []
+def _batches(given: Arguments, *, measured: bool) -> tuple[list[Any], list[Any]]:
+    """The data to learn from and those to measure on: all beside statistics, else some where a plan is ``measured``."""
+    batches: list[Any] = list(read_batches(given.calibration, given.batch)) if given.calibration else []
+    if given.statistics:
+        return [], batches
+    return held_out_of(batches) if measured and batches else (batches, [])
 
 
 def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:

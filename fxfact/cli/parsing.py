@@ -159,11 +159,15 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--macs", type=float, metavar="SHARE", help="budget: of the network's multiply-accumulates")
     parser.add_argument("--params", type=float, metavar="SHARE", help="budget: of the network's parameters")
     parser.add_argument("--latency", type=float, metavar="SHARE", help="budget: of the network's fastest time here")
-    parser.add_argument("--loss", type=float, metavar="NATS", help="budget: by how much the loss may grow, as measured")
+    parser.add_argument(
+        "--loss", type=float, metavar="NATS", help="budget: by how much the loss may grow, on every fourth batch"
+    )
     parser.add_argument("--calibration", metavar="DATA", help="samples: a .npy file (first axis), or a folder of them")
     parser.add_argument("--batch", type=_positive, default=64, help="samples at once (default: %(default)s)")
     parser.add_argument("--likelihood", choices=["categorical", "gaussian"], help="what the output means")
-    parser.add_argument("--statistics", metavar="FILE", help="of data, kept from an earlier plan")
+    parser.add_argument(
+        "--statistics", metavar="FILE", help="of data, kept from an earlier plan; --calibration is then to measure on"
+    )
     parser.add_argument("--multiple-of", type=_positive, help="ranks (default: 1, for --latency 8)")
     parser.add_argument("--include", action="append", metavar="GLOB", help="only these paths; may be repeated")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="not these paths; may be repeated")

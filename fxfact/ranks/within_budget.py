@@ -51,7 +51,7 @@ class WithinBudget(RankStrategy):
 
     Increases of the loss add up while they are small. For those that are not, the increases of each convolution count
     divided by the square root of what it would cost to lose its output altogether, so that none loses nearly all of it.
-    Not divided, or by more than the root, networks measured worse on other data or alike.
+    Without the division, or with a higher power, networks measured worse on other data, or no better.
 
     ``executor``: on which errors are computed, with the same result.
     """
