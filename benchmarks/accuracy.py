@@ -29,7 +29,7 @@ import fxfact
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task, Tests
-from fxfact.calibration import Statistics, dense_of, likelihood_for
+from fxfact.calibration import Statistics, dense_of, held_out_of, likelihood_for
 from fxfact.conv import from_torch
 from fxfact.errors import BudgetError
 from fxfact.metric import Metric, Moment
@@ -133,11 +133,11 @@ class Trial:
         task, batches = self._task, self._task.batches(samples, seed)
         known: dict[str, Any] = {"samples": sum(map(len, batches)), "seed": seed}
         ours = fxfact.calibrate(self._model, batches, likelihood=task.likelihood, seed=seed)
-        inputs = inputs_alone(ours, self._model)
+        inputs, seen = inputs_alone(ours, self._model), held_out_of(batches)[1]  # what ``factorize`` compares plans on
         for budget in self._budgets:
-            for rule, statistics in (("inputs", inputs), ("ours", ours)):
+            for rule, statistics, compared in (("inputs", inputs, None), ("ours", ours, seen)):
                 started = time.perf_counter()
-                plan = self._chosen(budget, statistics)
+                plan = self._chosen(budget, statistics, compared)
                 if plan is None:
                     continue
                 small, _ = self._applied(plan, statistics)
@@ -156,8 +156,8 @@ class Trial:
             )
             yield replace(self._measured(budget, "ours, recovered", best, recovery.seconds), **known)
 
-    def _chosen(self, budget: Any, statistics: Statistics) -> fxfact.Plan | None:
-        options: dict[str, Any] = {"calibration": statistics, "example_inputs": self._example}
+    def _chosen(self, budget: Any, statistics: Statistics, compared: Any) -> fxfact.Plan | None:
+        options: dict[str, Any] = {"calibration": statistics, "held_out": compared, "example_inputs": self._example}
         try:
             return fxfact.plan(self._model, self._given.factorizations, budget=budget, **options)
         except BudgetError:

@@ -10,7 +10,7 @@ The way of the data, top down, which is also the way of the imports::
     reporting                both shown: text, JSON, a page with pictures
     inspection               graphs, shown
     compile_backend          torch.compile(model, backend="fxfact")
-    choosing                 the plan for a budget: what is best by foresight, or within a measured loss
+    choosing                 the plan for a budget: the one foreseen, or one that measures clearly better
     rehearsing               plans for a time: their networks timed before anything is decomposed
     inference                the fastest form of a network, by measurement
     verification             is a rewritten network right?

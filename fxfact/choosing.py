@@ -1,4 +1,4 @@
-"""The plan for a budget: statistics foresee what is best, and a bound on the loss is met on held-out data."""
+"""The plan for a budget: of those that statistics foresee the one that measures best, within a bound on the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of
+from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of, mean_and_error
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
@@ -26,6 +26,8 @@ from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinB
 from fxfact.rehearsing import Rehearsal
 from fxfact.verification import with_kernels
 
+_EVEN = 1.0  # the evenness of another plan, which is measured beside the usual one
+_CLEARLY = 2.0  # standard errors
 _HALVINGS = 8
 
 
@@ -76,7 +78,7 @@ def choose(
     """Raises ArgumentError, BudgetError, CalibrationError."""
     if isinstance(strategy, Requested) and data.held_out is not None:
         raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
-    statistics, measure = _statistics(captured, data, needed=isinstance(budget, Loss))
+    statistics, measure = _statistics(captured, data, budget)
     if statistics is not None:
         statistics.check([site.path for site in captured.sites])
     strategy = replace(strategy, statistics=statistics)
@@ -88,7 +90,12 @@ def choose(
 
     def plan_for(some: Budget) -> Plan:
         made = make(replace(strategy, budget=some))
-        return made if measure is None else replace(made, measured=measure(made))
+        if measure is None:
+            return made
+        even = make(replace(strategy, budget=some, evenness=_EVEN))
+        if measure.is_clear(even, made):
+            made = replace(even, front=made.front)
+        return replace(made, measured=measure(made)) if measure.on_others else made
 
     if isinstance(budget, Loss):
         best = _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs)
@@ -151,34 +158,45 @@ def _within(plan: Plan, nats: float) -> bool:
     return plan.measured is not None and plan.measured <= nats
 
 
-def _statistics(captured: Captured, data: Data, *, needed: bool) -> tuple[Statistics | None, _Measure | None]:
-    """The statistics, and what measures plans, where there is data to measure on. Raises CalibrationError."""
+def _statistics(
+    captured: Captured, data: Data, budget: Budget | Loss | None
+) -> tuple[Statistics | None, _Measure | None]:
+    """The statistics, and what measures plans for a budget, if there is data to measure on: what is held out, or else
+    every fourth batch of what is learned from. Raises CalibrationError.
+    """
     given, request = data.calibration, data.likelihood
     if isinstance(given, Statistics) and request is None:
         request = given.likelihood
-    kept, held_out = _batches(captured, data, needed=needed)
-    original = HeldOut(evaluated(private_copy(captured.network)), held_out, request) if held_out else None
+    kept, held_out = _batches(captured, data, budget)
+    seen = held_out
+    if isinstance(kept, list) and not held_out and not callable(request):
+        seen = held_out_of(kept)[1] if len(kept) > 1 else kept
+    original = HeldOut(evaluated(private_copy(captured.network)), seen, request) if seen else None
     statistics = given if isinstance(given, Statistics) else None
     if kept is not None:
         statistics = calibrate(captured, kept, likelihood=request, progress=data.decomposing.progress)
     if statistics is None or original is None:
         return statistics, None
-    return statistics, _Measure(captured, statistics, original, data.decomposing)
+    return statistics, _Measure(captured, statistics, original, data.decomposing, on_others=bool(held_out))
 
 
-def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[Batches | None, list[ExampleInputs]]:
-    """Those to calibrate on, None where there are statistics or no data, and those to measure on, if the caller has
-    some or they are ``needed``.
+def _batches(
+    captured: Captured, data: Data, budget: Budget | Loss | None
+) -> tuple[Batches | None, list[ExampleInputs]]:
+    """Those to calibrate on, None where there are statistics or no data, a list for a budget; and those held out, by
+    the caller or for a bound on the loss.
     """
 
     def listed(batches: Batches, name: str) -> list[ExampleInputs]:
         return list(arguments_for(captured.network, batches, captured.example_inputs, name=name))
 
-    given = data.calibration
+    given, needed = data.calibration, isinstance(budget, Loss)
     kept = None if isinstance(given, Statistics) else given
     held_out = [] if data.held_out is None else listed(data.held_out, "held_out")
-    if kept is not None and needed and not held_out:
-        kept, held_out = held_out_of(listed(kept, "calibration"))
+    if kept is not None and budget is not None:
+        kept = listed(kept, "calibration")
+        if needed and not held_out:
+            kept, held_out = held_out_of(kept)
     if held_out and given is None:
         raise CalibrationError("held_out is only measured on: pass calibration, other batches to learn from, as well")
     if needed and not held_out:
@@ -190,24 +208,44 @@ def _batches(captured: Captured, data: Data, *, needed: bool) -> tuple[Batches |
 
 
 class _Measure:
-    """How far the network that a plan would make is from the original on held-out data."""
+    """How far the network that a plan would make is from the original on some data, which may be ``on_others`` than
+    those learned from.
+    """
 
-    def __init__(self, captured: Captured, statistics: Statistics, held_out: HeldOut, decomposing: Decomposing) -> None:
-        self._captured, self._statistics, self._held_out = captured, statistics, held_out
+    def __init__(
+        self,
+        captured: Captured,
+        statistics: Statistics,
+        original: HeldOut,
+        decomposing: Decomposing,
+        *,
+        on_others: bool,
+    ) -> None:
+        self._captured, self._statistics, self._original = captured, statistics, original
         self._sites = {site.path: site for site in captured.sites}
-        self._decomposing = decomposing
-        self._known: dict[frozenset[str], float] = {}
+        self._decomposing, self.on_others = decomposing, on_others
+        self._known: dict[frozenset[str], Tensor] = {}
         self.decomposed: dict[str, Decomposed] = {}  # by ``Decision.rewrite``
 
     def __call__(self, plan: Plan) -> float:
         """Nats for one sample."""
+        return mean_and_error(self._divergences(plan))[0]
+
+    def is_clear(self, better: Plan, than: Plan) -> bool:
+        """Whether a plan measures better by more than what may be chance: two standard errors of the difference on the
+        same samples.
+        """
+        mean, error = mean_and_error(self._divergences(better) - self._divergences(than))
+        return mean < -_CLEARLY * error
+
+    def _divergences(self, plan: Plan) -> Tensor:
         key = frozenset(decision.rewrite for decision in plan.rewrites)
         if key not in self._known:
             own = {decision.path: self._own(decision) for decision in plan.rewrites}
             self._decompose({decision.rewrite: decision for decision in own.values()})
             kernels = {path: self._kernel(decision) for path, decision in own.items()}
             network = evaluated(with_kernels(private_copy(self._captured.network), kernels))
-            self._known[key] = self._held_out.divergence(network)
+            self._known[key] = self._original.divergences(network)
         return self._known[key]
 
     def _own(self, decision: Decision) -> Decision:

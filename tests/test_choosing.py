@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfact
-from fxfact.calibration import CATEGORICAL, held_out_of
+from fxfact.calibration import CATEGORICAL, HeldOut, held_out_of, mean_and_error
 from fxfact.conv import ConvLayer
 from fxfact.conv_modules import read_conv
 from fxfact.errors import ArgumentError, CalibrationError, WeightError
@@ -67,18 +67,45 @@ def test_what_a_plan_says_was_measured_is_what_the_network_does(model: nn.Module
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), small.parameters(), strict=True))
 
 
-def test_where_nothing_is_to_be_measured_all_data_are_learned_from(model: nn.Module) -> None:
-    batches = data().split(4)
-    small = fxfact.factorize(model, budget=fxfact.Macs(0.3), calibration=batches, example_inputs=data()[:1])
-    plan = planned(model, budget=fxfact.Macs(0.3), calibration=fxfact.calibrate(model, batches))
-    assert fxfact.plan_of(small) == plan
-    assert plan.measured is None
-    same = fxfact.apply(plan, model, statistics=fxfact.calibrate(model, batches))
+def test_where_nothing_is_held_out_all_data_are_learned_from(model: nn.Module) -> None:
+    batches, budget = data().split(4), fxfact.Macs(0.3)
+    small = fxfact.factorize(model, budget=budget, calibration=batches, example_inputs=data()[:1])
+    statistics = fxfact.calibrate(model, batches)
+    plan = planned(model, budget=budget, calibration=statistics, held_out=held_out_of(batches)[1])
+    assert fxfact.plan_of(small) == replace(plan, measured=None)
+    same = fxfact.apply(plan, model, statistics=statistics)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("how", [{"rank": 0.5}, {"budget": fxfact.Macs(0.5)}], ids=["rank", "budget"])
-def test_batches_to_learn_from_are_not_kept(model: nn.Module, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize(("share", "even"), [(0.15, True), (0.3, False)])
+def test_a_more_even_plan_is_taken_where_it_measures_clearly_better(
+    model: nn.Module, share: float, even: bool, held_out: bool
+) -> None:
+    batches, seen = data().split(8), data(1).split(8) if held_out else held_out_of(data().split(8))[1]
+    statistics = fxfact.calibrate(model, batches)
+    foreseen = planned(model, budget=fxfact.Macs(share), calibration=statistics)
+    given = {"held_out": seen} if held_out else {}
+    best = planned(model, budget=fxfact.Macs(share), calibration=batches, **given)
+    assert foreseen.measured is None
+    assert (best.rewrites != foreseen.rewrites) is even
+    assert best.after.macs <= share * best.network.macs
+    assert best.front == foreseen.front
+    on = HeldOut(model, seen, "categorical")
+    found, usual = (on.divergences(fxfact.apply(plan, model, statistics=statistics)) for plan in (best, foreseen))
+    mean, error = mean_and_error(found - usual)
+    assert mean < -2 * error if even else mean == 0
+    assert best.measured == (pytest.approx(float(found.mean()), rel=1e-3) if held_out else None)
+
+
+def test_a_mean_comes_with_its_standard_error() -> None:
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    expected = (float(values.mean()), float(values.std()) / 50**0.5)
+    assert mean_and_error(values) == pytest.approx(expected)
+    assert mean_and_error(values[:1]) == (float(values[0]), float("inf"))
+
+
+def test_batches_to_learn_from_alone_are_not_kept(model: nn.Module) -> None:
     alive, most = weakref.WeakSet[Tensor](), 0
 
     def stream() -> Iterator[Tensor]:
@@ -89,7 +116,7 @@ def test_batches_to_learn_from_are_not_kept(model: nn.Module, how: dict[str, Any
             most = max(most, len(alive))
             yield batch
 
-    planned(model, calibration=stream(), **how)
+    planned(model, calibration=stream(), rank=0.5)
     assert 1 <= most <= 3
 
 

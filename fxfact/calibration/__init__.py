@@ -4,7 +4,7 @@ from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch
 from fxfact.calibration.collecting import MOST_SEED, calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
-from fxfact.calibration.measuring import HeldOut
+from fxfact.calibration.measuring import HeldOut, mean_and_error
 
 __all__ = [
     "CATEGORICAL",
@@ -20,5 +20,6 @@ __all__ = [
     "first_sample",
     "held_out_of",
     "likelihood_for",
+    "mean_and_error",
     "run_batch",
 ]

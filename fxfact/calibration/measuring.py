@@ -1,12 +1,13 @@
-"""How far a network is from its original on batches that neither has learned from."""
+"""How far networks are from their original, on batches that are kept to measure on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxfact.calibration.batches import run_batch
 from fxfact.calibration.collecting import all_reduce
@@ -39,10 +40,22 @@ class HeldOut:
         return bool(self.likelihood.divergence(output, output, self.variance).isfinite().all())
 
     @torch.no_grad()
-    def divergence(self, network: nn.Module) -> float:
-        """The mean divergence from the original, in nats for one sample, over the samples of every process."""
+    def divergences(self, network: nn.Module) -> Tensor:
+        """From the original, in nats, of every sample (n,) of this process."""
         pairs = zip(self._expected, self._batches, strict=True)
         parts = [self.likelihood.divergence(y, run_batch(network, x), self.variance) for y, x in pairs]
-        sums = torch.stack([torch.cat(parts).double().sum().cpu(), torch.tensor(sum(map(len, parts))).double()])
-        all_reduce([sums])
-        return float(sums[0] / sums[1])
+        return torch.cat(parts).double().cpu()
+
+    def divergence(self, network: nn.Module) -> float:
+        """Their mean over the samples of every process."""
+        return mean_and_error(self.divergences(network))[0]
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of the values (n,) of every process, and its standard error, infinite where there is one alone."""
+    sums = torch.stack([values.new_tensor(len(values)), values.sum(), values.square().sum()])
+    all_reduce([sums])
+    count, total, squares = sums.tolist()
+    mean = total / count
+    variance = max(squares / count - mean**2, 0.0)
+    return mean, math.sqrt(variance / (count - 1)) if count > 1 else math.inf

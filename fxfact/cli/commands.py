@@ -57,6 +57,8 @@ def plan(given: Arguments) -> int:
     read = read_model(given.model, given.input, given.weights)
     with processes(given.workers) as executor:
         options = _options(given, read, executor)
+        if given.keep_statistics:
+            options["calibration"] = _statistics(given, read, options["calibration"], options["fold_weights"])
         made = decide(read.model, given.factorization, **options)
     if given.output:
         made.save(given.output)
@@ -86,7 +88,8 @@ def compress(given: Arguments) -> int:
         if given.plan:
             made = Plan.load(given.plan)
             kept, _ = _batches(given, measured=made.measured is not None)
-            statistics = _statistics(given, read, kept, fold_weights=made.fold_weights)
+            known = Statistics.load(given.statistics) if given.statistics else kept
+            statistics = _statistics(given, read, known, made.fold_weights)
             network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
         else:
             network = factorize(read.model, given.factorization, **_options(given, read, executor))
@@ -166,27 +169,29 @@ def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[s
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": bool(given.fold_weights), "example_inputs": _example(read), "progress": given.progress,
         "multiple_of": given.multiple_of, "executor": executor, "budget": budgets[0] if budgets else None,
-        "calibration": _statistics(given, read, kept, fold_weights=bool(given.fold_weights)),
-        "held_out": held_out or None,
+        "calibration": Statistics.load(given.statistics) if given.statistics else kept,
+        "held_out": held_out or None, "likelihood": given.likelihood,
     }  # fmt: skip
 
 
-def _statistics(given: Arguments, read: Given, batches: list[Any], *, fold_weights: bool) -> Statistics | None:
-    """From their file, or of the data."""
-    if given.statistics:
-        return Statistics.load(given.statistics)
-    if not batches:
-        return None
+def _statistics(
+    given: Arguments, read: Given, known: Statistics | list[Any] | None, fold_weights: bool
+) -> Statistics | None:
+    """Those known, or of the batches."""
+    if known is None or isinstance(known, Statistics):
+        return known
     options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": fold_weights}
-    return calibrate(read.model, batches, example_inputs=_example(read), progress=given.progress, **options)
+    return calibrate(read.model, known, example_inputs=_example(read), progress=given.progress, **options)
 
 
-def _batches(given: Arguments, *, measured: bool) -> tuple[list[Any], list[Any]]:
+def _batches(given: Arguments, *, measured: bool) -> tuple[list[Any] | None, list[Any]]:
     """The data to learn from and those to measure on: all beside statistics, else some where a plan is ``measured``."""
-    batches: list[Any] = list(read_batches(given.calibration, given.batch)) if given.calibration else []
+    if not given.calibration:
+        return None, []
+    batches: list[Any] = list(read_batches(given.calibration, given.batch))
     if given.statistics:
-        return [], batches
-    return held_out_of(batches) if measured and batches else (batches, [])
+        return None, batches
+    return held_out_of(batches) if measured else (batches, [])
 
 
 def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:
