@@ -169,7 +169,7 @@ def _statistics(
         request = given.likelihood
     kept, held_out = _batches(captured, data, budget)
     seen = held_out
-    if isinstance(kept, list) and not held_out and not callable(request):
+    if budget is not None and isinstance(kept, list) and not held_out and not callable(request):
         seen = held_out_of(kept)[1] if len(kept) > 1 else kept
     original = HeldOut(evaluated(private_copy(captured.network)), seen, request) if seen else None
     statistics = given if isinstance(given, Statistics) else None

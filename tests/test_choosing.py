@@ -105,6 +105,13 @@ def test_a_mean_comes_with_its_standard_error() -> None:
     assert mean_and_error(values[:1]) == (float(values[0]), float("inf"))
 
 
+def test_given_ranks_are_fitted_to_batches_with_labels(model: nn.Module) -> None:
+    batches = [(batch, torch.zeros(len(batch))) for batch in data().split(8)]
+    labelled = fxfact.factorize(model, rank=0.5, calibration=batches, example_inputs=data()[:1])
+    plain = fxfact.factorize(model, rank=0.5, calibration=data().split(8), example_inputs=data()[:1])
+    assert all(torch.equal(a, b) for a, b in zip(labelled.parameters(), plain.parameters(), strict=True))
+
+
 def test_batches_to_learn_from_alone_are_not_kept(model: nn.Module) -> None:
     alive, most = weakref.WeakSet[Tensor](), 0
 
