@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ def test_budgets_are_met(model: nn.Module, x: Tensor, budget: fxfact.ranks.Budge
         assert sum(p.numel() for p in small.parameters()) == plan.after.params
     assert "loss +" in str(plan.curve())
     increases = [point.increase for point in plan.curve().points]
-    assert all(b <= 1.02 * a for a, b in pairwise(increases))  # counted by roots they fall, in nats nearly
+    assert increases == sorted(increases, reverse=True)
 
 
 def test_a_budget_is_met_in_inference_mode_too(model: nn.Module, x: Tensor) -> None:
@@ -410,9 +409,9 @@ def test_without_example_inputs_a_sample_of_the_data_shows_how_the_model_runs() 
 
     model, x = Untraceable().eval(), torch.randn(12, 3, 9, 9)
     assert fxfact.calibrate(model, (part for part in x.split(4))).samples == 12  # of a generator none is lost
-    plan = fxfact.plan(model, budget=fxfact.Macs(0.7), calibration=({"x": part, "labels": 0} for part in x.split(4)))
+    parts = ({"x": part, "labels": 0} for part in x.split(4))
+    plan = fxfact.plan(model, budget=fxfact.Macs(0.7), calibration=parts, held_out=[{"x": x, "labels": 0}])
     assert plan.capture == "modules"
     assert plan.compared
     assert plan.network.macs
-    assert plan.increase is not None
-    assert plan.increase > 0
+    assert plan.measured is not None

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 import fxfact
 from fxfact.calibration import CATEGORICAL, HeldOut, held_out_of, mean_and_error
+from fxfact.capture import capture
+from fxfact.choosing import Selected
 from fxfact.conv import ConvLayer
 from fxfact.conv_modules import read_conv
 from fxfact.errors import ArgumentError, CalibrationError, WeightError
 from fxfact.factorizations import ChannelSVD
+from fxfact.ranks import WithinBudget
 from fxfact.ranks.bearing import read_off
 
 
@@ -145,6 +148,32 @@ def test_a_bound_on_the_loss_is_met_on_batches_of_the_callers_own(model: nn.Modu
     assert divergence(model, fxfact.apply(plan, model, statistics=statistics), others) <= 1.001e-4
 
 
+def test_evenness_lowers_what_is_relative_to_losing_a_convolution(model: nn.Module) -> None:
+    statistics = fxfact.calibrate(model, data().split(8))
+    captured, selected = capture(model, data()[:1]), Selected(None, None, allow_growth=False)
+    plans = [
+        selected.plan(captured, WithinBudget(fxfact.Macs(0.2), statistics=statistics, evenness=evenness))
+        for evenness in (0.0, 1.0)
+    ]
+
+    def relative(plan: fxfact.Plan) -> float:
+        total = 0.0
+        for decision in plan.rewrites:
+            layer = read_conv(model.get_submodule(decision.path))
+            assert isinstance(layer, ConvLayer)
+            metric = statistics.metric(decision.path, layer.spec)
+            assert metric is not None
+            assert decision.increase is not None
+            total += decision.increase / metric.increase(layer.spec, -layer.weight.detach())
+        return total
+
+    nats = [plan.increase for plan in plans]
+    assert nats[0] is not None
+    assert nats[1] is not None
+    assert nats[0] < nats[1]
+    assert relative(plans[1]) < relative(plans[0])
+
+
 class Unequal(nn.Module):
     """One of its convolutions matters less."""
 
@@ -187,10 +216,16 @@ def test_a_loss_of_ones_own_is_planned_with_and_not_measured(model: nn.Module) -
     def own(output: Tensor) -> Tensor:
         return output.square().sum()
 
-    assert planned(model, budget=fxfact.Macs(0.5), calibration=data().split(8), likelihood=own).rewrites
+    plan = planned(model, budget=fxfact.Macs(0.5), calibration=data().split(8), likelihood=own)
+    assert plan.rewrites
+    assert plan.measured is None
     for measured in ({"budget": fxfact.Loss(0.1)}, {"budget": fxfact.Macs(0.5), "held_out": [data(1)]}):
         with pytest.raises(CalibrationError, match="not how to measure"):
             planned(model, calibration=data().split(8), likelihood=own, **measured)
+
+
+def test_one_batch_is_planned_with_and_not_measured(model: nn.Module) -> None:
+    assert planned(model, budget=fxfact.Macs(0.5), calibration=[data()]).measured is None
 
 
 @pytest.mark.parametrize(
@@ -219,17 +254,18 @@ def test_given_ranks_are_not_measured(model: nn.Module) -> None:
 def _one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    given = {"calibration": data()[rank::2].split(2), "held_out": data(1)[rank::2].split(2)}
-    plan = planned(network(), budget=fxfact.Macs(0.3), **given)
-    plan.save(f"{folder}/{rank}.json")
+    for name, held_out in (("alone", None), ("beside", data(1)[rank::2].split(2))):
+        plan = planned(network(), budget=fxfact.Macs(0.3), calibration=data()[rank::2].split(2), held_out=held_out)
+        plan.save(f"{folder}/{name}{rank}.json")
     dist.destroy_process_group()
 
 
 def test_two_processes_measure_on_the_data_of_both(tmp_path: Path) -> None:
     mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
-    one, other = (fxfact.Plan.load(tmp_path / f"{rank}.json") for rank in range(2))
-    assert one == other
-    assert one.measured is not None
+    for name in ("alone", "beside"):
+        one, other = (fxfact.Plan.load(tmp_path / f"{name}{rank}.json") for rank in range(2))
+        assert one == other
+        assert (one.measured is not None) == (name == "beside")
 
 
 class Score(nn.Module):

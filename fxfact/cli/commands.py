@@ -87,8 +87,7 @@ def compress(given: Arguments) -> int:
     with processes(given.workers) as executor:
         if given.plan:
             made = Plan.load(given.plan)
-            kept, _ = _batches(given, measured=made.measured is not None)
-            known = Statistics.load(given.statistics) if given.statistics else kept
+            known, _ = _data(given, measured=made.measured is not None)
             statistics = _statistics(given, read, known, made.fold_weights)
             network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
         else:
@@ -164,13 +163,12 @@ def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[s
                (Loss, given.loss)) if value is not None]  # fmt: skip
     if len(budgets) > 1 or (budgets and given.rank is not None):
         raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
-    kept, held_out = _batches(given, measured=given.loss is not None)
+    known, held_out = _data(given, measured=given.loss is not None)
     return {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": bool(given.fold_weights), "example_inputs": _example(read), "progress": given.progress,
         "multiple_of": given.multiple_of, "executor": executor, "budget": budgets[0] if budgets else None,
-        "calibration": Statistics.load(given.statistics) if given.statistics else kept,
-        "held_out": held_out or None, "likelihood": given.likelihood,
+        "calibration": known, "held_out": held_out or None, "likelihood": given.likelihood,
     }  # fmt: skip
 
 
@@ -184,14 +182,12 @@ def _statistics(
     return calibrate(read.model, known, example_inputs=_example(read), progress=given.progress, **options)
 
 
-def _batches(given: Arguments, *, measured: bool) -> tuple[list[Any] | None, list[Any]]:
-    """The data to learn from and those to measure on: all beside statistics, else some where a plan is ``measured``."""
-    if not given.calibration:
-        return None, []
-    batches: list[Any] = list(read_batches(given.calibration, given.batch))
+def _data(given: Arguments, *, measured: bool) -> tuple[Statistics | list[Any] | None, list[Any]]:
+    """What to learn from, and batches to measure on: all beside statistics, else some where a plan is ``measured``."""
+    batches: list[Any] = list(read_batches(given.calibration, given.batch)) if given.calibration else []
     if given.statistics:
-        return None, batches
-    return held_out_of(batches) if measured else (batches, [])
+        return Statistics.load(given.statistics), batches
+    return held_out_of(batches) if measured and batches else (batches or None, [])
 
 
 def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:

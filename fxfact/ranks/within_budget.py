@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, final
 
 from fxfact.calibration import Statistics
@@ -92,7 +93,9 @@ class WithinBudget(RankStrategy):
         return self.statistics is not None
 
     def _front(self, options: Sequence[Sequence[Option]], knapsack: Knapsack, network: Cost) -> tuple[FrontPoint, ...]:
-        """At budgets spread evenly between the cheapest network and the dense one."""
+        """At budgets spread evenly between the cheapest network and the dense one, without those that are expected to
+        be worse than a cheaper one: increases do not count as they are.
+        """
         if not options:
             return ()
         dense = sum((each[0].cost for each in options), _NOTHING)
@@ -103,7 +106,8 @@ class WithinBudget(RankStrategy):
                 taken = [each[p] for each, p in zip(options, picked, strict=True)]
                 cost = network - dense + sum((option.cost for option in taken), _NOTHING)
                 points[cost] = FrontPoint(cost, sum(option.increase for option in taken))
-        return tuple(points.values())
+        least = accumulate((point.increase for point in points.values()), min)
+        return tuple(point for point, best in zip(points.values(), least, strict=True) if point.increase <= best)
 
     def _fixed(self, options: Sequence[Sequence[Option]], network: Cost) -> float:
         """What of the network no choice changes."""
