@@ -2,7 +2,8 @@
 
 The way of the data, top down, which is also the way of the imports::
 
-    cli, demo                what a user calls from a shell
+    cli                      what a user calls from a shell
+    demo                     a network trained, factorized and compared: fxfact demo
     files                    networks written and read
     api                      what a user calls
     repairs, recovery        a factorized network brought nearer to its original, without labels
@@ -30,10 +31,10 @@ The way of the data, top down, which is also the way of the imports::
     copying, comparing       private copies of models; how far apart two outputs are
     conv, tensor             convolutions and chains as values; decompositions of plain tensors
     kernels                  convolutions computed in other ways: as matrix products, by oneDNN
-    errors, skip             how "no" is said
     executing, progress      long work: on the caller's executor, and shown
     timing, activations      how long calls take, and how much memory
     writing                  files that are whole or not there
+    errors, skip             how "no" is said
 """
 
 from fxfact import factorizations, nn, passes, ranks

@@ -18,15 +18,25 @@ from fxfact.capture import ExampleInputs, How
 from fxfact.capture import capture as capture_model
 from fxfact.choosing import Data, Selected, choose
 from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, whole
-from fxfact.factorizations import FACTORIZATIONS, Factorization, RankRequest, SpatialSVD
+from fxfact.factorizations import FACTORIZATIONS, RankRequest, SpatialSVD
 from fxfact.inference import never_slower
-from fxfact.passes import Decomposing, Weights, carry_out, last_plan
+from fxfact.passes import Decomposing, Weights, carry_out, last_plan, recapture
 from fxfact.planning import Plan, Selection
 from fxfact.progress import Progress
-from fxfact.ranks import Budget, ByPath, Latency, Loss, Macs, RankRule, Requested, WithinBudget, parse_several
+from fxfact.ranks import (
+    Budget,
+    ByPath,
+    FactorizationRequest,
+    Latency,
+    Loss,
+    Macs,
+    RankRule,
+    Requested,
+    WithinBudget,
+    parse_several,
+)
 from fxfact.verification import check_rewrite
 
-FactorizationRequest = str | Factorization | Sequence[str | Factorization]
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
 _Rank = RankRequest | RankRule
 _Ranks = _Rank | Mapping[str, _Rank]
@@ -187,10 +197,7 @@ def apply(
         raise ArgumentTypeError(
             f"statistics must be fxfact.Statistics, got {type(statistics).__name__}. fxfact.calibrate gives them."
         )
-    trusted = [decision.path for decision in plan if decision.spec is not None]
-    how = cast(How, plan.capture)
-    captured = capture_model(model, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
-    return cast(_Model, carry_out(plan, captured, decomposing))
+    return cast(_Model, carry_out(plan, recapture(model, plan), decomposing))
 
 
 def calibrate(

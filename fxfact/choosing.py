@@ -1,4 +1,4 @@
-"""The plan for a budget: of those that statistics foresee the one that measures best, within a bound on the loss."""
+"""The plan for a budget: the one that statistics foresee, or a more even one where that measures clearly better."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfact.calibration import Batches, HeldOut, Statistics, arguments_for, calibrate, held_out_of, mean_and_error
+from fxfact.calibration import (
+    Batches,
+    ReferenceOutputs,
+    Statistics,
+    arguments_for,
+    calibrate,
+    held_out_of,
+    mean_and_error,
+)
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
@@ -171,7 +179,7 @@ def _statistics(
     seen = held_out
     if budget is not None and isinstance(kept, list) and not held_out and not callable(request):
         seen = held_out_of(kept)[1] if len(kept) > 1 else kept
-    original = HeldOut(evaluated(private_copy(captured.network)), seen, request) if seen else None
+    original = ReferenceOutputs(evaluated(private_copy(captured.network)), seen, request) if seen else None
     statistics = given if isinstance(given, Statistics) else None
     if kept is not None:
         statistics = calibrate(captured, kept, likelihood=request, progress=data.decomposing.progress)
@@ -216,7 +224,7 @@ class _Measure:
         self,
         captured: Captured,
         statistics: Statistics,
-        original: HeldOut,
+        original: ReferenceOutputs,
         decomposing: Decomposing,
         *,
         on_others: bool,
@@ -266,5 +274,4 @@ class _Measure:
     def _kernel(self, decision: Decision) -> Tensor:
         """What the chain of a decision composes to, in PyTorch's layout."""
         weights, _ = self.decomposed[decision.rewrite]
-        parts = [weight.reshape(spec.weight_shape) for weight, spec in zip(weights, decision.stages, strict=True)]
-        return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, parts))
+        return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, weights))

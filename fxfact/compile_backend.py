@@ -19,19 +19,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxfact.capture import Captured, samples_of
 from fxfact.conv import ConvLayer, from_torch
 from fxfact.conv_modules import write_chain
-from fxfact.errors import ArgumentTypeError, place
-from fxfact.factorizations import Factorization, RankRequest
+from fxfact.errors import ArgumentTypeError
+from fxfact.factorizations import RankRequest
 from fxfact.graph import GraphSite, lift, lower, match
-from fxfact.passes import Decomposing, FactorizeConvs
+from fxfact.passes import Decomposing, FactorizeConvs, decompose
 from fxfact.planning import Decision, Plan, Selection, make_plan
-from fxfact.ranks import RankRule, Requested
+from fxfact.ranks import FactorizationRequest, RankRule, Requested
 from fxfact.sites import ConvSite
 from fxfact.skip import Skip
 
 _log = logging.getLogger(__name__)
 _Compiled = Callable[..., Any]
 _OWN = ("factorization", "rank", "multiple_of", "include", "exclude", "allow_growth", "inner")
-_FactorizationRequest = str | Factorization | Sequence[str | Factorization]
 _TRAINED = "gradients are on and its weight is being trained; call the compiled model under torch.no_grad()"
 
 
@@ -47,7 +46,7 @@ class backend:  # noqa: N801 (it is called as a function is)
 
     def __init__(
         self,
-        factorization: _FactorizationRequest | Mapping[str, _FactorizationRequest] = "tucker",
+        factorization: FactorizationRequest | Mapping[str, FactorizationRequest] = "tucker",
         *,
         rank: RankRequest | RankRule | Mapping[str, RankRequest | RankRule] = 0.5,
         multiple_of: int | None = None,
@@ -128,12 +127,9 @@ def _factors_of(weight: Tensor, decision: Decision) -> list[Tensor]:
 @torch.no_grad()
 def _decomposed(weight: Tensor, decision: Decision) -> list[Tensor]:
     assert decision.spec is not None
-    assert decision.factorization is not None
-    assert decision.rank is not None
     layer = ConvLayer(replace(decision.spec, bias=False), from_torch(decision.spec, weight.detach()), None)
-    with place(decision.path):
-        chain = decision.factorization.decompose(layer, decision.rank)
-    stages = write_chain([stage.spec for stage in chain.layers], [s.weight for s in chain.layers], None, like=weight)
+    weights, _ = decompose(layer, decision, None, None)
+    stages = write_chain(decision.stages, weights, None, like=weight)
     return [stage.weight.detach() for stage in stages if isinstance(stage.weight, Tensor)]
 
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxfact.api import FactorizationRequest, factorize, plan_of
+from fxfact.api import factorize, plan_of
 from fxfact.api import plan as prepare
 from fxfact.errors import FxfactError
 from fxfact.factorizations import RankRequest
 from fxfact.inspection import diff
+from fxfact.ranks import FactorizationRequest
 from fxfact.timing import side_by_side
 
 Say = Callable[[str], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +45,7 @@ class Form:
     undecided: bool
 
 
-def best_form(captured: Captured, *, compiled: bool = False) -> Form:
+def best_form(captured: Captured, *, compiled: bool) -> Form:
     """The fastest form of a network on its example inputs. Raises BudgetError where there are none."""
     if captured.example_inputs is None:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
@@ -60,9 +60,7 @@ def best_form(captured: Captured, *, compiled: bool = False) -> Form:
     else:
         forms = [(*fold, *form) for form in formats for fold in [(), *folded]]
     network = evaluated(private_copy(captured.network))
-    able = _able(network, forms, captured.example_inputs)
-    times = _milliseconds(able.values(), captured.example_inputs, compiled=compiled)
-    passes, ms = min(zip(able, times, strict=True), key=lambda pair: pair[1])
+    passes, _, ms = _fastest(network, forms, captured.example_inputs, compiled=compiled)
     if captured.program is not None or linear in formats:
         return Form(passes, ms, undecided=False)
     layout = linear[:-1]  # in which the matrix products of chains would be
@@ -94,11 +92,8 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
         raise ArgumentError("the fastest form is found by measuring: for_inference needs example_inputs")
     captured = capture(model, example_inputs)
     formats = _formats(captured)
-    network = in_form(evaluated(captured.network), _FOR_ALL)
-    able = _able(network, formats, example_inputs)
-    times = _milliseconds(able.values(), example_inputs, compiled=False)
-    best = min(zip(able, times, strict=True), key=lambda pair: pair[1])[0]
-    network = copy_sharing(able[best], set())
+    best, fastest, _ = _fastest(in_form(evaluated(captured.network), _FOR_ALL), formats, example_inputs, compiled=False)
+    network = copy_sharing(fastest, set())
     if history := applied(network):
         form = tuple(dict.fromkeys((*history[-1].plan.form, *_FOR_ALL, *best)))
         record_plan(network, form=form, capture=captured.rung)  # so that the plan makes it again
@@ -149,6 +144,16 @@ def never_slower(
     return kept
 
 
+def _fastest(
+    network: nn.Module, forms: Sequence[tuple[str, ...]], example_inputs: ExampleInputs, *, compiled: bool
+) -> tuple[tuple[str, ...], nn.Module, float]:
+    """Of the forms in which it is able the one that measures fastest, the network in it, and its milliseconds."""
+    able = _able(network, forms, example_inputs)
+    times = _side_by_side([_called(made, example_inputs, compiled=compiled) for made in able.values()])
+    form, ms = min(zip(able, times, strict=True), key=lambda pair: pair[1])
+    return form, able[form], ms
+
+
 def _able(
     network: nn.Module, forms: Sequence[tuple[str, ...]], example_inputs: ExampleInputs
 ) -> dict[tuple[str, ...], nn.Module]:
@@ -166,10 +171,6 @@ def _able(
             if not difference(expected, run_model(forward, example_inputs), strictness=_APART):
                 made[form] = other
     return made
-
-
-def _milliseconds(networks: Iterable[nn.Module], example_inputs: ExampleInputs, *, compiled: bool) -> list[float]:
-    return _side_by_side([_called(network, example_inputs, compiled=compiled) for network in networks])
 
 
 def _side_by_side(calls: Sequence[_Call]) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fxfact.calibration import Batches, HeldOut, arguments_for, held_out_of, run_batch
+from fxfact.calibration import Batches, ReferenceOutputs, arguments_for, held_out_of, run_batch
 from fxfact.capture import ExampleInputs
 from fxfact.conv_modules import is_conv, spec_of
 from fxfact.copying import copy_sharing, evaluated
@@ -66,7 +66,7 @@ class Pair:
         self.rewritten = {decision.path: modules[decision.path] for decision in there}
         self._last_stages = {decision.path: stages_of(self.factorized, decision)[-1] for decision in there}
         self.batches, held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
-        self._held_out = HeldOut(self.original, held_out, likelihood)
+        self._held_out = ReferenceOutputs(self.original, held_out, likelihood)
 
     def distances(self, batch: ExampleInputs) -> Tensor:
         """Of the factorized network's output from the original's, by sample (n,), to be learned from."""

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfact.capture import ExampleInputs, capture, reason_of, run_model, storage_of
+from fxfact.capture import ExampleInputs, reason_of, run_model, storage_of
 from fxfact.comparing import relative_error, tolerance_for
 from fxfact.conv import to_torch
 from fxfact.conv_modules import composed
 from fxfact.copying import evaluated, private_copy
 from fxfact.errors import ArgumentTypeError, CaptureError, PlanError, VerificationError
 from fxfact.graph import get_tensor
-from fxfact.passes import in_form, last_plan
+from fxfact.passes import in_form, last_plan, recapture
 from fxfact.planning import Decision, Plan
 from fxfact.spellings import looks_like_conv
 
@@ -188,11 +188,8 @@ def prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
     """
     if not (plan.fold_weights or plan.form or isinstance(original, ExportedProgram)):
         return private_copy(original)
-    how: Any = "export" if isinstance(original, ExportedProgram) else plan.capture
-    trusted = [decision.path for decision in plan.rewrites]
-    captured = capture(original, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
     kept = [name for name in plan.form if name not in {"merge_pointwise", "pointwise_linear", "onednn"}]
-    return in_form(evaluated(captured.network), kept)
+    return in_form(evaluated(recapture(original, plan).network), kept)
 
 
 def plain_copy(network: nn.Module | ExportedProgram) -> nn.Module:

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfact
-from fxfact.calibration import CATEGORICAL, HeldOut, held_out_of, mean_and_error
+from fxfact.calibration import CATEGORICAL, ReferenceOutputs, held_out_of, mean_and_error
 from fxfact.capture import capture
 from fxfact.choosing import Selected
 from fxfact.conv import ConvLayer
 from fxfact.conv_modules import read_conv
 from fxfact.errors import ArgumentError, CalibrationError, WeightError
-from fxfact.factorizations import ChannelSVD
-from fxfact.ranks import WithinBudget
+from fxfact.factorizations import FACTORIZATIONS, ChannelSVD
+from fxfact.ranks import ByPath, WithinBudget, parse_several
 from fxfact.ranks.bearing import read_off
 
 
@@ -105,7 +105,7 @@ def test_a_more_even_plan_is_taken_where_it_measures_clearly_better(share: float
     assert (best.rewrites != foreseen.rewrites) is even
     assert best.after.macs <= share * best.network.macs
     assert best.front == foreseen.front
-    on = HeldOut(model, seen, "categorical")
+    on = ReferenceOutputs(model, seen, "categorical")
     found, usual = (on.divergences(fxfact.apply(plan, model, statistics=statistics)) for plan in (best, foreseen))
     mean, error = mean_and_error(found - usual)
     assert mean < -2 * error if even else mean == 0
@@ -151,8 +151,9 @@ def test_a_bound_on_the_loss_is_met_on_batches_of_the_callers_own(model: nn.Modu
 def test_evenness_lowers_what_is_relative_to_losing_a_convolution(model: nn.Module) -> None:
     statistics = fxfact.calibrate(model, data().split(8))
     captured, selected = capture(model, data()[:1]), Selected(None, None, allow_growth=False)
+    every = ByPath.parse([kind() for kind in FACTORIZATIONS], parse_several)
     plans = [
-        selected.plan(captured, WithinBudget(fxfact.Macs(0.2), statistics=statistics, evenness=evenness))
+        selected.plan(captured, WithinBudget(fxfact.Macs(0.2), every, statistics=statistics, evenness=evenness))
         for evenness in (0.0, 1.0)
     ]
 

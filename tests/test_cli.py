@@ -62,6 +62,9 @@ def small():
     layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(24, 4)).eval()
 
+def normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 16, 3)))
+
 def nothing():
     return 3
 """
@@ -79,6 +82,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     batch = torch.export.Dim("batch", max=64)
     torch.export.save(torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},)), "net.pt2")
     torch.save(model.state_dict(), "state.pt")
+    torch.save({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, "zero.pt")
     np.save("data.npy", x.numpy())
     yield tmp_path
     sys.modules.pop("shop", None)
@@ -129,6 +133,31 @@ def test_a_module_becomes_a_program_or_weights(room: Path, capsys: pytest.Captur
     assert main(["verify", "shop:small", "net.pt2", *shape]) == 1  # of what fxfact did not make
     assert "--tolerance" in capsys.readouterr().err
     assert not told(capsys, "verify", "shop:small", "net.pt2", *shape, "--tolerance", "1e-4")["graph"]
+
+
+def test_what_is_said_is_heeded(
+    room: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--macs", "0.6", "--calibration", "data.npy"]
+    plans = {
+        likelihood: told(capsys, "plan", "net.pt2", *data, "--likelihood", likelihood, "--include", "2")["plan"]
+        for likelihood in ("categorical", "gaussian")
+    }
+    for plan in plans.values():
+        assert [each["factorization"] is None for each in plan["decisions"]] == [True, False]
+    assert len({plan["decisions"][1]["increase"] for plan in plans.values()}) == 2
+    shape = ["--input", "2,3,10,10"]
+    assert told(capsys, "plan", "shop:normed", *shape)["rewritten"] == 0
+    assert told(capsys, "plan", "shop:normed", *shape, "--fold-weights")["rewritten"] == 1
+    other = told(capsys, "verify", "shop:small", "shop:small", "--other-weights", "zero.pt", *shape,
+                 "--tolerance", "0.5", code=3)  # fmt: skip
+    assert other["end_to_end"] == pytest.approx(1.0)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    told(capsys, "bench", "net.pt2", "net.pt2", "--repeats", "1", "--number", "1", "--threads", "1")
+    assert threads == [1]
+    assert main(["plan", "net.pt2", *data, "--progress"]) == 0
+    assert "100%" in capsys.readouterr().err
 
 
 def test_of_one_sample_a_program_for_any_number_is_made(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,6 +292,7 @@ def test_a_network_for_a_time_is_written(
             "pass no --macs, --multiple-of, --exclude with it",
         ),
         (["plan", "net.pt2", "--macs", "0.5", "--rank", "0.5"], "one of --rank"),
+        (["plan", "net.pt2", "--macs", "0.5", "--keep-statistics", "kept.npz"], "pass --calibration"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "shop.py"], "no array"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "."], "fails on a batch|no array|shape"),
         (["compress", "net.pt2", "-o", "small.onnx"], "NAME.pt2 or NAME.pt"),

@@ -64,6 +64,18 @@ def test_any_executor_gives_the_same_network() -> None:
     assert not same(alone, fxfact.factorize(model, **random, generator=torch.Generator().manual_seed(4)))
 
 
+def test_random_beginnings_are_those_of_the_generator() -> None:
+    model, x = many(), torch.randn(2, 6, 8, 8)
+    plan = fxfact.plan(model, CPMobilenet(init="random"), rank=0.5)
+
+    def made(seed: int) -> Tensor:
+        found: Tensor = fxfact.apply(plan, model, generator=torch.Generator().manual_seed(seed))(x)
+        return found
+
+    assert made(1).equal(made(1))
+    assert not made(1).equal(made(2))
+
+
 def test_no_more_kernels_are_on_their_way_than_there_are_workers() -> None:
     recording = Recording(2)
     fxfact.factorize(many(), executor=recording)

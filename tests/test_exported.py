@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 
 import fxfact
 from fxfact.errors import ArgumentError, CaptureError
+from fxfact.passes import applied
 from tests.conftest import Small, apart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -89,8 +91,17 @@ def test_plans_are_carried_out_and_programs_factorized_again(small: Small, image
     assert "conv2d_2" in fxfact.diff(before, after)
     again = fxfact.factorize(after, "spatial_svd", include="*.1", verify=True)
     assert [d.path for d in fxfact.plan_of(again).rewrites] == ["first.1", "second.1"]
+    assert [len(applied(some)) for some in (before, after, again)] == [0, 1, 2]
     untouched = fxfact.factorize(before, exclude="*")
     assert untouched.module()(image).equal(before.module()(image))
+
+
+def test_a_plan_for_a_module_is_carried_out_on_its_program(small: Small, image: Tensor) -> None:
+    plan, program = fxfact.plan(small, "tucker", rank=0.5, example_inputs=image), export(small, (image,))
+    after = fxfact.apply(plan, program)
+    assert fxfact.plan_of(after) == replace(plan, capture="export")
+    assert fxfact.verify(program, after, image).right
+    assert apart(fxfact.apply(plan, small)(image), after.module()(image)) < 1e-5
 
 
 def test_a_loaded_program_is_factorized(small: Small, image: Tensor) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
-from fxfact.errors import ArgumentTypeError, FileError, PlanError
+from fxfact.errors import ArgumentTypeError, FileError, FxfactError, PlanError
+from fxfact.factorizations import Tucker
 from fxfact.files.programs import _is_arithmetic
 
 
@@ -82,6 +83,24 @@ def test_a_network_that_was_factorized_twice_and_one_with_folded_weights(x: Tens
         fxfact.save(network, tmp_path / "small.pt")
         again = fxfact.load(tmp_path / "small.pt", net(1, normed=True))
         assert torch.equal(again(x), network(x))
+
+
+class Own(Tucker):
+    """A factorization that fxfact does not know."""
+
+    name = "own"
+
+
+def test_factorizations_of_ones_own_come_back_where_they_are_named(x: Tensor, tmp_path: Path) -> None:
+    small = fxfact.factorize(net(), Own(), rank=0.5)
+    fxfact.save(small, tmp_path / "small.pt")
+    fxfact.plan_of(small).save(tmp_path / "plan.json")
+    with pytest.raises(FxfactError, match="factorizations="):
+        fxfact.load(tmp_path / "small.pt", net(1))
+    with pytest.raises(PlanError, match="factorizations="):
+        fxfact.Plan.load(tmp_path / "plan.json")
+    assert fxfact.load(tmp_path / "small.pt", net(1), factorizations=[Own])(x).equal(small(x))
+    assert fxfact.Plan.load(tmp_path / "plan.json", factorizations=[Own]) == fxfact.plan_of(small)
 
 
 def test_a_recovered_network_comes_back(x: Tensor, tmp_path: Path) -> None:

@@ -66,22 +66,8 @@ def floor_of(module: str) -> int:
     for level, names in enumerate(FLOORS):
         if any(module == name or (name and module.startswith(f"{name}.")) for name in names):
             return level
-    if module == "graph":  # the folder's door shows what its topmost module gives
-        return floor_of("graph.splice")
-    if module == "reporting":
-        return floor_of("reporting.making")
-    if module == "passes":
-        return floor_of("passes.carrying_out")
-    if module == "cli":
-        return floor_of("cli.parsing")
-    if module == "files":
-        return floor_of("files.doors")
-    if module == "latency":
-        return floor_of("latency.clock")
-    if module == "capture":
-        return floor_of("capture.ladder")
-    if module == "calibration":
-        return floor_of("calibration.measuring")
+    if own := [name for name in MODULES if name.startswith(f"{module}.")]:
+        return max(map(floor_of, own))  # a folder's door shows what its topmost module gives
     raise AssertionError(f"fxfact.{module} stands on no floor: add it to FLOORS")
 
 

@@ -4,15 +4,15 @@ from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch
 from fxfact.calibration.collecting import MOST_SEED, calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
-from fxfact.calibration.measuring import HeldOut, mean_and_error
+from fxfact.calibration.measuring import ReferenceOutputs, mean_and_error
 
 __all__ = [
     "CATEGORICAL",
     "GAUSSIAN",
     "MOST_SEED",
     "Batches",
-    "HeldOut",
     "Likelihood",
+    "ReferenceOutputs",
     "Statistics",
     "arguments_for",
     "calibrate",

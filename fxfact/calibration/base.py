@@ -7,7 +7,6 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +24,14 @@ _DAMPING = 1e-3
 class Statistics:
     """Second moments of every convolution that gradients reached, by path; those that share a weight under the first.
 
-    ``samples`` is how many there were, ``likelihood`` the name of what labels were drawn from, ``variance`` that of the
-    outputs. The moments of gradients count shrunk by ``shrinkage`` at least. ``curves`` keeps
-    increases of the loss that planning has computed: by path, then by the factorization (its name and options), pairs
-    of a rank and nats. It is filled as plans are made, and saved along.
+    ``samples`` is how many there were, ``likelihood`` the name of what labels were drawn from. The moments of gradients
+    count shrunk by ``shrinkage`` at least. ``curves`` keeps increases of the loss that planning has computed: by path,
+    then by the factorization (its name and options), pairs of a rank and nats. It is filled as plans are made, and
+    saved along.
     """
 
     samples: int
     likelihood: str
-    variance: float
     shrinkage: float
     specs: Mapping[str, ConvSpec]
     moments: Mapping[str, Metric]
@@ -70,7 +68,6 @@ class Statistics:
             **_FORMAT,
             "samples": self.samples,
             "likelihood": self.likelihood,
-            "variance": self.variance,
             "shrinkage": self.shrinkage,
             "specs": {name: vars(spec) for name, spec in self.specs.items()},
             "curves": self.curves,
@@ -99,9 +96,8 @@ class Statistics:
             return cls(
                 samples=header["samples"],
                 likelihood=header["likelihood"],
-                variance=header["variance"],
                 shrinkage=header["shrinkage"],
-                specs={name: ConvSpec(**_tuples(spec)) for name, spec in header["specs"].items()},
+                specs={name: ConvSpec.from_json(spec) for name, spec in header["specs"].items()},
                 moments={name: _metric(name, arrays) for name in header["specs"]},
                 curves={
                     name: {kind: [(tuple(rank), nats) for rank, nats in curve] for kind, curve in curves.items()}
@@ -120,11 +116,3 @@ def _metric(name: str, arrays: Mapping[str, torch.Tensor]) -> Metric:
         factors = [arrays[key] for k in range(2) if (key := f"{side}.{k}.{name}") in arrays]
         sides.append(Moment(tuple(factors)))
     return Metric(*sides)
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _tuple(value) for key, value in values.items()}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(map(_tuple, value)) if isinstance(value, list) else value

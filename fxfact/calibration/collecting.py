@@ -90,7 +90,6 @@ def _statistics(
     return Statistics(
         samples=int(samples),
         likelihood=known.name,
-        variance=variance,
         shrinkage=known.shrinkage,
         specs={path: found.spec for path, (_, found) in sums.items() if metrics[path] is not None},
         moments={path: metric for path, metric in metrics.items() if metric is not None},

@@ -15,7 +15,6 @@ from fxfact.errors import CalibrationError
 
 Draw = Callable[[Tensor], Tensor]  # standard normal numbers, as many as the tensor has
 _TEMPERATURE, _DISTILLED = 2.0, 4.0  # of gradients, and of what is learned
-LikelihoodRequest = "str | Likelihood | Callable[[Any], Tensor] | None"
 
 
 class Likelihood(ABC):

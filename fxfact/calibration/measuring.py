@@ -1,4 +1,4 @@
-"""How far networks are from their original, on batches that are kept to measure on."""
+"""How far networks are from their original, on some batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
 
 
-class HeldOut:
-    """Batches to measure on, and what the original, in evaluation mode, gives for them.
+class ReferenceOutputs:
+    """Batches, and what the original, in evaluation mode, gives for them, to measure others by.
 
     ``variance`` is that of the output, by which differences of numbers are judged. Raises CalibrationError where the
     original fails on a batch, or its output does not say what its loss is, and for a likelihood that does not measure.

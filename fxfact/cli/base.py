@@ -24,24 +24,24 @@ class Given(NamedTuple):
     inputs: tuple[Any, ...] | None
 
 
-def read_model(text: str, shapes: list[Tensor] | None, weights: str | None = None) -> Given:
+def read_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> Given:
     """``text`` is a .pt2 file, or ``package.module:callable``, which is called without arguments and gives a module,
     with the state_dict in the file ``weights`` where that is given. Raises ArgumentError, FileError.
     """
-    inputs = tuple(shapes) if shapes else None
+    arguments = tuple(inputs) if inputs else None
     if text.endswith(".pt2"):
         if weights:
             raise ArgumentError("--weights is for package.module:callable; a .pt2 file has its own")
         program: ExportedProgram = load(text)
         own = program.example_inputs
-        return Given(program, inputs or (tuple(own[0]) if own else None))
+        return Given(program, arguments or (tuple(own[0]) if own else None))
     model = _called(text)
     if weights:
         try:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:  # whatever the reader finds
             raise FileError(f"{weights}: no state_dict of {text}: {error}") from error
-    return Given(model.eval(), inputs)
+    return Given(model.eval(), arguments)
 
 
 def read_batches(path: str, size: int) -> list[Tensor]:

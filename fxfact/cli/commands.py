@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from concurrent.futures import Executor
 from functools import partial
@@ -22,6 +23,7 @@ from fxfact.calibration import Statistics, held_out_of
 from fxfact.cli.base import Given, read_batches, read_model, runnable
 from fxfact.comparing import relative_error
 from fxfact.cost import Cost
+from fxfact.demo import run_demo
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.executing import processes
 from fxfact.files import save
@@ -54,6 +56,8 @@ def inspect(given: Arguments) -> int:
 
 def plan(given: Arguments) -> int:
     """Decide, and write the plan."""
+    if given.keep_statistics and not (given.calibration or given.statistics):
+        raise ArgumentError("--keep-statistics keeps those of data: pass --calibration")
     read = read_model(given.model, given.input, given.weights)
     with processes(given.workers) as executor:
         options = _options(given, read, executor)
@@ -62,7 +66,7 @@ def plan(given: Arguments) -> int:
         made = decide(read.model, given.factorization, **options)
     if given.output:
         made.save(given.output)
-    if given.keep_statistics and options["calibration"] is not None:
+    if given.keep_statistics:
         options["calibration"].save(given.keep_statistics)
     _show(given, made, {"plan": made.to_json(), **_summary(made)})
     return 0
@@ -157,6 +161,12 @@ def bench(given: Arguments) -> int:
     return 0
 
 
+def demo(given: Arguments) -> int:
+    """Train, factorize and compare a small network."""
+    run_demo(given.factorization, given.rank, seed=given.seed, epochs=given.epochs, say=print, progress=_overwrite)
+    return 0
+
+
 def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[str, Any]:
     """What is to be chosen, and of what data, as ``plan`` and ``factorize`` take it."""
     budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Latency, given.latency),
@@ -184,7 +194,7 @@ def _statistics(
 
 def _data(given: Arguments, *, measured: bool) -> tuple[Statistics | list[Any] | None, list[Any]]:
     """What to learn from, and batches to measure on: all beside statistics, else some where a plan is ``measured``."""
-    batches: list[Any] = list(read_batches(given.calibration, given.batch)) if given.calibration else []
+    batches: list[Any] = read_batches(given.calibration, given.batch) if given.calibration else []
     if given.statistics:
         return Statistics.load(given.statistics), batches
     return held_out_of(batches) if measured and batches else (batches or None, [])
@@ -243,6 +253,14 @@ def _summary(made: Plan) -> dict[str, Any]:
         "before": cost(made.network), "after": cost(made.after), "rewritten": len(made.rewrites),
         "convolutions": len(made), "expected_loss_increase": made.increase, "measured_loss_increase": made.measured,
     }  # fmt: skip
+
+
+def _overwrite(text: str) -> None:
+    """A line of progress, instead of the one before where that is possible."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _show(given: Arguments, text: object, data: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fxfact.cli import commands
-from fxfact.demo import run_demo
 from fxfact.errors import FxfactError
 
 _Add = Callable[[argparse.ArgumentParser], None]
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     try:
-        code = int(given.run(given) or 0)
+        code: int = given.run(given)
         sys.stdout.flush()
         return code
     except FxfactError as error:
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _commands() -> list[tuple[str, Callable[[argparse.Namespace], object], str, str, list[_Add]]]:
+def _commands() -> list[tuple[str, Callable[[argparse.Namespace], int], str, str, list[_Add]]]:
     """Of each its name, what it does, that in words, an example, and what it takes."""
     return [
         ("inspect", commands.inspect, "show every convolution of a network", "resnet.pt2", [_add_model]),
@@ -77,7 +76,7 @@ def _commands() -> list[tuple[str, Callable[[argparse.Namespace], object], str, 
             "resnet.pt2 small.pt2 -o report.html", [_add_two, _add_report],
         ),
         (
-            "demo", _demo, "train, factorize and compare a small network on handwritten digits (about 20 s)",
+            "demo", commands.demo, "train, factorize and compare a small network on handwritten digits (about 20 s)",
             "--factorization cp --rank 0.5", [_add_demo],
         ),
     ]  # fmt: skip
@@ -86,7 +85,9 @@ def _commands() -> list[tuple[str, Callable[[argparse.Namespace], object], str, 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", help="the plan's file")
     parser.add_argument(
-        "--keep-statistics", metavar="FILE", help="write the statistics of the data, to plan with again"
+        "--keep-statistics",
+        metavar="FILE",
+        help="write the statistics of the data, to plan with again; the plan is then made of them alone",
     )
 
 
@@ -168,23 +169,12 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--statistics", metavar="FILE", help="of data, kept from an earlier plan; --calibration is then to measure on"
     )
-    parser.add_argument("--multiple-of", type=_positive, help="ranks (default: 1, for --latency 8)")
+    parser.add_argument("--multiple-of", type=_positive, help="ranks are (default: 1; for --latency 32, 16 or 8)")
     parser.add_argument("--include", action="append", metavar="GLOB", help="only these paths; may be repeated")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="not these paths; may be repeated")
     parser.add_argument("--fold-weights", action="store_true", default=None, help="make computed weights parameters")
     parser.add_argument("--workers", type=_positive, default=1, help="processes of a thread each (default: this one)")
     parser.add_argument("--progress", action="store_true", help="bars on stderr (needs tqdm)")
-
-
-def _demo(given: argparse.Namespace) -> None:
-    run_demo(given.factorization, given.rank, seed=given.seed, epochs=given.epochs, say=print, progress=_progress)
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-    else:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _names(text: str) -> str | list[str]:

@@ -5,7 +5,7 @@ A chain is the only currency between the mathematics and the graph. Two laws hol
 made for, and a chain computes nothing but ordinary convolutions, one after the other.
 """
 
-from fxfact.conv.base import PADDING_MODES, ConvSpec, Padding, Sizes, same_padding
+from fxfact.conv.base import PADDING_MODES, ConvSpec, Padding, Sizes, same_padding, tuples
 from fxfact.conv.chain import (
     ConvChain,
     ConvLayer,
@@ -37,4 +37,5 @@ __all__ = [
     "run_weight",
     "same_padding",
     "to_torch",
+    "tuples",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fxfact.errors import SpecError
 
@@ -57,6 +58,11 @@ class ConvSpec:
         even = all(before == after for before, after in self.padding)
         if self.transposed and (self.padding_mode != "zeros" or not even):
             raise SpecError(f"a transposed convolution has symmetric zero padding only, got {self}")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ConvSpec:
+        """The inverse of ``vars``, also after JSON, which has lists for tuples. Raises SpecError, TypeError."""
+        return cls(**{key: tuples(value) for key, value in data.items()})
 
     @classmethod
     def parse(
@@ -193,3 +199,8 @@ def _parse_padding(padding: int | str | Sequence[int], kernel: Sizes, dilation: 
 
 def _short(values: tuple[object, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else str(values).replace(" ", "")
+
+
+def tuples(value: Any) -> Any:
+    """Lists, as JSON has them, made tuples."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value

@@ -18,6 +18,8 @@ from torch import Tensor
 from fxfact.conv import ConvSpec
 from fxfact.errors import SpecError
 
+_LEAST = 1e-7  # of the largest eigenvalue
+
 
 @dataclass(frozen=True, eq=False)
 class Moment:
@@ -154,11 +156,11 @@ def as_matrix(spec: ConvSpec, kernel: Tensor) -> Tensor:
     return (kernel.transpose(0, 1) if spec.transposed else kernel).flatten(1)
 
 
-def root(matrix: Tensor, floor: float = 1e-7) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a positive semidefinite matrix and its inverse, eigenvalues below ``floor`` times
-    the largest raised to that.
+def root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a positive semidefinite matrix and its inverse, eigenvalues below 1e-7 times the
+    largest raised to that.
     """
     values, vectors = torch.linalg.eigh(matrix.double())
-    values = values.clamp_min(float(values[-1].clamp_min(torch.finfo(torch.float64).tiny)) * floor).sqrt()
+    values = values.clamp_min(float(values[-1].clamp_min(torch.finfo(torch.float64).tiny)) * _LEAST).sqrt()
     pair: Sequence[Tensor] = [(vectors * scale) @ vectors.T for scale in (values, 1 / values)]
     return pair[0].to(matrix), pair[1].to(matrix)

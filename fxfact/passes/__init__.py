@@ -1,11 +1,10 @@
 """What carries a plan out: on a graph, or on a model that keeps its own Python."""
 
-from fxfact.passes.base import Applied, applied, last_plan, record, record_all, record_plan
-from fxfact.passes.carrying_out import carry_out
+from fxfact.passes.base import Applied, applied, last_plan, record_all, record_plan
+from fxfact.passes.carrying_out import carry_out, recapture
 from fxfact.passes.decomposing import Decomposed, Decomposing, Weights, decompose
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.for_inference import ChannelsLast, FoldBatchNorms, MergePointwise, OneDNN, PointwiseLinear, in_form
-from fxfact.passes.swap_convs import swap_convs
 
 __all__ = [
     "Applied",
@@ -23,8 +22,7 @@ __all__ = [
     "decompose",
     "in_form",
     "last_plan",
-    "record",
+    "recapture",
     "record_all",
     "record_plan",
-    "swap_convs",
 ]

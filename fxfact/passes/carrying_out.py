@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfact.capture import Captured, reexport
-from fxfact.passes.base import Applied, applied, record
+from fxfact.capture import Captured, ExampleInputs, How, capture, reexport
+from fxfact.passes.base import Applied, applied, record, record_all
 from fxfact.passes.decomposing import Decomposing
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.for_inference import in_form
@@ -18,11 +19,19 @@ from fxfact.passes.swap_convs import swap_convs
 from fxfact.planning import Plan
 
 
+def recapture(model: nn.Module | ExportedProgram, plan: Plan, example_inputs: ExampleInputs | None = None) -> Captured:
+    """The model, captured in the way that the plan was made for. Raises ArgumentError, CaptureError."""
+    how = "auto" if isinstance(model, ExportedProgram) else cast(How, plan.capture)
+    trusted = [decision.path for decision in plan if decision.spec is not None]
+    return capture(model, example_inputs, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves, trusted=trusted)
+
+
 @torch.inference_mode(False)  # whose parameters could never be trained
 def carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Module | ExportedProgram:
     """A graph module, a model that keeps its own Python, or an exported program. Raises PlanError, WeightError,
     ContractError.
     """
+    plan = replace(plan, capture=captured.rung)  # a program may be given a plan that was made for its module
     if captured.rung == "modules":
         swapped = swap_convs(captured.network, {site.path: site for site in captured.sites}, plan, decomposing)
         return in_form(swapped.eval(), plan.form) if plan.form else swapped
@@ -37,5 +46,5 @@ def carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Mo
     if captured.program is None:
         return rewritten
     program = reexport(captured.program, rewritten)
-    record(program.graph_module, applied(rewritten)[-1])
+    record_all(program.graph_module, applied(rewritten))
     return program

@@ -12,7 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fxfact.conv import ConvSpec
+from fxfact.conv import ConvSpec, tuples
 from fxfact.cost import Cost, shown_change
 from fxfact.errors import ArgumentTypeError, PlanError, first_differences, place
 from fxfact.factorizations import (
@@ -24,7 +24,7 @@ from fxfact.factorizations import (
     resolve_rank,
 )
 from fxfact.planning.curve import Curve
-from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, tuples
+from fxfact.planning.decision import Decision, decision_from_json, decision_to_json
 from fxfact.ranks import FrontPoint
 from fxfact.skip import Skip
 from fxfact.writing import written
@@ -120,25 +120,13 @@ class Plan:
         if skip is not None and not isinstance(skip, str):
             raise ArgumentTypeError(f"skip is the reason, a string, got {skip!r}")
         if skip is not None:
-            new = replace(old, factorization=None, rank=None, reason=skip, note="", increase=None, milliseconds=None)
+            new: dict[str, Any] = {"factorization": None, "rank": None, "reason": skip}
         else:
             with place(path):
-                new = _chosen(old, rank, factorization)
+                new = {**_chosen(old, rank, factorization), "reason": ""}
+        new |= {"note": "", "increase": None, "milliseconds": None}
         together = {path, old.tied_to or path}
-        changed = [
-            replace(
-                d,
-                factorization=new.factorization,
-                rank=new.rank,
-                reason=new.reason,
-                note=new.note,
-                increase=None,
-                milliseconds=None,
-            )
-            if d.path in together or d.tied_to in together
-            else d
-            for d in self.decisions
-        ]
+        changed = [replace(d, **new) if together & {d.path, d.tied_to} else d for d in self.decisions]
         return replace(self, decisions=tuple(changed))
 
     def check_fits(self, convolutions: Mapping[str, tuple[ConvSpec, str | None]]) -> None:
@@ -219,7 +207,7 @@ class Plan:
         return plan
 
 
-def _chosen(old: Decision, request: RankRequest | None, factorization: str | Factorization | None) -> Decision:
+def _chosen(old: Decision, request: RankRequest | None, factorization: str | Factorization | None) -> dict[str, Any]:
     method = old.factorization if factorization is None else parse_factorization(factorization)
     asked: object = old.rank if request is None else request
     if old.spec is None or method is None or asked is None:
@@ -230,7 +218,7 @@ def _chosen(old: Decision, request: RankRequest | None, factorization: str | Fac
     if isinstance(rank, Skip):
         raise PlanError(rank.reason)
     method.layout(old.spec, rank)
-    return replace(old, factorization=method, rank=rank, reason="", note="")
+    return {"factorization": method, "rank": rank}
 
 
 def _known(convolution: tuple[ConvSpec, str | None]) -> str:

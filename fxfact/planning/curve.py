@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fxfact.cost import Cost
+from fxfact.cost import Cost, shown_amount
 from fxfact.errors import PlanError
 from fxfact.ranks import FrontPoint
 
@@ -65,4 +65,4 @@ class Curve:
 
     def _shown(self, unit: str, point: FrontPoint) -> tuple[str, str]:
         amount = _UNITS[unit](point.cost) or 0
-        return f"{amount:,}" if isinstance(amount, int) else f"{amount:.3g}", f"{self._share(unit, point):.2f}"
+        return shown_amount(amount), f"{self._share(unit, point):.2f}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fxfact.conv import ConvSpec, Sizes
+from fxfact.conv import ConvSpec, Sizes, tuples
 from fxfact.cost import Cost, cost_of
 from fxfact.errors import PlanError
 from fxfact.factorizations import Factorization, Rank
@@ -84,7 +84,7 @@ def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factori
     values = dict(data)
     spec, method = values["spec"], values["factorization"]
     if spec is not None:
-        values["spec"] = ConvSpec(**{key: tuples(value) for key, value in spec.items()})
+        values["spec"] = ConvSpec.from_json(spec)
     if method is not None:
         if method["name"] not in known:
             raise PlanError(f"unknown factorization {method['name']!r}. Pass its class as factorizations=[...].")
@@ -92,8 +92,3 @@ def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factori
     for name in ("input_sizes", "rank", "milliseconds"):
         values[name] = tuples(values[name])
     return Decision(**values)
-
-
-def tuples(value: Any) -> Any:
-    """Lists, as JSON has them, made tuples."""
-    return tuple(map(tuples, value)) if isinstance(value, list) else value

@@ -56,7 +56,7 @@ class FrontPoint:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Allocation:
     """What a strategy says: one of the ``choices`` for each candidate, and the ``front`` of the best networks at other
     budgets, cheapest first, where it knows them.
     """
@@ -69,7 +69,7 @@ class RankStrategy(ABC):
     """Chooses for all convolutions of a network together."""
 
     @abstractmethod
-    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
         """One answer for each candidate, in order; ``network`` is the cost of the whole dense network."""
 
     @property

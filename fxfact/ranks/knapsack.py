@@ -31,8 +31,7 @@ class Knapsack:
         self.least = float(sum(costs.min() for costs in self._costs))
         most = float(sum(costs[kept[-1]] for costs, kept in zip(self._costs, self._kept, strict=True)))
         self._step = max((most - self.least) / _STEPS, 1e-300)
-        self._taken: list[NDArray[np.int32]] = []
-        self._best = self._solve()
+        self._taken = self._solve()
 
     def at(self, bound: float) -> list[int] | None:
         """The option of every class, None where not even the cheapest fit."""
@@ -55,8 +54,10 @@ class Knapsack:
         steps: NDArray[np.int64] = np.ceil((costs - costs[0]) / self._step - 1e-9).astype(np.int64)
         return steps
 
-    def _solve(self) -> NDArray[np.float64]:
+    def _solve(self) -> list[NDArray[np.int32]]:
+        """For every class the option to take when so many steps may be spent on it and on those before it."""
         best = np.zeros(_STEPS + 1)
+        all_taken = []
         for k, kept in enumerate(self._kept):
             found, taken = np.full(_STEPS + 1, np.inf), np.zeros(_STEPS + 1, dtype=np.int32)
             for option, (steps, value) in enumerate(zip(self._steps(k), self._values[k][kept], strict=True)):
@@ -67,8 +68,8 @@ class Knapsack:
                 found[steps:][better] = shifted[better]
                 taken[steps:][better] = option
             best = found
-            self._taken.append(taken)
-        return best
+            all_taken.append(taken)
+        return all_taken
 
     def _spend(self, picked: list[int], bound: float) -> list[int]:
         """Take dearer options that still fit, as long as there are, those first that lower the value most."""

@@ -20,11 +20,12 @@ from fxfact.factorizations import (
     parse_rank_request,
     resolve_rank,
 )
-from fxfact.ranks.base import Candidate, Choice, Chosen, RankStrategy
+from fxfact.ranks.base import Allocation, Candidate, Choice, RankStrategy
 from fxfact.ranks.rules import RankRule
 from fxfact.skip import Skip
 
 T = TypeVar("T")
+FactorizationRequest = str | Factorization | Sequence[str | Factorization]
 
 
 @final
@@ -94,13 +95,13 @@ class Requested(RankStrategy):
         """With statistics, in whose metric the chains are then decomposed."""
         return self.statistics is not None
 
-    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
         """One by one: nothing is traded between convolutions."""
         paths = [candidate.path for candidate in candidates]
         if not self.partial:
             self.factorizations.check(paths, "factorization")
             self.ranks.check(paths, "rank")
-        return Chosen(tuple(self._choose(candidate) for candidate in candidates))
+        return Allocation(tuple(self._choose(candidate) for candidate in candidates))
 
     def _choose(self, candidate: Candidate) -> Choice | Skip:
         methods, _ = self.factorizations.get(candidate.path)

@@ -13,10 +13,10 @@ from fxfact.calibration import Statistics
 from fxfact.cost import Cost, cost_of
 from fxfact.errors import place, whole
 from fxfact.executing import in_order
-from fxfact.factorizations import FACTORIZATIONS, Factorization, Rank
+from fxfact.factorizations import Factorization, Rank
 from fxfact.latency import Clock
 from fxfact.progress import Progress, shown
-from fxfact.ranks.base import Candidate, Choice, Chosen, FrontPoint, RankStrategy
+from fxfact.ranks.base import Allocation, Candidate, Choice, FrontPoint, RankStrategy
 from fxfact.ranks.bearing import Curves, foresee, key_of, read_off
 from fxfact.ranks.budgets import Budget
 from fxfact.ranks.clocking import liked, multiples, times_of
@@ -59,9 +59,7 @@ class WithinBudget(RankStrategy):
     """
 
     budget: Budget
-    factorizations: ByPath[tuple[Factorization, ...]] = field(
-        default_factory=lambda: ByPath(tuple(kind() for kind in FACTORIZATIONS), {})
-    )
+    factorizations: ByPath[tuple[Factorization, ...]]
     statistics: Statistics | None = None
     multiple: int = 1
     evenness: float = 0.5
@@ -73,7 +71,7 @@ class WithinBudget(RankStrategy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "multiple", whole("multiple_of", self.multiple, 1))
 
-    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Chosen:
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
         """Raises BudgetError where not even the smallest ranks meet the budget."""
         self.factorizations.check([candidate.path for candidate in candidates], "factorization")
         network = network if self.clock is None else replace(network, ms=self.clock.network)
@@ -85,7 +83,7 @@ class WithinBudget(RankStrategy):
         if picked is None:
             raise self.budget.unmet(fixed + knapsack.least, network)
         choices = tuple(each[k].choice for each, k in zip(options, picked, strict=True))
-        return Chosen(choices, self._front(options, knapsack, network))
+        return Allocation(choices, self._front(options, knapsack, network))
 
     @property
     def in_metric(self) -> bool:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from fxfact.capture import Captured
 from fxfact.conv_modules import is_conv, spec_of
-from fxfact.cost import cost_of
+from fxfact.cost import Cost, cost_of
 from fxfact.graph import GraphSite, macs_by_node, match
 from fxfact.passes import applied
 from fxfact.reporting.base import Block, Flow, rank_shown
@@ -70,7 +70,7 @@ class _Graph:
         if before is not None and list(before.last.users) == [node]:
             old, grown = before.block, None
             if path and before.path == path:
-                macs = _sum(old.macs, self._macs_of(node))
+                macs = (Cost(0, old.macs) + Cost(0, self._macs_of(node))).macs
                 grown = replace(old, stages=(*old.stages, self._name(node)), macs=macs)
             elif self._goes_behind(node, old):
                 grown = replace(old, behind=(*old.behind, self._name(node)))
@@ -138,7 +138,3 @@ def _of_modules(network: nn.Module, sites: Mapping[str, ConvSite], samples: int,
             macs=cost_of(specs, sizes).macs if specs else None,
             stages=tuple(map(str, specs)) if is_chain else (),
         )
-
-
-def _sum(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other

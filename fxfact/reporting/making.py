@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxfact.activations import peak_bytes
-from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments
+from fxfact.capture import Captured, ExampleInputs, copied_arguments
 from fxfact.conv_modules import write_chain, write_conv
 from fxfact.copying import evaluated
 from fxfact.errors import ArgumentError, FileError
 from fxfact.factorizations import Tucker
 from fxfact.inspection import looked_at
-from fxfact.passes import last_plan
+from fxfact.passes import last_plan, recapture
 from fxfact.planning import Decision, Plan
 from fxfact.progress import Progress, shown
 from fxfact.reporting.base import ConvReport, Facts, Spectrum
@@ -27,7 +27,7 @@ from fxfact.reporting.flow import chains_of, flow_of
 from fxfact.reporting.page import page
 from fxfact.sites import ConvSite
 from fxfact.timing import random_numbers, side_by_side
-from fxfact.verification import SiteErrors, plain_copy, verify
+from fxfact.verification import SiteErrors, plain_copy, stages_of, verify
 from fxfact.writing import written
 
 
@@ -66,11 +66,7 @@ def report(
     ArgumentError, CaptureError, PlanError where ``factorized`` was not made of ``original`` by a plan.
     """
     plan = last_plan(factorized)
-    how: Any = "auto" if isinstance(original, ExportedProgram) else plan.capture
-    captured = capture(
-        original, example_inputs, how=how, fold_weights=plan.fold_weights, leaves=plan.leaves,
-        trusted=[decision.path for decision in plan if decision.spec is not None],
-    )  # fmt: skip
+    captured = recapture(original, plan, example_inputs)
     if example_inputs is None and (example_inputs := captured.example_inputs) is None:
         raise ArgumentError("a report compares and times on inputs: pass example_inputs")
     verified = verify(original, factorized, example_inputs)
@@ -127,7 +123,7 @@ def _measured(decision: Decision, site: ConvSite, factorized: nn.Module) -> dict
     """Milliseconds and bytes of the convolution and its chain, on numbers of the shapes at all its calls."""
     if site.input_shapes is None:
         return {}
-    stages: list[Any] = [part for part in factorized.get_submodule(decision.path).children() if hasattr(part, "weight")]
+    stages: list[Any] = stages_of(factorized, decision)
     bias: Tensor | None = getattr(stages[-1], "bias", None)
     layer, weights = site.layer, [stage.weight for stage in stages]
     chain = nn.Sequential(*write_chain(decision.stages, weights, bias, like=site.weight))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 State = TypeVar("State")
+STRIP = 128  # rows or columns at a time, for small temporaries
 
 
 class Basis(NamedTuple):
@@ -40,12 +41,12 @@ def leading_basis(matrix: Tensor, rank: int) -> Basis:
     return Basis(left[:, :rank].contiguous(), float(singular[:rank].square().sum()))
 
 
-def _lower_gram(matrix: Tensor, strip: int = 128) -> Tensor:
+def _lower_gram(matrix: Tensor) -> Tensor:
     """The lower triangle of matrix · matrixᵀ, computed in strips of rows; what stands above it means nothing."""
     rows = len(matrix)
     gram = matrix.new_zeros(rows, rows)
-    for start in range(0, rows, strip):
-        stop = start + strip
+    for start in range(0, rows, STRIP):
+        stop = start + STRIP
         gram[start:stop, :stop] = matrix[start:stop] @ matrix[:stop].T
     return gram
 

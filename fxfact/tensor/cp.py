@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fxfact.tensor.base import descend, leading_basis, tiny
+from fxfact.tensor.base import STRIP, descend, leading_basis, tiny
 
 _RIDGE = 1e-6  # times the squared norm of the tensor's scale: keeps every factor bounded, biases by about as much
 
@@ -73,13 +73,13 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
     return _balanced(factors), float(square.clamp_min(0).sqrt())
 
 
-def _moment(contracted: Tensor, factors: list[Tensor], mode: int, strip: int = 128) -> Tensor:
+def _moment(contracted: Tensor, factors: list[Tensor], mode: int) -> Tensor:
     """The tensor, whose product with the first factor is ``contracted`` (n_1, …, rank), times all others but one.
 
     Gives (n_mode, rank). In strips of the rank, whose temporaries are small.
     """
     moments = []
-    for parts in zip(*(torch.split(x, strip, -1) for x in (contracted, *factors[1:])), strict=True):
+    for parts in zip(*(torch.split(x, STRIP, -1) for x in (contracted, *factors[1:])), strict=True):
         moment = parts[0]
         for other in reversed(range(1, len(factors))):
             if other != mode:
