@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from fxfact.errors import CaptureError
 
-_NOTED = "fxfact"
+_NOTED = "_fxfact"
+_PRESERVED = "_user_preserved_attributes"  # of a graph module's meta: copy.deepcopy keeps them
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -52,17 +53,23 @@ def evaluated(network: nn.Module) -> nn.Module:
 
 def noted(network: nn.Module) -> Any:
     """What was noted on a network, None where nothing was."""
-    meta = network.meta if isinstance(network, fx.GraphModule) and isinstance(network.meta, dict) else {}
-    return meta.get(_NOTED, getattr(network, f"_{_NOTED}", None))
+    return _preserved(network).get(_NOTED, getattr(network, _NOTED, None))
 
 
 def note(network: nn.Module, what: Any) -> None:
     """Note something on a network, which its copies and pickles keep; nothing for None."""
     if what is None:
         return
-    if isinstance(network, fx.GraphModule):
-        network.meta[_NOTED] = what  # what copy.deepcopy keeps of one
-    setattr(network, f"_{_NOTED}", what)  # what pickling keeps
+    if isinstance(network, fx.GraphModule) and isinstance(network.meta, dict):
+        network.meta[_PRESERVED] = {**_preserved(network), _NOTED: what}
+    setattr(network, _NOTED, what)
+
+
+def _preserved(network: nn.Module) -> Mapping[str, Any]:
+    """What copies of a graph module, and programs made of it, keep; ``meta`` may be a module of the model's own."""
+    meta = network.meta if isinstance(network, fx.GraphModule) and isinstance(network.meta, dict) else {}
+    kept: Mapping[str, Any] = meta.get(_PRESERVED, {})
+    return kept
 
 
 def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
@@ -81,7 +88,7 @@ def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
         if isinstance(child, torch.jit.ScriptModule):
             for one, two in zip(child.parameters(recurse=False), other.parameters(recurse=False), strict=True):
                 two.requires_grad_(one.requires_grad)
-    note(made, noted(made))  # copy.deepcopy of a graph module keeps one of the two places
+    note(made, noted(module))  # of a graph module that was pickled, copies do not keep it by themselves
     return made
 
 

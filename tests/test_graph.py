@@ -467,7 +467,8 @@ def test_tracing_leaves_no_trace_on_the_model(image: Tensor) -> None:
 
 def test_it_survives_copying_and_pickling(small: Small, image: Tensor) -> None:
     result = fxfact.factorize(small, "cp", example_inputs=image)
-    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+    copied = copy.deepcopy(result)
+    for other in (copied, *(pickle.loads(pickle.dumps(each)) for each in (result, copied))):
         assert other(image).equal(result(image))
         assert fxfact.plan_of(other) == fxfact.plan_of(result)
 
