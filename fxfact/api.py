@@ -17,7 +17,7 @@ from fxfact.calibration import calibrate as collect
 from fxfact.capture import ExampleInputs, How
 from fxfact.capture import capture as capture_model
 from fxfact.choosing import Data, Selected, choose
-from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, whole
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, PlanError, whole
 from fxfact.factorizations import FACTORIZATIONS, RankRequest, SpatialSVD
 from fxfact.inference import never_slower
 from fxfact.passes import Decomposing, Weights, carry_out, last_plan, recapture
@@ -186,7 +186,7 @@ def apply(
     ``weights='empty'`` builds only the structure, for a state_dict to be loaded into. A plan that was made on data
     needs their ``statistics`` again. The other arguments are those of ``factorize``. Raises PlanError, naming the first
     differences, where the plan was made for another model;
-    CaptureError, WeightError, ContractError.
+    CaptureError, WeightError, ContractError; CalibrationError for statistics of another model.
     """
     decomposing = Decomposing(
         weights=weights, generator=generator, executor=executor, progress=progress, statistics=statistics
@@ -197,6 +197,8 @@ def apply(
         raise ArgumentTypeError(
             f"statistics must be fxfact.Statistics, got {type(statistics).__name__}. fxfact.calibrate gives them."
         )
+    if statistics is not None and not plan.metric:
+        raise PlanError("the plan was made without data: pass no statistics, or make it with calibration=statistics")
     return cast(_Model, carry_out(plan, recapture(model, plan), decomposing))
 
 

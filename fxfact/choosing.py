@@ -18,6 +18,7 @@ from fxfact.calibration import (
     arguments_for,
     calibrate,
     held_out_of,
+    known_likelihood,
     mean_and_error,
 )
 from fxfact.capture import Captured, ExampleInputs
@@ -86,6 +87,7 @@ def choose(
     """Raises ArgumentError, BudgetError, CalibrationError."""
     if isinstance(strategy, Requested) and data.held_out is not None:
         raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
+    _check_likelihood(data)
     statistics, measure = _statistics(captured, data, budget)
     if statistics is not None:
         statistics.check([site.path for site in captured.sites])
@@ -164,6 +166,17 @@ def _cheapest_within(nats: float, plan_for: Callable[[Budget], Plan], unit: type
 
 def _within(plan: Plan, nats: float) -> bool:
     return plan.measured is not None and plan.measured <= nats
+
+
+def _check_likelihood(data: Data) -> None:
+    """Raise ArgumentError for one that nothing would be made of, CalibrationError for one that is none."""
+    own = data.calibration.likelihood if isinstance(data.calibration, Statistics) else None
+    known = known_likelihood(data.likelihood)
+    if known is not None and data.held_out is None and (data.calibration is None or own not in (None, known.name)):
+        raise ArgumentError(
+            f"likelihood={data.likelihood!r} says what outputs mean for batches, and there are none"
+            + (f"; the statistics are of {own!r}. Calibrate again." if own else ": pass calibration.")
+        )
 
 
 def _statistics(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
@@ -62,8 +64,9 @@ def recover(
     deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     steps, patience, seed = whole("steps", steps, 1), whole("patience", patience, 1), whole("seed", seed, 0, MOST_SEED)
-    if not seconds > 0 or not 0 < lr < math.inf:
-        raise ArgumentError(f"seconds and lr are positive, got {seconds!r}, {lr!r}")
+    for name, number in (("seconds", seconds), ("lr", lr)):
+        if not isinstance(number, Real) or not number > 0 or (name == "lr" and math.isinf(number)):
+            raise ArgumentError(f"{name} must be a positive number, got {number!r}")
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     trained = [parameter for parameter in pair.factorized.parameters() if parameter.requires_grad]
     if not trained or any(parameter.dtype == torch.float16 for parameter in trained):
@@ -91,6 +94,12 @@ def recover(
                 best.look(pair.divergence())
             if last or best.since >= patience:
                 break
+    if not math.isfinite(best.latest):
+        warnings.warn(
+            "in training the network became NaN or Inf on the held-out batches; what was best before comes back. "
+            "Lower lr, or see whether augment gives NaN.",
+            stacklevel=4,
+        )
     best.restore()
     taken = Recovery(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
     return cast(_Network, pair.finished()), taken
@@ -131,6 +140,7 @@ class _Best:
     network: nn.Module
     divergence: float
     since: int = 0
+    latest: float = 0.0
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,6 +148,7 @@ class _Best:
 
     def look(self, divergence: float) -> None:
         """Keep the present state if it is better."""
+        self.latest = divergence
         if divergence < self.divergence:
             self.divergence, self.state, self.since = divergence, self._now(), 0
         else:
@@ -169,7 +180,12 @@ def _relative(wanted: Tensor, given: Tensor) -> Tensor:
 
 def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
     def changed(value: Any) -> Any:
-        return augment(value) if augment and isinstance(value, Tensor) and value.is_floating_point() else value
+        if augment is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        try:
+            return augment(value)
+        except Exception as error:
+            raise ArgumentError(f"augment fails on a tensor {tuple(value.shape)} of a batch: {error!r}") from error
 
     augmented: ExampleInputs = tree_map(changed, batch)
     return augmented

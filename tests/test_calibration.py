@@ -286,6 +286,32 @@ def test_statistics_are_what_carries_out_a_plan_made_with_them(model: nn.Module,
     plan = fxfact.plan(model, rank=0.5, calibration=fxfact.calibrate(model, [x]))
     with pytest.raises(ArgumentTypeError, match=r"must be fxfact\.Statistics, got list"):
         fxfact.apply(plan, model, statistics=[x])  # type: ignore[arg-type]
+    others = fxfact.calibrate(nn.Sequential(model).eval(), [x])
+    with pytest.raises(CalibrationError, match="know none of the convolutions"):
+        fxfact.apply(plan, model, statistics=others)
+    assert fxfact.apply(plan, model, statistics=others, weights="empty")
+    with pytest.raises(PlanError, match="made without data"):
+        fxfact.apply(fxfact.plan(model, rank=0.5), model, statistics=fxfact.calibrate(model, [x]))
+
+
+def test_a_likelihood_that_nothing_is_made_of_is_refused(model: nn.Module, x: Tensor) -> None:
+    statistics = fxfact.calibrate(model, [x])
+    for given in (None, statistics, [x]):
+        with pytest.raises(CalibrationError, match="likelihood cannot be 'gausian'"):
+            fxfact.plan(model, rank=0.5, calibration=given, likelihood="gausian")
+    with pytest.raises(ArgumentError, match="there are none: pass calibration"):
+        fxfact.plan(model, rank=0.5, likelihood="gaussian")
+    with pytest.raises(ArgumentError, match="the statistics are of 'categorical'"):
+        fxfact.plan(model, rank=0.5, calibration=statistics, likelihood="gaussian")
+    same = fxfact.plan(model, rank=0.5, calibration=statistics, likelihood="categorical")
+    assert same == fxfact.plan(model, rank=0.5, calibration=statistics)
+
+
+def test_paths_that_are_none_are_told(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="None: the statistics cannot be written"):
+        fxfact.calibrate(model, [x]).save(None)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="No such file"):
+        fxfact.Statistics.load(tmp_path / "nowhere.npz")
 
 
 def test_labels_are_ignored(model: nn.Module, x: Tensor) -> None:
@@ -372,6 +398,18 @@ def test_recovery_brings_a_network_nearer(model: nn.Module, x: Tensor) -> None:
     assert torch.equal(again(x), recovered(x))
     with pytest.raises(ArgumentTypeError):
         fxfact.recover(small, None, x.split(4))  # type: ignore[arg-type]
+
+
+def test_training_that_goes_wrong_is_told(model: nn.Module, x: Tensor) -> None:
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=x[:1])
+    with pytest.raises(ArgumentError, match="lr must be a positive number, got 'fast'"):
+        fxfact.recover(small, model, x.split(4), lr="fast")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"augment fails on a tensor \(4, 3, 9, 9\)"):
+        fxfact.recover(small, model, x.split(4), augment=lambda part: part.no_such_thing)
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        kept, report = fxfact.recover(small, model, x.split(4), steps=2, augment=lambda part: part * float("nan"))
+    assert kept(x).equal(small(x))
+    assert report.after == report.before
 
 
 def _one_of_two(rank: int, folder: str) -> None:

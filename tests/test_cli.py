@@ -152,6 +152,8 @@ def test_what_is_said_is_heeded(
     other = told(capsys, "verify", "shop:small", "shop:small", "--other-weights", "zero.pt", *shape,
                  "--tolerance", "0.5", code=3)  # fmt: skip
     assert other["end_to_end"] == pytest.approx(1.0)
+    shapes = ["verify", "shop:small", "shop:normed", "--tolerance", "0.5", *shape]
+    assert told(capsys, *shapes, code=3) == {"graph": None, "end_to_end": None, "right": None, "near": False}
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     told(capsys, "bench", "net.pt2", "net.pt2", "--repeats", "1", "--number", "1", "--threads", "1")
@@ -292,6 +294,7 @@ def test_a_network_for_a_time_is_written(
             "pass no --macs, --multiple-of, --exclude with it",
         ),
         (["plan", "net.pt2", "--macs", "0.5", "--rank", "0.5"], "one of --rank"),
+        (["compress", "net.pt2", "-o", "s.pt2", "--plan", "p.json", "--likelihood", "gaussian"], "with --calibration"),
         (["plan", "net.pt2", "--macs", "0.5", "--keep-statistics", "kept.npz"], "pass --calibration"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "shop.py"], "no array"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "."], "fails on a batch|no array|shape"),

@@ -101,6 +101,39 @@ def test_pointwise_neighbours_that_would_grow_or_change_stay(last: nn.Module) ->
     assert not result.modified
 
 
+class TiedNorm(nn.Module):
+    """Decodes with the weight of a convolution whose batch norm comes next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), normed(8, 2).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv_transpose2d(self.norm(self.conv(x)), self.conv.weight, padding=1)
+
+
+class ReadPointwise(nn.Module):
+    """Gives the weights of two 1×1 convolutions away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.other(self.one(x)), self.other.weight.square().sum(), self.one.weight.square().sum()
+
+
+@pytest.mark.parametrize("kind", [TiedNorm, ReadPointwise])
+def test_convolutions_whose_weights_are_read_elsewhere_stay(kind: type[nn.Module]) -> None:
+    model, x = kind().eval(), torch.randn(4, 3, 8, 8)
+    quick = fxfact.for_inference(model, x)
+    torch.testing.assert_close(quick(x), model(x), rtol=1e-4, atol=1e-4)
+    for exact in (FoldBatchNorms(), MergePointwise()):
+        result = exact(fx.symbolic_trace(model))
+        assert result is not None
+        assert not result.modified
+
+
 def test_channels_last_is_of_the_weights_and_of_what_comes_out() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
     result = ChannelsLast()(fx.symbolic_trace(model))

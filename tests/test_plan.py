@@ -159,6 +159,9 @@ def test_a_plan_can_be_edited(small: Small, image: Tensor) -> None:
     edited = plan.edited("second", rank=(3, 2)).edited("first", skip="the first one stays")
     assert edited["second"].rank == (3, 2)
     assert edited["first"].reason == "the first one stays"
+    assert replace(plan, measured=1.0, timed=(2.0, 1.0)).edited("second", rank=(3, 2)) == plan.edited(
+        "second", rank=(3, 2)
+    )
     assert plan["second"].rank != (3, 2)
     result = fxfact.apply(edited, small)
     assert isinstance(result.first, nn.Conv2d)

@@ -3,7 +3,7 @@
 from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch
 from fxfact.calibration.collecting import MOST_SEED, calibrate
-from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, likelihood_for
+from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, known_likelihood, likelihood_for
 from fxfact.calibration.measuring import ReferenceOutputs, mean_and_error
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "dense_of",
     "first_sample",
     "held_out_of",
+    "known_likelihood",
     "likelihood_for",
     "mean_and_error",
     "run_batch",

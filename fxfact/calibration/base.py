@@ -79,14 +79,14 @@ class Statistics:
         try:
             with written(path) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
-        except OSError as error:
+        except (OSError, TypeError) as error:
             raise CalibrationError(f"{path}: the statistics cannot be written there: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
         """Read what ``save`` wrote. Raises CalibrationError."""
         try:
-            if not zipfile.is_zipfile(path):
+            if os.path.exists(path) and not zipfile.is_zipfile(path):
                 raise CalibrationError(f"{path}: this is no archive of statistics, or not all of it")
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "header"}

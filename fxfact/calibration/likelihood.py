@@ -124,34 +124,40 @@ class OwnLoss(Likelihood):
 CATEGORICAL, GAUSSIAN = Categorical(), Gaussian()
 
 
-def likelihood_for(request: object, output: Any) -> Likelihood:
-    """The likelihood asked for, or the one that an output settles: logits (n, classes), alone or so named.
+_WAY_OUT = "Pass likelihood='categorical' (classes on axis 1), 'gaussian' (numbers), or a function that gives a loss."
 
-    Raises CalibrationError.
-    """
-    if isinstance(request, Likelihood):
+
+def known_likelihood(request: object) -> Likelihood | None:
+    """The likelihood asked for, None where the output is to settle it. Raises CalibrationError."""
+    if request is None or isinstance(request, Likelihood):
         return request
     by_name = {known.name: known for known in (CATEGORICAL, GAUSSIAN)}
     if isinstance(request, str) and request in by_name:
         return by_name[request]
-    if request is not None and callable(request):
+    if callable(request):
         return OwnLoss(request)
-    way_out = (
-        "Pass likelihood='categorical' (classes on axis 1), 'gaussian' (numbers), or a function that gives a loss."
-    )
     if request == OwnLoss.name:
         raise CalibrationError(
             "the statistics are of a likelihood of your own, which tells gradients, not how to measure a loss. Pass "
             "'categorical' or 'gaussian' to measure, or leave held_out away (a Loss needs it)."
         )
-    if request is not None:
-        raise CalibrationError(f"likelihood cannot be {request!r}. {way_out}")
+    raise CalibrationError(f"likelihood cannot be {request!r}. {_WAY_OUT}")
+
+
+def likelihood_for(request: object, output: Any) -> Likelihood:
+    """The likelihood asked for, or the one that an output settles: logits (n, classes), alone or so named.
+
+    Raises CalibrationError.
+    """
+    known = known_likelihood(request)
+    if known is not None:
+        return known
     logits = _named_logits(output)
     logits = output if logits is None else logits
     if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1 and logits.is_floating_point():
         return CATEGORICAL
     shapes = [tuple(tensor.shape) for tensor in tensors_of(output)]
-    raise CalibrationError(f"the output, {shapes or 'no tensor'}, does not say what its loss is. {way_out}")
+    raise CalibrationError(f"the output, {shapes or 'no tensor'}, does not say what its loss is. {_WAY_OUT}")
 
 
 def logits_of(output: Any) -> Tensor:

@@ -16,11 +16,11 @@ from fxfact.errors import FxfactError
 
 _Add = Callable[[argparse.ArgumentParser], None]
 _MODEL = "a .pt2 file, or package.module:callable, which gives a torch.nn.Module"
-_EXIT = "exit codes: 0 done, 1 it could not be (the message says why), 2 wrong arguments, 3 verify found a difference"
+_EXIT = "exit codes: 0 done, 1 it could not be (the message says why), 2 not understood, 3 verify found a difference"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 where it succeeded, 1 where it could not, 2 where the arguments are wrong, 3 where networks that
+    """Run a command; 0 where it succeeded, 1 where it could not, 2 where it is not understood, 3 where networks that
     were compared are different.
     """
     given = _parser().parse_args(arguments)

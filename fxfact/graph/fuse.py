@@ -18,8 +18,8 @@ _Pair = tuple[fx.Node, fx.Node]
 
 
 def fold_batch_norms(graph_module: fx.GraphModule) -> int:
-    """Make batch norms in evaluation mode part of the convolutions before them, where nothing else reads these; how
-    many. It is for private copies; the caller recompiles.
+    """Make batch norms in evaluation mode part of the convolutions before them, where nothing else reads these or
+    their weights; how many. It is for private copies; the caller recompiles.
 
     W' = s W and b' = s (b − mean) + shift, where s = scale / √(variance + eps).
     """
@@ -59,7 +59,7 @@ def merge_pointwise(graph_module: fx.GraphModule) -> int:
 
 
 def _norms_behind_convs(graph_module: fx.GraphModule) -> Iterator[_Pair]:
-    calls = _calls(graph_module)
+    uses = _uses(graph_module)
     for norm in graph_module.graph.nodes:
         module = _module(graph_module, norm)
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__.startswith("Sync"):
@@ -67,12 +67,12 @@ def _norms_behind_convs(graph_module: fx.GraphModule) -> Iterator[_Pair]:
         if module.training or module.running_mean is None or len(norm.args) != 1 or norm.kwargs:
             continue
         (conv,) = norm.all_input_nodes
-        if _layer(graph_module, conv) is not None and calls[conv.target] == 1 and list(conv.users) == [norm]:
+        if _layer(graph_module, conv) is not None and uses[conv.target] == 1 and list(conv.users) == [norm]:
             yield conv, norm
 
 
 def _pointwise_behind_pointwise(graph_module: fx.GraphModule) -> Iterator[_Pair]:
-    calls = _calls(graph_module)
+    uses = _uses(graph_module)
     for other in graph_module.graph.nodes:
         second = _layer(graph_module, other)
         if second is None or not _is_plain(second.spec):
@@ -82,7 +82,7 @@ def _pointwise_behind_pointwise(graph_module: fx.GraphModule) -> Iterator[_Pair]
         if first is None or not _is_plain(first.spec) or list(one.users) != [other]:
             continue
         spec = _product(first, second)[0]
-        if calls[one.target] == calls[other.target] == 1 and spec.params <= first.spec.params + second.spec.params:
+        if uses[one.target] == uses[other.target] == 1 and spec.params <= first.spec.params + second.spec.params:
             yield one, other
 
 
@@ -129,11 +129,13 @@ def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _calls(graph_module: fx.GraphModule) -> Counter[object]:
-    """How often every module is called, under whatever name."""
-    targets = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-    by_module = Counter(id(graph_module.get_submodule(str(target))) for target in targets)
-    return Counter({target: by_module[id(graph_module.get_submodule(str(target)))] for target in targets})
+def _uses(graph_module: fx.GraphModule) -> Counter[object]:
+    """How often every module is called, or a tensor of it read, under whatever name."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
+    reads = [str(node.target).rpartition(".")[0] for node in graph_module.graph.nodes if node.op == "get_attr"]
+    by_module = Counter(id(modules[path]) for path in (*calls, *reads) if path in modules)
+    return Counter({path: by_module[id(modules[path])] for path in calls})
 
 
 def _put(graph_module: fx.GraphModule, path: str, module: nn.Module) -> None:

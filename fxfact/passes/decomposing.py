@@ -58,11 +58,13 @@ class Decomposing:
     def chains(self, plan: Plan, sites: Mapping[str, ConvSite]) -> Iterator[Chain]:
         """For every rewrite of the plan its chain, in the plan's order, as soon as it is there.
 
-        Sites that share a weight share the stages' weights. Raises WeightError, RankError.
+        Sites that share a weight share the stages' weights. Raises WeightError, RankError, PlanError, CalibrationError.
         """
         if plan.metric and self.statistics is None and self.weights == "decompose":
             raise PlanError("the plan was made in the metric of statistics. Pass statistics=, or weights='empty'.")
-        metrics = self.statistics if plan.metric else None
+        metrics = self.statistics if plan.metric and self.weights == "decompose" else None
+        if metrics is not None:
+            metrics.check(list(sites))
         own = [decision for decision in plan.rewrites if sites[decision.path].tied_to is None]
         results = iter(self._weights([(sites[d.path], d) for d in own], metrics))
         made: dict[str, tuple[list[Tensor], float | None]] = {}

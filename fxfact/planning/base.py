@@ -127,7 +127,7 @@ class Plan:
         new |= {"note": "", "increase": None, "milliseconds": None}
         together = {path, old.tied_to or path}
         changed = [replace(d, **new) if together & {d.path, d.tied_to} else d for d in self.decisions]
-        return replace(self, decisions=tuple(changed))
+        return replace(self, decisions=tuple(changed), measured=None, timed=None)
 
     def check_fits(self, convolutions: Mapping[str, tuple[ConvSpec, str | None]]) -> None:
         """Raise PlanError, naming the first differences, unless the plan was made for these convolutions, by path: the

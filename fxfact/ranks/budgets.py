@@ -122,7 +122,7 @@ class Loss:
     nats: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.nats, bool) or not isinstance(self.nats, int | float) or not 0 < self.nats < math.inf:
+        if isinstance(self.nats, bool) or not isinstance(self.nats, Real) or not 0 < self.nats < math.inf:
             raise BudgetError(f"Loss({self.nats!r}) is no budget: it is a positive number of nats for one sample")
 
 
