@@ -12,7 +12,7 @@ The way of the data, top down, which is also the way of the imports::
     inspection               graphs, shown
     compile_backend          torch.compile(model, backend="fxfact")
     choosing                 the plan for a budget: the one foreseen, or one that measures clearly better
-    rehearsing               plans for a time: their networks timed before anything is decomposed
+    trying, rehearsing       plans for a loss tried on data; for a time, before anything is decomposed
     inference                the fastest form of a network, by measurement
     verification             is a rewritten network right?
     passes                   a plan carried out: on a graph, or on the model's own modules

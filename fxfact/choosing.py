@@ -9,7 +9,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fxfact.calibration import (
     Batches,
@@ -19,24 +18,20 @@ from fxfact.calibration import (
     calibrate,
     held_out_of,
     known_likelihood,
-    mean_and_error,
 )
 from fxfact.capture import Captured, ExampleInputs
-from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
 from fxfact.cost import Cost
 from fxfact.errors import ArgumentError, CalibrationError
 from fxfact.inference import Rival, best_form
 from fxfact.latency import Clock
 from fxfact.passes import Decomposed, Decomposing
-from fxfact.planning import Decision, Plan, Selection, make_plan
-from fxfact.progress import shown
+from fxfact.planning import Plan, Selection, make_plan
 from fxfact.ranks import Budget, Latency, Loss, Macs, Params, Requested, WithinBudget
 from fxfact.rehearsing import Rehearsal
-from fxfact.verification import with_kernels
+from fxfact.trying import Trial
 
 _EVEN = 1.0  # the evenness of another plan, which is measured beside the usual one
-_CLEARLY = 2.0  # standard errors
 _HALVINGS = 8
 
 
@@ -88,7 +83,7 @@ def choose(
     if isinstance(strategy, Requested) and data.held_out is not None:
         raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
     _check_likelihood(data)
-    statistics, measure = _statistics(captured, data, budget)
+    statistics, trial = _statistics(captured, data, budget)
     if statistics is not None:
         statistics.check([site.path for site in captured.sites])
     strategy = replace(strategy, statistics=statistics)
@@ -100,19 +95,19 @@ def choose(
 
     def plan_for(some: Budget) -> Plan:
         made = make(replace(strategy, budget=some))
-        if measure is None:
+        if trial is None:
             return made
         even = make(replace(strategy, budget=some, evenness=_EVEN))
-        if measure.is_clear(even, made):
+        if trial.is_clear(even, made):
             made = replace(even, front=made.front)
-        return replace(made, measured=measure(made)) if measure.on_others else made
+        return replace(made, measured=trial(made)) if trial.on_others else made
 
     if isinstance(budget, Loss):
         best = _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs)
     else:
         assert budget is not None
         best = plan_for(budget)
-    return Chosen(best, statistics, {} if measure is None else measure.decomposed)
+    return Chosen(best, statistics, {} if trial is None else trial.decomposed)
 
 
 def _clocked(
@@ -179,9 +174,7 @@ def _check_likelihood(data: Data) -> None:
         )
 
 
-def _statistics(
-    captured: Captured, data: Data, budget: Budget | Loss | None
-) -> tuple[Statistics | None, _Measure | None]:
+def _statistics(captured: Captured, data: Data, budget: Budget | Loss | None) -> tuple[Statistics | None, Trial | None]:
     """The statistics, and what measures plans for a budget, if there is data to measure on: what is held out, or else
     every fourth batch of what is learned from. Raises CalibrationError.
     """
@@ -198,7 +191,7 @@ def _statistics(
         statistics = calibrate(captured, kept, likelihood=request, progress=data.decomposing.progress)
     if statistics is None or original is None:
         return statistics, None
-    return statistics, _Measure(captured, statistics, original, data.decomposing, on_others=bool(held_out))
+    return statistics, Trial(captured, statistics, original, data.decomposing, on_others=bool(held_out))
 
 
 def _batches(
@@ -226,65 +219,3 @@ def _batches(
             "held_out=batches"
         )
     return kept, held_out
-
-
-class _Measure:
-    """How far the network that a plan would make is from the original on some data, which may be ``on_others`` than
-    those learned from.
-    """
-
-    def __init__(
-        self,
-        captured: Captured,
-        statistics: Statistics,
-        original: ReferenceOutputs,
-        decomposing: Decomposing,
-        *,
-        on_others: bool,
-    ) -> None:
-        self._captured, self._statistics, self._original = captured, statistics, original
-        self._sites = {site.path: site for site in captured.sites}
-        self._decomposing, self.on_others = decomposing, on_others
-        self._known: dict[frozenset[str], Tensor] = {}
-        self.decomposed: dict[str, Decomposed] = {}  # by ``Decision.rewrite``
-
-    def __call__(self, plan: Plan) -> float:
-        """Nats for one sample."""
-        return mean_and_error(self._divergences(plan))[0]
-
-    def is_clear(self, better: Plan, than: Plan) -> bool:
-        """Whether a plan measures better by more than what may be chance: two standard errors of the difference on the
-        same samples.
-        """
-        mean, error = mean_and_error(self._divergences(better) - self._divergences(than))
-        return mean < -_CLEARLY * error
-
-    def _divergences(self, plan: Plan) -> Tensor:
-        key = frozenset(decision.rewrite for decision in plan.rewrites)
-        if key not in self._known:
-            own = {decision.path: self._own(decision) for decision in plan.rewrites}
-            self._decompose({decision.rewrite: decision for decision in own.values()})
-            kernels = {path: self._kernel(decision) for path, decision in own.items()}
-            network = evaluated(with_kernels(private_copy(self._captured.network), kernels))
-            self._known[key] = self._original.divergences(network)
-        return self._known[key]
-
-    def _own(self, decision: Decision) -> Decision:
-        """The same of the convolution whose weight it shares."""
-        return replace(decision, path=decision.tied_to or decision.path)
-
-    def _decompose(self, decisions: Mapping[str, Decision]) -> None:
-        """What was not yet, of decisions by ``Decision.rewrite``."""
-        new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self.decomposed}
-        sites = [self._sites[decision.path] for decision in new.values()]
-        jobs = (
-            (site.layer, decision, None, self._statistics.metric(site.path, site.spec))
-            for site, decision in zip(sites, new.values(), strict=True)
-        )
-        results = shown(self._decomposing.decomposed(jobs), len(new), "measuring", self._decomposing.progress)
-        self.decomposed.update(zip(new, results, strict=True))
-
-    def _kernel(self, decision: Decision) -> Tensor:
-        """What the chain of a decision composes to, in PyTorch's layout."""
-        weights, _ = self.decomposed[decision.rewrite]
-        return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, weights))

@@ -42,7 +42,7 @@ FLOORS = [
     ["passes.factorize_convs", "passes.for_inference", "passes.swap_convs"],
     ["passes.carrying_out"],
     ["verification", "inference"],
-    ["rehearsing", "compile_backend", "files.base", "inspection", "pairs"],
+    ["trying", "rehearsing", "compile_backend", "files.base", "inspection", "pairs"],
     ["choosing", "recovery", "repairs", "reporting.base"],
     ["reporting.flow", "reporting.svg"],
     ["reporting.dot", "reporting.page"],
