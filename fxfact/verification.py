@@ -45,7 +45,8 @@ class Verification:
     """How far a factorized network is from its original on some inputs, all errors relative: ‖found − expected‖ /
     ‖expected‖.
 
-    ``graph``: from the original with its kernels replaced by the composed ones; only rounding, if the rewrite is right.
+    ``graph``: from the original with its kernels replaced by the composed ones, or of that original, where it is in
+    the form for inference, from itself; only rounding, if the rewrite is right.
     ``end_to_end``: from the original itself, which is what the approximation costs. ``sites`` has the convolutions.
     ``changed`` names other tensors that are not the original's any more, as after ``repair``, ``recover`` and training:
     ``graph`` is with those of the network as well.
@@ -102,14 +103,15 @@ def _verified(
     plan, network = last_plan(factorized), plain_copy(factorized)
     base, kernels = prepared(original, plan), _kernels(network, plan)
     sites = _SiteErrors(base, kernels)
+    own = _run(plain_copy(original), example_inputs)
     with sites:
-        _run(base, example_inputs)
+        prepared_itself = relative_error(own, _run(base, example_inputs))
     reference = with_kernels(prepared(original, plan), kernels)
     changed = _taken_over(reference, network, plan) if trained else ()
     expected, found = _run(reference, example_inputs), _run(network, example_inputs)
     return Verification(
-        graph=relative_error(expected, found),
-        end_to_end=relative_error(_run(plain_copy(original), example_inputs), found),
+        graph=max(relative_error(expected, found), prepared_itself),
+        end_to_end=relative_error(own, found),
         tolerance=tolerance_for([expected, *sites.outputs.values(), *kernels.values()]),
         sites=sites.errors,
         changed=changed,

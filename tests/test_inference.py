@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import fxfact
 from fxfact import inference, rehearsing, timing
 from fxfact.conv_modules import CHANNELS_LAST, is_conv, write_conv
 from fxfact.errors import ArgumentError, BudgetError, PlanError, TimingError
+from fxfact.graph import fuse
 from fxfact.latency import Kept, clock, machine
 from fxfact.latency.frozen import frozen
 from fxfact.passes import ChannelsLast, FoldBatchNorms, MergePointwise, OneDNN, PointwiseLinear, in_form
@@ -132,6 +134,16 @@ def test_convolutions_whose_weights_are_read_elsewhere_stay(kind: type[nn.Module
         result = exact(fx.symbolic_trace(model))
         assert result is not None
         assert not result.modified
+
+
+def test_a_form_that_computes_something_else_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(TiedNorm(), nn.Conv2d(3, 8, 3)).eval(), torch.randn(4, 3, 8, 8)
+    small = fxfact.factorize(model, "tucker", rank="same", example_inputs=x, include="1")
+    assert fxfact.verify(model, fxfact.for_inference(small, x), x).right
+    monkeypatch.setattr(
+        fuse, "_uses", lambda graph_module: defaultdict(lambda: 1)
+    )  # as if nothing else read the weight
+    assert not fxfact.verify(model, fxfact.for_inference(small, x), x).right
 
 
 def test_channels_last_is_of_the_weights_and_of_what_comes_out() -> None:
