@@ -140,9 +140,8 @@ def test_a_form_that_computes_something_else_is_not_right(monkeypatch: pytest.Mo
     model, x = nn.Sequential(TiedNorm(), nn.Conv2d(3, 8, 3)).eval(), torch.randn(4, 3, 8, 8)
     small = fxfact.factorize(model, "tucker", rank="same", example_inputs=x, include="1")
     assert fxfact.verify(model, fxfact.for_inference(small, x), x).right
-    monkeypatch.setattr(
-        fuse, "_uses", lambda graph_module: defaultdict(lambda: 1)
-    )  # as if nothing else read the weight
+    as_if_read_once: dict[object, int] = defaultdict(lambda: 1)
+    monkeypatch.setattr(fuse, "_uses", lambda graph_module: as_if_read_once)
     assert not fxfact.verify(model, fxfact.for_inference(small, x), x).right
 
 
