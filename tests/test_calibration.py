@@ -452,4 +452,6 @@ def test_without_example_inputs_a_sample_of_the_data_shows_how_the_model_runs() 
     assert plan.capture == "modules"
     assert plan.compared
     assert plan.network.macs
+    assert plan.increase is not None
+    assert plan.increase > 0
     assert plan.measured is not None
