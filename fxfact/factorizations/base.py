@@ -230,9 +230,9 @@ class Factorization(ABC):
 
         Where the largest rank drops all stages but one, and so is the convolution itself, it is left out.
         """
-        most = self.max_rank(spec)
+        most, block = self.max_rank(spec), spec.block
         steps = sorted({(j / n, j, n) for n in set(most) for j in range(1, n + 1)})
-        family = [self._feasible(spec.block, tuple(max(1, j * m // n) for m in most)) for _, j, n in steps]
+        family = [self._feasible(block, tuple(max(1, j * m // n) for m in most)) for _, j, n in steps]
         distinct = list(dict.fromkeys(family))
         if len(distinct) > 1 and len(self.layout(spec, distinct[-1])) == 1:
             distinct.pop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -129,13 +129,15 @@ class WithinBudget(RankStrategy):
         return [self._options_of(*each) for each in zip(candidates, families, wholes, strict=True)]
 
     def _families(self, candidate: Candidate) -> list[_Family]:
-        """What could replace a convolution, if data say anything of it, and the ranks among which to choose."""
+        """What could replace a convolution, if data say anything of it."""
         if not self._is_reached(candidate):
             return []
         dense = cost_of((candidate.spec,), candidate.input_sizes)
         methods, _ = self.factorizations.get(candidate.path)
         families = [_Family(method, candidate, dense) for method in methods or () if not method.rejects(candidate.spec)]
-        return [replace(family, ranks=ranks) for family in families if (ranks := self._ranks(family))]
+        for family in families:
+            family.costs = self._costs(family)
+        return [family for family in families if family.costs]
 
     def _is_reached(self, candidate: Candidate) -> bool:
         return self.statistics is None or candidate.path in self.statistics.moments
@@ -149,29 +151,28 @@ class WithinBudget(RankStrategy):
         with place(candidate.path):
             layer = candidate.checked
         metric = None if self.statistics is None else self.statistics.metric(candidate.path, candidate.spec)
-        asked = [(family.method, family.thinned or family.ranks) for family in families]
+        asked = [(family.method, list(family.thinned or family.costs)) for family in families]
         return layer, asked, metric, set(self._known(candidate))
 
     def _options_of(self, candidate: Candidate, families: Sequence[_Family], whole: float) -> list[Option]:
         dense = cost_of((candidate.spec,), candidate.input_sizes)
         if not self._is_reached(candidate):
             return [Option(Skip("no gradient reached it in calibration"), dense, 0.0, 0.0)]
-        ranked = [(family.method, family.ranks) for family in families]
+        ranked = [(family.method, list(family.costs)) for family in families]
         ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, ranked)
         options = [Option(_DENSE, replace(dense, ms=ms), 0.0, 0.0)]
         known = self._known(candidate)
         for k, family in enumerate(families):
-            nats = read_off(known[key_of(family.method)], family.ranks)
-            for j, (rank, n) in enumerate(zip(family.ranks, nats, strict=True)):
+            nats = read_off(known[key_of(family.method)], list(family.costs))
+            for j, ((rank, cost), n) in enumerate(zip(family.costs.items(), nats, strict=True)):
                 pair = None if ms is None else (ms, times[k][j])
                 choice = Choice(family.method, rank, increase=n if self.in_metric else None, milliseconds=pair)
-                cost = family.cost(rank)
                 timed = cost if pair is None else replace(cost, ms=pair[1])
                 options.append(Option(choice, timed, n, n / max(whole, 1e-30) ** self.evenness))
         return options if ms is None else _faster(options, ms)
 
-    def _ranks(self, family: _Family) -> list[Rank]:
-        """Those to choose among, ascending."""
+    def _costs(self, family: _Family) -> dict[Rank, Cost]:
+        """Those of the ranks among which to choose, ascending."""
         if self.clock is None and self.multiple == 1:
             return family.thinned
         most = family.method.max_rank(family.candidate.spec)
@@ -179,14 +180,14 @@ class WithinBudget(RankStrategy):
         return family.cheaper(_thinned(allowed) if self.clock is None else liked(allowed, most))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Family:
-    """The ranks of a factorization that are none dearer than the convolution; ``ranks`` are those to choose among."""
+    """The ranks of a factorization that are none dearer than the convolution; ``costs`` are those to choose among."""
 
     method: Factorization
     candidate: Candidate
     dense: Cost
-    ranks: Sequence[Rank] = ()
+    costs: Mapping[Rank, Cost] = field(default_factory=dict)
 
     @cached_property
     def fitting(self) -> Sequence[Rank]:
@@ -196,17 +197,15 @@ class _Family:
         return ranks[: ranks.index(largest) + 1] if largest else ()
 
     @cached_property
-    def thinned(self) -> list[Rank]:
+    def thinned(self) -> dict[Rank, Cost]:
         """At most forty of them that have no more MACs either."""
         return self.cheaper(_thinned(self.fitting))
 
-    def cheaper(self, ranks: Sequence[Rank]) -> list[Rank]:
-        """Those of the ranks that cost no more."""
-        return [rank for rank in ranks if not self.cost(rank).exceeds(self.dense)]
-
-    def cost(self, rank: Rank) -> Cost:
-        """Of the chain."""
-        return cost_of(self.method.layout(self.candidate.spec, rank), self.candidate.input_sizes)
+    def cheaper(self, ranks: Sequence[Rank]) -> dict[Rank, Cost]:
+        """Those of the ranks whose chains cost no more, with what they cost."""
+        spec, sizes = self.candidate.spec, self.candidate.input_sizes
+        costs = {rank: cost_of(self.method.layout(spec, rank), sizes) for rank in ranks}
+        return {rank: cost for rank, cost in costs.items() if not cost.exceeds(self.dense)}
 
 
 def _thinned(ranks: Sequence[Rank]) -> list[Rank]:
