@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv import ConvLayer, ConvSpec, compose_weights, from_torch, same_padding, to_torch
+from fxfact.conv import ConvLayer, ConvSpec, compose_weights, from_torch, pad_amounts, same_padding, to_torch
 from fxfact.errors import SpecError
 from fxfact.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES
 from fxfact.skip import Skip
@@ -89,8 +89,8 @@ def _contradiction(module: nn.Module) -> str:
     shape = (*first, *spec.kernel_size) if spec.transposed else spec.weight_shape
     if found != shape:
         return f"its attributes describe a weight of {shape}, but it has one of {found}"
-    amounts = [amount for pair in reversed(spec.padding) for amount in pair]
-    stale = spec.padding_mode != "zeros" and list(cast(Any, module)._reversed_padding_repeated_twice) != amounts
+    amounts = cast(Any, module)._reversed_padding_repeated_twice
+    stale = spec.padding_mode != "zeros" and list(amounts) != pad_amounts(spec.padding)
     return "its padding was changed after it was made, which padding_mode does not follow" if stale else ""
 
 
@@ -133,7 +133,7 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
         if set(spec.stride) == {1} and spec.padding == same_padding(spec.kernel_size, spec.dilation):
             padding = "same"
         else:
-            amounts = [amount for pair in reversed(spec.padding) for amount in pair]
+            amounts = pad_amounts(spec.padding)
             pad = _PADS[mode][spec.order - 1]
             before, padding, mode = [pad(amounts[0] if len(set(amounts)) == 1 else tuple(amounts))], 0, "zeros"
     kind: type = (TRANSPOSED_TYPES if spec.transposed else CONV_TYPES)[spec.order - 1]

@@ -18,7 +18,8 @@ from fxfact.conv import ConvSpec, from_torch
 from fxfact.conv_modules import spec_of, write_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, PlanError
 from fxfact.pairs import Pair
-from fxfact.repairs import _seen, _sites
+from fxfact.repairs.base import _sites
+from fxfact.repairs.looking import seen as _seen
 
 
 @pytest.fixture
@@ -58,6 +59,7 @@ def test_models_that_keep_their_python_are_repaired(small: Small, data: Tensor) 
         ConvSpec.parse(6, 8, (3, 2), stride=2, padding=1, dilation=(1, 2), bias=True),
         ConvSpec.parse(6, 8, (3, 3), padding=1, groups=2, padding_mode="reflect"),
         ConvSpec.parse(6, 4, (3, 2), stride=2, padding=1, output_padding=1, transposed=True, groups=2),
+        ConvSpec.parse(4, 6, (3, 1), stride=(1, 3), padding=1, dilation=(2, 1), transposed=True, bias=True),
         ConvSpec.parse(6, 4, 4, order=1, padding="same"),
         ConvSpec.parse(4, 6, (1, 3, 3), stride=(2, 1, 1)),
     ],

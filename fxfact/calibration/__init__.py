@@ -1,10 +1,11 @@
 """What data say of a network: which errors of which kernel its loss can bear. One pass, forward and backward."""
 
 from fxfact.calibration.base import Statistics
-from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch
+from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch, running
 from fxfact.calibration.collecting import MOST_SEED, calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, known_likelihood, likelihood_for
 from fxfact.calibration.measuring import ReferenceOutputs, mean_and_error
+from fxfact.calibration.moments import Window
 
 __all__ = [
     "CATEGORICAL",
@@ -14,6 +15,7 @@ __all__ = [
     "Likelihood",
     "ReferenceOutputs",
     "Statistics",
+    "Window",
     "arguments_for",
     "calibrate",
     "dense_of",
@@ -23,4 +25,5 @@ __all__ = [
     "likelihood_for",
     "mean_and_error",
     "run_batch",
+    "running",
 ]

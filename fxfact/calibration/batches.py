@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -61,13 +62,19 @@ def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, B
 
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:
-    """The network's output for a copy of the batch; whatever is random is drawn alike in every run, so that networks
-    can be compared. Raises CalibrationError where the network fails.
+    """The network's output for a batch. Raises CalibrationError where the network fails."""
+    with running(network, batch) as (args, kwargs):
+        return network(*args, **kwargs)
+
+
+@contextmanager
+def running(network: nn.Module, batch: ExampleInputs) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments for the network, copies of those of a batch; whatever is random inside is drawn alike in every run, so
+    that networks can be compared. Raises CalibrationError for what fails inside.
     """
-    args, kwargs = copied_arguments(batch)
     try:
         with drawn_from_seed():
-            return network(*args, **kwargs)
+            yield copied_arguments(batch)
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         raise CalibrationError(

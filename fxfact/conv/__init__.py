@@ -5,7 +5,7 @@ A chain is the only currency between the mathematics and the graph. Two laws hol
 made for, and a chain computes nothing but ordinary convolutions, one after the other.
 """
 
-from fxfact.conv.base import PADDING_MODES, ConvSpec, Padding, Sizes, same_padding, tuples
+from fxfact.conv.base import PADDING_MODES, ConvSpec, Padding, Sizes, pad_amounts, same_padding, tuples
 from fxfact.conv.chain import (
     ConvChain,
     ConvLayer,
@@ -15,6 +15,7 @@ from fxfact.conv.chain import (
     compose_weights,
     composed_spec,
     from_torch,
+    padded,
     run,
     run_weight,
     to_torch,
@@ -33,6 +34,8 @@ __all__ = [
     "compose_weights",
     "composed_spec",
     "from_torch",
+    "pad_amounts",
+    "padded",
     "run",
     "run_weight",
     "same_padding",

@@ -179,6 +179,11 @@ def _integer(name: str, value: object) -> int:
     return int(value)
 
 
+def pad_amounts(padding: Sequence[tuple[int, int]]) -> list[int]:
+    """``padding`` by axis as ``torch.nn.functional.pad`` takes it: the last axis first."""
+    return [amount for pair in reversed(padding) for amount in pair]
+
+
 def same_padding(kernel: Sizes, dilation: Sizes) -> Padding:
     """What keeps the size at stride 1; of an odd total PyTorch puts the larger half behind."""
     totals = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))

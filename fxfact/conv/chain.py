@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfact.conv.base import ConvSpec, Sizes
+from fxfact.conv.base import ConvSpec, Sizes, pad_amounts
 from fxfact.errors import SpecError
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -115,10 +115,15 @@ def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -
         return transposed(x, weight, bias, spec.stride, padding, spec.output_padding, spec.groups, spec.dilation)
     plain = spec.padding_mode == "zeros" and all(before == after for before, after in spec.padding)
     if not plain:
-        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-        x = F.pad(x, [amount for pair in reversed(spec.padding) for amount in pair], mode=mode)
+        x = padded(spec, x)
     padding = [before for before, _ in spec.padding] if plain else [0] * spec.order
     return _CONV[spec.order - 1](x, weight, bias, spec.stride, padding, spec.dilation, spec.groups)
+
+
+def padded(spec: ConvSpec, x: Tensor) -> Tensor:
+    """``x`` with what a convolution that is not transposed puts around it."""
+    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+    return F.pad(x, pad_amounts(spec.padding), mode=mode)
 
 
 def to_torch(spec: ConvSpec, weight: Tensor) -> Tensor:

@@ -8,12 +8,9 @@ signal and error up.)
 
 from __future__ import annotations
 
-import contextlib
 import time
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,16 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxfact.calibration import MOST_SEED, Batches, run_batch
 from fxfact.capture import ExampleInputs
-from fxfact.conv import from_torch, run_weight, to_torch
+from fxfact.conv import from_torch, to_torch
 from fxfact.conv_modules import spec_of
 from fxfact.copying import copy_sharing
 from fxfact.errors import ArgumentError, whole
 from fxfact.pairs import Nearer, Pair
 from fxfact.progress import Progress, shown
+from fxfact.repairs.looking import PART, at_positions, seen
+from fxfact.repairs.walking import Walk
 
 _Network = TypeVar("_Network", bound=nn.Module)
-_POSITIONS = 32  # of a sample that are looked at, behind each convolution
-_PART = 8  # samples whose patches are held at once
 _DAMPING = 1e-3
 
 
@@ -63,10 +60,11 @@ def repair(
 
     ``refit``: the last stage of every chain is solved for, by least squares damped by a thousandth; ``means``: biases,
     or the running means of batch norms that follow convolutions without, take up what is left of a difference in the
-    mean. No labels, no gradients: one run of the original over the batches and, for every chain, one of the factorized
-    network up to it. Every fourth batch is held out, to measure on; a network that came out farther from the original
-    there is given back as it was. Convolutions that are no modules, and those that share their weights, stay as they
-    are. Memory: the outputs of all convolutions at 32 positions of every sample.
+    mean. No labels, no gradients: one run of the original over the batches and one of the factorized network, in which
+    all of them go from chain to chain; where it is no graph, or what they hold between two chains has no room, for
+    every chain one up to it. Every fourth batch is held out, to measure on; a network that came out farther from the
+    original there is given back as it was. Convolutions that are no modules, and those that share their weights, stay
+    as they are. Memory: the outputs of all convolutions at 32 positions of every sample, and 1 GiB for those runs.
     Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     if not refit and not means:
@@ -75,9 +73,9 @@ def repair(
     started = time.perf_counter()
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     before = pair.divergence()
-    sites, paths = _sites(pair, seed), []
+    sites, paths, walk = _sites(pair, seed), [], Walk(pair.factorized, pair.batches)
     for site in shown(sites, len(sites), "repairing", progress):
-        found = _observed(pair, site, seed)
+        found = _observed(pair, walk, site, seed)
         if found is not None and _mend(pair, site, found, refit=refit, means=means):
             paths.append(site.path)
     after, result = pair.divergence(), cast(_Network, pair.finished())
@@ -112,7 +110,7 @@ def _sites(pair: Pair, seed: int) -> list[_Site]:
         latest.append((site, weakref.ref(output), output._version))
         calls = site.wanted[-1]
         own_seed = _seed(seed, len(site.wanted) - 1, len(calls))
-        calls.append(_at_positions(output, spec_of(module).order, own_seed))
+        calls.append(at_positions(output, spec_of(module).order, own_seed))
 
     def before(module: nn.Module, args: Any) -> None:
         own = [site.path for site, output, version in latest if args and _is(args[0], output(), version)]
@@ -143,10 +141,6 @@ def _seed(seed: int, batch: int, call: int) -> int:
     return (seed << 40) + (batch << 20) + call
 
 
-class _Reached(BaseException):
-    """The run may end here. (No Exception: graph modules print those.)"""
-
-
 @dataclass
 class _Moments:
     """Means of what the last stage sees (groups, seen), of what is wanted behind it (groups, out), and of the products
@@ -159,35 +153,28 @@ class _Moments:
     product: Tensor
 
 
-def _observed(pair: Pair, site: _Site, seed: int) -> _Moments | None:
-    """The moments of one site in the factorized network as it is by now; None where that does not call it as often."""
+def _observed(pair: Pair, walk: Walk, site: _Site, seed: int) -> _Moments | None:
+    """The moments of one site in the factorized network as it is by now; None where that calls it less often."""
     stage = pair.last_stage(site.path)
     groups, sums, count = spec_of(stage).groups, list[Tensor](), 0
-    number = call = missing = 0
+    number = call = 0
 
-    def before(module: nn.Module, args: Any) -> None:
+    def see(maps: Tensor) -> bool:
         nonlocal sums, count, call
-        wanted = torch.split(site.wanted[number][call], _PART)
-        for rows in zip(_seen(stage, args[0], _seed(seed, number, call)), wanted, strict=True):
+        wanted = torch.split(site.wanted[number][call], PART)
+        for rows in zip(seen(stage, maps, _seed(seed, number, call)), wanted, strict=True):
             x, y = (part.reshape(-1, groups, part.shape[-1] // groups).movedim(1, 0).double() for part in rows)
             parts = [x.sum(dim=1), y.sum(dim=1), x.mT @ x, y.mT @ x]
             sums = [one + other for one, other in zip(sums, parts, strict=True)] if sums else parts
             count += x.shape[1]
         call += 1
-        if call == len(site.wanted[number]):
-            raise _Reached
+        return call == len(site.wanted[number])
 
-    handle = stage.register_forward_pre_hook(before)
-    for number, batch in enumerate(pair.batches):
+    for number, wanted in enumerate(site.wanted):
         call = 0
-        with contextlib.suppress(_Reached):
-            if site.wanted[number]:
-                run_batch(pair.factorized, batch)
-        missing = len(site.wanted[number]) - call
-        if missing:
-            break
-    handle.remove()
-    return None if missing else _Moments(*(total / count for total in sums))
+        if wanted and not walk.until(number, stage, see):
+            return None
+    return _Moments(*(total / count for total in sums))
 
 
 def _mend(pair: Pair, site: _Site, found: _Moments, *, refit: bool, means: bool) -> bool:
@@ -219,41 +206,3 @@ def _refit(matrix: Tensor, found: _Moments, about: Tensor, *, centred: bool) -> 
     damped = square + torch.diag_embed(_DAMPING * (scale + scale.mean(dim=1, keepdim=True)) + 1e-30)
     step = torch.linalg.solve(damped, product - matrix @ square, left=False)
     return matrix + step if bool(step.isfinite().all()) else matrix
-
-
-def _seen(stage: nn.Module, maps: Tensor, seed: int) -> Iterator[Tensor]:
-    """What a stage's weight is multiplied with, at the positions looked at, a part of the samples after the other: rows
-    (samples, positions, in · kernel), channels first.
-
-    For every position of the kernel that is the stage with ones there, on every channel alone; that goes for any
-    padding, dilation and for transposed stages.
-    """
-    spec = spec_of(stage)
-    size, batch = prod(spec.kernel_size), maps if maps.ndim == spec.order + 2 else maps[None]
-    rows = spec.in_channels * size
-    alone = replace(spec, out_channels=rows, groups=spec.in_channels, bias=False)
-    ones = torch.eye(size, dtype=maps.dtype, device=maps.device).reshape(size, 1, *spec.kernel_size)
-    ones = ones.repeat(spec.in_channels, *[1] * (spec.order + 1))
-    fractions = _fractions(len(batch), seed)
-    for part, places in zip(torch.split(batch, _PART), torch.split(fractions, _PART), strict=True):
-        yield _gathered(part if spec.is_pointwise else run_weight(alone, ones, None, part), places)
-
-
-def _at_positions(maps: Tensor, order: int, seed: int) -> Tensor:
-    """The maps (samples, channels, *size), or of one sample, at the positions looked at: a copy of their own."""
-    batch = maps if maps.ndim == order + 2 else maps[None]
-    return _gathered(batch, _fractions(len(batch), seed)).clone()
-
-
-def _fractions(samples: int, seed: int) -> Tensor:
-    """Of all positions, 0 … 1."""
-    return torch.rand(samples, _POSITIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _gathered(maps: Tensor, fractions: Tensor) -> Tensor:
-    """Maps (samples, channels, *size) at those fractions of their positions; at all, where there are no more."""
-    flat = maps.flatten(2).mT
-    if flat.shape[1] <= _POSITIONS:
-        return flat
-    places = (fractions * flat.shape[1]).long().clamp_max(flat.shape[1] - 1).to(flat.device)
-    return flat.gather(1, places[..., None].expand(-1, -1, flat.shape[2]))
