@@ -75,6 +75,10 @@ class Pair:
         known = self._held_out
         return known.likelihood.distance(wanted, run_batch(self.factorized, batch), known.variance)
 
+    def divergences(self) -> Tensor:
+        """Of every sample held out (n,)."""
+        return self._held_out.divergences(self.factorized)
+
     def divergence(self) -> float:
         """The mean over the samples held out."""
         return self._held_out.divergence(self.factorized)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fxfact.calibration import ReferenceOutputs, Statistics, mean_and_error
+from fxfact.calibration import ReferenceOutputs, Statistics, is_below_zero, mean_and_error
 from fxfact.capture import Captured
 from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
@@ -15,8 +15,6 @@ from fxfact.passes import Decomposed, Decomposing
 from fxfact.planning import Decision, Plan
 from fxfact.progress import shown
 from fxfact.verification import with_kernels
-
-_CLEARLY = 2.0  # standard errors
 
 
 class Trial:
@@ -47,8 +45,7 @@ class Trial:
         """Whether a plan measures better by more than what may be chance: two standard errors of the difference on the
         same samples.
         """
-        mean, error = mean_and_error(self._divergences(better) - self._divergences(than))
-        return mean < -_CLEARLY * error
+        return is_below_zero(self._divergences(better) - self._divergences(than))
 
     def _divergences(self, plan: Plan) -> Tensor:
         key = frozenset(decision.rewrite for decision in plan.rewrites)

@@ -50,6 +50,7 @@ FLOORS = [
         "inspection",
         "pairs",
         "repairs.looking",
+        "repairs.solving",
         "repairs.walking",
     ],
     ["choosing", "recovery", "repairs", "reporting.base"],

@@ -20,6 +20,7 @@ from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, Pl
 from fxfact.pairs import Pair
 from fxfact.repairs.base import _sites
 from fxfact.repairs.looking import seen as _seen
+from fxfact.repairs.solving import Moments, solved
 
 
 @pytest.fixture
@@ -131,6 +132,8 @@ class Shared(Small):
 def test_shared_weights_and_functions_stay_and_what_gets_worse_is_given_back_as_it_was() -> None:
     torch.manual_seed(0)
     model, x = Shared().eval(), torch.randn(96, 4, 18, 18)
+    x[:72] += 3
+    x[72:] -= 3  # the batch that is held out
     small = fxfact.factorize(model, "tucker", rank=0.6, example_inputs=x[:2])
     assert {"kernel", "again", "once_more"} <= {decision.path for decision in fxfact.plan_of(small).rewrites}
     pair = Pair(small, model, x.split(24), example_inputs=None, likelihood=None)
@@ -317,6 +320,7 @@ def test_the_original_is_the_network_that_the_last_plan_was_made_of(do: Any, sma
 
 @pytest.mark.parametrize("capture", ["trace", "modules"])
 def test_what_was_repaired_or_trained_is_still_verified(capture: Any, small: Small, data: Tensor) -> None:
+    data = data + 1  # so that means are off
     made = fxfact.factorize(small, "tucker", rank=0.4, example_inputs=data[:2], capture=capture)
     assert fxfact.verify(small, made, data).changed == ()
     for do in (fxfact.repair, partial(fxfact.recover, steps=20, lr=1e-3)):
@@ -327,3 +331,65 @@ def test_what_was_repaired_or_trained_is_still_verified(capture: Any, small: Sma
         assert "changed since" in str(verified)
     changed.get_submodule("second.1").padding = (0, 0)
     assert not fxfact.verify(small, changed, data).right
+
+
+def moments_of(x: Tensor, y: Tensor) -> Moments:
+    return Moments.of(x[None].double(), y[None].double())
+
+
+def halves_of(x: Tensor, y: Tensor) -> list[Moments]:
+    return [moments_of(*part) for part in zip(x.chunk(2), y.chunk(2), strict=True)]
+
+
+def test_what_rows_leave_over_is_read_from_their_moments() -> None:
+    torch.manual_seed(0)
+    x, matrix, bias = torch.randn(50, 6).double() + 1, torch.randn(1, 4, 6).double(), torch.randn(1, 4).double()
+    y = torch.randn(50, 4).double() * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    left = (y - x @ matrix[0].T - bias).square().sum(dim=0)
+    variance = (y - y.mean(dim=0)).square().sum(dim=0)
+    expected = (left / (variance + 0.01 * variance.mean())).sum()
+    one, other = halves_of(x, y)
+    assert (one + other).missed(matrix, bias) == pytest.approx(float(expected))
+
+
+def test_many_rows_are_trusted_and_few_are_not() -> None:
+    torch.manual_seed(0)
+    true, old = torch.randn(4, 20), torch.randn(1, 4, 20).double()
+    bias = torch.zeros(1, 4).double()
+
+    def rows(count: int, noise: float) -> list[Moments]:
+        x = torch.randn(count, 20)
+        return halves_of(x, x @ true.T + 3 + noise * torch.randn(count, 4))
+
+    matrix, offset = solved(old, bias, rows(4000, 0.1), refit=True, means=True)
+    torch.testing.assert_close(matrix[0].float(), true, atol=0.02, rtol=0)
+    torch.testing.assert_close(offset[0].float(), torch.full((4,), 3.0), atol=0.02, rtol=0)
+    x = torch.randn(24, 20)
+    y = x @ old[0].float().T + 5 * torch.randn(24, 4)  # nothing to be learned
+    few, _ = solved(old, bias, halves_of(x, y - y.mean(dim=0)), refit=True, means=True)
+    plain = torch.linalg.lstsq(x, y).solution.T
+    assert float((few - old).norm()) < 0.2 * float((plain - old[0]).norm())
+    same, _ = solved(old, bias, rows(4000, 0.1), refit=False, means=True)
+    assert torch.equal(same, old)
+    _, same = solved(old, bias, rows(4000, 0.1), refit=True, means=False)
+    assert torch.equal(same, bias)
+
+
+def test_with_one_part_alone_least_squares_are_damped_by_a_thousandth() -> None:
+    torch.manual_seed(0)
+    x, true, old = torch.randn(400, 5), torch.randn(3, 5), torch.zeros(1, 3, 5).double()
+    matrix, _ = solved(old, torch.zeros(1, 3).double(), [moments_of(x, x @ true.T)], refit=True, means=True)
+    torch.testing.assert_close(matrix[0].float(), true, rtol=0.01, atol=0.01)
+
+
+def test_chance_alone_does_not_undo_a_repair(small: Small, data: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out samples that say now this, now that; those that agree that it is worse; and NaN."""
+    made = fxfact.factorize(small, "tucker", rank=0.4, example_inputs=data[:2])
+    chance = torch.tensor([1.0, -0.8, 1.0, -0.8, 1.0, -0.8, 1.0, -0.8])
+    for change, stays in ((chance, True), (chance.abs(), False), (torch.full((8,), torch.nan), False)):
+        ends = iter([torch.ones(8), 1 + change])
+        monkeypatch.setattr(Pair, "divergences", lambda self, ends=ends: next(ends))
+        repaired, report = fxfact.repair(made, small, data.split(8))
+        assert bool(report.paths) == stays
+        assert report.after == pytest.approx(1.1 if stays else 1.0)
+        assert torch.equal(repaired(data), made(data)) != stays

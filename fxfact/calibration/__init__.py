@@ -4,7 +4,7 @@ from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch, running
 from fxfact.calibration.collecting import MOST_SEED, calibrate
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, known_likelihood, likelihood_for
-from fxfact.calibration.measuring import ReferenceOutputs, mean_and_error
+from fxfact.calibration.measuring import ReferenceOutputs, is_below_zero, mean_and_error
 from fxfact.calibration.moments import Window
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "dense_of",
     "first_sample",
     "held_out_of",
+    "is_below_zero",
     "known_likelihood",
     "likelihood_for",
     "mean_and_error",

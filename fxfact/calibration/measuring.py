@@ -15,6 +15,8 @@ from fxfact.calibration.likelihood import Likelihood, dense_of, likelihood_for
 from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
 
+_CLEARLY = 2.0  # standard errors
+
 
 class ReferenceOutputs:
     """Batches, and what the original, in evaluation mode, gives for them, to measure others by.
@@ -49,6 +51,12 @@ class ReferenceOutputs:
     def divergence(self, network: nn.Module) -> float:
         """Their mean over the samples of every process."""
         return mean_and_error(self.divergences(network))[0]
+
+
+def is_below_zero(differences: Tensor) -> bool:
+    """Whether the mean of the values (n,) of every process is, by more than may be chance: two standard errors."""
+    mean, error = mean_and_error(differences)
+    return mean < -_CLEARLY * error
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -8,6 +8,7 @@ signal and error up.)
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfact.calibration import MOST_SEED, Batches, run_batch
+from fxfact.calibration import MOST_SEED, Batches, is_below_zero, mean_and_error, run_batch
 from fxfact.capture import ExampleInputs
 from fxfact.conv import from_torch, to_torch
 from fxfact.conv_modules import spec_of
@@ -26,10 +27,10 @@ from fxfact.errors import ArgumentError, whole
 from fxfact.pairs import Nearer, Pair
 from fxfact.progress import Progress, shown
 from fxfact.repairs.looking import PART, at_positions, seen
+from fxfact.repairs.solving import Moments, solved
 from fxfact.repairs.walking import Walk
 
 _Network = TypeVar("_Network", bound=nn.Module)
-_DAMPING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,14 @@ def repair(
 ) -> tuple[_Network, Repair]:
     """A copy of a factorized network that is nearer to its original, and what was done. Neither is changed.
 
-    ``refit``: the last stage of every chain is solved for, by least squares damped by a thousandth; ``means``: biases,
-    or the running means of batch norms that follow convolutions without, take up what is left of a difference in the
-    mean. No labels, no gradients: one run of the original over the batches and one of the factorized network, in which
-    all of them go from chain to chain; where it is no graph, or what they hold between two chains has no room, for
-    every chain one up to it. Every fourth batch is held out, to measure on; a network that came out farther from the
-    original there is given back as it was. Convolutions that are no modules, and those that share their weights, stay
-    as they are. Memory: the outputs of all convolutions at 32 positions of every sample, and 1 GiB for those runs.
+    ``refit``: the last stage of every chain is solved for, by least squares; ``means``: biases, or the running means of
+    batch norms that follow convolutions without, take up what is left of a difference in the mean. Both go as far as
+    either half of the samples gains by what the other says. No labels, no gradients: one run of the original over the
+    batches and one of the factorized network, in which all of them go from chain to chain; where it is no graph, or
+    what they hold between two chains has no room, for every chain one up to it. Every fourth batch is held out, to
+    measure on; a network that came out farther from the original there, by more than may be chance, is given back as it
+    was. Convolutions that are no modules, and those that share their weights, stay as they are. Memory: the outputs of
+    all convolutions at 32 positions of every sample, and 1 GiB for those runs.
     Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     if not refit and not means:
@@ -72,17 +74,18 @@ def repair(
     seed = whole("seed", seed, 0, MOST_SEED)
     started = time.perf_counter()
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
-    before = pair.divergence()
+    before = pair.divergences()
     sites, paths, walk = _sites(pair, seed), [], Walk(pair.factorized, pair.batches)
     for site in shown(sites, len(sites), "repairing", progress):
         found = _observed(pair, walk, site, seed)
         if found is not None and _mend(pair, site, found, refit=refit, means=means):
             paths.append(site.path)
-    after, result = pair.divergence(), cast(_Network, pair.finished())
-    if not after < before:
-        after, result, paths = before, cast(_Network, copy_sharing(factorized, set())), []
+    after, result = pair.divergences(), cast(_Network, pair.finished())
+    ends = [mean_and_error(values)[0] for values in (before, after)]
+    if is_below_zero(before - after) or not math.isfinite(ends[1]):
+        result, ends, paths = cast(_Network, copy_sharing(factorized, set())), ends[:1] * 2, []
     seconds = time.perf_counter() - started
-    return result, Repair(before=before, after=after, paths=tuple(paths), seconds=seconds)
+    return result, Repair(before=ends[0], after=ends[1], paths=tuple(paths), seconds=seconds)
 
 
 @dataclass
@@ -141,32 +144,22 @@ def _seed(seed: int, batch: int, call: int) -> int:
     return (seed << 40) + (batch << 20) + call
 
 
-@dataclass
-class _Moments:
-    """Means of what the last stage sees (groups, seen), of what is wanted behind it (groups, out), and of the products
-    of the one with itself and with the other.
+def _observed(pair: Pair, walk: Walk, site: _Site, seed: int) -> list[Moments] | None:
+    """The moments of one site in the factorized network as it is by now, of two halves of the samples, or of all where
+    they are few; None where that calls it less often.
     """
-
-    seen: Tensor
-    wanted: Tensor
-    square: Tensor
-    product: Tensor
-
-
-def _observed(pair: Pair, walk: Walk, site: _Site, seed: int) -> _Moments | None:
-    """The moments of one site in the factorized network as it is by now; None where that calls it less often."""
     stage = pair.last_stage(site.path)
-    groups, sums, count = spec_of(stage).groups, list[Tensor](), 0
+    groups, parts = spec_of(stage).groups, list[Moments]()
     number = call = 0
 
     def see(maps: Tensor) -> bool:
-        nonlocal sums, count, call
+        nonlocal call
         wanted = torch.split(site.wanted[number][call], PART)
         for rows in zip(seen(stage, maps, _seed(seed, number, call)), wanted, strict=True):
-            x, y = (part.reshape(-1, groups, part.shape[-1] // groups).movedim(1, 0).double() for part in rows)
-            parts = [x.sum(dim=1), y.sum(dim=1), x.mT @ x, y.mT @ x]
-            sums = [one + other for one, other in zip(sums, parts, strict=True)] if sums else parts
-            count += x.shape[1]
+            x, y = (part.reshape(-1, groups, part.shape[-1] // groups).movedim(1, 0) for part in rows)
+            parts.append(Moments.of(x, y))
+            if len(parts) > 2:
+                parts[:] = [parts[1], parts[0] + parts[2]]
         call += 1
         return call == len(site.wanted[number])
 
@@ -174,35 +167,23 @@ def _observed(pair: Pair, walk: Walk, site: _Site, seed: int) -> _Moments | None
         call = 0
         if wanted and not walk.until(number, stage, see):
             return None
-    return _Moments(*(total / count for total in sums))
+    return parts
 
 
-def _mend(pair: Pair, site: _Site, found: _Moments, *, refit: bool, means: bool) -> bool:
+def _mend(pair: Pair, site: _Site, halves: list[Moments], *, refit: bool, means: bool) -> bool:
     """Give the last stage of a site a new weight, and its mean to what stands for a bias; whether anything is new."""
     stage: Any = pair.last_stage(site.path)
     norm: Any = pair.factorized.get_submodule(site.norm) if site.norm else None
     mean = stage.bias if norm is None or stage.bias is not None else norm.running_mean
-    centred = means and mean is not None
     spec = spec_of(stage)
     weight = from_torch(spec, stage.weight)
-    matrix = weight.reshape(spec.groups, spec.out_channels // spec.groups, -1).double()
-    if refit:
-        bias = weight.new_zeros(spec.out_channels) if stage.bias is None else stage.bias
-        about = found.wanted if centred else bias.reshape(found.wanted.shape).double()
-        matrix = _refit(matrix, found, about, centred=centred)
-        stage.weight.copy_(to_torch(spec, matrix.reshape(weight.shape).to(weight)))
-    if centred:
-        missing = (found.wanted - (matrix @ found.seen[..., None])[..., 0]).flatten()
-        mean.copy_(missing if stage.bias is not None else mean - missing)
-    return refit or centred
-
-
-def _refit(matrix: Tensor, found: _Moments, about: Tensor, *, centred: bool) -> Tensor:
-    """The least squares (groups, out, seen) from what is seen, centred or not, to what is wanted beyond ``about``."""
-    own = found.seen if centred else torch.zeros_like(found.seen)
-    square = found.square - own[:, :, None] * own[:, None]
-    product = found.product - about[:, :, None] * found.seen[:, None]
-    scale = square.diagonal(dim1=1, dim2=2)
-    damped = square + torch.diag_embed(_DAMPING * (scale + scale.mean(dim=1, keepdim=True)) + 1e-30)
-    step = torch.linalg.solve(damped, product - matrix @ square, left=False)
-    return matrix + step if bool(step.isfinite().all()) else matrix
+    shape = (spec.groups, spec.out_channels // spec.groups, -1)
+    bias = weight.new_zeros(spec.out_channels) if stage.bias is None else stage.bias
+    old = weight.reshape(shape).double(), bias.reshape(shape[:2]).double()
+    matrix, bias = solved(*old, halves, refit=refit, means=means and mean is not None)
+    if torch.equal(matrix, old[0]) and torch.equal(bias, old[1]):
+        return False
+    stage.weight.copy_(to_torch(spec, matrix.reshape(weight.shape).to(weight)))
+    if mean is not None:
+        mean.copy_(bias.flatten() if stage.bias is not None else mean - bias.flatten())
+    return True
