@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -70,14 +71,15 @@ class Walk:
         stop = self._stops.pop(number, None)
         if stop is None or stop.place > graph.places[module]:
             stop = _Stop(0, given, 0)
-        seeded = torch.get_rng_state()
+        seeded, place = torch.get_rng_state(), stop.place
         try:
-            for node in graph.nodes[stop.place :]:
-                graph.run(node, stop.values)
+            for place in range(stop.place, len(graph.nodes)):
+                graph.run(graph.nodes[place], stop.values)
         except _Reached:
             size, held = graph.size(stop.values), sum(other.size for other in self._stops.values())
-            if held + size <= _ROOM and torch.equal(seeded, torch.get_rng_state()):  # nothing was drawn
-                self._stops[number] = _Stop(graph.places[module], stop.values, size)
+            drawn = not torch.equal(seeded, torch.get_rng_state())
+            if place == graph.places[module] and not drawn and held + size <= _ROOM:
+                self._stops[number] = _Stop(place, stop.values, size)
             raise
 
 
@@ -89,8 +91,8 @@ class _Graph:
     def __init__(self, network: fx.GraphModule) -> None:
         self.nodes = list(network.graph.nodes)
         calls = [(k, network.get_submodule(n.target)) for k, n in enumerate(self.nodes) if n.op == "call_module"]
-        modules = [module for _, module in calls]
-        self.places = {module: k for k, module in calls if modules.count(module) == 1}
+        count = Counter(module for _, module in calls)
+        self.places = {module: k for k, module in calls if count[module] == 1}
         self._signature = inspect.signature(network.forward)
         self._interpreter = fx.Interpreter(network)
         self._own = {t.untyped_storage().data_ptr() for t in chain(network.parameters(), network.buffers())}
