@@ -71,13 +71,13 @@ class Walk:
         stop = self._stops.pop(number, None)
         if stop is None or stop.place > graph.places[module]:
             stop = _Stop(0, given, 0)
-        seeded, place = torch.get_rng_state(), stop.place
+        seeded, place = _random_states(), stop.place
         try:
             for place in range(stop.place, len(graph.nodes)):
                 graph.run(graph.nodes[place], stop.values)
         except _Reached:
             size, held = graph.size(stop.values), sum(other.size for other in self._stops.values())
-            drawn = not torch.equal(seeded, torch.get_rng_state())
+            drawn = not all(map(torch.equal, seeded, _random_states()))
             if place == graph.places[module] and not drawn and held + size <= _ROOM:
                 self._stops[number] = _Stop(place, stop.values, size)
             raise
@@ -116,6 +116,11 @@ class _Graph:
         tensors = [leaf for leaf in tree_leaves(list(values.values())) if isinstance(leaf, Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(size for pointer, size in storages.items() if pointer not in self._own)
+
+
+def _random_states() -> list[Tensor]:
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *on_gpus]
 
 
 def _can_pause(network: fx.GraphModule) -> bool:
