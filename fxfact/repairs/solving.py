@@ -58,7 +58,8 @@ def solved(
     """A matrix (groups, out, seen) and a bias (groups, out) near the least squares for all that was seen.
 
     Where ``refit``, the matrix is damped towards the one that is; where ``means``, the bias may meet the mean. Of all
-    that, what brings either half nearest to what is wanted there when it is solved for by the other.
+    that, what brings either half nearest to what is wanted there when it is solved for by the other; with one alone,
+    which nothing can be held against, the first: the least damped, with the mean met.
     """
     options = list(product(_DAMPINGS if refit else [inf], [None, bias] if means else [bias]))
     pairs = [(one, other) for one in halves for other in halves if one is not other]
