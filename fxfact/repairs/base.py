@@ -75,17 +75,23 @@ def repair(
     started = time.perf_counter()
     pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     before = pair.divergences()
-    sites, paths, walk = _sites(pair, seed), [], Walk(pair.factorized, pair.batches)
+    paths = _repaired(pair, seed, progress, refit=refit, means=means)
+    after, result = pair.divergences(), cast(_Network, pair.finished())
+    ends = [mean_and_error(values)[0] for values in (before, after)]
+    if is_below_zero(before - after) or not math.isfinite(ends[1]):
+        result, ends, paths = cast(_Network, copy_sharing(factorized, set())), ends[:1] * 2, ()
+    seconds = time.perf_counter() - started
+    return result, Repair(before=ends[0], after=ends[1], paths=paths, seconds=seconds)
+
+
+def _repaired(pair: Pair, seed: int, progress: Progress, *, refit: bool, means: bool) -> tuple[str, ...]:
+    """The paths of the chains that were changed."""
+    sites, paths, walk = _sites(pair, seed), list[str](), Walk(pair.factorized, pair.batches)
     for site in shown(sites, len(sites), "repairing", progress):
         found = _observed(pair, walk, site, seed)
         if found is not None and _mend(pair, site, found, refit=refit, means=means):
             paths.append(site.path)
-    after, result = pair.divergences(), cast(_Network, pair.finished())
-    ends = [mean_and_error(values)[0] for values in (before, after)]
-    if is_below_zero(before - after) or not math.isfinite(ends[1]):
-        result, ends, paths = cast(_Network, copy_sharing(factorized, set())), ends[:1] * 2, []
-    seconds = time.perf_counter() - started
-    return result, Repair(before=ends[0], after=ends[1], paths=tuple(paths), seconds=seconds)
+    return tuple(paths)
 
 
 @dataclass
