@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +43,8 @@ class Nearer(ABC):
 class Pair:
     """Copies of both in evaluation mode, ``factorized`` one to be changed, and ``batches`` without those held out.
 
-    ``plan`` is the one that made the network. Raises ArgumentTypeError, CalibrationError, CaptureError, PlanError.
+    ``plan`` is the one that made the network; ``also`` gives what is measured on beside the batches held out, of each.
+    Raises ArgumentTypeError, CalibrationError, CaptureError, PlanError.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Pair:
         *,
         example_inputs: ExampleInputs | None,
         likelihood: object,
+        also: Callable[[ExampleInputs], ExampleInputs] | None = None,
     ) -> None:
         for name, network in (("factorized", factorized), ("original", original)):
             if not isinstance(network, nn.Module):
@@ -66,7 +69,8 @@ class Pair:
         self.rewritten = {decision.path: modules[decision.path] for decision in there}
         self._last_stages = {decision.path: stages_of(self.factorized, decision)[-1] for decision in there}
         self.batches, held_out = held_out_of(list(arguments_for(self.original, batches, example_inputs)))
-        self._held_out = ReferenceOutputs(self.original, held_out, likelihood)
+        others = [also(batch) for batch in held_out] if also else []
+        self._held_out = ReferenceOutputs(self.original, [*held_out, *others], likelihood)
 
     def distances(self, batch: ExampleInputs) -> Tensor:
         """Of the factorized network's output from the original's, by sample (n,), to be learned from."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from fxfact.calibration import MOST_SEED, Batches
@@ -46,6 +46,7 @@ def recover(
     seconds: float = math.inf,
     lr: float = 1e-4,
     augment: Augment | None = None,
+    mixup: bool = True,
     example_inputs: ExampleInputs | None = None,
     likelihood: object = None,
     patience: int = 20,
@@ -60,20 +61,18 @@ def recover(
     or sooner, over ``seconds``; in evaluation mode, so that batch norms stay what they are. Every fourth batch is held
     out and looked at after every pass over the others, ten times at least; the best state is what comes back, and
     ``patience`` looks without a gain end it. ``augment`` is called on the floating-point tensors of a training batch
-    (random flips, shifts); the original sees the same. Without an end by ``seconds``, and with an ``augment`` that is,
+    (random flips, shifts); the original sees the same. With ``mixup`` the samples of these tensors are drawn towards
+    each other (Zhang et al. 2018), and what is held out is looked at in both ways: of samples that the original was
+    trained on, and is sure of, it has little to say. Without an end by ``seconds``, and with an ``augment`` that is,
     deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     steps, patience, seed = whole("steps", steps, 1), whole("patience", patience, 1), whole("seed", seed, 0, MOST_SEED)
     for name, number in (("seconds", seconds), ("lr", lr)):
         if not isinstance(number, Real) or not number > 0 or (name == "lr" and math.isinf(number)):
             raise ArgumentError(f"{name} must be a positive number, got {number!r}")
-    pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
-    trained = [parameter for parameter in pair.factorized.parameters() if parameter.requires_grad]
-    if not trained or any(parameter.dtype == torch.float16 for parameter in trained):
-        raise ArgumentError(
-            "recover trains the parameters that require gradients, in float32, float64 or bfloat16; the network has "
-            f"{'float16 ones' if trained else 'none'}. Convert it with .float(), or set requires_grad."
-        )
+    mix = _Mixup(seed) if mixup else None
+    pair = Pair(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood, also=mix)
+    trained = _trainable(pair.factorized)
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
     best = _Best(pair.factorized, pair.divergence())
     looks = max(1, min(steps // 10, len(pair.batches)))
@@ -84,9 +83,9 @@ def recover(
             share = max(step / steps, (time.perf_counter() - started) / seconds)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, share))) * min(1.0, step / 20)
-            batch = pair.batches[int(torch.randint(len(pair.batches), (), generator=order))]
+            batch = _augmented(pair.batches[int(torch.randint(len(pair.batches), (), generator=order))], augment)
             optimizer.zero_grad()
-            torch.autograd.backward(distillation.loss(_augmented(batch, augment)))
+            torch.autograd.backward(distillation.loss(mix(batch) if mix else batch))
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             last = share >= 1.0 or step == steps
@@ -103,6 +102,17 @@ def recover(
     best.restore()
     taken = Recovery(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
     return cast(_Network, pair.finished()), taken
+
+
+def _trainable(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require gradients. Raises ArgumentError for none, and for half precision."""
+    found = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not found or any(parameter.dtype == torch.float16 for parameter in found):
+        raise ArgumentError(
+            "recover trains the parameters that require gradients, in float32, float64 or bfloat16; the network has "
+            f"{'float16 ones' if found else 'none'}. Convert it with .float(), or set requires_grad."
+        )
+    return found
 
 
 class _Distillation:
@@ -180,7 +190,7 @@ def _relative(wanted: Tensor, given: Tensor) -> Tensor:
 
 def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
     def changed(value: Any) -> Any:
-        if augment is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        if augment is None or not _is_float(value):
             return value
         try:
             return augment(value)
@@ -189,3 +199,29 @@ def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
 
     augmented: ExampleInputs = tree_map(changed, batch)
     return augmented
+
+
+class _Mixup:
+    """Draws every sample of a batch towards another one of it, by a share between 0 and 1."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = torch.Generator().manual_seed(seed)
+
+    def __call__(self, batch: ExampleInputs) -> ExampleInputs:
+        sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        if not sizes:
+            return batch
+        shares, others = torch.rand(sizes[0], generator=self._draw), torch.randperm(sizes[0], generator=self._draw)
+
+        def mixed(value: Any) -> Any:
+            if not _is_float(value) or value.shape[:1] != shares.shape:
+                return value
+            by_sample = shares.to(value).reshape(-1, *[1] * (value.ndim - 1))
+            return torch.lerp(value, value[others.to(value.device)], by_sample)
+
+        drawn: ExampleInputs = tree_map(mixed, batch)
+        return drawn
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

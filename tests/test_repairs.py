@@ -302,6 +302,38 @@ def test_networks_for_inference_are_repaired_and_recovered_as_they_are(
     assert learned[1].after == pytest.approx(learned[0].after, rel=0.5)
 
 
+class Three(nn.Module):
+    """Takes maps, numbers, and a number of a row of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table, self.head = nn.Conv2d(4, 16, 3), nn.Embedding(5, 16), nn.Linear(18, 3)
+
+    def forward(self, maps: Tensor, numbers: Tensor, row: Tensor) -> Tensor:
+        return self.head(torch.cat([self.conv(maps).relu().mean((2, 3)) + self.table(row), numbers], 1))
+
+
+@pytest.mark.parametrize("mixup", [True, False])
+def test_mixup_draws_everything_of_a_sample_towards_the_same_other(mixup: bool, data: Tensor) -> None:
+    torch.manual_seed(0)
+    model, numbers = Three().eval(), data[:, 0, 0, :2]
+    batches = [(part, part[:, 0, 0, :2], torch.arange(8) % 5) for part in data.split(8)]
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=batches[0])
+    seen: list[tuple[Tensor, ...]] = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args))
+    _, report = fxfact.recover(small, model, batches, steps=40, lr=1e-3, mixup=mixup)
+    assert report.after < report.before
+    kept = [args for args in seen if any(args[0].equal(part) for part in data.split(8))]
+    mixed = [args for args in seen if not any(args[0].equal(part) for part in data.split(8))]
+    assert len(mixed) == (41 if mixup else 0)  # every step, and one of the batches held out
+    assert len(kept) == (1 if mixup else 41)
+    for maps, drawn, rows in mixed:
+        torch.testing.assert_close(maps[:, 0, 0, :2], drawn)
+        assert rows.equal(batches[0][2])
+        assert drawn.min() >= numbers.min()
+        assert drawn.max() <= numbers.max()
+
+
 @pytest.mark.parametrize("do", [fxfact.repair, fxfact.recover])
 def test_the_original_is_the_network_that_the_last_plan_was_made_of(do: Any, small: Small, data: Tensor) -> None:
     brief = {"steps": 20} if do is fxfact.recover else {}
