@@ -46,7 +46,7 @@ def recover(
     seconds: float = math.inf,
     lr: float = 1e-4,
     augment: Augment | None = None,
-    mixup: bool = True,
+    mixup: bool = False,
     example_inputs: ExampleInputs | None = None,
     likelihood: object = None,
     patience: int = 20,
@@ -62,9 +62,9 @@ def recover(
     out and looked at after every pass over the others, ten times at least; the best state is what comes back, and
     ``patience`` looks without a gain end it. ``augment`` is called on the floating-point tensors of a training batch
     (random flips, shifts); the original sees the same. With ``mixup`` the samples of these tensors are drawn towards
-    each other (Zhang et al. 2018), and what is held out is looked at in both ways: of samples that the original was
-    trained on, and is sure of, it has little to say. Without an end by ``seconds``, and with an ``augment`` that is,
-    deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
+    each other (Zhang et al. 2018), and what is held out is looked at in both ways: for an original that was trained on
+    these very samples, of which it says little but their labels. Without an end by ``seconds``, and with an ``augment``
+    that is, deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     steps, patience, seed = whole("steps", steps, 1), whole("patience", patience, 1), whole("seed", seed, 0, MOST_SEED)
     for name, number in (("seconds", seconds), ("lr", lr)):
