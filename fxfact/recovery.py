@@ -189,16 +189,13 @@ def _relative(wanted: Tensor, given: Tensor) -> Tensor:
 
 
 def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
-    def changed(value: Any) -> Any:
-        if augment is None or not _is_float(value):
-            return value
+    def changed(value: Tensor) -> Tensor:
         try:
-            return augment(value)
+            return augment(value) if augment else value
         except Exception as error:
             raise ArgumentError(f"augment fails on a tensor {tuple(value.shape)} of a batch: {error!r}") from error
 
-    augmented: ExampleInputs = tree_map(changed, batch)
-    return augmented
+    return _with_floats(batch, changed)
 
 
 class _Mixup:
@@ -213,15 +210,20 @@ class _Mixup:
             return batch
         shares, others = torch.rand(sizes[0], generator=self._draw), torch.randperm(sizes[0], generator=self._draw)
 
-        def mixed(value: Any) -> Any:
-            if not _is_float(value) or value.shape[:1] != shares.shape:
+        def mixed(value: Tensor) -> Tensor:
+            if value.shape[:1] != shares.shape:
                 return value
             by_sample = shares.to(value).reshape(-1, *[1] * (value.ndim - 1))
             return torch.lerp(value, value[others.to(value.device)], by_sample)
 
-        drawn: ExampleInputs = tree_map(mixed, batch)
-        return drawn
+        return _with_floats(batch, mixed)
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _with_floats(batch: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
+    """A batch with its floating-point tensors changed."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    found: ExampleInputs = tree_map(changed, batch)
+    return found
