@@ -116,11 +116,12 @@ class Trial:
         self._vbmf = fxfact.plan(self._model, "tucker", rank=VBMF(), example_inputs=self._example)
         self._network = self._vbmf.network
         budgets = [UNITS[unit](share) for unit in given.units for share in given.budgets]
-        self._budgets = [*budgets, fxfact.Macs(at_most=self._vbmf.after.macs)]
+        self._budgets = [*budgets, fxfact.Macs(at_most=self._vbmf.after.macs)] if given.vbmf else budgets
 
     def classic(self) -> Iterator[Row]:
         """By the kernels alone, Tucker throughout."""
-        yield self._measured(self._budgets[-1], "VBMF", *self._applied(self._vbmf))
+        if self._given.vbmf:
+            yield self._measured(self._budgets[-1], "VBMF", *self._applied(self._vbmf))
         rules: dict[str, Callable[[float], object]] = {"uniform": lambda x: x, "energy": Energy}
         for budget in self._budgets:
             for rule, rank_at in rules.items():
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[512, 2048], help="to calibrate on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factorizations", nargs="+", default=None, help="default: all, mixed")
+    parser.add_argument("--vbmf", action=argparse.BooleanOptionalAction, default=True, help="also at VBMF's size")
     parser.add_argument("--recover", type=float, default=0, help="seconds of distillation")
     parser.add_argument("--tests", type=int, default=None, help="batches to test on; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
