@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfact.capture import ExampleInputs, reason_of, run_model, storage_of
+from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model, storage_of
 from fxfact.comparing import relative_error, tolerance_for
 from fxfact.conv import to_torch
 from fxfact.conv_modules import composed
 from fxfact.copying import evaluated, private_copy
-from fxfact.errors import ArgumentTypeError, CaptureError, PlanError, VerificationError
+from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, PlanError, VerificationError
 from fxfact.graph import get_tensor
 from fxfact.passes import in_form, last_plan, recapture
 from fxfact.planning import Decision, Plan
@@ -79,13 +79,21 @@ class Verification:
 
 
 def verify(
-    original: nn.Module | ExportedProgram, factorized: nn.Module | ExportedProgram, example_inputs: ExampleInputs
+    original: nn.Module | ExportedProgram,
+    factorized: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs | None = None,
 ) -> Verification:
     """Compare a factorized network with its original, in evaluation mode, on copies.
 
-    Raises ArgumentTypeError, PlanError where ``factorized`` was not made by a plan, CaptureError where one of them does
-    not run.
+    ``example_inputs`` may be left out where one of the two is an ExportedProgram, which brings its own. Raises
+    ArgumentError, ArgumentTypeError, PlanError where ``factorized`` was not made by a plan, CaptureError where one of
+    them does not run.
     """
+    if example_inputs is None:
+        programs = [given for given in (original, factorized) if isinstance(given, ExportedProgram)]
+        if not programs:
+            raise ArgumentError("verify compares outputs: pass example_inputs, a call of the two networks")
+        example_inputs = inputs_of(programs[0])
     return _verified(original, factorized, example_inputs, trained=True)
 
 

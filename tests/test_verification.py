@@ -14,7 +14,7 @@ import fxfact
 from fxfact.comparing import difference, relative_error, tensors_of, tolerance_for
 from fxfact.conv import run
 from fxfact.conv_modules import read_conv
-from fxfact.errors import ArgumentTypeError, CaptureError, PlanError
+from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, PlanError
 from fxfact.factorizations import Tucker
 from fxfact.verification import with_composed_kernels
 from tests.conftest import Small, apart
@@ -74,11 +74,14 @@ def test_the_reference_is_the_original_with_composed_kernels(small: Small, image
     program = export(small, (image,))
     factorized = fxfact.factorize(program, "tt", rank=0.5)
     assert fxfact.verify(program, factorized, image).right
+    assert fxfact.verify(program, factorized) == fxfact.verify(program, factorized, image), "its own inputs"
     assert apart(with_composed_kernels(program, factorized)(image), factorized.module()(image)) < 1e-5
 
 
 def test_what_cannot_be_verified_is_refused(small: Small, image: Tensor) -> None:
     result = fxfact.factorize(small)
+    with pytest.raises(ArgumentError, match="pass example_inputs"):
+        fxfact.verify(small, result)
     with pytest.raises(PlanError, match="not made by a plan"):
         fxfact.verify(small, small, image)
     with pytest.raises(CaptureError, match="Small fails on these inputs"):

@@ -10,7 +10,7 @@ from fxfact.capture.base import (
     run_model,
     samples_of,
 )
-from fxfact.capture.exported import reexport
+from fxfact.capture.exported import inputs_of, reexport
 from fxfact.capture.guard import storage_of
 from fxfact.capture.ladder import How, capture
 
@@ -22,6 +22,7 @@ __all__ = [
     "capture",
     "copied_arguments",
     "drawn_from_seed",
+    "inputs_of",
     "reason_of",
     "reexport",
     "run_model",

@@ -27,7 +27,7 @@ def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Ca
     graph_module.recompile()
     check_contract(graph_module, "behind the capture of an ExportedProgram")
     found = match(graph_module)
-    inputs = _example_inputs(program)
+    inputs = inputs_of(program)
     samples = samples_of(inputs, found.sites)
     return Captured(
         rung="export",
@@ -44,7 +44,7 @@ def find_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Ca
 
 def reexport(program: ExportedProgram, graph_module: fx.GraphModule) -> ExportedProgram:
     """Export a rewritten ``program.module()`` with the program's dynamic shapes and names. Raises CaptureError."""
-    args, kwargs = _example_inputs(program)
+    args, kwargs = inputs_of(program)
     shapes = _dynamic_shapes(program)
     try:
         again = torch.export.export(graph_module, args, kwargs, dynamic_shapes=shapes)
@@ -77,9 +77,10 @@ def _macs(graph_module: fx.GraphModule, inputs: Arguments, samples: int) -> int 
         return None
 
 
-def _example_inputs(program: ExportedProgram) -> Arguments:
+def inputs_of(program: ExportedProgram) -> Arguments:
+    """What the program was exported with. Raises CaptureError where it has that no more."""
     if program.example_inputs is None:
-        raise CaptureError("the ExportedProgram has no example_inputs, which exporting it again needs. Set them.")
+        raise CaptureError("the ExportedProgram has no example_inputs any more, which running it needs. Set them.")
     args, kwargs = program.example_inputs
     return Arguments(tuple(args), dict(kwargs))
 
