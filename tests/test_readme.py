@@ -38,6 +38,23 @@ def test_its_table_names_every_factorization() -> None:
     assert all(f"`{kind.name}`" in README for kind in FACTORIZATIONS)
 
 
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_its_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", (ROOT / page).read_text(encoding="utf-8"))
+    within = [(path, anchor) for path, anchor in links if "://" not in path]
+    assert len(within) >= 5
+    for path, anchor in within:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        assert not anchor or anchor in _anchors(target.read_text(encoding="utf-8")), anchor
+
+
+def _anchors(text: str) -> list[str]:
+    """What GitHub makes of headings."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 def test_its_map_names_every_room() -> None:
     package = Path(fxfact.__file__).parent
     rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}

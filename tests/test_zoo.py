@@ -1,6 +1,6 @@
 """The zoo: third-party models as they are, factorized in one call. ``pytest -m zoo -n 0``, with the extra [zoo].
 
-At the end the table of the README is written to benchmarks/results/zoo.md.
+At the end the table of benchmarks/README.md is written to benchmarks/results/zoo.md.
 """
 
 from __future__ import annotations
