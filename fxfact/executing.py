@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -37,7 +37,8 @@ def in_order(
     function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]], executor: Executor | None
 ) -> Iterator[_Result]:
     """``function(*job)`` for every job. No more are on their way than the executor may have workers, and whoever stops
-    before the end cancels those that have not begun. Raises ArgumentError where the executor takes no work.
+    before the end cancels those that have not begun; one that takes long keeps none of the others waiting. Raises
+    ArgumentError where the executor takes no work.
     """
     if executor is None:
         yield from (function(*job) for job in jobs)
@@ -47,7 +48,9 @@ def in_order(
     try:
         for job in jobs:
             waiting.append(_submitted(executor, function, job))
-            if len(waiting) > workers:
+            while len(running := [future for future in waiting if not future.done()]) > workers:
+                wait(running, return_when=FIRST_COMPLETED)
+            while waiting and waiting[0].done():
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

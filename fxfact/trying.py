@@ -13,7 +13,6 @@ from fxfact.conv import compose_weights, to_torch
 from fxfact.copying import evaluated, private_copy
 from fxfact.passes import Decomposed, Decomposing
 from fxfact.planning import Decision, Plan
-from fxfact.progress import shown
 from fxfact.verification import with_kernels
 
 
@@ -64,12 +63,8 @@ class Trial:
     def _decompose(self, decisions: Mapping[str, Decision]) -> None:
         """What was not yet, of decisions by ``Decision.rewrite``."""
         new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self.decomposed}
-        sites = [self._sites[decision.path] for decision in new.values()]
-        jobs = (
-            (site.layer, decision, None, self._statistics.metric(site.path, site.spec))
-            for site, decision in zip(sites, new.values(), strict=True)
-        )
-        results = shown(self._decomposing.decomposed(jobs), len(new), "measuring", self._decomposing.progress)
+        jobs = [(self._sites[decision.path], decision, None) for decision in new.values()]
+        results = self._decomposing.decomposed(jobs, self._statistics, "measuring")
         self.decomposed.update(zip(new, results, strict=True))
 
     def _kernel(self, decision: Decision) -> Tensor:

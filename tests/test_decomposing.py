@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
+from fxfact.executing import in_order
 from fxfact.factorizations import CPMobilenet
+from tests.conftest import apart
 from tests.test_capture import Branching
 
 
@@ -22,29 +24,27 @@ def many() -> nn.Sequential:
     return nn.Sequential(*(nn.Conv2d(6, 6, 3, padding=1) for _ in range(7)))
 
 
-class Recording(Executor):
-    """Runs at once, and remembers what was on its way at the same time."""
+class Recording(ThreadPoolExecutor):
+    """Begins when it has more than it may have workers, and remembers how many were on their way at the same time."""
 
     def __init__(self, workers: int) -> None:
-        self._max_workers = workers
-        self.submitted, self.waiting, self.most = 0, set(), 0
+        super().__init__(workers)
+        self.submitted, self.most = 0, 0
+        self.futures: list[Future[Any]] = []
+        self.full = threading.Event()
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Later(self, lambda: fn(*args, **kwargs))
+        future = super().submit(self._run, fn, *args, **kwargs)
         self.submitted += 1
-        self.waiting.add(future)
-        self.most = max(self.most, len(self.waiting))
+        self.futures.append(future)
+        self.most = max(self.most, sum(not future.done() for future in self.futures))
+        if self.most > self._max_workers:
+            self.full.set()
         return future
 
-
-class Later(Future[Any]):
-    def __init__(self, executor: Recording, work: Any) -> None:
-        super().__init__()
-        self.executor, self.work = executor, work
-
-    def result(self, timeout: float | None = None) -> Any:
-        self.executor.waiting.discard(self)
-        return self.work()
+    def _run(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        self.full.wait(1)
+        return fn(*args, **kwargs)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -80,6 +80,38 @@ def test_no_more_kernels_are_on_their_way_than_there_are_workers() -> None:
     recording = Recording(2)
     fxfact.factorize(many(), executor=recording)
     assert (recording.submitted, recording.most) == (7, 3)
+
+
+def test_one_that_takes_long_keeps_no_other_waiting() -> None:
+    last = threading.Event()
+
+    def job(k: int) -> bool:
+        if k == 5:
+            last.set()
+        return k > 0 or last.wait(10)
+
+    with ThreadPoolExecutor(2) as executor:
+        assert list(in_order(job, ((k,) for k in range(6)), executor)) == [True] * 6
+
+
+def test_the_largest_kernels_come_first_and_go_where_they_belong() -> None:
+    seen: list[int] = []
+
+    class Noted(CPMobilenet):
+        def _weights(self, block: Any, *args: Any) -> Any:
+            seen.append(block.in_channels)
+            return super()._weights(block, *args)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 6, 3)).eval()
+    batches = torch.randn(16, 4, 9, 9).split(8)
+    fxfact.plan(model, Noted(), budget=fxfact.Params(0.5), calibration=batches, likelihood="gaussian")
+    assert list(dict.fromkeys(seen)) == [8, 12, 4]
+    seen.clear()
+    made = fxfact.factorize(model, Noted(), rank=0.7)
+    assert seen == [8, 12, 4]
+    x = torch.randn(1, 8, 9, 9)
+    assert apart(model[1](x), made.get_submodule("1")(x)) < 0.8, "it is made of that kernel"
 
 
 def test_progress_is_shown_as_tqdm_shows_it() -> None:

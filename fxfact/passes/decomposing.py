@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
@@ -23,7 +23,7 @@ from fxfact.sites import ConvSite
 
 Weights = Literal["decompose", "empty"]
 Decomposed = tuple[list[Tensor], float]
-Job = tuple[ConvLayer, Decision, int | None, Metric | None]
+Job = tuple[ConvSite, Decision, int | None]  # with a seed for what begins at random
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,17 +85,27 @@ class Decomposing:
             return
         seeds = [None if self.generator is None else _seed(self.generator) for _ in jobs]
         new = [(*job, seed) for job, seed in zip(jobs, seeds, strict=True) if job[1].rewrite not in self.known]
-        results = self.decomposed(
-            (site.layer, decision, seed, statistics.metric(site.path, site.spec) if statistics else None)
-            for site, decision, seed in new
-        )
-        coming = iter(shown(results, len(new), "decomposing", self.progress))
+        coming = self.decomposed(new, statistics, "decomposing")
         for _, decision in jobs:
             yield self.known[decision.rewrite] if decision.rewrite in self.known else next(coming)
 
-    def decomposed(self, jobs: Iterable[Job]) -> Iterator[Decomposed]:
-        """What ``decompose`` gives for each, in their order."""
-        return in_order(decompose, jobs, self.executor)
+    def decomposed(self, jobs: Sequence[Job], statistics: Statistics | None, doing: str) -> Iterator[Decomposed]:
+        """What ``decompose`` gives for each, in their order, though the largest kernels go first: nobody is to work
+        alone at the end. ``doing`` is what the bar is called.
+        """
+        order = sorted(range(len(jobs)), key=lambda k: jobs[k][0].weight.numel(), reverse=True)
+        with_metrics = (
+            (site.layer, decision, seed, statistics.metric(site.path, site.spec) if statistics else None)
+            for site, decision, seed in (jobs[k] for k in order)
+        )
+        results = shown(in_order(decompose, with_metrics, self.executor), len(jobs), doing, self.progress)
+        found: dict[int, Decomposed] = {}
+        given = 0
+        for k, result in zip(order, results, strict=True):
+            found[k] = result
+            while given in found:
+                yield found.pop(given)
+                given += 1
 
 
 @dataclass(frozen=True, eq=False)

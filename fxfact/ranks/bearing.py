@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,38 +17,18 @@ Curves = dict[str, Curve]  # by factorization and its options
 _COMPUTED, _LAST = 6, 0.9  # ranks of a factorization without a formula; the last of them, among all
 
 
-class Foreseen(NamedTuple):
-    """Of one convolution: by how much the loss grows where its output is lost altogether, and the curves that were not
-    known before.
-    """
-
-    whole: float
-    curves: Curves
-
-
-def foresee(
-    layer: ConvLayer,
-    asked: Sequence[tuple[Factorization, Sequence[Rank]]],
-    metric: Metric | None,
-    known: Collection[str],
-) -> Foreseen:
-    """Nats for factorizations at ranks, those among which may ever be chosen, ascending; without a metric
-    ‖W − Ŵ‖² / ‖W‖², or what it is at most. This is what takes long; it takes and gives values only.
-
-    Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
-    ones, where they change most.
-    """
-    whole = 1.0 if metric is None else metric.increase(layer.spec, -layer.weight.float())
-    new = [(method, ranks) for method, ranks in asked if key_of(method) not in known]
-    return Foreseen(whole, {key_of(method): _curve(layer, method, ranks, metric) for method, ranks in new})
-
-
 def key_of(factorization: Factorization) -> str:
     """By which its curve is known."""
     return f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
 
 
-def _curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank], metric: Metric | None) -> Curve:
+def curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank], metric: Metric | None) -> Curve:
+    """Nats for ranks, those among which may ever be chosen, ascending; without a metric ‖W − Ŵ‖² / ‖W‖², or what it is
+    at most. This is what takes long; it takes and gives values only.
+
+    Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
+    ones, where they change most.
+    """
     if metric is None and (bounds := factorization.bounds(layer, among)) is not None:
         return list(zip(among, bounds, strict=True))
     places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(among) - 1)

@@ -15,9 +15,10 @@ from fxfact.errors import place, whole
 from fxfact.executing import in_order
 from fxfact.factorizations import Factorization, Rank
 from fxfact.latency import Clock
+from fxfact.metric import Metric
 from fxfact.progress import Progress, shown
 from fxfact.ranks.base import Allocation, Candidate, Choice, FrontPoint, RankStrategy
-from fxfact.ranks.bearing import Curves, foresee, key_of, read_off
+from fxfact.ranks.bearing import Curves, curve, key_of, read_off
 from fxfact.ranks.budgets import Budget
 from fxfact.ranks.clocking import liked, multiples, times_of
 from fxfact.ranks.knapsack import Class, Knapsack
@@ -118,15 +119,18 @@ class WithinBudget(RankStrategy):
 
     def _options(self, candidates: Sequence[Candidate]) -> list[list[Option]]:
         """For each candidate the dense one first."""
+        wholes = [self._whole(candidate) for candidate in candidates]
         families = [self._families(candidate) for candidate in candidates]
-        jobs = (self._job(candidate, own) for candidate, own in zip(candidates, families, strict=True))
-        new = any(key_of(f.method) not in self._known(f.candidate) for own in families for f in own)
-        results = in_order(foresee, jobs, self.executor if new else None)  # what is known is soon read
-        coming, wholes = shown(results, len(candidates), "planning", self.progress), list[float]()
-        for candidate, found in zip(candidates, coming, strict=True):  # all of them, before anything is timed
-            self._known(candidate).update(found.curves)
-            wholes.append(found.whole)
+        self._compute([family for own in families for family in own])  # all of them, before anything is timed
         return [self._options_of(*each) for each in zip(candidates, families, wholes, strict=True)]
+
+    def _compute(self, families: Sequence[_Family]) -> None:
+        """The curves that are not known yet, those of the largest kernels first: nobody is to work alone at the end."""
+        new = [family for family in families if key_of(family.method) not in self._known(family.candidate)]
+        new.sort(key=lambda family: family.candidate.layer.weight.numel(), reverse=True)
+        results = in_order(curve, map(self._job, new), self.executor)
+        for family, found in zip(new, shown(results, len(new), "planning", self.progress), strict=True):
+            self._known(family.candidate)[key_of(family.method)] = found
 
     def _families(self, candidate: Candidate) -> list[_Family]:
         """What could replace a convolution, if data say anything of it."""
@@ -146,13 +150,20 @@ class WithinBudget(RankStrategy):
         kept = self._curves if self.statistics is None else self.statistics.curves
         return kept.setdefault(candidate.path, {})
 
-    def _job(self, candidate: Candidate, families: Sequence[_Family]) -> tuple[Any, ...]:
-        """For ``foresee``."""
+    def _metric(self, candidate: Candidate) -> Metric | None:
+        return None if self.statistics is None else self.statistics.metric(candidate.path, candidate.spec)
+
+    def _whole(self, candidate: Candidate) -> float:
+        """By how much the loss grows where the output is lost altogether. Raises WeightError."""
         with place(candidate.path):
             layer = candidate.checked
-        metric = None if self.statistics is None else self.statistics.metric(candidate.path, candidate.spec)
-        asked = [(family.method, list(family.thinned or family.costs)) for family in families]
-        return layer, asked, metric, set(self._known(candidate))
+        metric = self._metric(candidate)
+        return 1.0 if metric is None else metric.increase(layer.spec, -layer.weight.float())
+
+    def _job(self, family: _Family) -> tuple[Any, ...]:
+        """For ``curve``."""
+        ranks = list(family.thinned or family.costs)
+        return family.candidate.layer, family.method, ranks, self._metric(family.candidate)
 
     def _options_of(self, candidate: Candidate, families: Sequence[_Family], whole: float) -> list[Option]:
         dense = cost_of((candidate.spec,), candidate.input_sizes)
