@@ -27,7 +27,7 @@ from fxfact.timing import as_timing_errors, side_by_side
 
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
-_TURNS, _WITHIN = 100, 6.0  # of whole networks, fewer where they would take more seconds
+_TURNS, _WITHIN = 100, 12.0  # of whole networks, fewer where they would take more seconds
 _APART = 100.0  # tolerances between forms of a network, for GPUs may round to TF32
 _UNTIL_RECORDED = 3  # calls, of which CUDA graphs are made
 _Call = Callable[[], Any]

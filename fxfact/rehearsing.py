@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import NamedTuple
@@ -104,11 +104,24 @@ class Rehearsal:
 
 def _rehearsed(plan: Plan, asked: float, ms: float) -> Rehearsed:
     """With what its network measured spread over its chains."""
-    planned, network = plan.after.ms, plan.network.ms
-    assert planned is not None
+    network = plan.network.ms
     assert network is not None
-    factor = max((network - ms) / (network - planned), _LEAST) if planned < network else 1.0
-    return Rehearsed(_scaled(plan, factor), asked, ms)
+    foreseen = [each.milliseconds for each in plan.rewrites if each.milliseconds is not None]
+    return Rehearsed(_scaled(plan, _factor(foreseen, network - ms)), asked, ms)
+
+
+def _factor(foreseen: Sequence[tuple[float, float]], saved: float) -> float:
+    """How many times what each chain was foreseen to save, of milliseconds of convolutions and their chains, gives what
+    they saved together, where none saves more than nearly all of its convolution.
+    """
+    savings = [(dense - ms, (1 - _LEAST) * dense) for dense, ms in foreseen if ms < dense]
+    free, factor = sum(saving for saving, _ in savings), 1.0
+    for saving, most in sorted(savings, key=lambda each: each[1] / each[0]):  # those first that come to it first
+        factor = max(saved / free, _LEAST)
+        if factor * saving <= most:
+            break
+        saved, free = saved - most, free - saving
+    return factor
 
 
 def _best(tried: list[Rehearsed], allowed: float, missed: Budget | None) -> Rehearsed:

@@ -36,16 +36,17 @@ def milliseconds(
     within: float = math.inf,
 ) -> list[list[float]]:
     """Of each call the mean of ``number`` runs (None: of as many as take a hundredth of a second), after ``warm`` that
-    do not count, ``repeats`` times, fewer where that would take more than ``within`` seconds; without gradients. Raises
-    TimingError where a call fails.
+    do not count, none where one takes as long as that, ``repeats`` times, fewer where that would take more than
+    ``within`` seconds; without gradients. Raises TimingError where a call fails.
     """
     with torch.no_grad(), as_timing_errors():
         timers = [timeit.Timer(call, timer=device_timer) for call in calls]
         seconds = [min(timer.repeat(_FEWEST, 1)) for timer in timers]
         runs = [number or max(1, round(_TURN / max(each, 1e-7))) for each in seconds]
-        round_of_all = sum((warm + n) * each for n, each in zip(runs, seconds, strict=True))
+        before = [warm if each < _TURN else 0 for each in seconds]
+        round_of_all = sum((w + n) * each for w, n, each in zip(before, runs, seconds, strict=True))
         repeats = int(max(_FEWEST, min(repeats, within / round_of_all))) if round_of_all else repeats
-        turns = [[_mean(timer, warm, n) for timer, n in zip(timers, runs, strict=True)] for _ in range(repeats)]
+        turns = [[_mean(*of) for of in zip(timers, before, runs, strict=True)] for _ in range(repeats)]
     return [[turn[k] for turn in turns] for k in range(len(calls))]
 
 

@@ -463,6 +463,18 @@ def test_no_chain_is_foreseen_to_take_less_than_nothing(model: Net, x: Tensor, m
     assert all(decision.milliseconds[1] > 0 for decision in plan.rewrites if decision.milliseconds)
 
 
+def test_what_one_chain_cannot_save_the_others_do(model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter([0.1, *[0.9] * 99])  # of a convolution's milliseconds, for its chains
+    monkeypatch.setattr(
+        clock, "milliseconds", lambda calls, **options: [[1.0] * 3, *[[next(shares)] * 3] * (len(calls) - 1)]
+    )
+    monkeypatch.setattr(inference, "side_by_side", lambda calls, **options: [10.0, 5.0, 10.0, 7.1][-len(calls) :])
+    plan = fxfact.plan(model, budget=fxfact.Latency(at_most_ms=3.55), example_inputs=x)
+    assert len(plan.rewrites) == 3
+    assert plan.after.ms == pytest.approx(plan.network.ms * 0.71)
+    assert sorted(decision.milliseconds[1] for decision in plan.rewrites) == pytest.approx([0.05, 0.75, 0.75])
+
+
 def test_plans_are_rehearsed_until_their_networks_meet_the_budget(
     model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from fxfact import timing
 from fxfact.timing import TICK, compared, milliseconds
 
 
@@ -31,6 +32,13 @@ def test_calls_take_turns(number: int, warm: int) -> None:
     one = warm + number
     assert "".join(ran).endswith(("a" * one + "b" * one) * 4)
     assert Counter(ran)["a"] <= 4 * one + 3
+
+
+def test_long_calls_are_not_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_TURN", 0.0)
+    ran: list[int] = []
+    milliseconds([partial(ran.append, 0)], repeats=4, number=1, warm=2)
+    assert len(ran) == 3 + 4
 
 
 def test_turns_end_within_the_seconds_given() -> None:
