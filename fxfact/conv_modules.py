@@ -55,6 +55,8 @@ def refusal_of(module: nn.Module) -> str:
         return reason
     if kind not in {*CONV_TYPES, *TRANSPOSED_TYPES, *PLAIN_TYPES}:
         return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else"
+    if list(module.children()) or {*module._parameters, *module._buffers} - {"weight", "bias"}:
+        return "it holds modules or tensors of its own, which a chain would displace"
     return "it has hooks, which a factorized convolution would lose" if has_hooks(module) else ""
 
 

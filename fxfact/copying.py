@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,15 +23,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     What is done to a parameter object (a new ``data``, a gradient) does not reach the model; writes to its memory do,
     and a ParameterGuard forbids them.
     """
-    aliases: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
-            alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-            vars(alias).update(vars(parameter))
-            aliases[id(parameter)] = alias
-        else:
-            aliases[id(parameter)] = parameter
-    return _copied(model, aliases)
+    return _copied(model, {id(parameter): _alias(parameter) for parameter in model.parameters()})
 
 
 def copy_sharing(module: nn.Module, shared: set[int]) -> nn.Module:
@@ -70,6 +62,17 @@ def _preserved(network: nn.Module) -> Mapping[str, Any]:
     meta = network.meta if isinstance(network, fx.GraphModule) and isinstance(network.meta, dict) else {}
     kept: Mapping[str, Any] = meta.get(_PRESERVED, {})
     return kept
+
+
+def _alias(parameter: Tensor) -> Tensor:
+    """A parameter of the same class on the same memory."""
+    held, grad = parameter.detach(), parameter.requires_grad
+    if type(held) is Tensor:  # of a parameter, or of a subclass of nn.Parameter, whose own constructor may ask for more
+        alias: Tensor = Tensor._make_subclass(cast(Any, type(parameter)), held, grad)
+    else:
+        alias = nn.Parameter(held, requires_grad=grad)
+    vars(alias).update(vars(parameter))
+    return alias
 
 
 def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:

@@ -6,8 +6,10 @@ its stages are its children '0', '1', …, so that their names are those of a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from threading import local
+from types import MappingProxyType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -63,28 +65,38 @@ class StandIn(nn.Module):
         return _empty, (kind,), vars(self)
 
 
+class _Inside(local):
+    """Of a thread: what stands for the kernels of the stand-ins whose forward it is in, by their ``id``."""
+
+    kernels: Mapping[int, Tensor] = MappingProxyType({})
+
+
+_INSIDE = _Inside()
+
+
 class _OfSubclass(StandIn):
     """On top of a subclass whose forward calls the functional convolution with ``self.weight``: that runs the stages.
 
-    Meanwhile ``weight`` is a stand-in too, of the right shape but all NaN, so that another use of it cannot go unseen.
+    Meanwhile ``weight`` is a stand-in too, of the right shape but all NaN, so that another use of it cannot go unseen;
+    in each thread another.
     """
-
-    _kernel: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = self._convs()[0].weight
         shape = to_torch(self._dense, first.new_empty(()).expand(self._dense.weight_shape)).shape
-        self._kernel = first.new_full((), float("nan")).expand(shape)
+        kernel, before = first.new_full((), float("nan")).expand(shape), _INSIDE.kernels
+        _INSIDE.kernels = {**before, id(self): kernel}
         try:
-            with _Redirected(self._kernel, lambda input: StandIn.forward(self, input)):
+            with _Redirected(kernel, lambda input: StandIn.forward(self, input)):
                 return super().forward(*args, **kwargs)
         finally:
-            self._kernel = None
+            _INSIDE.kernels = before
 
     @property
     def weight(self) -> Tensor:
         """The dense kernel, composed; within forward what stands for it."""
-        return StandIn.weight.__get__(self) if self._kernel is None else self._kernel
+        kernel: Tensor | None = _INSIDE.kernels.get(id(self))
+        return StandIn.weight.__get__(self) if kernel is None else kernel
 
 
 class _Redirected(TorchFunctionMode):

@@ -6,6 +6,7 @@ import copy
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,16 @@ def test_a_model_that_traces_becomes_one_graph(small: Small, image: Tensor) -> N
     assert isinstance(result, fx.GraphModule)
     assert (plan.capture, plan.compared, plan.refused) == ("trace", True, ())
     assert "compared with the model on example inputs" in str(plan)
+
+
+@pytest.mark.parametrize("name", ["own", "name", "leaves", "seed", "gradients", "given"])
+def test_an_optional_argument_may_have_any_name(image: Tensor, name: str) -> None:
+    """Those of functions of ours among them."""
+    models: dict[str, Any] = {}
+    for use in ("x", f"x if {name} is None else -x"):
+        exec(f"def forward(self, x, {name}=None): return Small.forward(self, {use})", globals(), models)
+        model = type("Optional", (Small,), {"forward": models["forward"]})()
+        assert fxfact.plan_of(factorized(model, image)).capture == ("trace" if use == "x" else "modules")
 
 
 def test_what_is_frozen_by_the_training_mode_is_not_traced(image: Tensor) -> None:
@@ -315,6 +326,25 @@ def test_tied_and_shared_convolutions_share_their_chain(image: Tensor) -> None:
     assert left == dict.fromkeys(("one", "two"), "its weight is also held by embedding")
 
 
+def test_tied_convolutions_that_are_called_in_another_order_than_defined(image: Tensor, tmp_path: Path) -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+            self.one.weight = self.two.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(self.two(x if x.sum() > 1e9 else x + 1))
+
+    model = Backwards()
+    small = factorized(model, image)
+    plan = fxfact.plan_of(small)
+    assert (plan.capture, plan["one"].tied_to) == ("modules", "two")
+    torch.testing.assert_close(fxfact.apply(plan, model)(image), small(image))
+    fxfact.save(small, tmp_path / "small.pt")
+    torch.testing.assert_close(fxfact.load(tmp_path / "small.pt", Backwards())(image), small(image))
+
+
 def test_what_nobody_has_seen_run_is_replaced_by_order_only() -> None:
     model = nn.Sequential(Branching(), Causal(5, 8, 3))
     with pytest.raises(CaptureError, match=r"cannot be captured\. trace: .* Pass example_inputs"):
@@ -471,6 +501,60 @@ def test_hostile_a_model_that_reads_a_weight_that_it_also_convolves_with(image: 
 # Bad input
 
 
+def test_a_train_method_may_return_nothing(image: Tensor) -> None:
+    class Silent(Small):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+
+    class Untraced(Silent, Branching):
+        pass
+
+    for model in (Silent(), Untraced()):
+        budget = fxfact.Latency(1.0)
+        made = [factorized(model, image), fxfact.factorize(model, "tucker", budget=budget, example_inputs=image)]
+        assert [network(image).shape for network in made] == [model(image).shape] * 2
+
+
+def test_parameters_may_be_of_a_subclass(image: Tensor) -> None:
+    class Own(nn.Parameter):
+        pass
+
+    class Headed(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.weight = Own(torch.randn(5, 12))
+
+    model = Headed()
+    result = factorized(model, image)
+    assert fxfact.plan_of(result).capture == "trace"
+    copied = result.get_submodule("head").weight
+    assert type(copied) is Own
+    assert copied is not model.head.weight
+    fxfact.calibrate(model, [image])
+    assert (model.head.weight.requires_grad, model.head.weight.grad) == (True, None)
+
+
+def test_what_a_convolution_holds_besides_is_not_lost(image: Tensor) -> None:
+    class Laden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+            self.one.gain = nn.Parameter(torch.rand(4, 1, 1))
+            self.two.side = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x) * self.one.gain
+            return self.two(x) + self.two.side(x)
+
+    model = Laden()
+    result = factorized(model, image)
+    assert [decision.path for decision in fxfact.plan_of(result).rewrites] == ["one", "two.side"]
+    assert result.one.gain.equal(model.one.gain)
+    traced = fxfact.plan(model, capture="trace")
+    assert "it holds modules or tensors of its own" in traced["one"].reason
+    assert "it holds modules or tensors of its own" in traced["two"].reason
+
+
 def test_models_that_cannot_be_compared_are_refused(image: Tensor) -> None:
     class Failing(Small):
         def forward(self, x: Tensor) -> Tensor:
@@ -544,6 +628,24 @@ def test_a_weight_that_forward_returns_stays(small: Small, image: Tensor, how: A
     plan = fxfact.plan(model, rank=0.5, example_inputs=image, capture=how)
     assert [decision.path for decision in plan.rewrites] == ["first"]
     assert "is also" in plan["second"].reason
+
+
+def test_a_stand_in_of_a_subclass_runs_in_several_threads_at_once(image: Tensor) -> None:
+    meetings = [threading.Barrier(1)]
+
+    class Meeting(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            meetings[-1].wait(timeout=60)
+            output = F.conv2d(input, self.weight, self.bias, self.stride, self.padding)
+            meetings[-1].wait(timeout=60)
+            return output
+
+    small = factorized(nn.Sequential(Meeting(4, 8, 3)), image, capture="modules")
+    expected = small(image)
+    meetings.append(threading.Barrier(2))
+    with ThreadPoolExecutor(2) as threads:
+        for found in threads.map(small, [image] * 8):
+            assert torch.equal(found, expected)
 
 
 def test_threads_factorize_and_run_models_at_once(small: Small, image: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,27 @@ def test_parts_of_one_weight_get_names_of_their_own(image: Tensor) -> None:
     result = fxfact.factorize(model, "tt", rank=10**6, allow_growth=True, example_inputs=image, fold_weights=True)
     assert [d.path for d in fxfact.plan_of(result).rewrites] == [f"conv.weight_folded_{k}" for k in range(3)]
     assert apart(model(image), result(image)) < 1e-5
+
+
+def test_what_a_weight_is_computed_from_stays_in_the_modules_that_are_called(image: Tensor) -> None:
+    class Reusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            centred = self.conv.weight - self.conv.weight.mean((1, 2, 3), keepdim=True)
+            scaled = self.norm.weight.view(-1, 1, 1, 1) * self.conv.weight
+            return self.norm(self.conv(x) + F.conv2d(x, centred, padding=1)) + F.conv2d(x, scaled, padding=1)
+
+    model = Reusing().eval()
+    nn.init.uniform_(model.norm.weight)
+    options: dict[str, Any] = {"rank": 10**6, "allow_growth": True, "fold_weights": True, "capture": "trace"}
+    for inputs in (None, image):
+        result = fxfact.factorize(model, "tt", example_inputs=inputs, **options)
+        paths = [decision.path for decision in fxfact.plan_of(result).rewrites]
+        assert paths == ["conv", "conv_folded_0", "conv_folded_1"]
+        assert apart(model(image), result(image)) < 1e-5
 
 
 def test_weights_that_depend_on_the_input_or_on_chance_are_never_folded(image: Tensor) -> None:

@@ -8,11 +8,13 @@ import logging
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxfact
@@ -82,6 +84,22 @@ def test_a_batch_norm_that_is_not_only_the_convolutions_stays() -> None:
     result = FoldBatchNorms()(fx.symbolic_trace(model))
     assert result is not None
     assert not result.modified
+
+
+@pytest.mark.parametrize("how", ["hook", "own forward", "subclass"])
+def test_a_batch_norm_that_does_more_than_its_class_stays(how: str) -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    norm = Doubled(4) if how == "subclass" else nn.BatchNorm2d(4)
+    if how == "hook":
+        norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    if how == "own forward":
+        norm.forward = partial(F.threshold, threshold=0.5, value=1.0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), norm).eval()
+    x = torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(fxfact.for_inference(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [(True, True), (False, True), (True, False), (False, False)])

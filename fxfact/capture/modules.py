@@ -27,10 +27,10 @@ def find_modules(
 
     What was observed in a run tells which are called, on what shapes, and whether their weights are used otherwise.
     Without it a subclass of PyTorch's convolutions is left alone, for its forward may be another, unless ``trusted``,
-    from such a run before, names all paths that may be replaced.
+    from such a run before, names all paths that may be replaced, in the order of their calls.
     """
     convs = {path: m for path, m in own.named_modules() if is_conv(m) and not isinstance(m, StandIn)}
-    order = [path for path in (observed.calls if observed else ()) if path in convs]
+    order = [path for path in (observed.calls if observed else trusted or ()) if path in convs]
     found = {path: _parse(path, convs[path], observed, trusted) for path in dict.fromkeys([*order, *convs])}
     found |= {skip.subject: skip for skip in _held_by_others(own, found)}
     sites = tied([item for item in found.values() if isinstance(item, ConvSite)])

@@ -12,7 +12,7 @@ from fxfact.capture.base import ExampleInputs, check_arguments, drawn_alike, rea
 from fxfact.capture.guard import OnlyTheCopy, ParameterGuard
 from fxfact.capture.observe import Observed, observe
 from fxfact.comparing import difference
-from fxfact.copying import copy_on_same_parameters, private_copy
+from fxfact.copying import copy_on_same_parameters, evaluated, private_copy
 from fxfact.errors import CaptureError
 
 _SAME = 0.1  # of what rounding may do to other kernels: here they are the same, and so are the operators
@@ -32,7 +32,7 @@ class Reference:
         example inputs, or not twice alike.
         """
         check_arguments(model, example_inputs)
-        plain, watched = private_copy(model).eval(), copy_on_same_parameters(own)
+        plain, watched = evaluated(private_copy(model)), copy_on_same_parameters(own)
         try:
             with OnlyTheCopy(model):
                 observed = observe(watched, example_inputs)

@@ -112,7 +112,13 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(
-    own: nn.Module, name: str, leaves: Sequence[str], *, seed: int = 1, gradients: bool = True, **given: Any
+    own: nn.Module,
+    name: str,
+    leaves: Sequence[str],
+    *,
+    seed: int = 1,
+    gradients: bool = True,
+    given: dict[str, Any] | None = None,
 ) -> fx.GraphModule:
     """``given`` are values that arguments are bound to."""
     _check_methods(own)
@@ -121,7 +127,7 @@ def _traced(
         tracer = _Tracer(leaves)
         try:
             with _ONE_AT_A_TIME:
-                graph = tracer.trace(own, concrete_args=given or None)
+                graph = tracer.trace(own, concrete_args=given)
         except CaptureError:
             raise
         except Exception as error:
@@ -157,7 +163,7 @@ def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leave
             raise CaptureError("forward makes a tensor anew in every call, which a traced graph would freeze")
     signature = inspect.signature(own.forward).parameters.values()
     optional = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
-    if optional and _operations(traced) != _operations(_traced(private_copy(again), "", leaves, **optional)):
+    if optional and _operations(traced) != _operations(_traced(private_copy(again), "", leaves, given=optional)):
         raise CaptureError(
             f"forward depends on whether {', '.join(optional)} is given, which a traced graph would freeze"
         )

@@ -70,8 +70,11 @@ def _install(root: fx.GraphModule, made: fx.Node, makers: list[fx.Node], value: 
     source = next((node for node in makers if node.op == "get_attr"), made)
     name = str(source.target) if source.op == "get_attr" else made.name
     readers = [node for node in root.graph.nodes if node.op == "get_attr" and node.target == name]
-    if not all(user in makers for reader in readers for user in reader.users):
-        names = (f"{name}_folded_{k}" for k in count())
+    used = any(user not in makers for reader in readers for user in reader.users)
+    called = _is_of_a_called_module(root, name)
+    if used or called:
+        stem = name.rpartition(".")[0] if called else name  # a module that is called may itself be factorized
+        names = (f"{stem}_folded_{k}" for k in count())
         name = next(new for new in names if get_tensor(root, new) is None)
     owner, _, own_name = name.rpartition(".")
     sources = [get_tensor(root, str(node.target)) for node in makers if node.op == "get_attr"]
@@ -91,7 +94,14 @@ def _install(root: fx.GraphModule, made: fx.Node, makers: list[fx.Node], value: 
     return name
 
 
+def _is_of_a_called_module(root: fx.GraphModule, name: str) -> bool:
+    tensor = get_tensor(root, name)
+    called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
+    return any(held is tensor for module in called for held in (*module.parameters(), *module.buffers()))
+
+
 def _drop_unread(root: fx.GraphModule, name: str) -> None:
-    if not any(node.op == "get_attr" and node.target == name for node in root.graph.nodes):
+    read = any(node.op == "get_attr" and node.target == name for node in root.graph.nodes)
+    if not read and not _is_of_a_called_module(root, name):
         owner, _, own_name = name.rpartition(".")
         delattr(root.get_submodule(owner), own_name)

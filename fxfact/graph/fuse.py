@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfact.conv import ConvLayer, ConvSpec, to_torch
-from fxfact.conv_modules import is_conv, read_conv, write_conv
+from fxfact.conv_modules import has_hooks, is_conv, read_conv, write_conv
 from fxfact.copying import copy_on_same_parameters
 
 _Pair = tuple[fx.Node, fx.Node]
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batch_norms(graph_module: fx.GraphModule) -> int:
@@ -61,8 +62,8 @@ def merge_pointwise(graph_module: fx.GraphModule) -> int:
 def _norms_behind_convs(graph_module: fx.GraphModule) -> Iterator[_Pair]:
     uses = _uses(graph_module)
     for norm in graph_module.graph.nodes:
-        module = _module(graph_module, norm)
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__.startswith("Sync"):
+        module: Any = _module(graph_module, norm)
+        if type(module) not in _NORMS or "forward" in vars(module) or has_hooks(module):
             continue
         if module.training or module.running_mean is None or len(norm.args) != 1 or norm.kwargs:
             continue

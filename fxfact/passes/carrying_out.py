@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfact.capture import Captured, ExampleInputs, How, capture, reexport
+from fxfact.copying import evaluated
 from fxfact.passes.base import Applied, applied, record, record_all
 from fxfact.passes.decomposing import Decomposing
 from fxfact.passes.factorize_convs import FactorizeConvs
@@ -34,7 +35,7 @@ def carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Mo
     plan = replace(plan, capture=captured.rung)  # a program may be given a plan that was made for its module
     if captured.rung == "modules":
         swapped = swap_convs(captured.network, {site.path: site for site in captured.sites}, plan, decomposing)
-        return in_form(swapped.eval(), plan.form) if plan.form else swapped
+        return in_form(evaluated(swapped), plan.form) if plan.form else swapped
     result = FactorizeConvs(plan, decomposing=decomposing)(cast(fx.GraphModule, captured.network))
     assert result is not None
     rewritten: fx.GraphModule = result.graph_module
@@ -42,7 +43,7 @@ def carry_out(plan: Plan, captured: Captured, decomposing: Decomposing) -> nn.Mo
         rewritten = copy.deepcopy(rewritten)
         record(rewritten, Applied(plan, {}))
     if plan.form:
-        rewritten = cast(fx.GraphModule, in_form(rewritten.eval(), plan.form))
+        rewritten = cast(fx.GraphModule, in_form(evaluated(rewritten), plan.form))
     if captured.program is None:
         return rewritten
     program = reexport(captured.program, rewritten)
