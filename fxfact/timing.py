@@ -40,7 +40,8 @@ def milliseconds(
     ``within`` seconds; without gradients. Raises TimingError where a call fails.
     """
     with torch.no_grad(), as_timing_errors():
-        timers = [timeit.Timer(call, timer=device_timer) for call in calls]
+        clock = _clock()
+        timers = [timeit.Timer(call, timer=clock) for call in calls]
         seconds = [min(timer.repeat(_FEWEST, 1)) for timer in timers]
         runs = [number or max(1, round(_TURN / max(each, 1e-7))) for each in seconds]
         before = [warm if each < _TURN else 0 for each in seconds]
@@ -48,6 +49,21 @@ def milliseconds(
         repeats = int(max(_FEWEST, min(repeats, within / round_of_all))) if round_of_all else repeats
         turns = [[_mean(*of) for of in zip(timers, before, runs, strict=True)] for _ in range(repeats)]
     return [[turn[k] for turn in turns] for k in range(len(calls))]
+
+
+def _clock() -> Callable[[], float]:
+    """Of seconds, which waits for what devices were given: of several for all that hold something."""
+    devices = range(torch.accelerator.device_count())
+    if len(devices) < 2:
+        return device_timer
+    used = [device for device in devices if torch.accelerator.memory_reserved(device)]
+
+    def now() -> float:
+        for device in used:
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 def _mean(timer: timeit.Timer, warm: int, number: int) -> float:

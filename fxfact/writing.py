@@ -12,12 +12,17 @@ from typing import BinaryIO, cast
 
 @contextmanager
 def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path`` when the block ends: all at once, and only if nothing was
-    raised. Whenever the process is killed, there is the old file or the new one. Raises OSError.
+    """A file to write to that takes the place of ``path``, or of what it links to, when the block ends: all at once,
+    and only if nothing was raised. Whenever the process is killed, there is the old file or the new one. A device or a
+    pipe is written to. Raises OSError.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder")
+        raise IsADirectoryError(f"{path} is a folder")
+    if target.exists() and not target.is_file():
+        with target.open("wb") as device:
+            yield device
+        return
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

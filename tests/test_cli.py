@@ -119,6 +119,22 @@ def test_a_program_is_inspected_compressed_verified_and_timed(room: Path, capsys
     assert "Conv2d(3→16, 3×3)" in capsys.readouterr().out
 
 
+def test_a_program_may_take_its_inputs_by_name(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(8, 16, 3)
+
+        def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
+            return self.conv(pixels)
+
+    torch.export.save(torch.export.export(Named().eval(), (), {"pixels": torch.randn(1, 8, 9, 9)}), "named.pt2")
+    assert told(capsys, "compress", "named.pt2", "-o", "small.pt2", "--rank", "0.5")["rewritten"] == 1
+    assert told(capsys, "verify", "named.pt2", "small.pt2")["right"]
+    assert told(capsys, "bench", "named.pt2", "small.pt2", "--repeats", "3")["speedup"] > 0
+    assert told(capsys, "report", "named.pt2", "small.pt2")["right"]
+
+
 def test_a_module_becomes_a_program_or_weights(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--input", "2,3,10,10"]
     told(capsys, "compress", "shop:small", "-o", "small.pt2", "--rank", "0.5", *shape, "--dynamic-batch")
@@ -305,12 +321,16 @@ def test_a_network_for_a_time_is_written(
         (["bench", "shop:small", "shop:small"], "pass --input"),
         (["bench", "net.pt2", "net.pt2", "--input", "3,4,16,16"], "fails on these inputs"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "number.npy"], "one number, not samples"),
+        (["plan", "net.pt2", "--macs", "0.5", "--calibration", "empty.npy"], "no array that can be read"),
+        (["plan", "net.pt2", "--macs", "0.5", "--calibration", "zip.npy"], "no array that can be read"),
     ],
 )
 def test_what_cannot_be_done_is_said(
     room: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     np.save("number.npy", np.float32(1))
+    Path("empty.npy").touch()
+    Path("zip.npy").write_bytes(b"PK\x03\x04 and nothing more")
     np.save("other.npy", np.zeros((4, 5, 10, 10), dtype=np.float32))
     assert main(arguments) == 1
     assert re.search(words, capsys.readouterr().err)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact.errors import ArgumentTypeError, FileError, FxfactError, PlanError
 from fxfact.factorizations import Tucker
-from fxfact.files.programs import _is_arithmetic
+from fxfact.files.harmless import _GUARD, _is_arithmetic, _is_operator
 
 
 class Net(nn.Module):
@@ -217,6 +219,148 @@ def test_nothing_in_a_program_is_executed(program: torch.export.ExportedProgram,
     refused("no part of a plain", lambda name, data: data, {"data/constants/custom_obj_0": payload(mark)})
     refused("does not say", lambda name, data: b"[]" if name.endswith("fxfact.json") else data)
     refused("cannot read|damaged", lambda name, data: b"{" if "models/" in name else data)
+
+
+def hidden(mark: Path, way: str) -> Callable[[str, bytes], bytes]:
+    """A change of a program's file after which PyTorch would touch ``mark``, on reading it or on running it."""
+    code = f"__import__('pathlib').Path('{mark}').touch()"
+
+    def change(name: str, data: bytes) -> bytes:
+        if way == "weight" and "/data/weights/" in name:
+            return pickled(data) if name.endswith(".json") else payload(mark)
+        if "/models/" not in name:
+            return data
+        model = json.loads(data)
+        graph = model["graph_module"]["graph"]
+        signature = model["graph_module"]["signature"]
+        if way == "input":
+            return data.replace(b'"x"', json.dumps(f"x={code}").encode())
+        if way == "operator":
+            node = next(node for node in graph["nodes"] if node["target"] == "torch.ops.aten.relu.default")
+            node["target"] = "torch.os.system"
+            node["inputs"] = [{"name": "", "arg": {"as_string": f"touch {mark}"}, "kind": 1}]
+        if way == "parameter":
+            path = f'first.weight", {code}) if 1 else (("'
+            first = next(each for each in signature["input_specs"] if "parameter" in each)
+            first["parameter"]["parameter_name"] = path
+        if way == "guard":
+            model["guards_code"] = [f"{code} is None"]
+        if way == "argument":
+            for call in model["graph_module"]["module_call_graph"]:
+                if call["signature"]:
+                    call["signature"]["forward_arg_names"] = [f"x={code}"]
+        return json.dumps(model).encode()
+
+    def pickled(data: bytes) -> bytes:
+        config = json.loads(data)
+        for each in config["config"].values():
+            each["use_pickle"] = True
+        return json.dumps(config).encode()
+
+    return change
+
+
+@pytest.mark.parametrize("way", ["weight", "input", "operator", "parameter", "guard", "argument"])
+def test_code_hidden_in_a_program_is_refused(
+    program: torch.export.ExportedProgram, x: Tensor, tmp_path: Path, way: str
+) -> None:
+    path, mark = tmp_path / "small.pt2", tmp_path / "mark"
+    fxfact.save(program, path)
+    rewritten(path, hidden(mark, way))
+    with pytest.raises(FileError, match=r"not read$"):
+        fxfact.load(path)
+    assert not mark.exists()
+
+
+def test_a_part_that_is_there_twice_is_refused(program: torch.export.ExportedProgram, tmp_path: Path) -> None:
+    path = tmp_path / "small.pt2"
+    fxfact.save(program, path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(archive.namelist()[0], b"other")
+    with pytest.raises(FileError, match="twice"):
+        fxfact.load(path)
+
+
+def test_programs_with_names_dictionaries_and_branches_are_read(tmp_path: Path) -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor, *, scale: Tensor, more: dict[str, Tensor]) -> dict[str, Tensor]:
+            y = self.conv(x)
+            with torch.no_grad():
+                mean = y.mean((2, 3))
+            y = torch.cond(mean.sum() > 0, lambda a: a + 1, lambda a: a - 1, (y,))
+            return {"out put": y * scale, "size": more["a b"] + x.shape[0] * 2}
+
+    given = {"scale": torch.ones(1), "more": {"a b": torch.ones(2)}}
+    sizes = {"x": {0: torch.export.Dim("batch", min=2)}, "scale": None, "more": {"a b": None}}
+    x = torch.randn(2, 3, 8, 8)
+    program = torch.export.export(Many().eval(), (x,), given, dynamic_shapes=sizes)
+    fxfact.save(program, tmp_path / "many.pt2")
+    again = fxfact.load(tmp_path / "many.pt2").module()(x, **given)
+    torch.testing.assert_close(again, program.module()(x, **given))
+
+
+@pytest.mark.parametrize(
+    ("guard", "harmless"),
+    [
+        ("L['x'].size()[0] >= 2 and L['x'].size()[1] == 3", True),
+        ("L['more']['a'].stride()[0] <= 2 * math.floor(L['x'].size()[2] / 4)", True),
+        ("L['x'].tofile('name')", False),
+        ("L.__class__", False),
+        ("exec(L['x'])", False),
+        ("L['x'].size()[0] == 1, '')\n  exec", False),
+    ],
+)
+def test_which_guards_are_comparisons_of_sizes(guard: str, harmless: bool) -> None:
+    assert bool(_GUARD.fullmatch(guard)) == harmless
+
+
+@pytest.mark.parametrize(
+    ("target", "harmless"),
+    [
+        ("torch.ops.aten.conv2d.default", True),
+        ("torch.ops.higher_order.cond", True),
+        ("torch.ops.unknown.operator.default", True),  # of which PyTorch says so
+        ("_operator.add", True),
+        ("math.trunc", True),
+        ("torch.sym_not", True),
+        ("torch.load", False),
+        ("torch.ops.load_library", False),
+        ("torch.ops.aten.conv2d.default.__init__", False),
+        ("_operator.call", False),
+    ],
+)
+def test_which_targets_are_operators(target: str, harmless: bool) -> None:
+    assert _is_operator(target) == harmless
+
+
+def test_loading_what_was_not_factorized_leaves_the_model_alone(tmp_path: Path) -> None:
+    one, other = net(0), net(1)
+    before = other.first.weight.clone()
+    fxfact.save(one, tmp_path / "dense.pt")
+    again = fxfact.load(tmp_path / "dense.pt", other)
+    assert again is not other
+    assert other.first.weight.equal(before)
+    assert again.first.weight.equal(one.first.weight)
+
+
+def test_links_and_pipes_are_written_through(x: Tensor, tmp_path: Path) -> None:
+    plan = fxfact.plan(net(), rank=0.4, example_inputs=x)
+    real, link, pipe = (tmp_path / name for name in ("real.json", "link.json", "pipe"))
+    real.write_text("old")
+    link.symlink_to(real)
+    plan.save(link)
+    assert link.is_symlink()
+    assert fxfact.Plan.load(real) == plan
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(pipe.read_text)
+        plan.save(pipe)
+        assert fxfact.Plan.from_json(json.loads(reading.result(timeout=60))) == plan
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(

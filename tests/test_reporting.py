@@ -146,6 +146,28 @@ def test_other_ways_of_capturing_are_reported_alike(kind: str, found: Report, x:
     assert "keeps its own Python" in report.to_html() or kind == "export"
 
 
+def test_shares_are_of_all_that_the_model_computes_whether_or_not_it_has_a_block(x: Tensor) -> None:
+    shares = []
+    for kind in (Net, Own):
+        model, small = made(kind, x)
+        page = fxfact.report(model, small, x).to_html()
+        shares.append(re.findall(r"stem [^<]*MACs, ([\d.]+%)", page))
+    assert shares[0][0] == shares[1][0] != "100.0%"
+
+
+def test_a_chain_that_is_called_twice_is_drawn_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(torch.relu(self.conv(x))))
+
+    small = fxfact.factorize(Twice().eval(), "tucker", rank=0.5)
+    assert fxfact.to_dot(small).count("subgraph") == 3
+
+
 class _Balanced(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

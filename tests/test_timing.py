@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import torch
 
 from fxfact import timing
 from fxfact.timing import TICK, compared, milliseconds
@@ -39,6 +40,15 @@ def test_long_calls_are_not_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
     milliseconds([partial(ran.append, 0)], repeats=4, number=1, warm=2)
     assert len(ran) == 3 + 4
+
+
+def test_all_devices_that_hold_something_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 8 * (device != 1))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    milliseconds([lambda: waited.append(-1)], repeats=1, number=1, warm=0)
+    assert waited[-5:] == [0, 2, -1, 0, 2]
 
 
 def test_turns_end_within_the_seconds_given() -> None:

@@ -7,12 +7,14 @@ import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxfact.capture import ExampleInputs, inputs_of
 from fxfact.errors import ArgumentError, CalibrationError, FileError
 from fxfact.files import load
 
@@ -21,7 +23,7 @@ class Given(NamedTuple):
     """A module or an ExportedProgram, and the arguments that it is looked at with; None where none were given."""
 
     model: Any
-    inputs: tuple[Any, ...] | None
+    inputs: ExampleInputs | None
 
 
 def read_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> Given:
@@ -33,8 +35,7 @@ def read_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> G
         if weights:
             raise ArgumentError("--weights is for package.module:callable; a .pt2 file has its own")
         program: ExportedProgram = load(text)
-        own = program.example_inputs
-        return Given(program, arguments or (tuple(own[0]) if own else None))
+        return Given(program, arguments or (inputs_of(program) if program.example_inputs else None))
     model = _called(text)
     if weights:
         try:
@@ -59,7 +60,7 @@ def read_batches(path: str, size: int) -> list[Tensor]:
             samples = torch.from_numpy(array)
             if not array.ndim:
                 raise ValueError("one number, not samples along the first axis")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
             raise CalibrationError(f"{file}: no array that can be read: {error}") from error
         batches += torch.split(samples.float() if samples.dtype == torch.float64 else samples, size)
     return batches

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from fxfact.api import apply, calibrate, factorize, plan_of
 from fxfact.api import plan as decide
 from fxfact.calibration import Statistics, held_out_of
+from fxfact.capture import ExampleInputs, arguments_of
 from fxfact.cli.base import Given, read_batches, read_model, runnable
 from fxfact.comparing import relative_error
 from fxfact.cost import Cost
@@ -147,9 +148,9 @@ def bench(given: Arguments) -> int:
     networks = [runnable(read.model) for read in reads]
     for read in reads:
         _run(read.model, inputs)  # which says so where it does not
-    times = milliseconds(
-        [partial(network, *inputs) for network in networks], repeats=given.repeats, number=given.number
-    )
+    args, kwargs = arguments_of(inputs)
+    calls = [partial(network, *args, **kwargs) for network in networks]
+    times = milliseconds(calls, repeats=given.repeats, number=given.number)
     rows = [
         {"network": text, "ms": median(own), "fastest": min(own), "slowest": max(own),
          "parameters": sum(p.numel() for p in network.parameters())}
@@ -207,7 +208,7 @@ def _data(given: Arguments, *, measured: bool) -> tuple[Statistics | list[Any] |
 def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:
     """The factorized module as a program that knows what was done to it."""
     assert read.inputs is not None
-    inputs, shapes = read.inputs, None
+    (inputs, _), shapes = arguments_of(read.inputs), None  # a module is given no others
     if dynamic:
         batch = torch.export.Dim("batch", min=1)
         shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, inputs)
@@ -234,17 +235,18 @@ def _example(read: Given) -> Any:
     return None if isinstance(read.model, ExportedProgram) else read.inputs
 
 
-def _needed(*reads: Given) -> tuple[Any, ...]:
+def _needed(*reads: Given) -> ExampleInputs:
     inputs = next((read.inputs for read in reads if read.inputs is not None), None)
     if inputs is None:
         raise ArgumentError("pass --input 1,3,224,224, the shape of what the networks are called with")
     return inputs
 
 
-def _run(model: nn.Module | ExportedProgram, inputs: tuple[Any, ...]) -> Any:
+def _run(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Any:
+    args, kwargs = arguments_of(inputs)
     with torch.no_grad():
         try:
-            return runnable(model)(*inputs)
+            return runnable(model)(*args, **kwargs)
         except Exception as error:
             raise VerificationError(f"a network fails on these inputs: {error}") from error
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.api import apply
+from fxfact.copying import copy_sharing
 from fxfact.errors import FileError, first_differences
 from fxfact.files.base import Kinds, history_from_text, history_to_text
 from fxfact.passes import applied, record_all
@@ -44,7 +45,7 @@ def load_state(path: str | os.PathLike[str], model: _Module, kinds: Kinds) -> _M
     if not isinstance(data, Mapping) or not isinstance(data.get("state"), Mapping):
         raise FileError(f"{path}: no network of fxfact.save's. (A plain state_dict goes into net.load_state_dict.)")
     history = history_from_text(path, data.get("fxfact"), kinds)
-    network: nn.Module = model
+    network: nn.Module = model if history else copy_sharing(model, set())
     for done in history:
         network = apply(done.plan, network, weights="empty")
     own = network.state_dict()

@@ -69,7 +69,7 @@ class _Graph:
         before = self._drawn[inputs[0]] if len(inputs) == 1 else None
         if before is not None and list(before.last.users) == [node]:
             old, grown = before.block, None
-            if path and before.path == path:
+            if path and before.path == path and not self._begins(node):
                 macs = (Cost(0, old.macs) + Cost(0, self._macs_of(node))).macs
                 grown = replace(old, stages=(*old.stages, self._name(node)), macs=macs)
             elif self._goes_behind(node, old):
@@ -104,6 +104,10 @@ class _Graph:
         own = verdict.path if isinstance(verdict, GraphSite) else str(node.target) if node.op == "call_module" else ""
         path, _, index = own.rpartition(".")
         return path if path in self._chains and index.isdecimal() else ""
+
+    def _begins(self, node: fx.Node) -> bool:
+        """Whether a chain's node calls its first stage: it is called again."""
+        return str(node.target).endswith(".0")
 
     def _macs_of(self, node: fx.Node) -> int | None:
         known = self._macs.get(node)

@@ -94,7 +94,8 @@ def _pictures(facts: Facts) -> Iterable[str]:
         )
     if any(block.stages for block in after.blocks):
         yield '<p>A click on a blue block shows its stages. <button id="all">all stages</button></p>'
-    scale = Scale(before.macs, max(block.macs or 0 for flow in facts.flows for block in flow.blocks))
+    largest = max(block.macs or 0 for flow in facts.flows for block in flow.blocks)
+    scale = Scale(facts.before.macs or before.macs, largest)
     drawn = [picture(flow, scale) for flow in facts.flows]
     yield f'<div class="pictures">{"".join(f"<div>{each}</div>" for each in drawn)}</div>'
 
