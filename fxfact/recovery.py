@@ -64,7 +64,8 @@ def recover(
     (random flips, shifts); the original sees the same. With ``mixup`` the samples of these tensors are drawn towards
     each other (Zhang et al. 2018), and what is held out is looked at in both ways: for an original that was trained on
     these very samples, of which it says little but their labels. Without an end by ``seconds``, and with an ``augment``
-    that is, deterministic by ``seed``. Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
+    that is, deterministic by ``seed``. Of several processes each works alone, as in ``repair``.
+    Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     steps, patience, seed = whole("steps", steps, 1), whole("patience", patience, 1), whole("seed", seed, 0, MOST_SEED)
     for name, number in (("seconds", seconds), ("lr", lr)):
@@ -83,7 +84,9 @@ def recover(
             share = max(step / steps, (time.perf_counter() - started) / seconds)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, share))) * min(1.0, step / 20)
-            batch = _augmented(pair.batches[int(torch.randint(len(pair.batches), (), generator=order))], augment)
+            batch = _augmented(
+                pair.batches[int(torch.randint(len(pair.batches), (), generator=order, device="cpu"))], augment
+            )
             optimizer.zero_grad()
             torch.autograd.backward(distillation.loss(mix(batch) if mix else batch))
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -134,13 +137,21 @@ class _Distillation:
             handle.remove()
 
     def loss(self, batch: ExampleInputs) -> Tensor:
-        """To be minimised: distance of the outputs, and the mean of the features' relative squares."""
+        """To be minimised: distance of the outputs, and the mean of the features' relative squares. Raises
+        ArgumentError where it has no gradient.
+        """
         for features in self._features:
             features.clear()
         distance = self._pair.distances(batch).mean()
         both = self._features[0].keys() & self._features[1].keys()  # what was called, in both
         squares = [_relative(*(features[path] for features in self._features)) for path in sorted(both)]
-        return distance + torch.stack(squares).mean() if squares else distance
+        loss = distance + torch.stack(squares).mean() if squares else distance
+        if not loss.requires_grad:
+            raise ArgumentError(
+                "recover: no gradient leads from the output to the parameters: forward runs without gradients, or "
+                "detaches its output. Take that out, or use repair, which needs none."
+            )
+        return loss
 
 
 @dataclass
@@ -191,7 +202,7 @@ def _relative(wanted: Tensor, given: Tensor) -> Tensor:
 def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
     def changed(value: Tensor) -> Tensor:
         try:
-            return augment(value) if augment else value
+            return augment(value.clone()) if augment else value
         except Exception as error:
             raise ArgumentError(f"augment fails on a tensor {tuple(value.shape)} of a batch: {error!r}") from error
 
@@ -208,7 +219,8 @@ class _Mixup:
         sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
         if not sizes:
             return batch
-        shares, others = torch.rand(sizes[0], generator=self._draw), torch.randperm(sizes[0], generator=self._draw)
+        drawn: Any = {"generator": self._draw, "device": "cpu"}
+        shares, others = torch.rand(sizes[0], **drawn), torch.randperm(sizes[0], **drawn)
 
         def mixed(value: Tensor) -> Tensor:
             if value.shape[:1] != shares.shape:

@@ -24,7 +24,7 @@ _GRAPH, _MOST = 0.002, 20  # seconds of the runs in a graph, when launched one b
 
 def random_numbers(shape: Sequence[int]) -> Tensor:
     """Standard normal numbers to time with, the same for each shape; PyTorch's own generator stays where it is."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def milliseconds(

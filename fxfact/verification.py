@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model, storage_of
+from fxfact.capture import ByMemory, ExampleInputs, inputs_of, reason_of, run_model
 from fxfact.comparing import relative_error, tolerance_for
 from fxfact.conv import to_torch
 from fxfact.conv_modules import composed
@@ -161,7 +161,7 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._weights = {path: _weight_of(network, path) for path in kernels}
-        self._paths = {storage_of(weight): path for path, weight in self._weights.items()}
+        self._paths = ByMemory(self._weights.items())
         self._missed: dict[str, float] = defaultdict(float)
         self._total: dict[str, float] = defaultdict(float)
         self.outputs: dict[torch.dtype, Tensor] = {}  # an empty one for each precision of convolutions
@@ -173,7 +173,7 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weight = args[1] if len(args) > 1 and looks_like_conv(func) else None
         if weight is not None:
             self.outputs[output.dtype] = output.new_empty(0)
-        path = self._paths.get(storage_of(weight)) if isinstance(weight, Tensor) else None
+        path = self._paths.name_of(weight) if isinstance(weight, Tensor) else None
         if path is not None and isinstance(weight, Tensor):
             other = func(args[0], self._kernels[path].to(weight.dtype), *args[2:], **(kwargs or {}))
             self._missed[path] += float((other - output).double().square().sum())

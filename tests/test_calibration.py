@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import fxfact
 from fxfact.calibration.moments import Window
 from fxfact.conv import ConvSpec
 from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, CalibrationError, PlanError
+from fxfact.factorizations import Factorization
+from fxfact.factorizations.stages import pointwise
 from fxfact.metric import as_matrix
 from fxfact.ranks.knapsack import Class, Knapsack
 from fxfact.skip import Skip
+from fxfact.tensor import truncated_svd
 from tests.conftest import ALL, by_name
 
 
@@ -438,6 +443,124 @@ def test_two_processes_give_the_plan_of_one(model: nn.Module, x: Tensor, tmp_pat
                 assert float((mine - theirs).norm()) <= 1e-6 * float(mine.norm())
         found = fxfact.Plan.load(tmp_path / f"{rank}.json")
         assert [(d.factorization, d.rank) for d in found] == [(d.factorization, d.rank) for d in plan]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthwiseFirst(Factorization):
+    """Depthwise k×k, R maps of every channel → 1×1: an SVD of every input channel's kernels."""
+
+    name = "depthwise_first"
+
+    def _rejects(self, block: ConvSpec) -> str | None:
+        return "transposed" if block.transposed else None
+
+    def _max_rank(self, block: ConvSpec) -> tuple[int, ...]:
+        return (min(math.prod(block.kernel_size), block.out_channels),)
+
+    def _stages(self, block: ConvSpec, rank: tuple[int, ...]) -> tuple[ConvSpec, ...]:
+        maps = block.in_channels * rank[0]
+        return (replace(block, out_channels=maps, groups=block.in_channels), pointwise(block, maps, block.out_channels))
+
+    def _weights(self, block: ConvSpec, weight: Tensor, rank: tuple[int, ...], random: Any) -> tuple[Tensor, ...]:
+        parts = [truncated_svd(part.flatten(1), *rank) for part in weight.unbind(1)]
+        return torch.cat([right for _, right in parts]), torch.cat([left for left, _ in parts], 1)
+
+
+def test_a_factorization_with_groups_at_its_ends_is_planned_on_data(model: nn.Module, x: Tensor) -> None:
+    asked: dict[str, Any] = {"calibration": x.split(8), "example_inputs": x[:1], "verify": True}
+    given = fxfact.factorize(model, DepthwiseFirst(), rank=2, **asked)
+    within = fxfact.factorize(model, DepthwiseFirst(), budget=fxfact.Macs(0.7), **asked)
+    assert [d.path for d in fxfact.plan_of(given).rewrites] == ["first", "grouped"]
+    assert fxfact.plan_of(within).rewrites
+
+
+def test_weights_that_are_parts_of_one_storage_are_told_apart(x: Tensor) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))]
+        model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    apart = fxfact.calibrate(model, x.split(8))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters())
+    assert model[0].weight.untyped_storage()._cdata == model[1].weight.untyped_storage()._cdata
+    together = fxfact.calibrate(model, x.split(8))
+    assert list(together.moments) == ["0", "1", "2"]
+    for path, metric in apart.moments.items():
+        torch.testing.assert_close(metric.input.factors[0], together.moments[path].input.factors[0])
+        torch.testing.assert_close(metric.output.factors[0], together.moments[path].output.factors[0])
+    for how in ("trace", "modules"):
+        small = fxfact.factorize(model, "tucker", rank=0.5, example_inputs=x[:2], capture=how, verify=True)
+        assert len(fxfact.plan_of(small).rewrites) == 3
+
+
+def test_a_part_of_a_weight_that_forward_reads_is_still_seen(x: Tensor) -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x)) * self.two.weight[3:5].sum()
+
+    model = Reading().eval()
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters())
+    plan = fxfact.plan(model, "tucker", rank=0.5, example_inputs=x[:2], capture="modules")
+    assert [decision.path for decision in plan.rewrites] == ["one"]
+    assert "its weight is also read by" in plan["two"].reason
+
+
+class Mixed(Classifier):
+    """In mixed precision of its own accord."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+def test_convolutions_under_autocast_are_learned_from_like_others(model: nn.Module, x: Tensor) -> None:
+    mixed = Mixed().eval()
+    mixed.load_state_dict(model.state_dict())
+    expected, found = (fxfact.calibrate(each, x.split(8), likelihood="gaussian") for each in (model, mixed))
+    assert found.moments.keys() == expected.moments.keys()
+    for path, metric in expected.moments.items():
+        one, other = (m.input.factors[0] for m in (metric, found.moments[path]))
+        assert float((one - other).norm()) < 0.02 * float(one.norm())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=expected, example_inputs=x[:1])
+    outside = fxfact.plan(model, budget=fxfact.Macs(0.6), calibration=expected, example_inputs=x[:1])
+    assert [decision.rank for decision in inside] == [decision.rank for decision in outside]
+
+
+def test_gradients_that_are_no_numbers_are_told_and_calls_on_nothing_do_no_harm(x: Tensor) -> None:
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.rare, self.head = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z, chosen = y.clone(), y.mean((1, 2, 3)) > 1e9
+            z[chosen] = self.rare(y[chosen])
+            return self.head(z.var((2, 3)).sqrt())
+
+    model = Spread().eval()
+    assert list(fxfact.calibrate(model, x.split(8)).moments) == ["conv"]
+    blank = x.clone()
+    blank[5] = 0  # the root of whose variance has no gradient
+    with pytest.raises(CalibrationError, match=r"at conv an input or a gradient is NaN"):
+        fxfact.calibrate(model, blank.split(8))
+
+
+def test_the_default_device_does_not_matter(model: nn.Module, x: Tensor) -> None:
+    kinds = ["tucker", "cp", "channel_svd"]
+    with torch.device("meta"):  # stands for a GPU: what is made there by mistake is of no use here
+        statistics = fxfact.calibrate(model, x.split(8))
+        small = fxfact.factorize(model, kinds, budget=fxfact.Macs(0.6), calibration=statistics, example_inputs=x[:1])
+        repaired, _ = fxfact.repair(small, model, x.split(4))
+        fxfact.recover(small, model, x.split(4), steps=3, mixup=True)
+        fxfact.factorize(model, kinds, budget=fxfact.Latency(1.0), example_inputs=x[:1])
+    again = fxfact.factorize(model, kinds, budget=fxfact.Macs(0.6), calibration=statistics, example_inputs=x[:1])
+    torch.testing.assert_close(small(x), again(x))
+    torch.testing.assert_close(repaired(x), fxfact.repair(again, model, x.split(4))[0](x))
 
 
 def test_without_example_inputs_a_sample_of_the_data_shows_how_the_model_runs() -> None:

@@ -23,7 +23,7 @@ from fxfact.choosing import Selected
 from fxfact.conv import ConvLayer
 from fxfact.conv_modules import read_conv
 from fxfact.errors import ArgumentError, CalibrationError, WeightError
-from fxfact.factorizations import FACTORIZATIONS, ChannelSVD
+from fxfact.factorizations import FACTORIZATIONS, ChannelSVD, CPMobilenet
 from fxfact.ranks import ByPath, WithinBudget, parse_several
 from fxfact.ranks.bearing import read_off
 
@@ -245,6 +245,19 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(CalibrationError, match=words):
         planned(model, **arguments(fxfact.calibrate(model, [data()])))
+
+
+def test_what_begins_at_random_is_foreseen_without_chance(model: nn.Module) -> None:
+    asked: dict[str, Any] = {"budget": fxfact.Macs(0.6), "calibration": data().split(8), "example_inputs": data()[:1]}
+    made = [
+        fxfact.factorize(model, CPMobilenet(init="random"), generator=torch.Generator().manual_seed(seed), **asked)
+        for seed in (1, 1, 2)
+    ]
+    ranks = [[decision.rank for decision in fxfact.plan_of(each)] for each in made]
+    assert ranks[0] == ranks[1] == ranks[2] == [d.rank for d in fxfact.plan(model, CPMobilenet(init="random"), **asked)]
+    one, same, other = (each(data()) for each in made)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 def test_given_ranks_are_not_measured(model: nn.Module) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import Small, random_input, random_layer
 from torch import Tensor, nn
@@ -182,6 +185,66 @@ def test_calls_that_differ_from_batch_to_batch_and_batches_that_come_once() -> N
     with torch.no_grad():
         _, recovery = fxfact.recover(small, model, (batch for batch in x.split(4)), steps=20)
     assert recovery.after < recovery.before
+
+
+def test_what_augment_writes_to_is_not_the_callers(small: Small, factorized: nn.Module, data: Tensor) -> None:
+    def blanked(maps: Tensor) -> Tensor:
+        assert not bool((maps[..., :3, :3] == 0).all())
+        maps[..., :3, :3] = 0
+        return maps
+
+    before = data.clone()
+    fxfact.recover(factorized, small, data.split(8), steps=12, augment=blanked)
+    assert torch.equal(data, before)
+
+
+def test_models_that_run_without_gradients_are_repaired_and_not_trained(data: Tensor) -> None:
+    class Frozen(Small):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Inside(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                x = self.first(x)
+            return self.head(torch.relu(self.second(self.norm(x.clone()))).mean((2, 3)))
+
+    for kind in (Frozen, Inside):
+        torch.manual_seed(0)
+        model = kind().eval()
+        small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=data[:2])
+        _, report = fxfact.repair(small, model, data.split(8))
+        assert report.after < report.before
+    model = Frozen().eval()
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=data[:2])
+    with pytest.raises(ArgumentError, match="no gradient leads from the output to the parameters"):
+        fxfact.recover(small, model, data.split(8))
+
+
+def _one_alone(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.randn(32, 4, 10, 10, generator=torch.Generator().manual_seed(0))
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=x[:2])
+    if rank == 0:
+        repaired, _ = fxfact.repair(small, model, x.split(8))
+        trained, report = fxfact.recover(repaired, model, x.split(8), steps=12)
+        torch.save([report.before, trained(x).detach()], f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+def test_one_process_of_several_may_repair_and_train_alone(data: Tensor, tmp_path: Path) -> None:
+    mp.spawn(_one_alone, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    model = Small().eval()
+    small = fxfact.factorize(model, "tucker", rank=0.4, example_inputs=data[:2])
+    repaired, _ = fxfact.repair(small, model, data.split(8))
+    trained, report = fxfact.recover(repaired, model, data.split(8), steps=12)
+    before, output = torch.load(tmp_path / "found.pt")
+    assert before == pytest.approx(report.before, rel=1e-4)
+    torch.testing.assert_close(output, trained(data), rtol=1e-3, atol=1e-4)
 
 
 def test_modules_that_are_no_plain_convolutions_are_not_compared_with_chains(data: Tensor) -> None:

@@ -14,7 +14,7 @@ from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, run_batch
 from fxfact.calibration.likelihood import Draw, Likelihood, dense_of, likelihood_for
 from fxfact.calibration.moments import Sums, Window
-from fxfact.capture import Captured, storage_of
+from fxfact.capture import ByMemory, Captured
 from fxfact.copying import evaluated, private_copy
 from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
@@ -22,7 +22,7 @@ from fxfact.progress import Progress, shown
 
 MOST_SEED = 2**23 - 1  # with the number of a sample in the other 40 bits a generator's seed
 _POSITIONS = 64  # patches of a sample that are looked at, of each convolution
-_backward = torch.ops.aten.convolution_backward.default
+_backward, _converted = torch.ops.aten.convolution_backward.default, torch.ops.aten._to_copy.default
 
 
 @torch.inference_mode(False)
@@ -42,17 +42,15 @@ def calibrate(
     """
     network = _prepared(captured.network)
     leaders = [site for site in captured.sites if site.tied_to is None]
-    sums = {}
-    for site in leaders:
-        weight = weight_at(network, site.path)
-        if weight is not None:
-            sums[site.path] = (storage_of(weight), Sums(site.spec, weight.device))
-    collector = _Collector(dict(sums.values()))
+    weights = {site.path: weight for site in leaders if (weight := weight_at(network, site.path)) is not None}
+    sums = {site.path: Sums(site.spec, weights[site.path].device) for site in leaders if site.path in weights}
+    collector = _Collector(sums, weights)
     drawing, known = _Drawing(seed), None
-    output_sums = torch.zeros(3, dtype=torch.float64)  # count, sum, squares
+    output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # count, sum, squares
     for batch in shown(arguments_for(network, batches, captured.example_inputs), None, "calibrating", progress):
         with torch.enable_grad():
-            output = run_batch(network, batch)
+            with collector:
+                output = run_batch(network, batch)
             known = known or likelihood_for(likelihood, output)
             dense = dense_of(output)
             drawing.begin(len(dense[0]))
@@ -69,19 +67,24 @@ def calibrate(
             with collector.on(drawing.fractions):
                 torch.autograd.backward([tensors[k] for k in pulled], [gradients[k] for k in pulled])
         drawing.end()
+        collector.forget()
     if known is None:
         raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
-    counted = torch.tensor([float(drawing.samples)], dtype=torch.float64)
-    all_reduce([counted, output_sums, *(tensor for _, found in sums.values() for tensor in found.tensors)])
+    counted = torch.tensor([float(drawing.samples)], dtype=torch.float64, device="cpu")
+    all_reduce([counted, output_sums, *(tensor for found in sums.values() for tensor in found.tensors)])
     return _statistics(sums, known, float(counted), output_sums)
 
 
-def _statistics(
-    sums: Mapping[str, tuple[int | None, Sums]], known: Likelihood, samples: float, output_sums: Tensor
-) -> Statistics:
+def _statistics(sums: Mapping[str, Sums], known: Likelihood, samples: float, output_sums: Tensor) -> Statistics:
     count, total, squares = output_sums.tolist()
     variance = max(0.0, squares / count - (total / count) ** 2) if count else 0.0
-    metrics = {path: found.metric(samples, known.scale(variance)) for path, (_, found) in sums.items()}
+    for path, found in sums.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in found.tensors):
+            raise CalibrationError(
+                f"calibration: at {path} an input or a gradient is NaN or Inf, though the output is not, as of a "
+                "square root at zero. Drop the sample (a blank one?), or keep the root away from zero."
+            )
+    metrics = {path: found.metric(samples, known.scale(variance)) for path, found in sums.items()}
     if metrics and not any(metrics.values()):
         raise CalibrationError(
             "calibration: the gradients of the output reach no convolution. Pass a likelihood that depends on them, or "
@@ -91,7 +94,7 @@ def _statistics(
         samples=int(samples),
         likelihood=known.name,
         shrinkage=known.shrinkage,
-        specs={path: found.spec for path, (_, found) in sums.items() if metrics[path] is not None},
+        specs={path: found.spec for path, found in sums.items() if metrics[path] is not None},
         moments={path: metric for path, metric in metrics.items() if metric is not None},
     )
 
@@ -104,13 +107,17 @@ class _Drawing:
         world = dist.is_available() and dist.is_initialized()
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if world else (0, 1)
         self._generators: list[torch.Generator] = []
-        self.fractions = torch.empty(0)
+        self.fractions = torch.empty(0, device="cpu")
 
     def begin(self, count: int) -> None:
-        """The next ``count`` samples: their positions, and generators for what ``normal`` draws."""
+        """The next ``count`` samples: their positions, and generators for what ``normal`` draws. Raises
+        CalibrationError for none.
+        """
+        if not count:
+            raise CalibrationError("calibration: the output of a batch has no samples. Drop such batches.")
         numbers = [(self.samples + k) * self._world + self._rank for k in range(count)]
         self._generators = [torch.Generator().manual_seed((self._seed << 40) + number) for number in numbers]
-        self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own) for own in self._generators])
+        self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own, device="cpu") for own in self._generators])
 
     def end(self) -> None:
         """The samples are done with."""
@@ -125,39 +132,50 @@ class _Drawing:
                 raise CalibrationError(
                     f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis"
                 )
-            rows = [torch.randn(tensor.shape[1:], generator=own) for own in self._generators]
+            rows = [torch.randn(tensor.shape[1:], generator=own, device="cpu") for own in self._generators]
             return torch.stack(rows).to(tensor.device)
 
         return draw
 
 
 class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the backward pass come to every convolution, which gets input and gradient there; spares their weights'."""
+    """Sees the backward pass come to every convolution, which gets input and gradient there; spares their weights'.
+    Forward it sees the weights become others of another type, as under autocast, which last until then.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self, sums: Mapping[int | None, Sums]) -> None:
+    def __init__(self, sums: Mapping[str, Sums], weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sums, self._fractions = sums, torch.empty(0)
+        self._weights, self._converted = ByMemory(weights.items()), ByMemory()
 
     def on(self, fractions: Tensor) -> _Collector:
         """To look at the patches of these samples at these fractions of all positions."""
         self._fractions = fractions
         return self
 
+    def forget(self) -> None:
+        """What was of a batch: it is gone."""
+        self._fractions, self._converted = torch.empty(0), ByMemory()
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not _backward:
-            return func(*args, **(kwargs or {}))
+        if func is not _backward or not len(self._fractions):  # a backward pass of the model's own
+            result = func(*args, **(kwargs or {}))
+            if func is _converted and (path := self._weights.name_of(args[0])) is not None:
+                self._converted.add(path, result)
+            return result
         gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, mask = args
-        if (found := self._sums.get(storage_of(weight))) is not None:
+        path = self._weights.name_of(weight) or self._converted.name_of(weight)
+        if path is not None and len(input):
             with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
                 order = input.ndim - 2
                 window = Window(weight.shape[2:], *(_per_axis(v, order) for v in (stride, padding, dilation)))
                 samples = self._fractions
                 samples = samples if len(input) % len(samples) == 0 else samples[:1]
-                found.add(input, gradient, window, samples)
+                self._sums[path].add(input, gradient, window, samples)
         if not mask[0]:
             return None, None, None
         only_input = [True, False, False]

@@ -49,20 +49,25 @@ class ReferenceOutputs:
         return torch.cat(parts).double().cpu()
 
     def divergence(self, network: nn.Module) -> float:
-        """Their mean over the samples of every process."""
+        """Their mean over the samples of this process."""
         return mean_and_error(self.divergences(network))[0]
 
 
-def is_below_zero(differences: Tensor) -> bool:
-    """Whether the mean of the values (n,) of every process is, by more than may be chance: two standard errors."""
-    mean, error = mean_and_error(differences)
+def is_below_zero(differences: Tensor, *, everywhere: bool = False) -> bool:
+    """Whether the mean of the values (n,) is, by more than may be chance: two standard errors; ``everywhere``: of those
+    of every process.
+    """
+    mean, error = mean_and_error(differences, everywhere=everywhere)
     return mean < -_CLEARLY * error
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean of the values (n,) of every process, and its standard error, infinite where there is one alone."""
+def mean_and_error(values: Tensor, *, everywhere: bool = False) -> tuple[float, float]:
+    """The mean of the values (n,), and its standard error, infinite where there is one alone; ``everywhere``: of those
+    of every process.
+    """
     sums = torch.stack([values.new_tensor(len(values)), values.sum(), values.square().sum()])
-    all_reduce([sums])
+    if everywhere:
+        all_reduce([sums])
     count, total, squares = sums.tolist()
     mean = total / count
     variance = max(squares / count - mean**2, 0.0)

@@ -131,7 +131,7 @@ def _strips(patches: Tensor, groups: int, fractions: Tensor) -> Iterator[tuple[T
 
 def _flat(maps: Tensor, groups: int) -> Iterator[Tensor]:
     """Maps (n, channels, *size) as rows (groups, count, channels / groups), a strip of samples at a time."""
-    step = max(1, _CHUNK // max(1, maps[0].numel()))
+    step = max(1, _CHUNK // max(1, maps.shape[1:].numel()))
     for part in torch.split(maps, step):
         rows = part.reshape(len(part), groups, part.shape[1] // groups, -1)
         yield rows.permute(1, 0, 3, 2).flatten(1, 2).float()

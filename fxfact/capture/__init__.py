@@ -12,10 +12,11 @@ from fxfact.capture.base import (
     samples_of,
 )
 from fxfact.capture.exported import inputs_of, reexport
-from fxfact.capture.guard import storage_of
 from fxfact.capture.ladder import How, capture
+from fxfact.capture.memory import ByMemory
 
 __all__ = [
+    "ByMemory",
     "Captured",
     "ExampleInputs",
     "How",
@@ -29,5 +30,4 @@ __all__ = [
     "reexport",
     "run_model",
     "samples_of",
-    "storage_of",
 ]

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fxfact.capture.memory import storage_of
 from fxfact.errors import CaptureError
 
 
@@ -42,14 +43,6 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name in self._held | now:
             if self._held.get(name) != now.get(name):
                 raise _changed(name)
-
-
-def storage_of(tensor: Tensor) -> int | None:
-    """What tells whether two tensors share memory; None for those that have none of their own."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def _held(network: nn.Module) -> dict[str, tuple[int, int | None]]:

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxfact.capture.base import ExampleInputs, run_model
-from fxfact.capture.guard import ParameterGuard, storage_of
+from fxfact.capture.guard import ParameterGuard
+from fxfact.capture.memory import ByMemory
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.conv_modules import is_conv, spec_of
 from fxfact.errors import SpecError
@@ -58,25 +59,25 @@ def observe(network: nn.Module, example_inputs: ExampleInputs) -> Observed:
         output = run_model(network, example_inputs)
     guard.check()
     for value in tree_leaves(output):
-        if isinstance(value, Tensor) and (path := log.paths.get(storage_of(value))) is not None:
+        if isinstance(value, Tensor) and (path := log.paths.name_of(value)) is not None:
             log.calls[path].against["its weight is also in what forward returns"] = None
     return Observed(output, counter.macs, dict(log.calls), tuple(log.by_function))
 
 
 class _Log:
-    """Who is running: ``modules`` are the paths of the modules called, ``inside`` the storages of the weights whose own
-    convolution is being computed.
+    """Who is running: ``modules`` are the paths of the modules called, ``inside`` those of the convolutions being
+    computed, the first of those that share a weight.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.calls: dict[str, Calls] = defaultdict(Calls)
         self.by_function: dict[Skip, None] = {}
         self.modules: list[str] = []
-        self.inside: list[int | None] = []
+        self.inside: list[str | None] = []
         self.convs: dict[str, nn.Module] = {}
-        self.paths: dict[int | None, str] = {}
+        self.paths = ByMemory()  # of the weights
         self.specs: dict[str, ConvSpec] = {}
-        self.parameters = {storage_of(tensor): name for name, tensor in network.named_parameters()}
+        self.parameters = ByMemory(network.named_parameters())
         for path, module in network.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
@@ -85,19 +86,18 @@ class _Log:
             if is_conv(module) and not isinstance(module, StandIn):
                 self.convs[path] = module
                 if (weight := module._parameters.get("weight")) is not None:
-                    self.paths.setdefault(storage_of(weight), path)
+                    self.paths.add(path, weight)
                 vars(module)["_probe"] = (self, path)
                 with contextlib.suppress(SpecError):
                     self.specs[path] = spec_of(module)
                 module.__class__ = beneath(type(module), _Probe, "Watched")
-        self.paths.pop(None, None)
 
     @contextlib.contextmanager
     def computing(self, path: str, input: Any) -> Iterator[None]:
         """While a convolution is computed as PyTorch's own class would compute it."""
         self.calls[path].shapes.append(tuple(input.shape))
         weight = self.convs[path]._parameters.get("weight")
-        self.inside.append(None if weight is None else storage_of(weight))
+        self.inside.append(None if weight is None else self.paths.name_of(weight))
         try:
             yield
         finally:
@@ -176,25 +176,23 @@ class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
 
     def _read(self, tensor: Any, reader: str) -> None:
         log = self._log
-        storage = storage_of(tensor) if isinstance(tensor, Tensor) else None
-        path = log.paths.get(storage)
-        if path is not None and storage not in log.inside:
+        path = log.paths.name_of(tensor) if isinstance(tensor, Tensor) else None
+        if path is not None and path not in log.inside:
             log.calls[path].against[f"its weight is also read by {reader} in {log.where or 'forward'}"] = None
 
     def _convolved(self, args: tuple[Any, ...]) -> None:
         log = self._log
         weight = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
-        storage = None if weight is None else storage_of(weight)
         if log.where in log.convs:
             log.calls[log.where].against["its forward computes its weight, or more than one convolution"] = None
             return
-        name = log.parameters.get(storage)
+        name, path = (None if weight is None else known.name_of(weight) for known in (log.parameters, log.paths))
         subject = name or f"{log.where}.forward".lstrip(".")
         how = "" if name else ", with a weight that is computed"
-        if storage not in log.paths:
+        if path is None:
             log.by_function[Skip(f"called as a function{how}, which only a graph can rewrite", subject)] = None
         else:
-            log.calls[log.paths[storage]].against[f"its weight is also used in {log.where or 'forward'}"] = None
+            log.calls[path].against[f"its weight is also used in {log.where or 'forward'}"] = None
 
 
 def _is_view(func: Any) -> bool:

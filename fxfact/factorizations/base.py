@@ -69,6 +69,8 @@ class Factorization(ABC):
             found = self._weights(block, kernel, rank, random)
             return [part.reshape(stage.weight_shape) for part, stage in zip(found, stages, strict=True)]
 
+        if stages[0].groups > 1 or stages[-1].groups > 1:  # no matrix of the metric's channels goes into such a stage
+            return nearest(weight)
         start = in_channel_metric(block, weight, metric, nearest)
         return fit(block, stages, start, weight, metric, iterations=iterations)
 

@@ -85,9 +85,9 @@ class _CP(Factorization):
         return [singular_squares(matrices).flatten().sort(descending=True).values]
 
     def _foreseeing(self, block: ConvSpec, rank: Rank) -> _CP:
-        """With fewer sweeps, ten at least, where one takes more than 5·10⁸ multiplications."""
-        share = _SWEEP / (2 * rank[0] * math.prod(self._sizes(block)))
-        return self if share >= 1 else replace(self, sweeps=min(self.sweeps, max(10, round(self.sweeps * share))))
+        """With fewer sweeps, ten at least, where one takes more than 5·10⁸ multiplications; not at random."""
+        share = min(1.0, _SWEEP / (2 * rank[0] * math.prod(self._sizes(block))))
+        return replace(self, init="svd", sweeps=min(self.sweeps, max(10, round(self.sweeps * share))))
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
         return (int(validate_cp_rank(self._sizes(block), fraction)),)

@@ -128,7 +128,7 @@ class Clock:
         stages: list[nn.Module] = []
         for spec in layout:
             weight = random_numbers(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
-            stages += write_conv(spec, weight.to(like), torch.zeros(spec.out_channels).to(like) if spec.bias else None)
+            stages += write_conv(spec, weight.to(like), like.new_zeros(spec.out_channels) if spec.bias else None)
         chain = nn.Sequential(*stages).eval().requires_grad_(requires_grad=False)
         for name in self._of_modules(form):
             FORMS[name](chain)

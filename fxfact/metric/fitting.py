@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
@@ -166,5 +167,5 @@ def _balanced(weights: Weights) -> list[Tensor]:
     norms = [float(part.norm()) for part in weights]
     if not min(norms) > 0:
         return list(weights)
-    even = torch.tensor(norms, dtype=torch.float64).log().mean().exp().item()
+    even = geometric_mean(norms)
     return [part * (even / norm) for part, norm in zip(weights, norms, strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
+import torch
 
 from fxfact.conv import ConvLayer, compose
 from fxfact.factorizations import Factorization, Rank
@@ -29,6 +30,11 @@ def curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank],
     Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
     ones, where they change most.
     """
+    with torch.autocast(layer.weight.device.type, enabled=False):
+        return _curve(layer, factorization, among, metric)
+
+
+def _curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank], metric: Metric | None) -> Curve:
     if metric is None and (bounds := factorization.bounds(layer, among)) is not None:
         return list(zip(among, bounds, strict=True))
     places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(among) - 1)
@@ -41,7 +47,9 @@ def curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank],
 def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
     """‖W − Ŵ‖² / ‖W‖² of the chain that comes nearest in the Frobenius norm."""
     dense = layer.weight.float()
-    missed = compose(factorization.decompose(layer, rank)).float() - dense
+    chain = factorization.decompose(layer, rank)
+    with torch.autocast(dense.device.type, enabled=False):
+        missed = compose(chain).float() - dense
     return float(missed.square().sum() / dense.square().sum().clamp_min(1e-30))
 
 

@@ -66,7 +66,8 @@ def repair(
     what they hold between two chains has no room, for every chain one up to it. Every fourth batch is held out, to
     measure on; a network that came out farther from the original there, by more than may be chance, is given back as it
     was. Convolutions that are no modules, and those that share their weights, stay as they are. Memory: the outputs of
-    all convolutions at 32 positions of every sample, and 1 GiB for those runs.
+    all convolutions at 32 positions of every sample, and 1 GiB for those runs. Of several processes each works alone,
+    on its own batches: let one do it, and send the others what it made.
     Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     if not refit and not means:
@@ -116,7 +117,7 @@ def _sites(pair: Pair, seed: int) -> list[_Site]:
 
     def behind(module: nn.Module, args: Any, output: Tensor) -> None:
         site = reached.setdefault(convs[module].path, convs[module])
-        latest.append((site, weakref.ref(output), output._version))
+        latest.append((site, weakref.ref(output), _version(output)))
         calls = site.wanted[-1]
         own_seed = _seed(seed, len(site.wanted) - 1, len(calls))
         calls.append(at_positions(output, spec_of(module).order, own_seed))
@@ -142,7 +143,12 @@ def _sites(pair: Pair, seed: int) -> list[_Site]:
 
 def _is(tensor: Any, output: Tensor | None, version: int) -> bool:
     """Whether a tensor is that output, not written to since."""
-    return tensor is output and tensor is not None and tensor._version == version
+    return tensor is output and tensor is not None and _version(tensor) == version
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to, which a tensor of inference mode does not tell."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _seed(seed: int, batch: int, call: int) -> int:

@@ -58,7 +58,8 @@ def at_positions(maps: Tensor, order: int, seed: int) -> Tensor:
 
 def _fractions(samples: int, seed: int) -> Tensor:
     """Of all positions, 0 … 1."""
-    return torch.rand(samples, _POSITIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.rand(samples, _POSITIONS, dtype=torch.float64, generator=drawn, device="cpu")
 
 
 def _gathered(maps: Tensor, order: int, fractions: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def _gathered(maps: Tensor, order: int, fractions: Tensor) -> Tensor:
     """
     sizes = maps.shape[2 : 2 + order]
     available = prod(sizes)
-    every = torch.arange(available).expand(len(maps), -1)
+    every = torch.arange(available, device=fractions.device).expand(len(maps), -1)
     places = every if available <= _POSITIONS else (fractions * available).long().clamp_max(available - 1)
     index: tuple[Any, ...] = torch.unravel_index(places.to(maps.device), sizes)
     return maps[(torch.arange(len(maps), device=maps.device)[:, None], slice(None), *index)]
