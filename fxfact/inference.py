@@ -60,7 +60,7 @@ def best_form(captured: Captured, *, compiled: bool) -> Form:
     else:
         forms = [(*fold, *form) for form in formats for fold in [(), *folded]]
     network = evaluated(private_copy(captured.network))
-    passes, _, ms = _fastest(network, forms, captured.example_inputs, compiled=compiled)
+    passes, ms = _fastest(network, forms, captured.example_inputs, compiled=compiled)
     if captured.program is not None or linear in formats:
         return Form(passes, ms, undecided=False)
     layout = linear[:-1]  # in which the matrix products of chains would be
@@ -78,6 +78,7 @@ def _formats(captured: Captured) -> list[tuple[str, ...]]:
     return [*found, *((*form, "onednn") for form in found if by_onednn)]
 
 
+@torch.inference_mode(False)  # whose parameters could never be trained
 def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     """A copy of the model, in evaluation mode, in the fastest form that computes the same: batch norms folded into
     convolutions, 1×1 convolutions with nothing between merged, and if that measures faster convolutions in
@@ -92,8 +93,9 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
         raise ArgumentError("the fastest form is found by measuring: for_inference needs example_inputs")
     captured = capture(model, example_inputs)
     formats = _formats(captured)
-    best, fastest, _ = _fastest(in_form(evaluated(captured.network), _FOR_ALL), formats, example_inputs, compiled=False)
-    network = copy_sharing(fastest, set())
+    folded = in_form(evaluated(captured.network), _FOR_ALL)
+    best, _ = _fastest(folded, formats, example_inputs, compiled=False)
+    network = copy_sharing(in_form(folded, best), set())
     if history := applied(network):
         form = tuple(dict.fromkeys((*history[-1].plan.form, *_FOR_ALL, *best)))
         record_plan(network, form=form, capture=captured.rung)  # so that the plan makes it again
@@ -146,26 +148,25 @@ def never_slower(
 
 def _fastest(
     network: nn.Module, forms: Sequence[tuple[str, ...]], example_inputs: ExampleInputs, *, compiled: bool
-) -> tuple[tuple[str, ...], nn.Module, float]:
-    """Of the forms in which it is able the one that measures fastest, the network in it, and its milliseconds."""
+) -> tuple[tuple[str, ...], float]:
+    """Of the forms in which it is able the one that measures fastest, and its milliseconds."""
     able = _able(network, forms, example_inputs)
     times = _side_by_side([_called(made, example_inputs, compiled=compiled) for made in able.values()])
-    form, ms = min(zip(able, times, strict=True), key=lambda pair: pair[1])
-    return form, able[form], ms
+    return min(zip(able, times, strict=True), key=lambda pair: pair[1])
 
 
 def _able(
     network: nn.Module, forms: Sequence[tuple[str, ...]], example_inputs: ExampleInputs
 ) -> dict[tuple[str, ...], nn.Module]:
-    """The network in the first of these forms, and in those others in which it computes the same: ``Tensor.view`` may
-    refuse a map in channels_last, and random numbers come in another order there.
+    """Copies of the network in the first of these forms, and in those others in which it computes the same:
+    ``Tensor.view`` may refuse a map in channels_last, and random numbers come in another order there.
     """
     first, *others = forms
-    made = {first: in_form(network, first)}
+    made = {first: in_form(private_copy(network), first)}
     with as_timing_errors():
         expected = run_model(made[first], example_inputs) if others else None
     for form in others:
-        other = in_form(network, form)
+        other = in_form(private_copy(network), form)
         forward = other.forward if isinstance(other, fx.GraphModule) else other  # a graph module prints what it raises
         with suppress(Exception):
             if not difference(expected, run_model(forward, example_inputs), strictness=_APART):

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -80,7 +81,9 @@ def _taken(input: Tensor, weight: Tensor) -> bool:
 
 
 def _watched() -> bool:
-    return _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack() > 0
+    """Whether a mode sees what is called, or differentiates forward or maps, which oneDNN's operator cannot."""
+    by_mode = _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack() > 0
+    return by_mode or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 POINTWISE_TYPES: dict[type[nn.Module], type[nn.Module]] = {

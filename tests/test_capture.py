@@ -501,6 +501,21 @@ def test_hostile_a_model_that_reads_a_weight_that_it_also_convolves_with(image: 
 # Bad input
 
 
+def test_buffers_may_be_expanded(image: Tensor) -> None:
+    class Centred(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.tensor(0.5).expand(4, 1, 1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - self.mean)
+
+    model = Centred().eval()
+    assert fxfact.plan_of(factorized(model, image)).capture == "trace"
+    program = torch.export.export(model, (image,))
+    assert fxfact.plan_of(fxfact.factorize(program, "tucker", rank=0.5)).network.macs
+
+
 def test_a_train_method_may_return_nothing(image: Tensor) -> None:
     class Silent(Small):
         def train(self, mode: bool = True) -> Any:

@@ -102,6 +102,41 @@ def test_a_batch_norm_that_does_more_than_its_class_stays(how: str) -> None:
     torch.testing.assert_close(fxfact.for_inference(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [8, 16])
+def test_a_norm_over_the_positions_of_an_unbatched_map_stays(length: int) -> None:
+    norm = nn.BatchNorm1d(length).eval()
+    norm.running_mean.uniform_()
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), norm).eval()
+    x = torch.randn(4, length)
+    torch.testing.assert_close(fxfact.for_inference(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_forward_counts_is_not_counted_in_timing() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.conv(x) + self.calls
+
+    model, x = Counting().eval(), torch.randn(1, 3, 16, 16)
+    quick = fxfact.for_inference(model, x)
+    assert float(model.calls) == float(quick.calls) == 0
+    torch.testing.assert_close(quick(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_made_in_inference_mode_can_be_trained() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        quick = fxfact.for_inference(model, x)
+    assert not any(tensor.is_inference() for tensor in quick.state_dict().values())
+    quick(x).sum().backward()
+
+
 @pytest.mark.parametrize("bias", [(True, True), (False, True), (True, False), (False, False)])
 def test_pointwise_neighbours_become_one(bias: tuple[bool, bool]) -> None:
     first, second = nn.Conv2d(6, 8, 1, stride=2, bias=bias[0]), nn.Conv2d(8, 5, 1, bias=bias[1])
@@ -230,6 +265,18 @@ def test_3d_convolutions_are_computed_by_onednn_and_stay_convolutions() -> None:
     program = torch.export.export(quick, (x,))
     assert "mkldnn" not in program.graph_module.code
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_forward_and_maps_are_those_of_pytorchs_own_convolution() -> None:
+    model, x = nn.Sequential(nn.Conv3d(4, 8, 3)).eval().requires_grad_(requires_grad=False), torch.randn(2, 4, 6, 6, 6)
+    other = in_form(model, ["onednn"])
+    one, two = (torch.func.jvp(each, (x,), (torch.ones_like(x),))[1] for each in (model, other))
+    torch.testing.assert_close(one, two)
+    one, two = (torch.func.vmap(each)(x[:, None]) for each in (model, other))
+    torch.testing.assert_close(one, two)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(other(dual)).tangent is not None
 
 
 @pytest.mark.parametrize("capture", ["trace", "modules"])

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxfact.conv import ConvLayer, ConvSpec, to_torch
 from fxfact.conv_modules import has_hooks, is_conv, read_conv, write_conv
 from fxfact.copying import copy_on_same_parameters
+from fxfact.graph.base import shape_of
 
 _Pair = tuple[fx.Node, fx.Node]
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -68,8 +69,16 @@ def _norms_behind_convs(graph_module: fx.GraphModule) -> Iterator[_Pair]:
         if module.training or module.running_mean is None or len(norm.args) != 1 or norm.kwargs:
             continue
         (conv,) = norm.all_input_nodes
-        if _layer(graph_module, conv) is not None and uses[conv.target] == 1 and list(conv.users) == [norm]:
+        layer, alone = _layer(graph_module, conv), uses[conv.target] == 1 and list(conv.users) == [norm]
+        if layer is not None and alone and _is_over_channels(module, layer.spec, conv):
             yield conv, norm
+
+
+def _is_over_channels(norm: Any, spec: ConvSpec, conv: fx.Node) -> bool:
+    """Whether what the norm takes for channels are the convolution's, as they are unless its map is unbatched."""
+    shape = shape_of(conv)
+    batched = shape is None or len(shape) == spec.order + 2
+    return batched and type(norm) is _NORMS[spec.order - 1] and norm.num_features == spec.out_channels
 
 
 def _pointwise_behind_pointwise(graph_module: fx.GraphModule) -> Iterator[_Pair]:

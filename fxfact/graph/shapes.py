@@ -148,14 +148,18 @@ def _empty(recorded: Any, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def _buffers_kept(graph_module: fx.GraphModule) -> Iterator[None]:
-    """In-place operators write to real buffers, even where everything else is fake."""
-    values = {buffer: buffer.clone() for buffer in graph_module.buffers()}
+    """In-place operators write to real buffers, even where everything else is fake; not to those that are expanded."""
+    values = {buffer: buffer.clone() for buffer in graph_module.buffers() if not _is_expanded(buffer)}
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, value in values.items():
                 buffer.copy_(value)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextlib.contextmanager
