@@ -159,7 +159,8 @@ def _buffers_kept(graph_module: fx.GraphModule) -> Iterator[None]:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    steps = tensor.stride() if tensor.layout == torch.strided else ()
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, steps, strict=False))
 
 
 @contextlib.contextmanager
