@@ -331,6 +331,9 @@ def test_which_guards_are_comparisons_of_sizes(guard: str, harmless: bool) -> No
         ("torch.ops.load_library", False),
         ("torch.ops.aten.conv2d.default.__init__", False),
         ("_operator.call", False),
+        ("_operators.call", False),  # of which the reader looks at the beginning alone
+        ("maths.__loader__.load_module", False),
+        ("somebody.load", True),  # stays text, which PyTorch refuses
     ],
 )
 def test_which_targets_are_operators(target: str, harmless: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import operator
 import os
 import re
@@ -30,7 +31,8 @@ _GUARD = re.compile(
     r"(?:\bL(?:\['\w+'\]|\[\d+\])+|\.(?:size|stride|storage_offset)\(\)|\[\d+\]|\bmath\.[a-z]+\b|\b(?:and|or|not|min|max)\b"
     r"|[\d.]+|[\s()+*/%,<>=!-])*"
 )
-_FUNCTION = re.compile(r"math\.[a-z]\w*|torch\.sym_\w+|torch\._functorch\.predispatch\.\w+")
+_FUNCTION = re.compile(r"(?:_operator|math)\.[a-z]\w*|torch\.sym_\w+|torch\._functorch\.predispatch\.\w+")
+_OWNERS = {"_operator": operator, "torch": torch, "math": math}  # by how a name begins
 _CALLING = ("call", "methodcaller", "attrgetter")  # of the operators on numbers, those that are of functions
 
 
@@ -106,17 +108,14 @@ def _is_arithmetic(expression: str) -> bool:
 
 def _is_operator(target: str) -> bool:
     """Whether PyTorch's reader makes one of PyTorch's operators of it, or finds nothing."""
-    owner, _, name = target.partition(".")
-    if owner == "_operator":
-        return hasattr(operator, name) and name not in _CALLING
-    if _FUNCTION.fullmatch(target):
-        return True
-    found: Any = torch
-    for name in target.split(".")[1:]:
+    found: Any = next((owner for begin, owner in _OWNERS.items() if target.startswith(begin)), None)
+    names = target.split(".")[1:]
+    for name in names:
         if not hasattr(found, name):
             return True
         found = getattr(found, name)
-    return isinstance(found, OpOverload | HigherOrderOperator)
+    known = _FUNCTION.fullmatch(target) is not None and names[-1] not in _CALLING
+    return found is None or known or isinstance(found, OpOverload | HigherOrderOperator)
 
 
 def _is_name(text: str) -> bool:
