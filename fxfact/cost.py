@@ -32,9 +32,11 @@ class Cost:
         return self.params > other.params or more_macs
 
 
-def cost_of(stages: Sequence[ConvSpec], input_sizes: Sequence[Sizes] | None) -> Cost:
-    """Of stages run one after the other, once for every size in ``input_sizes`` (None: sizes unknown)."""
-    params = sum(spec.params for spec in stages)
+def cost_of(stages: Sequence[ConvSpec], input_sizes: Sequence[Sizes] | None, *, tied: bool = False) -> Cost:
+    """Of stages run one after the other, once for every size in ``input_sizes`` (None: sizes unknown); of those that
+    are ``tied``, having the weights of others, only the biases are stored.
+    """
+    params = sum(spec.params if not tied else spec.out_channels for spec in stages if spec.bias or not tied)
     return Cost(params, None if input_sizes is None else sum(chain_macs(stages, size) for size in input_sizes))
 
 

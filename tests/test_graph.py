@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -402,6 +403,30 @@ def test_a_weight_of_two_convolutions_stays_shared(image: Tensor) -> None:
     empty.load_state_dict(result.state_dict())
     assert empty.get_submodule("one.1").weight is empty.get_submodule("other.1").weight
     assert empty(image).equal(result(image))
+
+
+@pytest.mark.parametrize("factorization", ["channel_svd", "spatial_svd"])
+@pytest.mark.parametrize("settings", [{"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2, "bias": False}])
+def test_budgets_are_met_where_convolutions_that_share_a_weight_differ(
+    factorization: str, settings: dict[str, Any], image: Tensor
+) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(4, 16, 1)
+            self.two = nn.Conv2d(16, 16, 3, padding=1)
+            self.three = nn.Conv2d(16, 16, 3, **settings)
+            self.three.weight = self.two.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(torch.relu(self.two(self.one(x))))
+
+    for share in (0.5, 0.7):
+        plan = fxfact.plan(Tied(), factorization, budget=fxfact.Macs(share), example_inputs=image)
+        assert plan.after.macs <= share * plan.network.macs
+        assert [decision.path for decision in plan.rewrites] == ["two", "three"]
+        (point,) = {point.cost for point in plan.front if point.cost.macs == plan.after.macs}
+        assert point.params == plan.after.params
 
 
 def test_calls_with_different_settings_of_one_weight_are_left_alone(image: Tensor) -> None:

@@ -739,6 +739,25 @@ def test_times_are_of_what_a_gpu_s_kernels_are_chosen_by() -> None:
     assert machine(gpu) == before
 
 
+def test_convolutions_that_share_a_weight_are_timed_each_with_its_own_stride(x: Tensor) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(3, 48, 1)
+            self.two = nn.Conv2d(48, 48, 3, padding=1)
+            self.three = nn.Conv2d(48, 48, 3, padding=1, stride=2, bias=False)
+            self.three.weight = self.two.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(torch.relu(self.two(self.one(x))))
+
+    plan = fxfact.plan(Tied().eval(), budget=fxfact.Latency(0.6), example_inputs=x)
+    of_all = [sum(d.before.macs for d in plan.rewrites), sum(d.after.macs for d in plan.rewrites)]
+    assert [d.path for d in plan.rewrites] == ["two", "three"]
+    assert plan["two"].milliseconds == pytest.approx([len(x) * macs / 1e6 for macs in of_all], abs=0.02)
+    assert plan.after.ms <= 0.6 * plan.network.ms
+
+
 def test_times_are_measured_once(model: Net, x: Tensor, told: list[int]) -> None:
     fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
     first = list(told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import median
@@ -22,7 +22,7 @@ from fxfact.timing import compared, milliseconds, milliseconds_of_graphs, random
 
 _REPEATS, _WITHIN = 31, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
 _SPREAD = 1.5
-Layout = tuple[ConvSpec, ...]
+Layout = Callable[[ConvSpec], tuple[ConvSpec, ...]]  # the stages that stand for a convolution
 
 
 def _as_linear(form: Sequence[str], sites: Sequence[ConvSite]) -> tuple[str, ...]:
@@ -67,12 +67,11 @@ class Clock:
         """Milliseconds of each, at all calls of the convolution and those that share its weight, the first layout being
         the convolution itself.
         """
-        group, keys = self._group(path, self.form), [_hash([asdict(spec) for spec in layout]) for layout in layouts]
+        group, keys = self._group(path, self.form), [self._key(path, layout) for layout in layouts]
         known = self._kept.ms.setdefault(group, {})
         asked = sorted({0, *(k for k, key in enumerate(keys) if key not in known)})
         if len(asked) > 1 or group not in self._pace:
-            like = self._sites[path][0].weight
-            measured = self._measured(path, [self._chain(layouts[k], like, self.form) for k in asked])
+            measured = self._measured(path, [(layouts[k], self.form) for k in asked])
             if known and known.get(keys[0], math.inf) > _SPREAD * measured[0]:
                 known.clear()
                 return self.times(path, layouts)
@@ -91,29 +90,19 @@ class Clock:
         keys = [_hash(self._of_modules(form)) for form in forms]
         for site in sites:
             if site.spec.in_channels > 1 and site.tied_to is None:
-                channels = site.spec.in_channels
-                halving = (ConvSpec.parse(channels, channels // 2, (1,) * site.spec.order),)
                 known = self._kept.ms.setdefault(self._group(site.path, *forms), {})
                 if not known.keys() >= set(keys):
-                    chains = [self._chain(halving, site.weight, form) for form in forms]
-                    known.update(zip(keys, self._measured(site.path, chains), strict=True))
+                    known.update(
+                        zip(keys, self._measured(site.path, [(_halving, form) for form in forms]), strict=True)
+                    )
                 saved += known[keys[0]] - known[keys[1]]
         return saved > 0
 
-    def _measured(self, path: str, chains: Sequence[nn.Sequential]) -> list[float]:
+    def _measured(self, path: str, layouts: Sequence[tuple[Layout, Sequence[str]]]) -> list[float]:
+        """Of layouts in forms."""
         weight = self._sites[path][0].weight
-        shapes = self._shapes(path)
-        inputs = {shape: self._formatted(random_numbers(shape).to(weight)) for shape in shapes}
-
-        def run(calls: Sequence[tuple[nn.Module, Tensor]]) -> None:
-            for chain, x in calls:
-                chain(x)
-
-        def ready(chain: nn.Sequential, x: Tensor) -> nn.Module:
-            return frozen(chain, x) if self._compiled else chain
-
-        by_shape = [{shape: ready(chain, x) for shape, x in inputs.items()} for chain in chains]
-        calls = [partial(run, [(chain[shape], inputs[shape]) for shape in shapes]) for chain in by_shape]
+        inputs = {shape: self._formatted(random_numbers(shape).to(weight)) for _, shape in self._calls(path)}
+        calls = [partial(_run, self._ready(path, *each, inputs)) for each in layouts]
         if self._compiled and weight.device.type == "cuda":
             turns = milliseconds_of_graphs(calls, weight.device, repeats=_REPEATS, within=_WITHIN)
         else:
@@ -123,10 +112,22 @@ class Clock:
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return compared(turns)
 
-    def _chain(self, layout: Layout, like: Tensor, form: Sequence[str]) -> nn.Sequential:
+    def _ready(
+        self, path: str, layout: Layout, form: Sequence[str], inputs: Mapping[Sizes, Tensor]
+    ) -> list[tuple[nn.Module, Tensor]]:
+        """What runs at every call, and on what."""
+        calls, like = self._calls(path), self._sites[path][0].weight
+        chains = {spec: self._chain(layout(spec), like, form) for spec, _ in calls}
+        ready = {
+            (spec, shape): frozen(chains[spec], inputs[shape]) if self._compiled else chains[spec]
+            for spec, shape in calls
+        }
+        return [(ready[call], inputs[call[1]]) for call in calls]
+
+    def _chain(self, specs: Sequence[ConvSpec], like: Tensor, form: Sequence[str]) -> nn.Sequential:
         """Stages that hold random numbers."""
         stages: list[nn.Module] = []
-        for spec in layout:
+        for spec in specs:
             weight = random_numbers(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
             stages += write_conv(spec, weight.to(like), like.new_zeros(spec.out_channels) if spec.bias else None)
         chain = nn.Sequential(*stages).eval().requires_grad_(requires_grad=False)
@@ -142,14 +143,28 @@ class Clock:
         formats = CHANNELS_LAST if "channels_last" in self._of_modules(self.form) else {}
         return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
 
-    def _shapes(self, path: str) -> list[Sizes]:
-        return [shape for site in self._sites[path] for shape in site.input_shapes or ()]
+    def _calls(self, path: str) -> list[tuple[ConvSpec, Sizes]]:
+        """Of the convolution and those that share its weight: what is computed on an input of which shape."""
+        return [(site.spec, shape) for site in self._sites[path] for shape in site.input_shapes or ()]
+
+    def _key(self, path: str, layout: Layout) -> str:
+        """A name for what a layout makes of them."""
+        return _hash([[asdict(stage) for stage in layout(site.spec)] for site in self._sites[path]])
 
     def _group(self, path: str, *forms: Sequence[str]) -> str:
         """A name for a convolution, computed in some forms."""
         site = self._sites[path][0]
         how = [str(site.weight.dtype), *map(self._of_modules, forms), self._compiled]
-        return _hash([*how, self._shapes(path), asdict(site.spec)])
+        return _hash([*how, [(asdict(spec), shape) for spec, shape in self._calls(path)]])
+
+
+def _halving(spec: ConvSpec) -> tuple[ConvSpec, ...]:
+    return (ConvSpec.parse(spec.in_channels, spec.in_channels // 2, (1,) * spec.order),)
+
+
+def _run(calls: Sequence[tuple[nn.Module, Tensor]]) -> None:
+    for chain, x in calls:
+        chain(x)
 
 
 def _add(known: dict[str, float], found: Mapping[str, float], dense: str) -> None:

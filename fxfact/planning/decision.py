@@ -62,9 +62,7 @@ class Decision:
         return replace(self._cost(self.stages), ms=(self.milliseconds or (None, None))[1])
 
     def _cost(self, stages: Sequence[ConvSpec]) -> Cost:
-        cost = cost_of(stages, self.input_sizes)
-        biases = sum(spec.out_channels for spec in stages if spec.bias)
-        return Cost(biases, cost.macs) if self.tied_to else cost
+        return cost_of(stages, self.input_sizes, tied=self.tied_to is not None)
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def make_plan(
         if left_out := next((skip for d in group if (skip := _left_out(d, included, excluded))), None):
             decisions |= {d.path: _decided(d, left_out) for d in group}
         else:
-            candidates.append(Candidate(group[0].path, layers[group[0].path], _sizes(group)))
+            candidates.append(Candidate(group[0].path, layers[group[0].path], _calls(group)))
             chosen.append(group)
     network = _network(captured, decisions.values())
     answer = strategy.choose(candidates, network)
@@ -77,10 +77,8 @@ def _network(captured: Captured, decisions: Iterable[Decision]) -> Cost:
     return Cost(params, None if captured.macs is None else max(captured.macs, least))
 
 
-def _sizes(group: Sequence[Decision]) -> tuple[Sizes, ...] | None:
-    """Of every call of the convolutions that share a weight."""
-    sizes = [decision.input_sizes for decision in group]
-    return None if None in sizes else tuple(size for each in sizes for size in each or ())
+def _calls(group: Sequence[Decision]) -> tuple[tuple[ConvSpec, tuple[Sizes, ...] | None], ...]:
+    return tuple((decision.spec, decision.input_sizes) for decision in group if decision.spec is not None)
 
 
 def _undecided(item: ConvSite | Skip, samples: int) -> Decision:

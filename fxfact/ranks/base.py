@@ -5,22 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fxfact.conv import ConvLayer, ConvSpec, Sizes
-from fxfact.cost import Cost
+from fxfact.cost import Cost, cost_of
 from fxfact.factorizations import Factorization, Rank, check_weight
 from fxfact.skip import Skip
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A convolution to choose for; ``input_sizes`` has its spatial size at every call, None where unknown. ``layer``
-    holds the numbers, for strategies that look at them.
+    """A convolution to choose for, with those that share its weight. ``calls`` has of each, itself first, what it
+    computes and the spatial size at every call, None where unknown. ``layer`` holds the numbers, for strategies that
+    look at them.
     """
 
     path: str
     layer: ConvLayer
-    input_sizes: tuple[Sizes, ...] | None
+    calls: tuple[tuple[ConvSpec, tuple[Sizes, ...] | None], ...]
 
     @property
     def spec(self) -> ConvSpec:
@@ -32,6 +34,22 @@ class Candidate:
         """The layer, for its numbers. Raises WeightError where there are none, or not all are finite."""
         check_weight(self.layer.weight)
         return self.layer
+
+    @cached_property
+    def dense(self) -> Cost:
+        """What all of them cost as they are."""
+        return self._cost([(spec,) for spec, _ in self.calls])
+
+    def cost(self, factorization: Factorization, rank: Rank) -> Cost:
+        """What their chains would."""
+        return self._cost([factorization.layout(spec, rank) for spec, _ in self.calls])
+
+    def _cost(self, chains: Sequence[Sequence[ConvSpec]]) -> Cost:
+        costs = [
+            cost_of(stages, sizes, tied=k > 0)
+            for k, (stages, (_, sizes)) in enumerate(zip(chains, self.calls, strict=True))
+        ]
+        return sum(costs[1:], costs[0])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxfact.factorizations import Factorization, Rank
-from fxfact.latency import Clock
+from fxfact.latency import Clock, Layout
 from fxfact.ranks.base import Candidate
 
 _LIKED, _FEW, _MOST = (32, 16, 8), 4, 12  # multiples, and of how many ranks to choose among
@@ -37,8 +37,11 @@ def times_of(
     clock: Clock, candidate: Candidate, choices: Sequence[tuple[Factorization, Sequence[Rank]]]
 ) -> tuple[float, list[list[float]]]:
     """Of the convolution itself, and of each factorization at its ranks."""
-    spec = candidate.spec
-    layouts = [method.layout(spec, rank) for method, ranks in choices for rank in ranks]
-    dense, *others = clock.times(candidate.path, [(spec,), *layouts])
+
+    def chain(method: Factorization, rank: Rank) -> Layout:
+        return lambda spec: method.layout(spec, rank)
+
+    layouts = [chain(method, rank) for method, ranks in choices for rank in ranks]
+    dense, *others = clock.times(candidate.path, [lambda spec: (spec,), *layouts])
     found = iter(others)
     return dense, [[next(found) for _ in ranks] for _, ranks in choices]

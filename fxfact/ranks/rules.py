@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxfact.cost import cost_of
 from fxfact.errors import RankError
 from fxfact.factorizations import Factorization, Rank
 from fxfact.ranks.base import Candidate
@@ -59,12 +58,11 @@ class LargestThatPays(RankRule):
 
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
         """By bisection over the proportional ranks."""
-        spec, sizes = candidate.spec, candidate.input_sizes
-        dense, ranks = cost_of((spec,), sizes), factorization.ranks(spec)
+        dense, ranks = candidate.dense, factorization.ranks(candidate.spec)
         place = bisect.bisect_left(
             ranks,
             True,
-            key=lambda rank: (cost := cost_of(factorization.layout(spec, rank), sizes)).exceeds(dense) or cost == dense,
+            key=lambda rank: (cost := candidate.cost(factorization, rank)).exceeds(dense) or cost == dense,
         )
         return ranks[place - 1] if place else Skip("no rank costs less than the convolution")
 

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple, final
 
 from fxfact.calibration import Statistics
-from fxfact.cost import Cost, cost_of
+from fxfact.cost import Cost
 from fxfact.errors import place, whole
 from fxfact.executing import in_order
 from fxfact.factorizations import Factorization, Rank
@@ -136,9 +136,8 @@ class WithinBudget(RankStrategy):
         """What could replace a convolution, if data say anything of it."""
         if not self._is_reached(candidate):
             return []
-        dense = cost_of((candidate.spec,), candidate.input_sizes)
         methods, _ = self.factorizations.get(candidate.path)
-        families = [_Family(method, candidate, dense) for method in methods or () if not method.rejects(candidate.spec)]
+        families = [_Family(method, candidate) for method in methods or () if not method.rejects(candidate.spec)]
         for family in families:
             family.costs = self._costs(family)
         return [family for family in families if family.costs]
@@ -166,12 +165,11 @@ class WithinBudget(RankStrategy):
         return family.candidate.layer, family.method, ranks, self._metric(family.candidate)
 
     def _options_of(self, candidate: Candidate, families: Sequence[_Family], whole: float) -> list[Option]:
-        dense = cost_of((candidate.spec,), candidate.input_sizes)
         if not self._is_reached(candidate):
-            return [Option(Skip("no gradient reached it in calibration"), dense, 0.0, 0.0)]
+            return [Option(Skip("no gradient reached it in calibration"), candidate.dense, 0.0, 0.0)]
         ranked = [(family.method, list(family.costs)) for family in families]
         ms, times = (None, []) if self.clock is None else times_of(self.clock, candidate, ranked)
-        options = [Option(_DENSE, replace(dense, ms=ms), 0.0, 0.0)]
+        options = [Option(_DENSE, replace(candidate.dense, ms=ms), 0.0, 0.0)]
         known = self._known(candidate)
         for k, family in enumerate(families):
             nats = read_off(known[key_of(family.method)], list(family.costs))
@@ -197,7 +195,6 @@ class _Family:
 
     method: Factorization
     candidate: Candidate
-    dense: Cost
     costs: Mapping[Rank, Cost] = field(default_factory=dict)
 
     @cached_property
@@ -214,9 +211,8 @@ class _Family:
 
     def cheaper(self, ranks: Sequence[Rank]) -> dict[Rank, Cost]:
         """Those of the ranks whose chains cost no more, with what they cost."""
-        spec, sizes = self.candidate.spec, self.candidate.input_sizes
-        costs = {rank: cost_of(self.method.layout(spec, rank), sizes) for rank in ranks}
-        return {rank: cost for rank, cost in costs.items() if not cost.exceeds(self.dense)}
+        costs = {rank: self.candidate.cost(self.method, rank) for rank in ranks}
+        return {rank: cost for rank, cost in costs.items() if not cost.exceeds(self.candidate.dense)}
 
 
 def _thinned(ranks: Sequence[Rank]) -> list[Rank]:
