@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
@@ -226,9 +226,8 @@ def calibrate(
         raise CalibrationError(f"batches must be an iterable of batches, got {type(batches).__name__}")
     seed = whole("seed", seed, 0, MOST_SEED)
     example_inputs, given = _example(model, example_inputs, batches)
-    assert isinstance(given, Iterable)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    return collect(captured, given, likelihood=likelihood, seed=seed, progress=progress)
+    return collect(captured, cast(Batches, given), likelihood=likelihood, seed=seed, progress=progress)
 
 
 def plan_of(network: nn.Module | ExportedProgram) -> Plan:

@@ -125,3 +125,13 @@ def small() -> Small:
 @pytest.fixture
 def image() -> Tensor:
     return torch.randn(3, 4, 10, 10, generator=torch.Generator().manual_seed(2))
+
+
+ENTRIES = [(8, 1), (10, 14), (10, 12), (10, 8), (10, 99)]  # encrypted; LZMA, bzip2, deflate, and what there is not
+
+
+def with_entries(archive: bytes, place: int, value: int) -> bytes:
+    """A zip archive with the flags (at 8) or the method of compression (at 10) of all its entries replaced."""
+    parts = archive.split(b"PK\x01\x02")
+    entries = (part[: place - 4] + value.to_bytes(2, "little") + part[place - 2 :] for part in parts[1:])
+    return b"PK\x01\x02".join([parts[0], *entries])

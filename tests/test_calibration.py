@@ -16,18 +16,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import fxfact
 from fxfact.calibration.moments import Window
 from fxfact.conv import ConvSpec
 from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, CalibrationError, PlanError
-from fxfact.factorizations import Factorization
+from fxfact.factorizations import CPMobilenet, Factorization
 from fxfact.factorizations.stages import pointwise
 from fxfact.metric import as_matrix
 from fxfact.ranks.knapsack import Class, Knapsack
 from fxfact.skip import Skip
 from fxfact.tensor import truncated_svd
-from tests.conftest import ALL, by_name
+from tests.conftest import ALL, ENTRIES, by_name, with_entries
 
 
 class Classifier(nn.Module):
@@ -287,6 +288,22 @@ def test_files_that_are_no_statistics_are_refused(tmp_path: Path, content: bytes
         fxfact.Statistics.load(tmp_path / "file")
 
 
+@pytest.mark.parametrize("damage", ENTRIES)
+def test_damaged_statistics_are_refused(model: nn.Module, x: Tensor, tmp_path: Path, damage: tuple[int, int]) -> None:
+    path = tmp_path / "statistics"
+    fxfact.calibrate(model, [x]).save(path)
+    path.write_bytes(with_entries(path.read_bytes(), *damage))
+    with pytest.raises(CalibrationError, match=r"these are no statistics that can be read"):
+        fxfact.Statistics.load(path)
+
+
+def test_what_is_no_iterable_of_batches_is_refused(model: nn.Module, x: Tensor) -> None:
+    for given in (TensorDataset(x), 7):
+        for example in (x[:1], None):
+            with pytest.raises(CalibrationError, match="must be an iterable of batches"):
+                fxfact.calibrate(model, given, example_inputs=example)  # type: ignore[arg-type]
+
+
 def test_statistics_are_what_carries_out_a_plan_made_with_them(model: nn.Module, x: Tensor) -> None:
     plan = fxfact.plan(model, rank=0.5, calibration=fxfact.calibrate(model, [x]))
     with pytest.raises(ArgumentTypeError, match=r"must be fxfact\.Statistics, got list"):
@@ -361,6 +378,8 @@ def test_rules_choose_ranks(model: nn.Module) -> None:
         (rank,) = decision.rank
         larger = decision.factorization.layout(decision.spec, (rank + 1,))
         assert sum(stage.params for stage in larger) >= decision.before.params
+    for method in (CPMobilenet(), CPMobilenet(init="random")):
+        assert fxfact.plan(model, method, rank=Energy(0.5)).rewrites
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(60, 5, generator=generator), torch.randn(5, 200, generator=generator)
     assert vbmf_rank(left @ right + 0.3 * torch.randn(60, 200, generator=generator)) == 5

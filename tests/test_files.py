@@ -22,6 +22,7 @@ import fxfact
 from fxfact.errors import ArgumentTypeError, FileError, FxfactError, PlanError
 from fxfact.factorizations import Tucker
 from fxfact.files.harmless import _GUARD, _is_arithmetic, _is_operator
+from tests.conftest import ENTRIES, with_entries
 
 
 class Net(nn.Module):
@@ -407,6 +408,39 @@ def test_damaged_files_are_refused(program: torch.export.ExportedProgram, x: Ten
             continue
         network = again.module() if kind == "program" else again  # the byte was one that means nothing
         assert torch.isfinite(network(x)).all()
+
+
+@pytest.mark.parametrize("damage", ENTRIES)
+def test_entries_of_an_archive_that_say_something_else_are_refused(
+    x: Tensor, tmp_path: Path, damage: tuple[int, int]
+) -> None:
+    path = tmp_path / "small"
+    fxfact.save(fxfact.factorize(net(), "tucker", rank=0.4, example_inputs=x), path)
+    path.write_bytes(with_entries(path.read_bytes(), *damage))
+    with pytest.raises(FileError, match=r"can be read|is damaged"):
+        fxfact.load(path, net())
+
+
+def test_shared_parameters_of_a_model_without_numbers_stay_shared(x: Tensor, tmp_path: Path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = nn.Conv2d(3, 12, 3, padding=1, bias=False)
+            self.again.weight = self.first.weight
+            self.head = nn.Linear(16, 16)
+            self.head.bias = self.second.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - self.again(x).mean(1, keepdim=True))
+
+    small = fxfact.factorize(Tied().eval(), "tucker", rank=0.4, example_inputs=x)
+    fxfact.save(small, tmp_path / "small")
+    with torch.device("meta"):
+        empty = Tied().eval()
+    loaded = fxfact.load(tmp_path / "small", empty)
+    assert loaded(x).equal(small(x))
+    assert len(list(loaded.parameters())) == len(list(small.parameters())) < len(loaded.state_dict())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", json.dumps({"format": "fxfact plan"}).encode()])

@@ -234,6 +234,11 @@ def test_from_conv_takes_device_dtype_mode_and_requires_grad() -> None:
     assert layer.bias.requires_grad
     assert layer.to_conv().bias.requires_grad
     assert not layer.to_conv().weight.requires_grad
+    transposed = nn.ConvTranspose2d(6, 8, 3).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        turned = fnn.TuckerConv.from_conv(transposed, 0.5)
+    assert all(parameter.requires_grad for parameter in turned.parameters())
+    assert turned.stages[1].weight.is_contiguous(memory_format=torch.channels_last)
     random = fnn.TuckerConv.from_conv(conv, 0.5, decompose_weights=False, generator=seeded())
     assert random.rank == layer.rank
     assert not random.weight.equal(layer.weight)

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 import fxfact
 from fxfact.activations import peak_bytes
+from fxfact.conv import ConvSpec
 from fxfact.errors import ArgumentError, FileError, PlanError
+from fxfact.factorizations import Factorization, Tucker
 from fxfact.reporting import Block, Flow, Report
 
 
@@ -166,6 +169,32 @@ def test_a_chain_that_is_called_twice_is_drawn_twice() -> None:
 
     small = fxfact.factorize(Twice().eval(), "tucker", rank=0.5)
     assert fxfact.to_dot(small).count("subgraph") == 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bottleneck(Factorization):
+    """Tucker, of which is not told that its ranks are those of matrices."""
+
+    name = "bottleneck"
+
+    def _rejects(self, block: ConvSpec) -> str | None:
+        return Tucker()._rejects(block)
+
+    def _max_rank(self, block: ConvSpec) -> tuple[int, ...]:
+        return Tucker()._max_rank(block)
+
+    def _stages(self, block: ConvSpec, rank: tuple[int, ...]) -> tuple[ConvSpec, ...]:
+        return Tucker()._stages(block, rank)
+
+    def _weights(self, block: ConvSpec, weight: Tensor, rank: tuple[int, ...], random: Any) -> Sequence[Tensor]:
+        return Tucker()._weights(block, weight, rank, random)
+
+
+def test_a_report_has_no_spectra_where_ranks_are_of_no_matrix_that_is_known(x: Tensor) -> None:
+    model = Net().eval()
+    report = fxfact.report(model, fxfact.factorize(model, _Bottleneck(), rank=0.5, example_inputs=x), x)
+    assert [conv.spectra for conv in report.convolutions if conv.rank] == [()] * 3
+    assert "<svg" in report.to_html()
 
 
 class _Balanced(HTMLParser):

@@ -106,7 +106,7 @@ class Statistics:
             )
         except CalibrationError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever the reader finds
             raise CalibrationError(f"{path}: these are no statistics that can be read: {error}") from error
 
 

@@ -44,13 +44,14 @@ def names_in(path: str | os.PathLike[str]) -> list[str]:
     check_path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise FileError(f"{path}: the file is damaged: {damaged} is not what was written")
-            return [name.partition("/")[2] for name in archive.namelist()]
+            damaged, names = archive.testzip(), archive.namelist()
     except FileNotFoundError as error:
         raise FileError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except Exception as error:  # whatever the reader finds
         raise FileError(f"{path}: this is no network that can be read, or not all of it: {error}") from error
+    if damaged is not None:
+        raise FileError(f"{path}: the file is damaged: {damaged} is not what was written")
+    return [name.partition("/")[2] for name in names]
 
 
 def check_path(path: object) -> None:

@@ -48,14 +48,26 @@ def load_state(path: str | os.PathLike[str], model: _Module, kinds: Kinds) -> _M
     network: nn.Module = model if history else copy_sharing(model, set())
     for done in history:
         network = apply(done.plan, network, weights="empty")
-    own = network.state_dict()
+    own = network.state_dict(keep_vars=True)
     theirs, ours = ({name: _shape(value) for name, value in each.items()} for each in (data["state"], own))
     if theirs != ours:
         different = first_differences("the file", theirs, "the model", ours)
         raise FileError(f"{path}: the file is of another network. {different}. Pass the model it was.")
-    network.load_state_dict(dict(data["state"]), assign=any(tensor.is_meta for tensor in own.values()))
+    if any(tensor.is_meta for tensor in own.values()):
+        network.load_state_dict(_taking_place(data["state"], own), assign=True)
+    else:
+        network.load_state_dict(dict(data["state"]))
     record_all(network, history)
     return cast(_Module, network)
+
+
+def _taking_place(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state in tensors that can replace a module's own, one where those are one."""
+    made: dict[int, Tensor] = {}
+    for name, old in own.items():
+        new = nn.Parameter(state[name], old.requires_grad) if isinstance(old, nn.Parameter) else state[name]
+        made.setdefault(id(old), new)
+    return {name: made[id(old)] for name, old in own.items()}
 
 
 def _shape(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class FactorizedConv(nn.Module):
             weights = structure.merged([stage.weight for stage in chain.layers])
         new = cls.__new__(cls)
         bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_(layer.bias.requires_grad)
-        new._assemble(structure, layer.weight, bias, weights)
+        new._assemble(structure, cast(Tensor, conv.weight), bias, weights)
         if not decompose_weights:
             new.reset_parameters(generator)
         return new.train(conv.training)

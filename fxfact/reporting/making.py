@@ -147,6 +147,8 @@ def _spectra(decision: Decision, site: ConvSite) -> tuple[Spectrum, ...]:
     layer = replace(site.layer, weight=site.layer.weight.double())
     groups = method.unfoldings(layer)
     if not groups[0]:
+        if len(rank) > 1:
+            return ()
         groups = Tucker().unfoldings(layer)
         rank = rank * len(groups[0])
     found = []
