@@ -18,6 +18,7 @@ from fxfact.calibration import (
     calibrate,
     held_out_of,
     known_likelihood,
+    place_among_processes,
 )
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.copying import evaluated, private_copy
@@ -83,6 +84,8 @@ def choose(
     if isinstance(strategy, Requested) and data.held_out is not None:
         raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
     _check_likelihood(data)
+    if isinstance(budget, Latency):
+        _check_alone(data)
     statistics, trial = _statistics(captured, data, budget)
     if statistics is not None:
         statistics.check([site.path for site in captured.sites])
@@ -161,6 +164,16 @@ def _cheapest_within(nats: float, plan_for: Callable[[Budget], Plan], unit: type
 
 def _within(plan: Plan, nats: float) -> bool:
     return plan.measured is not None and plan.measured <= nats
+
+
+def _check_alone(data: Data) -> None:
+    """Raise ArgumentError where several processes are to plan one network together, each by a clock of its own."""
+    together = data.held_out is not None or not isinstance(data.calibration, Statistics | None)
+    if together and place_among_processes()[1] > 1:
+        raise ArgumentError(
+            "each process measures times of its own, and would plan another network. Plan in one, from "
+            "fxfact.Statistics that all have calibrated, and load its plan in the others."
+        )
 
 
 def _check_likelihood(data: Data) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments, run_model
+from fxfact.capture import Captured, ExampleInputs, capture, copied_arguments, drawn_from_seed, run_model
 from fxfact.comparing import difference
 from fxfact.conv_modules import can_be_linear, can_be_onednn, linear_form
 from fxfact.copying import copy_sharing, evaluated, private_copy
@@ -174,6 +174,7 @@ def _able(
     return made
 
 
+@drawn_from_seed()  # what a network draws is not of the caller's generators
 def _side_by_side(calls: Sequence[_Call]) -> list[float]:
     return side_by_side(calls, repeats=_TURNS, within=_WITHIN)
 
@@ -184,6 +185,7 @@ def _called(network: nn.Module, example_inputs: ExampleInputs, *, compiled: bool
     return partial(_compiled(network, args, kwargs) if compiled else network, *args, **kwargs)
 
 
+@drawn_from_seed()
 @torch.no_grad()
 def _compiled(network: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
     import torch._inductor.config as inductor  # noqa: PLC0415 (takes seconds, so only who compiles imports it)

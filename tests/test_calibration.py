@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxfact
+from fxfact import choosing
 from fxfact.calibration.moments import Window
 from fxfact.conv import ConvSpec
 from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, CalibrationError, PlanError
@@ -295,6 +296,110 @@ def test_damaged_statistics_are_refused(model: nn.Module, x: Tensor, tmp_path: P
     path.write_bytes(with_entries(path.read_bytes(), *damage))
     with pytest.raises(CalibrationError, match=r"these are no statistics that can be read"):
         fxfact.Statistics.load(path)
+
+
+def test_batches_of_a_program_are_cut_to_what_it_takes(model: nn.Module, x: Tensor) -> None:
+    program = torch.export.export(model, (x[:8],))
+    labelled = [(part, torch.zeros(8).long()) for part in x.split(8)]
+    for given in (labelled, x.split(8)):
+        one, other = fxfact.calibrate(model, given), fxfact.calibrate(program, given)
+        assert one.samples == other.samples == len(x)
+        assert one.moments.keys() == other.moments.keys()
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            return self.inner(x + y - z)
+
+    three = torch.export.export(Three().eval(), (x[:8], x[:8]), {"z": x[:8]})
+    with pytest.raises(CalibrationError, match="missing 1 required"):
+        fxfact.calibrate(three, [(part, part, 0) for part in x.split(8)])
+    named = [{"x": part, "y": part, "z": part, "label": 0} for part in x.split(8)]
+    assert fxfact.calibrate(three, named).samples == len(x)
+    three = torch.export.export(Three().eval(), (x[:8], x[:8], x[:8]))
+    assert fxfact.calibrate(three, [(part, part, part, 0) for part in x.split(8)]).samples == len(x)
+
+
+def test_weights_in_the_same_memory_have_statistics_of_their_own(x: Tensor) -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.same = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+            self.up = nn.ConvTranspose2d(8, 3, 3, padding=1)
+            for other in (self.same, self.up):
+                other.weight.data = self.down.weight.data
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(F.relu(self.down(x))) + self.up(F.relu(self.same(x + 1)))
+
+    model = Autoencoder().eval()
+    together = fxfact.calibrate(model, x.split(8), likelihood="gaussian").moments
+    assert model.same.weight.data_ptr() == model.down.weight.data_ptr()
+    for conv in (model.same, model.up):
+        conv.weight.data = conv.weight.data.clone()
+    apart = fxfact.calibrate(model, x.split(8), likelihood="gaussian").moments
+    assert together.keys() == apart.keys() == {"down", "same", "up"}
+    for path, metric in apart.items():
+        for side in ("input", "output"):
+            for one, other in zip(getattr(metric, side).factors, getattr(together[path], side).factors, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_a_loader_that_begins_but_once_loses_no_batch(model: nn.Module, x: Tensor) -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __init__(self) -> None:
+            self.coming = iter(x)
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return self.coming
+
+    found = fxfact.calibrate(model, DataLoader(Stream(), batch_size=4))
+    assert found.samples == len(x)
+    assert fxfact.plan(model, rank=0.5, calibration=DataLoader(Stream(), batch_size=4)).rewrites
+
+
+def test_samples_are_those_that_the_loss_is_of(x: Tensor) -> None:
+    class Scaled(Classifier):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"scale": self.head.bias[:1], "logits": super().forward(x)}
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).flatten(2).permute(2, 0, 1)  # positions, samples, classes
+
+    assert fxfact.calibrate(Scaled().eval(), x.split(8)).samples == len(x)
+    loss: Any = torch.sum
+    assert fxfact.calibrate(Sequence().eval(), x.split(8), likelihood=loss).samples == len(x)
+
+
+def test_a_buffer_at_the_beginning_has_statistics(x: Tensor) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.randn(12, 3, 3, 3) / 5)
+            self.head = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(F.conv2d(x, self.kernel)).mean((2, 3)))
+
+    model = Fixed().eval()
+    assert fxfact.calibrate(model, x.split(8)).moments.keys() == {"kernel"}
+    assert not model.kernel.requires_grad
+
+
+def test_processes_that_would_plan_by_clocks_of_their_own_are_told(
+    model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "place_among_processes", lambda: (1, 2))
+    with pytest.raises(ArgumentError, match="times of its own"):
+        fxfact.plan(model, budget=fxfact.Latency(0.5), calibration=x.split(8))
 
 
 def test_what_is_no_iterable_of_batches_is_refused(model: nn.Module, x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
+from fxfact.errors import ArgumentError
 from fxfact.executing import in_order
 from fxfact.factorizations import CPMobilenet
 from tests.conftest import apart
@@ -155,6 +157,27 @@ def test_plans_are_measured_on_an_executor_too_and_are_the_same(image: Tensor) -
     torch.testing.assert_close(made(image), fxfact.factorize(model, "channel_svd", **what)(image))
     with pytest.raises(fxfact.FxfactError, match="pass on everything"):
         fxfact.plan(model, "channel_svd", progress=lambda results, **_: list(results)[:-1], **what)
+
+
+def test_other_processes_get_copies_and_give_plain_tensors() -> None:
+    model = many()
+    with torch.no_grad():  # all in one storage
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    view, place = model[0].weight.detach().numpy(), model[0].weight.data_ptr()
+    before = view.copy()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        made = fxfact.factorize(model, rank=0.5, executor=processes)
+    assert same(made, fxfact.factorize(model, rank=0.5))
+    assert model[0].weight.data_ptr() == place
+    assert (view == before).all()
+    assert not any(parameter.is_shared() for network in (model, made) for parameter in network.parameters())
+
+
+def test_a_worker_that_dies_is_told() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="a worker died"):
+                list(in_order(os._exit, [(1,)] * 3, processes))
 
 
 def test_an_interrupt_cancels_what_has_not_begun_and_leaves_the_model_alone(image: Tensor) -> None:

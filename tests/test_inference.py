@@ -419,6 +419,23 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]
     return timed
 
 
+def test_what_a_network_draws_while_it_is_timed_is_not_of_the_callers_generators(x: Tensor) -> None:
+    class Noisy(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.1 * torch.randn_like(x))
+
+    model = Noisy().eval()
+    for timed in (
+        fxfact.for_inference,
+        lambda *of: fxfact.plan(of[0], budget=fxfact.Latency(0.7), example_inputs=of[1]),
+    ):
+        torch.manual_seed(3)
+        expected = torch.rand(1)
+        torch.manual_seed(3)
+        timed(model, x)
+        assert torch.rand(1).equal(expected)
+
+
 @pytest.mark.parametrize("kind", [Net, Own])
 def test_the_form_for_inference_computes_the_same(kind: type[Net], model: Net, x: Tensor) -> None:
     own = kind().eval()

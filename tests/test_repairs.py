@@ -265,6 +265,30 @@ def test_modules_that_are_no_plain_convolutions_are_not_compared_with_chains(dat
     fxfact.recover(small, model, data.split(8), steps=3)
 
 
+def test_a_convolution_that_no_sample_reaches_stays_as_it_is(data: Tensor) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(4, 16, 3, padding=1)
+            self.rare = nn.Conv2d(16, 16, 3, padding=1)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            chosen = x.mean((1, 2, 3)) > 50
+            routed = x.clone()
+            routed[chosen] = self.rare(x[chosen])
+            return self.head(routed.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Routed().eval()
+    small = fxfact.factorize(model, rank=0.5, example_inputs=data[:2])
+    assert {d.path for d in fxfact.plan_of(small).rewrites} == {"first", "rare"}
+    repaired, report = fxfact.repair(small, model, data.split(8))
+    assert report.paths == ("first",)
+    assert all(bool(parameter.isfinite().all()) for parameter in repaired.parameters())
+
+
 class Noisy(nn.Module):
     """Draws random numbers in evaluation mode too."""
 

@@ -2,7 +2,7 @@
 
 from fxfact.calibration.base import Statistics
 from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch, running
-from fxfact.calibration.collecting import MOST_SEED, calibrate
+from fxfact.calibration.collecting import MOST_SEED, calibrate, place_among_processes
 from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, known_likelihood, likelihood_for
 from fxfact.calibration.measuring import ReferenceOutputs, is_below_zero, mean_and_error
 from fxfact.calibration.moments import Window
@@ -25,6 +25,7 @@ __all__ = [
     "known_likelihood",
     "likelihood_for",
     "mean_and_error",
+    "place_among_processes",
     "run_batch",
     "running",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxfact.capture import ExampleInputs, copied_arguments, drawn_from_seed, reason_of
+from fxfact.capture import Arguments, ExampleInputs, copied_arguments, drawn_from_seed, reason_of
 from fxfact.errors import CalibrationError
 
 Batches = Iterable[ExampleInputs]
@@ -27,11 +27,7 @@ def arguments_for(
     known. ``name`` is what the caller calls the batches. Raises CalibrationError: for what is no batch, NaN and Inf, a
     batch or a loader without samples, and where the loader raises.
     """
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"{name} must be an iterable of batches, got {type(batches).__name__}. Pass a DataLoader, or a list: "
-            "x.split(128)."
-        )
+    _check(batches, name)
     tensors = [*network.parameters(), *network.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     if device.type == "meta":
@@ -50,15 +46,15 @@ def arguments_for(
 
 
 def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, Batches]:
-    """The first sample of the first batch, as the arguments of the model, and all of the batches. Raises
-    CalibrationError.
+    """The first sample of the first batch, as the arguments of the model, and all of the batches, once: some loaders
+    begin but once. Raises CalibrationError.
     """
-    looked_at = batches
-    if isinstance(batches, Iterator):
-        looked_at = list(islice(_raising(batches, "calibration"), 1))
-        batches = chain(looked_at, batches)
+    _check(batches, "calibration")
+    coming = iter(batches)
+    looked_at = list(islice(_raising(coming, "calibration"), 1))
     first = next(arguments_for(network, looked_at, None))
-    return tree_map(lambda value: value[:1] if isinstance(value, Tensor) and value.ndim else value, first), batches
+    sample = tree_map(lambda value: value[:1] if isinstance(value, Tensor) and value.ndim else value, first)
+    return sample, chain(looked_at, coming)
 
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:
@@ -96,6 +92,14 @@ def held_out_of(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], 
     return [b for k, b in enumerate(batches) if k not in out], [b for k, b in enumerate(batches) if k in out]
 
 
+def _check(batches: object, name: str) -> None:
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"{name} must be an iterable of batches, got {type(batches).__name__}. Pass a DataLoader, or a list: "
+            "x.split(128)."
+        )
+
+
 def _raising(batches: Batches, name: str) -> Iterator[ExampleInputs]:
     iterator, count = iter(batches), 0
     while True:
@@ -125,6 +129,8 @@ def _cut(network: nn.Module, batch: Any, example_inputs: ExampleInputs | None, n
 
 def _length(network: nn.Module, example_inputs: ExampleInputs | None) -> int | None:
     """Of the arguments, None for all of them."""
+    if isinstance(example_inputs, Arguments):
+        return len(example_inputs.args)
     if isinstance(example_inputs, tuple | list):
         return len(example_inputs)
     if example_inputs is not None:

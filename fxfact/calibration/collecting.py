@@ -44,6 +44,7 @@ def calibrate(
     leaders = [site for site in captured.sites if site.tied_to is None]
     weights = {site.path: weight for site in leaders if (weight := weight_at(network, site.path)) is not None}
     sums = {site.path: Sums(site.spec, weights[site.path].device) for site in leaders if site.path in weights}
+    _prepare(weights)
     collector = _Collector(sums, weights)
     drawing, known = _Drawing(seed), None
     output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # count, sum, squares
@@ -52,8 +53,7 @@ def calibrate(
             with collector:
                 output = run_batch(network, batch)
             known = known or likelihood_for(likelihood, output)
-            dense = dense_of(output)
-            drawing.begin(len(dense[0]))
+            drawing.begin(known.samples(output, batch))
             tensors, gradients = known.pull(output, drawing.normal)
             if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
                 raise CalibrationError("calibration: the model's own output, or its loss, is NaN or Inf on this data")
@@ -62,7 +62,7 @@ def calibrate(
                     "calibration: no gradient leads from the output to a convolution. Where forward detaches its "
                     "output, or makes it of gradients of its own, plan without data."
                 )
-            output_sums += _moments_of([tensor.detach() for tensor in dense])
+            output_sums += moments_of([tensor.detach() for tensor in dense_of(output)])
             pulled = [k for k, tensor in enumerate(tensors) if tensor.requires_grad]
             with collector.on(drawing.fractions):
                 torch.autograd.backward([tensors[k] for k in pulled], [gradients[k] for k in pulled])
@@ -76,8 +76,7 @@ def calibrate(
 
 
 def _statistics(sums: Mapping[str, Sums], known: Likelihood, samples: float, output_sums: Tensor) -> Statistics:
-    count, total, squares = output_sums.tolist()
-    variance = max(0.0, squares / count - (total / count) ** 2) if count else 0.0
+    variance = variance_of(output_sums)
     for path, found in sums.items():
         if not all(bool(tensor.isfinite().all()) for tensor in found.tensors):
             raise CalibrationError(
@@ -104,8 +103,7 @@ class _Drawing:
 
     def __init__(self, seed: int) -> None:
         self._seed, self.samples = seed, 0
-        world = dist.is_available() and dist.is_initialized()
-        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if world else (0, 1)
+        self._rank, self._world = place_among_processes()
         self._generators: list[torch.Generator] = []
         self.fractions = torch.empty(0, device="cpu")
 
@@ -117,7 +115,9 @@ class _Drawing:
             raise CalibrationError("calibration: the output of a batch has no samples. Drop such batches.")
         numbers = [(self.samples + k) * self._world + self._rank for k in range(count)]
         self._generators = [torch.Generator().manual_seed((self._seed << 40) + number) for number in numbers]
-        self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own, device="cpu") for own in self._generators])
+        self.fractions = torch.stack(
+            [torch.rand(_POSITIONS, generator=own, dtype=torch.float32, device="cpu") for own in self._generators]
+        )
 
     def end(self) -> None:
         """The samples are done with."""
@@ -132,7 +132,8 @@ class _Drawing:
                 raise CalibrationError(
                     f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis"
                 )
-            rows = [torch.randn(tensor.shape[1:], generator=own, device="cpu") for own in self._generators]
+            kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+            rows = [torch.randn(tensor.shape[1:], generator=own, **kind) for own in self._generators]
             return torch.stack(rows).to(tensor.device)
 
         return draw
@@ -183,22 +184,44 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _prepared(network: nn.Module) -> nn.Module:
-    """A private copy, in evaluation mode, whose weights ask for gradients, so that every convolution gets one."""
-    own = evaluated(private_copy(network))
-    for parameter in own.parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and parameter.ndim > 2)
-    return own
+    """A private copy, in evaluation mode, in which nothing but weights will ask for gradients."""
+    return evaluated(private_copy(network)).requires_grad_(requires_grad=False)
+
+
+def _prepare(weights: Mapping[str, Tensor]) -> None:
+    """Have the weights of a private copy, buffers too, ask for gradients, so that every convolution gets one, each in
+    memory of its own, by which it is known.
+    """
+    held = ByMemory()
+    for path, weight in weights.items():
+        if held.name_of(weight) is not None:
+            weight.data = weight.detach().clone()
+        held.add(path, weight)
+        weight.requires_grad_(weight.is_floating_point())
 
 
 def _per_axis(values: Sequence[int], order: int) -> list[int]:
     return list(values) * order if len(values) == 1 else list(values)
 
 
-def _moments_of(tensors: Sequence[Tensor]) -> Tensor:
+def moments_of(tensors: Sequence[Tensor]) -> Tensor:
+    """How many numbers they have, their sum, and that of their squares."""
     sums = [
         torch.stack([t.new_tensor(t.numel()).double(), t.double().sum(), t.double().square().sum()]) for t in tensors
     ]
     return torch.stack(sums).sum(dim=0).cpu()
+
+
+def variance_of(moments: Tensor) -> float:
+    """That of the numbers whose ``moments_of`` these are."""
+    count, total, squares = moments.tolist()
+    return max(0.0, squares / count - (total / count) ** 2) if count else 0.0
+
+
+def place_among_processes() -> tuple[int, int]:
+    """The rank of this one, and how many there are; (0, 1) where ``torch.distributed`` is not initialised."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfact.capture import ExampleInputs, samples_of
 from fxfact.comparing import tensors_of
 from fxfact.errors import CalibrationError
 
@@ -28,6 +29,10 @@ class Likelihood(ABC):
         """Tensors of the output, and for each a random gradient there, whose covariance is the Fisher information of
         one sample, but for ``scale``.
         """
+
+    def samples(self, output: Any, batch: ExampleInputs) -> int:
+        """How many an output is of, and the batch that it came from."""
+        return len(dense_of(output)[0])
 
     def scale(self, variance: float) -> float:
         """What second moments of these gradients are multiplied by, given the variance of the output."""
@@ -57,6 +62,10 @@ class Categorical(Likelihood):
     """
 
     name = "categorical"
+
+    def samples(self, output: Any, batch: ExampleInputs) -> int:
+        """Those that there are logits of."""
+        return len(logits_of(output))
 
     def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """See the class."""
@@ -109,6 +118,10 @@ class OwnLoss(Likelihood):
 
     def __init__(self, loss: Callable[[Any], Tensor]) -> None:
         self._loss = loss
+
+    def samples(self, output: Any, batch: ExampleInputs) -> int:
+        """Those of the batch: nothing is known of the output."""
+        return samples_of(batch)
 
     def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """See the class."""

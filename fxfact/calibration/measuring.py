@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.calibration.batches import run_batch
-from fxfact.calibration.collecting import all_reduce
+from fxfact.calibration.collecting import all_reduce, moments_of, variance_of
 from fxfact.calibration.likelihood import Likelihood, dense_of, likelihood_for
 from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
@@ -30,8 +30,7 @@ class ReferenceOutputs:
         self._batches = batches
         self._expected = [run_batch(original, batch) for batch in batches]
         self.likelihood: Likelihood = likelihood_for(likelihood, self._expected[0])
-        numbers = [tensor.double().flatten() for output in self._expected for tensor in dense_of(output)]
-        self.variance = float(torch.cat(numbers).var(correction=0))
+        self.variance = variance_of(torch.stack([moments_of(dense_of(y)) for y in self._expected]).sum(dim=0))
         if not all(map(self._is_measured, self._expected)):
             raise CalibrationError(
                 "the model's own output is NaN or Inf on this data, from which nothing is near or far. Repair or drop "

@@ -1,6 +1,7 @@
 """A model becomes something whose convolutions can be found and replaced, in three ways, each compared with it."""
 
 from fxfact.capture.base import (
+    Arguments,
     Captured,
     ExampleInputs,
     Rung,
@@ -16,6 +17,7 @@ from fxfact.capture.ladder import How, capture
 from fxfact.capture.memory import ByMemory
 
 __all__ = [
+    "Arguments",
     "ByMemory",
     "Captured",
     "ExampleInputs",

@@ -85,7 +85,7 @@ def check_arguments(model: nn.Module, example_inputs: ExampleInputs) -> inspect.
     return bound
 
 
-def samples_of(example_inputs: Any, sites: Sequence[ConvSite]) -> int:
+def samples_of(example_inputs: Any, sites: Sequence[ConvSite] = ()) -> int:
     """How many samples the inputs (tensors, or what records their shapes) have: the first size of the first of them,
     unless a convolution sees no batch.
     """

@@ -47,7 +47,7 @@ def _curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank]
 def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
     """‖W − Ŵ‖² / ‖W‖² of the chain that comes nearest in the Frobenius norm, always from the same start."""
     dense = layer.weight.float()
-    chain = factorization.decompose(layer, rank, generator=torch.Generator().manual_seed(0))
+    chain = factorization.decompose(layer, rank, generator=torch.Generator(dense.device).manual_seed(0))
     with torch.autocast(dense.device.type, enabled=False):
         missed = compose(chain).float() - dense
     return float(missed.square().sum() / dense.square().sum().clamp_min(1e-30))

@@ -90,7 +90,7 @@ def _repaired(pair: Pair, seed: int, progress: Progress, *, refit: bool, means: 
     sites, paths, walk = _sites(pair, seed), list[str](), Walk(pair.factorized, pair.batches)
     for site in shown(sites, len(sites), "repairing", progress):
         found = _observed(pair, walk, site, seed)
-        if found is not None and _mend(pair, site, found, refit=refit, means=means):
+        if found and _mend(pair, site, found, refit=refit, means=means):
             paths.append(site.path)
     return tuple(paths)
 
@@ -158,7 +158,7 @@ def _seed(seed: int, batch: int, call: int) -> int:
 
 def _observed(pair: Pair, walk: Walk, site: _Site, seed: int) -> list[Moments] | None:
     """The moments of one site in the factorized network as it is by now, of two halves of the samples, or of all where
-    they are few; None where that calls it less often.
+    they are few; none where it is given none, None where that calls it less often.
     """
     stage = pair.last_stage(site.path)
     groups, parts = spec_of(stage).groups, list[Moments]()
@@ -169,7 +169,8 @@ def _observed(pair: Pair, walk: Walk, site: _Site, seed: int) -> list[Moments] |
         wanted = torch.split(site.wanted[number][call], PART)
         for rows in zip(seen(stage, maps, _seed(seed, number, call)), wanted, strict=True):
             x, y = (part.reshape(-1, groups, part.shape[-1] // groups).movedim(1, 0) for part in rows)
-            parts.append(Moments.of(x, y))
+            if x.shape[1]:
+                parts.append(Moments.of(x, y))
             if len(parts) > 2:
                 parts[:] = [parts[1], parts[0] + parts[2]]
         call += 1
