@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.calibration import Batches, ReferenceOutputs, arguments_for, held_out_of, run_batch
-from fxfact.capture import ExampleInputs
+from fxfact.capture import ExampleInputs, check_kept_by_copies
 from fxfact.conv_modules import is_conv, spec_of
 from fxfact.copying import copy_sharing, evaluated
 from fxfact.errors import ArgumentTypeError, PlanError
@@ -60,6 +60,7 @@ class Pair:
         for name, network in (("factorized", factorized), ("original", original)):
             if not isinstance(network, nn.Module):
                 raise ArgumentTypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+        check_kept_by_copies(factorized)
         self.plan: Plan = last_plan(factorized)
         self.original, self.factorized = evaluated(prepared(original, self.plan)), copy_sharing(factorized, set())
         self._modes = {name: module.training for name, module in self.factorized.named_modules()}

@@ -21,7 +21,7 @@ FLOORS = [
     ["graph.match"],
     ["graph.contract", "graph.fold", "graph.fuse", "graph.lift", "graph.shapes", "graph.splice"],
     ["capture.base", "capture.memory", "capture.surroundings"],
-    ["capture.guard"],
+    ["capture.guard", "capture.losses"],
     ["capture.observe"],
     ["capture.reference", "capture.trace", "capture.modules", "capture.exported"],
     ["capture.ladder"],

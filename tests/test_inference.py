@@ -775,6 +775,11 @@ def test_convolutions_that_share_a_weight_are_timed_each_with_its_own_stride(x: 
     assert plan.after.ms <= 0.6 * plan.network.ms
 
 
+def test_neighbours_of_another_order_are_not_merged() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv1d(9, 4, 1)).eval(), torch.randn(3, 9, 9)  # of one sample
+    torch.testing.assert_close(fxfact.for_inference(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_times_are_measured_once(model: Net, x: Tensor, told: list[int]) -> None:
     fxfact.plan(model, budget=fxfact.Latency(0.5), example_inputs=x)
     first = list(told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import types
-from collections import UserDict
+from collections import OrderedDict, UserDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
 import fxfact
@@ -201,7 +201,7 @@ LOST = {
     asking: "is_grad_enabled",
     reverses: "autograd.Function",
     remembers: "sets the attribute 'feature'",
-    draws: "makes a tensor anew",
+    draws: "draws random numbers",
     doubles: "whether up is given",
 }
 
@@ -428,3 +428,170 @@ def test_branches_of_operators_are_listed_and_left(x: Tensor) -> None:
     result = fxfact.factorize(program, verify=True, rank=0.5)
     assert [d.path for d in fxfact.plan_of(result).rewrites] == ["c"]
     assert any("inside it is conv2d" in reason for reason in reasons(result).values())
+
+
+def test_regions_without_autocast_keep_their_python(x: Tensor) -> None:
+    class Precise(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            with torch.autocast("cpu", enabled=False):
+                return self.d(y.float())
+
+    class Asking(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y * 2 if torch.is_autocast_enabled("cpu") else y
+
+    assert "turns autocast on or off" in why(Precise())
+    assert "is_autocast_enabled" in why(Asking())
+    for model in (Precise().eval(), Asking().eval()):
+        result = right(model, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert result(x).dtype == model(x).dtype
+
+
+@pytest.mark.parametrize("branch", ["torch", "numpy", "random", "gradients"])
+def test_what_only_training_draws_or_does_is_not_lost(branch: str, x: Tensor) -> None:
+    below = {
+        "torch": lambda: torch.rand(1).item() < 0.5,
+        "numpy": lambda: np.random.rand() < 0.5,
+        "random": lambda: random.random() < 0.05,
+        "gradients": lambda: torch.is_grad_enabled() and random.random() < 0.5,
+    }
+
+    class Skipping(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.c(x)
+            return x if self.training and below[branch]() else self.d(x)
+
+    model = Skipping().eval()
+    assert "training=True" in why(model)
+    result = fxfact.factorize(model, exclude="*", example_inputs=x).train()
+    assert len({float(result(x).sum()) for _ in range(200)}) == 2
+
+
+def test_hooks_inside_a_model_that_copies_lose_are_refused(x: Tensor) -> None:
+    inner = fx.symbolic_trace(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()))
+    model = nn.Sequential(inner, nn.Conv2d(16, 16, 3)).eval()
+    small = fxfact.factorize(model, rank=0.5, example_inputs=x)
+    handle = inner.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(CaptureError, match="the GraphModule at 0 has hooks"):
+        fxfact.factorize(model, rank=0.5, example_inputs=x)
+    handle.remove()
+    small.register_forward_hook(lambda module, args, output: output * 2)
+    for nearer in (fxfact.repair, fxfact.recover):
+        with pytest.raises(CaptureError, match="the GraphModule has hooks"):
+            nearer(small, model, x.split(1), likelihood="gaussian")
+
+
+def test_containers_of_ones_own_stay_what_they_are(x: Tensor) -> None:
+    class Output(OrderedDict[str, Tensor]):
+        @property
+        def logits(self) -> Tensor:
+            return self["logits"]
+
+    class Named(Two):
+        def forward(self, x: Tensor) -> Any:
+            return Output(logits=super().forward(x))
+
+    class Ordered(Two):
+        def forward(self, x: Tensor) -> Any:
+            return OrderedDict(out=super().forward(x))
+
+    assert "makes a Output" in why(Named())
+    assert right(Named().eval(), x)(x).logits.shape == (2, 16, 12, 12)
+    assert fxfact.plan_of(right(Ordered().eval(), x)).capture == "trace"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_sample_is_enough_for_shapes_in_any_mode(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+    plan = fxfact.plan(model.train(training), example_inputs=torch.randn(1, 3, 16, 16), capture="trace")
+    assert plan["2"].input_sizes == ((1, 1),)
+    assert all(module.training == training for module in model.modules())
+    result = fxfact.apply(plan, model)
+    assert all(module.training == training for module in result.modules())
+
+
+@pytest.mark.parametrize("inner", [nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)], ids=["norm", "conv"])
+def test_a_bias_that_a_called_module_holds_stays_there(inner: nn.Module) -> None:
+    class Borrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+            self.kernel = nn.Parameter(torch.randn(16, 8, 3, 3) / 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(F.conv2d(x, self.kernel, self.inner.bias, padding=1))
+
+    model, x = Borrowing().eval(), torch.randn(2, 8, 9, 9)
+    result = fxfact.factorize(model, "channel_svd", rank=10**6, allow_growth=True, example_inputs=x, capture="trace")
+    assert "kernel" in {d.path for d in fxfact.plan_of(result).rewrites}
+    torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_of_buffers_alone_is_folded() -> None:
+    class Blurring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("kernel", torch.rand(1, 1, 3, 3))
+            self.register_buffer("other", torch.rand(1, 1, 3, 3), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(self.conv(x), self.kernel.repeat(8, 1, 1, 1), groups=8)
+            return F.conv2d(x, self.other.repeat(8, 1, 1, 1), groups=8)
+
+    model, x = Blurring().eval(), torch.randn(1, 3, 12, 12)
+    program = torch.export.export(model, (x,))
+    result = fxfact.factorize(program, exclude="conv", factorization="spatial_svd", rank=10**6, fold_weights=True,
+                              allow_growth=True)  # fmt: skip
+    assert {d.path for d in fxfact.plan_of(result).rewrites} == {"kernel", "other"}
+    torch.testing.assert_close(result.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_that_a_graph_takes_apart_are_told(x: Tensor) -> None:
+    class Summing(Two):
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            return super().forward(xs[0] + xs[1])
+
+    graph = fx.symbolic_trace(Summing().eval(), concrete_args={"xs": [fx.PH, fx.PH]})
+    assert fxfact.plan(graph, example_inputs=([x, x],)).capture == "modules"
+    with pytest.raises(CaptureError, match="takes its arguments apart"):
+        fxfact.plan(graph, example_inputs=([x, x],), capture="trace")
+
+
+def test_what_is_written_in_place_is_seen_without_inputs(x: Tensor) -> None:
+    class Aliased(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            skip = y
+            y += 1
+            return self.d(y * 2 + skip)
+
+    class Summing(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            total = torch.zeros(2, 16, 12, 12)
+            total += Two.forward(self, x)
+            return total
+
+    class Usual(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            y += 1
+            y *= 2
+            y -= y / 2
+            return self.d(y)
+
+    assert "in place that it uses further" in why(Aliased())
+    assert "makes anew in every call" in why(Summing())
+    for kind in (Aliased, Summing, Usual):
+        assert fxfact.plan_of(right(kind().eval(), x)).capture == ("trace" if kind is Usual else "modules")
+    usual = Usual().eval()
+    assert torch.allclose(fxfact.factorize(usual, exclude="*")(x), usual(x), atol=1e-5)
+
+
+def test_a_container_with_a_forward_of_its_own_is_not_traced(x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()).eval()
+    model.forward = types.MethodType(lambda self, x: nn.Sequential.forward(self, x) * 3, model)
+    assert "a forward or __call__ of its own" in why(model)

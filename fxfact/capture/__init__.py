@@ -13,7 +13,7 @@ from fxfact.capture.base import (
     samples_of,
 )
 from fxfact.capture.exported import inputs_of, reexport
-from fxfact.capture.ladder import How, capture
+from fxfact.capture.ladder import How, capture, check_kept_by_copies
 from fxfact.capture.memory import ByMemory
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Rung",
     "arguments_of",
     "capture",
+    "check_kept_by_copies",
     "copied_arguments",
     "drawn_from_seed",
     "inputs_of",

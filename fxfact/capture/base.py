@@ -8,7 +8,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from threading import RLock
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fxfact.skip import Skip
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Rung = Literal["trace", "modules", "export"]
+_ONE_AT_A_TIME = RLock()
 
 
 class Arguments(NamedTuple):
@@ -124,17 +126,26 @@ def run_model(forward: Callable[..., Any], example_inputs: ExampleInputs) -> Any
 
 @contextmanager
 def drawn_from_seed(seed: int = 0) -> Iterator[None]:
-    """Torch's, NumPy's and Python's own generators at this seed inside, and as they were outside."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    """Torch's, NumPy's and Python's own generators at this seed inside, and as they were outside. They are those of all
+    threads: one at a time.
+    """
+    with _ONE_AT_A_TIME:
+        states = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                np.random.seed(seed)
+                random.seed(seed)
+                yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def generators() -> tuple[Any, ...]:
+    """Where those generators stand."""
+    _, keys, place, *_ = cast(tuple[Any, ...], np.random.get_state())
+    return torch.get_rng_state().tolist(), keys.tolist(), place, random.getstate()
 
 
 def reason_of(error: BaseException) -> str:

@@ -99,11 +99,7 @@ def check_model(model: object) -> None:
             "network itself."
         )
     name = type(model).__name__
-    if isinstance(model, fx.GraphModule) and has_hooks(model):
-        raise CaptureError(
-            "the GraphModule has hooks, which copies of it lose. Remove them before; of an ExportedProgram pass "
-            "itself, not its module()."
-        )
+    check_kept_by_copies(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a ScriptModule has no Python that fxfact can read. Pass the nn.Module it was made from.")
     if name in _WRAPPERS or name.startswith("FSDP"):
@@ -115,6 +111,16 @@ def check_model(model: object) -> None:
             raise CaptureError(f"{path}: the parameter is lazy and has no shape. Run the model once on an input first.")
         if tensor.is_inference():
             raise CaptureError(f"{path}: the parameter was made in inference mode. Make the model outside of it.")
+
+
+def check_kept_by_copies(model: nn.Module) -> None:
+    """Raise CaptureError for what copies of graph modules, the model itself or some of its own, do not keep."""
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule) and ("forward" in vars(module) or has_hooks(module)):
+            raise CaptureError(
+                f"the GraphModule {f'at {path} ' if path else ''}has hooks or a forward of its own, which copies of it "
+                "lose. Remove them before; of an ExportedProgram pass itself, not its module()."
+            )
 
 
 def _checked(captured: Captured, reference: Reference | None) -> Captured:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.autograd import Function
@@ -17,6 +19,19 @@ def surroundings() -> Surroundings:
     gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
     return (gradients, *(value for pair in autocast for value in pair))
+
+
+@contextmanager
+def autocast_everywhere() -> Iterator[None]:
+    """On every device, whether it is there or not: where forward turns it off, that shows."""
+    before = {device: torch.is_autocast_enabled(device) for device in _DEVICES}
+    try:
+        for device in before:
+            torch.set_autocast_enabled(device, True)
+        yield
+    finally:
+        for device, enabled in before.items():
+            torch.set_autocast_enabled(device, enabled)
 
 
 def surroundings_changed(before: Surroundings) -> str:

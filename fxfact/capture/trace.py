@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import inspect
+import operator
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
+from itertools import product
 from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
-from fxfact.capture.base import Captured, ExampleInputs, check_arguments, drawn_from_seed, reason_of, samples_of
+from fxfact.capture.base import (
+    Captured,
+    ExampleInputs,
+    check_arguments,
+    drawn_from_seed,
+    generators,
+    reason_of,
+    samples_of,
+)
 from fxfact.capture.guard import ParameterGuard
-from fxfact.capture.surroundings import surroundings, surroundings_changed
+from fxfact.capture.losses import (
+    buffers_of,
+    check_attributes,
+    check_hooks,
+    check_methods,
+    check_overwritten,
+    conv_attributes,
+    is_constant,
+)
+from fxfact.capture.surroundings import autocast_everywhere, surroundings, surroundings_changed
 from fxfact.comparing import difference
-from fxfact.conv_modules import has_hooks, is_conv
+from fxfact.conv_modules import is_conv
 from fxfact.copying import note, noted, private_copy
 from fxfact.errors import CaptureError
 from fxfact.graph import check_contract, fold_computed_weights, get_tensor, match, record_shapes
@@ -71,10 +91,25 @@ def trace(
 
 
 class _Value(fx.Proxy):
+    tracer: _Tracer
+
     def __setattr__(self, name: str, value: object) -> None:
         if name not in ("tracer", "node") and not name.startswith("_"):
             raise CaptureError(f"forward sets the attribute {name!r} of a tensor, which a traced graph would not do")
         object.__setattr__(self, name, value)
+
+
+def _in_place(name: str) -> Callable[[_Value, Any], Any]:
+    def method(self: _Value, other: Any) -> Any:
+        result = getattr(operator, name)(self, other)
+        self.tracer.overwritten[self.node] = result.node
+        return result
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift"):
+    setattr(_Value, f"__i{_name.rstrip('_')}__", _in_place(_name))
 
 
 class _Tracer(fx.Tracer):
@@ -90,6 +125,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._leaves, self._thread = leaves, get_ident()
         self._surroundings = surroundings()
+        self.overwritten: dict[fx.Node, fx.Node] = {}  # by ``+=`` and its like, which a graph records as ``+``
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         asked = any(fnmatchcase(qualified_name, pattern) for pattern in self._leaves)
@@ -101,6 +137,15 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_mine() else attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        if (
+            isinstance(a, dict | list)
+            and type(a) not in (dict, list, OrderedDict)
+            and "torch.fx" not in type(a).__module__
+        ):
+            raise CaptureError(f"forward makes a {type(a).__name__}, which a traced graph would make a plain container")
+        return super().create_arg(a)
 
     def _is_mine(self) -> bool:
         return get_ident() == self._thread
@@ -118,13 +163,15 @@ def _traced(
     *,
     seed: int = 1,
     gradients: bool = True,
+    autocast: bool = False,
     given: dict[str, Any] | None = None,
 ) -> fx.GraphModule:
     """``given`` are values that arguments are bound to."""
-    _check_methods(own)
-    buffers, convs = _buffers(own), _conv_attributes(own)
-    with torch.set_grad_enabled(gradients), ParameterGuard(own) as guard, drawn_from_seed(seed):
-        tracer = _Tracer(leaves)
+    check_methods(own)
+    buffers, convs = buffers_of(own), conv_attributes(own)
+    around = autocast_everywhere() if autocast else nullcontext()
+    with torch.set_grad_enabled(gradients), around, ParameterGuard(own) as guard, drawn_from_seed(seed):
+        tracer, undrawn = _Tracer(leaves), generators()
         try:
             with _ONE_AT_A_TIME:
                 graph = tracer.trace(own, concrete_args=given)
@@ -132,9 +179,12 @@ def _traced(
             raise
         except Exception as error:
             raise CaptureError(f"torch.fx cannot trace forward: {reason_of(error)}") from error
+        if generators() != undrawn:
+            raise CaptureError("forward draws random numbers that a traced graph would freeze")
     guard.check()
-    _check_hooks(tracer, own)
-    _check_attributes(own, buffers, convs)
+    check_hooks(tracer, own)
+    check_attributes(own, buffers, convs)
+    check_overwritten(graph, tracer.overwritten)
     for node in graph.nodes:
         if isinstance(node.type, str):  # a postponed annotation, which torch.fx cannot pickle
             node.type = None
@@ -145,22 +195,26 @@ def _traced(
 
 
 def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leaves: Sequence[str]) -> None:
-    """Trace a second copy in the other mode, from another seed, without gradients, and without arguments that may be
-    left out; raise CaptureError where that makes a difference.
+    """Trace copies in both modes, with gradients and without, under autocast, from another seed, and without arguments
+    that may be left out; raise CaptureError where that makes a difference.
     """
-    modes = [mode for mode in (True, False) if any(module.training != mode for module in own.modules())]
-    for training in modes:
+    for training, gradients in product((True, False), repeat=2):
+        if gradients and all(module.training == training for module in own.modules()):
+            continue  # which the first was
         other = private_copy(again)
         for module in other.modules():
             module.training = training
+        how = f"training={training}, {'with' if gradients else 'without'} gradients"
         try:
-            second = _traced(other, "", leaves, seed=2, gradients=False)
+            second = _traced(other, "", leaves, seed=2, gradients=gradients)
         except CaptureError as error:
-            raise CaptureError(f"traced with training={training}, without gradients, it fails: {error}") from error
+            raise CaptureError(f"traced with {how}, it fails: {error}") from error
         if second.code != traced.code:
             raise CaptureError("forward depends on self.training or torch.is_grad_enabled(): a graph would freeze them")
         if not _same_constants(traced, second):
             raise CaptureError("forward makes a tensor anew in every call, which a traced graph would freeze")
+    if _traced(private_copy(again), "", leaves, autocast=True).code != traced.code:
+        raise CaptureError("forward depends on torch.is_autocast_enabled(): a graph would freeze it")
     signature = inspect.signature(own.forward).parameters.values()
     optional = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
     if optional and _operations(traced) != _operations(_traced(private_copy(again), "", leaves, given=optional)):
@@ -170,7 +224,7 @@ def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leave
 
 
 def _same_constants(one: fx.GraphModule, other: fx.GraphModule) -> bool:
-    names = [str(n.target) for n in one.graph.nodes if n.op == "get_attr" and "_tensor_constant" in str(n.target)]
+    names = [str(node.target) for node in one.graph.nodes if is_constant(node)]
     pairs = [(get_tensor(one, name), get_tensor(other, name)) for name in names]
     return all(a is not None and b is not None and difference(a, b, strictness=0.0) == "" for a, b in pairs)
 
@@ -182,63 +236,16 @@ def _operations(graph_module: fx.GraphModule) -> list[tuple[str, str]]:
     return [pair for pair in names if pair[1] not in ("_assert_is_none", "_assert", "eq")]
 
 
-def _check_methods(model: nn.Module) -> None:
-    """Raise CaptureError for a module that is not called as its class says, which torch.fx would not always see."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule | fx.GraphModule) or type(module).__module__.startswith(
-            "torch.nn"
-        ):
-            continue
-        if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
-            place = name or type(model).__name__
-            raise CaptureError(f"{place} has a forward or __call__ of its own, which a traced graph would not follow")
-
-
-def _conv_attributes(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    return {p: tuple(getattr(m, name) for name in names) for p, m in model.named_modules() if is_conv(m)}
-
-
-def _check_attributes(model: nn.Module, buffers: dict[str, Any], convs: dict[str, Any]) -> None:
-    """Raise CaptureError for what forward has changed in the modules: a traced graph would no longer do it."""
-    for changed, now in _buffers(model).items():
-        if buffers.get(changed) != now:
-            raise CaptureError(f"{changed}: forward changes this buffer, which a traced graph would no longer do")
-    for path, attributes in _conv_attributes(model).items():
-        if convs.get(path) != attributes:
-            raise CaptureError(
-                f"{path}: forward changes the attributes of this convolution, which a graph would freeze"
-            )
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value)):
-                raise CaptureError(
-                    f"{path or 'the model'}: forward sets the attribute {name!r}, which a graph would not"
-                )
-
-
-def _check_hooks(tracer: fx.Tracer, model: nn.Module) -> None:
-    """Raise CaptureError for a hook on a module that was traced through: the graph would not run it."""
-    leaves = {name for name, module in model.named_modules() if name and tracer.is_leaf_module(module, name)}
-    for name, module in model.named_modules():
-        inside_a_leaf = any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves)
-        if not inside_a_leaf and has_hooks(module):
-            raise CaptureError(f"{name or type(model).__name__} has hooks, which a traced graph would not run")
-
-
-def _buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """What tells a buffer that was replaced or written to: its identity and its version."""
-    buffers = model.named_buffers()
-    return {name: (id(buffer), -1 if buffer.is_inference() else buffer._version) for name, buffer in buffers}
-
-
 def _placeholder_values(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:
     """The values for the graph's placeholders, in their order. Raises CaptureError where the inputs do not fit."""
     bound = check_arguments(model, example_inputs)
     values: list[Any] = []
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
-            value = bound.arguments[str(node.target).lstrip("*")]
+            name = str(node.target).lstrip("*")
+            if name not in bound.arguments:
+                raise CaptureError(f"the graph takes its arguments apart, and {name} is none of them")
+            value = bound.arguments[name]
             values += value if str(node.target).startswith("*") else [value]
     return values
 

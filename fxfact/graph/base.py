@@ -58,3 +58,10 @@ def get_tensor(root: nn.Module, target: str) -> Tensor | None:
     except AttributeError:
         return None
     return found if isinstance(found, Tensor) else None
+
+
+def is_of_a_called_module(root: fx.GraphModule, name: str) -> bool:
+    """Whether a module that is called holds the parameter or buffer at a dotted path."""
+    tensor = get_tensor(root, name)
+    called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
+    return any(held is tensor for module in called for held in (*module.parameters(), *module.buffers()))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfact.graph.base import call_of, get_tensor
+from fxfact.graph.base import call_of, get_tensor, is_of_a_called_module
 
 
 def fold_computed_weights(graph_module: fx.GraphModule) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def _install(root: fx.GraphModule, made: fx.Node, makers: list[fx.Node], value: 
     name = str(source.target) if source.op == "get_attr" else made.name
     readers = [node for node in root.graph.nodes if node.op == "get_attr" and node.target == name]
     used = any(user not in makers for reader in readers for user in reader.users)
-    called = _is_of_a_called_module(root, name)
+    called = is_of_a_called_module(root, name)
     if used or called:
         stem = name.rpartition(".")[0] if called else name  # a module that is called may itself be factorized
         names = (f"{stem}_folded_{k}" for k in count())
@@ -80,7 +80,9 @@ def _install(root: fx.GraphModule, made: fx.Node, makers: list[fx.Node], value: 
     sources = [get_tensor(root, str(node.target)) for node in makers if node.op == "get_attr"]
     trainable = any(tensor is not None and tensor.requires_grad for tensor in sources)
     module = root.get_submodule(owner)
-    module._parameters.pop(own_name, None)
+    for held in (module._parameters, module._buffers):
+        held.pop(own_name, None)
+    module._non_persistent_buffers_set.discard(own_name)
     module.register_parameter(own_name, nn.Parameter(value.contiguous(), requires_grad=trainable))
     with root.graph.inserting_before(made):
         constant = root.graph.get_attr(name)
@@ -94,14 +96,8 @@ def _install(root: fx.GraphModule, made: fx.Node, makers: list[fx.Node], value: 
     return name
 
 
-def _is_of_a_called_module(root: fx.GraphModule, name: str) -> bool:
-    tensor = get_tensor(root, name)
-    called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
-    return any(held is tensor for module in called for held in (*module.parameters(), *module.buffers()))
-
-
 def _drop_unread(root: fx.GraphModule, name: str) -> None:
     read = any(node.op == "get_attr" and node.target == name for node in root.graph.nodes)
-    if not read and not _is_of_a_called_module(root, name):
+    if not read and not is_of_a_called_module(root, name):
         owner, _, own_name = name.rpartition(".")
         delattr(root.get_submodule(owner), own_name)

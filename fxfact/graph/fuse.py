@@ -91,6 +91,8 @@ def _pointwise_behind_pointwise(graph_module: fx.GraphModule) -> Iterator[_Pair]
         first = _layer(graph_module, one)
         if first is None or not _is_plain(first.spec) or list(one.users) != [other]:
             continue
+        if first.spec.order != second.spec.order or first.spec.out_channels != second.spec.in_channels:
+            continue  # an unbatched map of the one is a batch of the other
         spec = _product(first, second)[0]
         if uses[one.target] == uses[other.target] == 1 and spec.params <= first.spec.params + second.spec.params:
             yield one, other

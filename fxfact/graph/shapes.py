@@ -54,7 +54,7 @@ def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any], *, fake: 
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     own = [value.detach().clone() if isinstance(value, Tensor) and not fake else value for value in values]
     try:
-        with _quiet(), _buffers_kept(graph_module), torch.no_grad():
+        with _quiet(), _kept(graph_module), torch.no_grad():
             propagation = ShapeProp(graph_module, mode)
             propagation.propagate(*own)
             with mode or contextlib.nullcontext(), MacCounter() as counter:
@@ -72,7 +72,7 @@ def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mappi
     """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = tree_map(lambda value: _fake(value, mode), (args, kwargs))
-    with torch.no_grad(), _buffers_kept(graph_module), mode, MacCounter() as counter:
+    with torch.no_grad(), _kept(graph_module), mode, MacCounter() as counter:
         graph_module(*fakes[0], **fakes[1])
     return counter.macs
 
@@ -88,7 +88,7 @@ def macs_by_node(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
     mode.allow_non_fake_inputs = True
     if any(value is None for value in fakes):
         fakes = _as_recorded(graph_module, placeholders, mode)
-    with torch.no_grad(), _buffers_kept(graph_module), mode:
+    with torch.no_grad(), _kept(graph_module), mode:
         try:
             counting.run(*fakes, enable_io_processing=False)
         except Exception:  # a graph may do anything on values that are none
@@ -114,13 +114,17 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
     if placeholders and all("tensor_meta" in node.meta for node in placeholders):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes = _as_recorded(graph_module, placeholders, mode)
-        with _quiet(), contextlib.suppress(RuntimeError):  # one that decides by values keeps the shapes it has
+        with (
+            _quiet(),
+            _kept(graph_module),
+            contextlib.suppress(RuntimeError),
+        ):  # one that decides by values keeps the shapes it has
             ShapeProp(graph_module, mode).propagate(*fakes)
     values = [node.meta.get("val") for node in placeholders]
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     if modes and all(value is not None for value in values):
         modes[0].allow_non_fake_inputs = True
-        with _buffers_kept(graph_module):
+        with _kept(graph_module):
             FakeTensorProp(graph_module, modes[0]).propagate_dont_convert_inputs(*values)
 
 
@@ -147,12 +151,19 @@ def _empty(recorded: Any, device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def _buffers_kept(graph_module: fx.GraphModule) -> Iterator[None]:
-    """In-place operators write to real buffers, even where everything else is fake; not to those that are expanded."""
+def _kept(graph_module: fx.GraphModule) -> Iterator[None]:
+    """In evaluation mode inside, for in training mode norms may refuse a single sample; and buffers as they were: in
+    place operators write to real ones, even where everything else is fake, though not to those that are expanded.
+    """
+    modes = {module: module.training for module in graph_module.modules()}
     values = {buffer: buffer.clone() for buffer in graph_module.buffers() if not _is_expanded(buffer)}
     try:
+        for module in modes:
+            module.training = False
         yield
     finally:
+        for module, training in modes.items():
+            module.training = training
         with torch.no_grad():
             for buffer, value in values.items():
                 buffer.copy_(value)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx, nn
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from fxfact.graph.base import GraphSite, input_of
+from fxfact.graph.base import GraphSite, input_of, is_of_a_called_module
 
 _STALE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "type")
 
@@ -41,7 +41,8 @@ def _install(root: fx.GraphModule, site: GraphSite, stages: Sequence[nn.Module])
         stage.train(root.get_submodule(owner).training)
     for target in site.attributes:
         readers = [node for node in root.graph.nodes if node.op == "get_attr" and node.target == target]
-        if all(user in site.nodes for node in readers for user in node.users):
+        alone = all(user in site.nodes for node in readers for user in node.users)
+        if alone and not is_of_a_called_module(root, target):
             module_path, _, tensor_name = target.rpartition(".")
             delattr(root.get_submodule(module_path), tensor_name)
     if site.attributes and site.path != site.attributes[0]:
