@@ -62,7 +62,7 @@ def difference(expected: Any, found: Any, *, strictness: float) -> str:
 
 def tolerance_for(output: Any) -> float:
     """What rounding may do to this output, relative: 1e-10 in double, 1e-4 in single, 5e-2 in half precision."""
-    dtypes = {tensor.dtype for tensor in tensors_of(output) if tensor.is_floating_point()}
+    dtypes = {t.dtype.to_real() for t in tensors_of(output) if t.is_floating_point() or t.is_complex()}
     return max((_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes), default=0.0)
 
 

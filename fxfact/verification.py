@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
@@ -23,6 +23,7 @@ from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, PlanEr
 from fxfact.graph import get_tensor
 from fxfact.passes import in_form, last_plan, recapture
 from fxfact.planning import Decision, Plan
+from fxfact.precision import exact, full_precision
 from fxfact.spellings import looks_like_conv
 
 _ROUNDING = 0.01  # of what it may do to an output: to a tensor
@@ -97,6 +98,7 @@ def verify(
     return _verified(original, factorized, example_inputs, trained=True)
 
 
+@full_precision()
 def _verified(
     original: nn.Module | ExportedProgram,
     factorized: nn.Module | ExportedProgram,
@@ -213,7 +215,9 @@ def _kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
     with torch.no_grad():
         for decision in plan.rewrites:
             assert decision.spec is not None
-            kernel = composed(decision.stages, stages_of(network, decision))
+            stages = stages_of(network, decision)
+            with exact(cast(Tensor, stages[0].weight).device):
+                kernel = composed(decision.stages, stages)
             found[decision.path] = to_torch(decision.spec, kernel)
     return found
 
@@ -277,7 +281,7 @@ def _taken_over(reference: nn.Module, network: nn.Module, plan: Plan) -> tuple[s
 
 def _differ(own: Tensor | None, other: Tensor) -> bool:
     """By more than rounding, in numbers."""
-    if own is None or own.shape != other.shape or not own.is_floating_point():
+    if own is None or own.shape != other.shape or not (own.is_floating_point() or own.is_complex()):
         return False
     return relative_error(own, other) > tolerance_for(own) * _ROUNDING
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ def test_same_padding_is_parsed_as_torch_pads() -> None:
         ({"kernel_size": (3, 3), "padding_mode": "mirror"}, "mirror"),
         ({"kernel_size": (1, 1, 1, 1)}, "1, 2 or 3"),
         ({"kernel_size": (3.5, 3)}, "ints"),
+        ({"kernel_size": (3, 3), "output_padding": 1}, "only a transposed"),
     ],
 )
 def test_what_is_no_convolution_is_refused(arguments: dict[str, object], words: str) -> None:
@@ -128,13 +130,24 @@ def test_stages_that_are_no_chain_are_refused() -> None:
     for other, words in (
         (ConvSpec.parse(5, 6, (1, 1)), "cannot follow"),
         (ConvSpec.parse(6, 6, (3, 1)), "axis 0"),
+        (ConvSpec.parse(6, 6, (1, 1), stride=2), "axis 0"),
+        (ConvSpec.parse(6, 6, (1, 1), padding=1), "axis 0"),
     ):
         with pytest.raises(SpecError, match=words):
             chain_of(one, other)
+    with pytest.raises(SpecError, match="a pair"):
+        replace(one, padding=(1, 1))  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="bias"):
         chain_of(ConvSpec.parse(4, 6, (3, 1), bias=True), ConvSpec.parse(6, 6, (1, 1)))
     with pytest.raises(SpecError, match="at least one"):
         ConvChain(())
+
+
+def test_the_dilation_of_a_stage_that_reaches_nowhere_means_nothing() -> None:
+    chain = chain_of(ConvSpec.parse(4, 6, (1, 1), dilation=3), ConvSpec.parse(6, 5, (3, 3), padding=1))
+    whole, x = composed_spec(chain.specs), torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    assert whole.dilation == (1, 1)
+    torch.testing.assert_close(run(ConvLayer(whole, compose(chain)), x), run(chain, x))
 
 
 def test_what_is_not_simply_a_convolution_is_skipped_with_a_reason() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from fxfact.conv import ConvLayer, ConvSpec, compose, composed_spec, run
 from fxfact.errors import ArgumentError, RankError, RefusedError, WeightError
 from fxfact.factorizations import (
+    ChannelSVD,
     CPMobilenet,
     Factorization,
     PointwiseSVD,
@@ -22,6 +25,9 @@ from fxfact.factorizations import (
     parse_factorization,
     resolve_rank,
 )
+from fxfact.metric import Metric, Moment
+from fxfact.precision import exact
+from fxfact.ranks import Candidate, Energy
 from fxfact.ranks.bearing import relative_square
 from fxfact.skip import Skip
 from tests.conftest import ALL, EVERY_STAGE, SPECS, apart, by_name, quick, random_input, random_layer
@@ -339,3 +345,64 @@ def test_the_error_is_within_its_bound_which_is_exact_for_svds(name: str, factor
         if factorization.name.endswith("svd"):
             assert found == pytest.approx(bound, abs=1e-5)
     assert bounds == sorted(bounds, reverse=True)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-18, 1.0, 1e22])
+def test_errors_are_relative_whatever_the_size_of_the_weights(factor: float) -> None:
+    spec = ConvSpec.parse(8, 8, (3, 3))
+    layer = ConvLayer(spec, factor * torch.randn(spec.weight_shape, generator=torch.Generator().manual_seed(0)))
+    unit = ConvLayer(spec, layer.weight / factor)
+    (bound,) = ChannelSVD().bounds(layer, [(2,)]) or ()
+    (expected,) = ChannelSVD().bounds(unit, [(2,)]) or ()
+    assert bound == pytest.approx(expected, rel=1e-3)
+    assert relative_square(layer, ChannelSVD(), (2,)) == pytest.approx(expected, rel=1e-3)
+    metric = Metric(Moment((torch.eye(72)[None],)), Moment((torch.eye(8)[None],)))
+    if factor < 1e19:  # whose squares can be told
+        for method in (ChannelSVD(), CPMobilenet()):
+            (nats,) = method.increases(layer, metric, [(2,)])
+            (unit_nats,) = method.increases(unit, metric, [(2,)])
+            assert nats / factor**2 == pytest.approx(unit_nats, rel=1e-2)
+
+
+@pytest.mark.parametrize("rank", [[2, 2], 4, (2,), (2, 2, 2)])
+def test_ranks_of_another_kind_get_errors_of_ours(rank: Any) -> None:
+    layer = random_layer(ConvSpec.parse(8, 8, (3, 3)))
+    calls: list[Callable[[], Any]] = [
+        lambda: Tucker().decompose(layer, rank),
+        lambda: Tucker().layout(layer.spec, rank),
+        lambda: Tucker().clip(layer.spec, rank),
+    ]
+    for call in calls:
+        with pytest.raises(RankError, match="has 2 ranks"):
+            call()
+
+
+def test_all_of_the_energy_can_be_asked_for_where_a_rank_keeps_it() -> None:
+    spec = ConvSpec.parse(16, 16, (1, 1))
+    random = torch.Generator().manual_seed(0)
+    weight = (torch.randn(16, 4, generator=random) @ torch.randn(4, 16, generator=random))[..., None, None]
+    candidate = Candidate("conv", ConvLayer(spec, weight), ((spec, None),))
+    assert Energy(1.0).rank_for(PointwiseSVD(), candidate) == (4,)
+
+
+def test_settings_of_precision_are_left_as_they_were_and_do_not_matter() -> None:
+    def settings() -> list[str]:
+        backends: Any = torch.backends
+        return [place.fp32_precision for place in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+
+    layer = random_layer(ConvSpec.parse(8, 8, (3, 3)))
+    expected, usual = compose(Tucker().decompose(layer, (3, 3))), torch.get_float32_matmul_precision()
+    try:
+        for chosen in ("medium", "high", "highest"):
+            torch.set_float32_matmul_precision(chosen)
+            before = settings()
+            with exact(torch.device("cpu")):
+                assert settings() == ["ieee"] * 3
+                assert compose(Tucker().decompose(layer, (3, 3))).equal(expected)
+                assert settings() == ["ieee"] * 3  # until the last has left
+            with pytest.raises(RankError), exact(torch.device("cpu")):
+                Tucker().decompose(layer, (9, 9))
+            assert settings() == before
+            assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(usual)

@@ -12,7 +12,7 @@ import fxfact
 ROOT = Path(fxfact.__file__).parent
 # Bottom first. A name stands for a module, or for a folder whose modules import only what is below it and its base.
 FLOORS = [
-    ["errors", "skip"],
+    ["errors", "precision", "skip"],
     ["conv", "tensor", "activations", "executing", "kernels", "progress", "timing", "writing"],
     ["cost", "metric", "conv_modules", "spellings", "comparing", "copying"],
     ["sites", "folding", "stand_ins"],

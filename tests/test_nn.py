@@ -14,7 +14,7 @@ import fxfact.nn as fnn
 from fxfact.conv import ConvLayer
 from fxfact.conv_modules import read_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, FxfactError, RankError, RefusedError, WeightError
-from fxfact.factorizations import SpatialSVD
+from fxfact.factorizations import SpatialSVD, Tucker
 from tests.conftest import apart
 
 LAYERS = [fnn.CPConv, fnn.TuckerConv, fnn.TTConv]
@@ -297,3 +297,31 @@ def test_any_factorization_can_be_a_layer() -> None:
 def test_bad_calls_are_refused(call: object, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["CP", "Cp", "Tucker", "TT"])
+def test_names_are_those_of_tensorly_in_any_case(name: str) -> None:
+    conv = nn.Conv2d(6, 8, 3)
+    upper, lower = (fnn.FactorizedConv.from_conv(conv, 0.5, factorization=n) for n in (name, name.lower()))
+    assert (upper.factorization, upper.rank, len(upper.stages)) == (lower.factorization, lower.rank, len(lower.stages))
+
+
+def test_to_conv_is_a_copy_in_this_layers_dtype_that_can_be_trained() -> None:
+    layer = fnn.FactorizedConv.from_conv(nn.Conv2d(6, 8, 3), (8, 6), factorization=Tucker())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        dense = layer.to_conv()
+        again = fnn.FactorizedConv.from_conv(dense, 0.5, factorization="tt")
+    assert len(layer.stages) == 1
+    assert dense.weight.equal(layer.stages[0].weight)
+    assert dense.weight.data_ptr() != layer.stages[0].weight.data_ptr()
+    for module in (dense, again, fnn.TuckerConv(6, 8, 3, order=2, rank=3).to_conv()):
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+        module(torch.randn(1, 6, 9, 9)).sum().backward()
+
+
+def test_initial_values_of_transposed_layers_are_as_large_as_pytorchs() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.ConvTranspose2d(64, 4, 3), torch.randn(4, 64, 16, 16)
+    layer = fnn.TuckerConv.from_conv(conv, 4, decompose_weights=False, generator=seeded())
+    assert 0.5 < float(layer(x).var() / conv(x).var()) < 2
+    assert 0.5 < float(layer.bias.std() / conv.bias.std()) < 2 or len(layer.bias) < 8

@@ -160,3 +160,11 @@ def test_a_weight_that_is_a_plain_attribute_is_verified() -> None:
     assert fxfact.verify(model, small, x).right
     with pytest.raises(ArgumentTypeError, match=r"original must be a torch\.nn\.Module or ExportedProgram, got int"):
         fxfact.verify(3, small, x)  # type: ignore[arg-type]
+
+
+def test_complex_outputs_are_compared_within_rounding() -> None:
+    for kind, tolerance in ((torch.complex64, 1e-4), (torch.complex128, 1e-10)):
+        one = torch.tensor([1 + 1j], dtype=kind)
+        assert tolerance_for(one) == tolerance
+        assert difference(one, one * (1 + tolerance / 2), strictness=1.0) == ""
+        assert "differs" in difference(one, one * (1 + 2 * tolerance), strictness=1.0)

@@ -111,8 +111,11 @@ class Statistics:
 
 
 def _metric(name: str, arrays: Mapping[str, torch.Tensor]) -> Metric:
+    """Raises ValueError for what is no number."""
     sides = []
     for side in ("input", "output"):
         factors = [arrays[key] for k in range(2) if (key := f"{side}.{k}.{name}") in arrays]
+        if not all(bool(factor.isfinite().all()) for factor in factors):
+            raise ValueError(f"the moments of {name} hold NaN or Inf")
         sides.append(Moment(tuple(factors)))
     return Metric(*sides)

@@ -18,6 +18,7 @@ from fxfact.capture import ByMemory, Captured
 from fxfact.copying import evaluated, private_copy
 from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
+from fxfact.precision import exact
 from fxfact.progress import Progress, shown
 
 MOST_SEED = 2**23 - 1  # with the number of a sample in the other 40 bits a generator's seed
@@ -171,7 +172,7 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, mask = args
         path = self._weights.name_of(weight) or self._converted.name_of(weight)
         if path is not None and len(input):
-            with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+            with torch.no_grad(), exact(input.device):
                 order = input.ndim - 2
                 window = Window(weight.shape[2:], *(_per_axis(v, order) for v in (stride, padding, dilation)))
                 samples = self._fractions

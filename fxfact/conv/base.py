@@ -45,6 +45,8 @@ class ConvSpec:
         for name in ("stride", "padding", "dilation", "output_padding"):
             if len(getattr(self, name)) != order:
                 raise SpecError(f"{name}={getattr(self, name)} must have {order} entries, as kernel_size has")
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.padding):
+            raise SpecError(f"padding is a pair (before, after) for every axis, got {self.padding}")
         if min(self.kernel_size + self.stride + self.dilation + (self.in_channels, self.out_channels, self.groups)) < 1:
             raise SpecError(f"channels, groups, kernel_size, stride and dilation must be at least 1, got {self}")
         if min(min(pair) for pair in self.padding) < 0 or min(self.output_padding) < 0:
@@ -55,6 +57,8 @@ class ConvSpec:
             )
         if self.padding_mode not in PADDING_MODES:
             raise SpecError(f"padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}")
+        if any(self.output_padding) and not self.transposed:
+            raise SpecError(f"only a transposed convolution has output_padding, got {self.output_padding}")
         even = all(before == after for before, after in self.padding)
         if self.transposed and (self.padding_mode != "zeros" or not even):
             raise SpecError(f"a transposed convolution has symmetric zero padding only, got {self}")

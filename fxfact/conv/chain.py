@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxfact.conv.base import ConvSpec, Sizes, pad_amounts
 from fxfact.errors import SpecError
+from fxfact.precision import exact
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -93,7 +94,9 @@ def check_stages(stages: Sequence[ConvSpec]) -> None:
         if before.bias:
             raise SpecError(f"{before} has a bias, which only the last stage of a chain may have")
     for axis in range(stages[0].order):
-        if sum(spec.kernel_size[axis] > 1 for spec in stages) > 1:
+        busy = [k for k, spec in enumerate(stages) if spec.kernel_size[axis] > 1 or spec.stride[axis] > 1]
+        padding = [(k, spec.transposed) for k, spec in enumerate(stages) if spec.padding[axis] != (0, 0)]
+        if len(busy) > 1 or any(k < busy[0] if crops else k > busy[0] for k, crops in padding if busy):
             raise SpecError(f"axis {axis} belongs to more than one stage of {[str(spec) for spec in stages]}")
 
 
@@ -138,7 +141,9 @@ def from_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
 
 def compose(chain: ConvChain) -> Tensor:
     """The dense kernel (out, in / groups, *kernel) that the chain equals."""
-    return compose_weights(chain.specs, [layer.weight for layer in chain.layers])
+    weights = [layer.weight for layer in chain.layers]
+    with exact(weights[0].device):
+        return compose_weights(chain.specs, weights)
 
 
 def composed_spec(stages: Sequence[ConvSpec]) -> ConvSpec:
@@ -157,13 +162,19 @@ def composed_spec(stages: Sequence[ConvSpec]) -> ConvSpec:
         padding=tuple(
             (sum(s.padding[axis][0] for s in stages), sum(s.padding[axis][1] for s in stages)) for axis in axes
         ),
-        dilation=tuple(math.prod(spec.dilation[axis] for spec in stages) for axis in axes),
+        dilation=tuple(_dilation(stages, axis) for axis in axes),
         groups=math.gcd(*(spec.groups for spec in stages)),
         padding_mode=modes[0] if modes else "zeros",
         transposed=any(spec.transposed for spec in stages),
         output_padding=tuple(sum(spec.output_padding[axis] for spec in stages) for axis in axes),
         bias=stages[-1].bias,
     )
+
+
+def _dilation(stages: Sequence[ConvSpec], axis: int) -> int:
+    """That of the stage whose kernel reaches along the axis; where none does it means nothing."""
+    reaching = [spec for spec in stages if spec.kernel_size[axis] > 1]
+    return math.prod(spec.dilation[axis] for spec in reaching or stages)
 
 
 def compose_weights(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> Tensor:

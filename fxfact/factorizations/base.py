@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose
 from fxfact.errors import ArgumentError, RankError, RefusedError
-from fxfact.factorizations.weights import cast_stages, check_weight
+from fxfact.factorizations.weights import cast_stages, check_weight, scale_of
 from fxfact.metric import Metric, fit, in_channel_metric
+from fxfact.precision import exact
 from fxfact.skip import Skip
 from fxfact.tensor import singular_squares
 
@@ -130,7 +131,7 @@ class Factorization(ABC):
     @final
     def clip(self, spec: ConvSpec, rank: Rank) -> Rank:
         """The nearest rank below that this convolution can have."""
-        lowered = tuple(min(r, most) for r, most in zip(rank, self.max_rank(spec), strict=True))
+        lowered = tuple(min(r, most) for r, most in zip(rank, self._check_length(spec, rank), strict=True))
         return self._feasible(spec.block, lowered)
 
     @final
@@ -176,11 +177,9 @@ class Factorization(ABC):
             metric.check(layer.spec)
         weight = layer.weight.detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        largest = float(weight.abs().max())
-        scale = largest if largest and not 1e-10 < largest < 1e10 else 1.0  # keeps squares within single precision
-        block = layer.spec.block
+        scale, block = scale_of(weight), layer.spec.block
         weight = weight if scale == 1.0 else weight / scale
-        with torch.autocast(weight.device.type, enabled=False):
+        with exact(weight.device):
             by_group = [
                 self._weights(block, part, rank, generator)
                 if own is None
@@ -199,13 +198,17 @@ class Factorization(ABC):
         """By how much each of the ranks raises the loss, in nats: by a formula where there is one, else by a short fit,
         some per cent above what ``decompose`` will reach.
         """
-        by_group = [
-            None if own is None else self._increases(layer.spec.block, part, own)
-            for part, own in _by_group(layer.spec, layer.weight.float(), metric)
-        ]
+        block, scale = layer.spec.block, scale_of(layer.weight)
+        if scale != 1.0:
+            even = replace(layer, weight=layer.weight / scale)
+            return [nats * scale * scale for nats in self.increases(even, metric, ranks)]
+        with exact(layer.weight.device):
+            by_group = [
+                None if own is None else self._increases(block, part, own)
+                for part, own in _by_group(layer.spec, layer.weight.float(), metric)
+            ]
         if all(known is not None for known in by_group):
             return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
-        block = layer.spec.block
         chains = (self._foreseeing(block, rank)._chain(layer, rank, metric, None, _FORESEEN) for rank in ranks)
         return [metric.increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
 
@@ -216,8 +219,10 @@ class Factorization(ABC):
         2011). None where there is no formula.
         """
         total, lost = 0.0, [0.0] * len(ranks)
-        for part in layer.weight.detach().float().chunk(layer.spec.groups):
-            spectra = self._spectra(layer.spec.block, part)
+        weight = layer.weight.detach() / scale_of(layer.weight)
+        for part in weight.float().chunk(layer.spec.groups):
+            with exact(part.device):
+                spectra = self._spectra(layer.spec.block, part)
             if not spectra:
                 return None
             total += float(part.square().sum())
@@ -255,10 +260,16 @@ class Factorization(ABC):
         return self.clip(spec, tuple(max(1, r) for r in self._tensorly_rank(spec.block, fraction)))
 
     @final
-    def _check_rank(self, spec: ConvSpec, rank: Rank) -> None:
+    def _check_length(self, spec: ConvSpec, rank: Rank) -> Rank:
+        """The largest rank."""
         most = self.max_rank(spec)
-        if len(rank) != len(most):
-            raise RankError(f"{self.name} has {len(most)} ranks on {spec}, got {rank}. Pass an int, or {len(most)}.")
+        if not isinstance(rank, tuple) or len(rank) != len(most):
+            raise RankError(f"{self.name} has {len(most)} ranks on {spec}, a tuple of integers, got {rank!r}")
+        return most
+
+    @final
+    def _check_rank(self, spec: ConvSpec, rank: Rank) -> None:
+        most = self._check_length(spec, rank)
         if min(rank) < 1 or any(r > m for r, m in zip(rank, most, strict=True)):
             raise RankError(
                 f"{self.name} rank must be within {_show(self.smallest_rank(spec))} and {_show(most)} on {spec}, "

@@ -40,3 +40,9 @@ def cast_stages(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if mean > torch.finfo(dtype).max:
         raise WeightError(f"the factors reach {mean:.1e}, more than {dtype} holds. Convert the model to float32.")
     return [(part * (mean / (value or 1.0))).to(dtype) for part, value in zip(parts, largest, strict=True)]
+
+
+def scale_of(weight: Tensor) -> float:
+    """What to divide a weight by, so that squares stay within single precision."""
+    largest = float(weight.detach().abs().max())
+    return largest if largest and not 1e-10 < largest < 1e10 else 1.0

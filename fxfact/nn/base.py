@@ -49,7 +49,7 @@ class Structure:
         a fraction of the parameters becomes a rank by TensorLy's rules. Raises ArgumentError, RankError, RefusedError.
         """
         in_layers = {"cp": CPFactorized(), "tucker": Tucker(keep_full_sides=True)}
-        method = in_layers.get(factorization) if isinstance(factorization, str) else None
+        method = in_layers.get(factorization.lower()) if isinstance(factorization, str) else None
         method = method or parse_factorization(factorization)
         offered = [n for n in get_args(Implementation) if n != "mobilenet" or isinstance(method, CPFactorized)]
         if implementation not in offered:

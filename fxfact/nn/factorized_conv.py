@@ -14,6 +14,7 @@ from fxfact.conv_modules import composed, computes_weight, is_conv, read_conv, w
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
 from fxfact.factorizations import Factorization, Rank, RankRequest, check_generator
 from fxfact.nn.base import Implementation, Structure
+from fxfact.precision import exact
 from fxfact.skip import Skip
 
 
@@ -78,6 +79,7 @@ class FactorizedConv(nn.Module):
         self.reset_parameters(generator)
 
     @classmethod
+    @torch.inference_mode(False)  # whose tensors could never be trained
     def from_conv(
         cls,
         conv: nn.Module,
@@ -136,15 +138,13 @@ class FactorizedConv(nn.Module):
         """Draw new values: every stage keeps the variance of its input, but the last, which lowers it to a third, as
         PyTorch's own initialisation of the dense convolution does (He et al. 2015 with a = √5).
         """
-        convs = self._convs()
-        with torch.no_grad():
-            for conv, spec in zip(convs, self._structure.stages, strict=True):
-                fan_in = math.prod(spec.weight_shape[1:])
-                bound = math.sqrt((1.0 if conv is convs[-1] else 3.0) / fan_in)
-                conv.weight.uniform_(-bound, bound, generator=generator)
-            if (bias := convs[-1].bias) is not None:
-                bound = 1 / math.sqrt(math.prod(self._structure.spec.weight_shape[1:]))
-                bias.uniform_(-bound, bound, generator=generator)
+        convs, dense = self._convs(), self._structure.spec
+        into, fan_in = math.prod(dense.weight_shape[1:]), _fan_in(dense)
+        for conv, spec in zip(convs, self._structure.stages, strict=True):
+            last = into / fan_in if conv is convs[-1] else 3.0
+            _draw(conv.weight, math.sqrt(last / math.prod(spec.weight_shape[1:])), generator)
+        if (bias := convs[-1].bias) is not None:
+            _draw(bias, 1 / math.sqrt(fan_in), generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
@@ -154,10 +154,12 @@ class FactorizedConv(nn.Module):
             x = stage(x)
         return x
 
+    @torch.inference_mode(False)
     def to_conv(self) -> nn.Module:
         """A new dense ``nn.Conv1d/2d/3d`` that computes the same, with the device, dtype and mode of this layer."""
-        with torch.no_grad():
-            weight = self.weight.contiguous().requires_grad_(self._convs()[0].weight.requires_grad)
+        own = self._convs()[0].weight
+        with torch.no_grad(), exact(own.device):
+            weight = self.weight.clone(memory_format=torch.contiguous_format).requires_grad_(own.requires_grad)
         bias = self.bias
         copied = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
         (conv,) = write_conv(self._structure.spec, weight, copied)
@@ -206,6 +208,19 @@ class FactorizedConv(nn.Module):
     def _convs(self) -> list[Any]:
         """The stages without the pad modules between them."""
         return [stage for stage in self.stages if is_conv(stage)]
+
+
+def _fan_in(spec: ConvSpec) -> int:
+    """What PyTorch takes for the inputs of one output, which of a transposed convolution are those of the mirrored."""
+    channels = spec.out_channels if spec.transposed else spec.in_channels
+    return channels // spec.groups * math.prod(spec.kernel_size)
+
+
+@torch.no_grad()
+def _draw(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """On the generator's own device."""
+    drawn = torch.empty_like(tensor, device=tensor.device if generator is None else generator.device)
+    tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
 class CPConv(FactorizedConv):

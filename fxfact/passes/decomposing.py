@@ -18,6 +18,7 @@ from fxfact.executing import check_executor, in_order
 from fxfact.factorizations import check_generator
 from fxfact.metric import Metric
 from fxfact.planning import Decision, Plan
+from fxfact.precision import exact
 from fxfact.progress import Progress, shown
 from fxfact.sites import ConvSite
 
@@ -126,7 +127,7 @@ def decompose(layer: ConvLayer, decision: Decision, seed: int | None, metric: Me
     with place(decision.path):
         chain = decision.factorization.decompose(layer, decision.rank, metric=metric, generator=generator)
     wide = torch.promote_types(dense.dtype, torch.float32)
-    with torch.autocast(dense.device.type, enabled=False):
+    with exact(dense.device):
         largest = float(dense.abs().max()) or 1.0  # squares of very small or large numbers are none
         norm = float((dense.to(wide) / largest).norm())
         missed = float(((compose(chain).to(wide) - dense.to(wide)) / largest).norm())

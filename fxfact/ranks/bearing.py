@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from fxfact.conv import ConvLayer, compose
 from fxfact.factorizations import Factorization, Rank
 from fxfact.metric import Metric
+from fxfact.precision import exact
 
 Curve = list[tuple[Rank, float]]
 Curves = dict[str, Curve]  # by factorization and its options
@@ -30,7 +31,7 @@ def curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank],
     Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
     ones, where they change most.
     """
-    with torch.autocast(layer.weight.device.type, enabled=False):
+    with exact(layer.weight.device):
         return _curve(layer, factorization, among, metric)
 
 
@@ -46,10 +47,11 @@ def _curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank]
 
 def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
     """‖W − Ŵ‖² / ‖W‖² of the chain that comes nearest in the Frobenius norm, always from the same start."""
-    dense = layer.weight.float()
+    dense = layer.weight.float() / (float(layer.weight.abs().max()) or 1.0)  # squares of small numbers are none
+    layer = replace(layer, weight=dense)
     chain = factorization.decompose(layer, rank, generator=torch.Generator(dense.device).manual_seed(0))
-    with torch.autocast(dense.device.type, enabled=False):
-        missed = compose(chain).float() - dense
+    with exact(dense.device):
+        missed = compose(chain) - dense
     return float(missed.square().sum() / dense.square().sum().clamp_min(1e-30))
 
 

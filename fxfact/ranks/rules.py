@@ -20,6 +20,8 @@ from fxfact.ranks.base import Candidate
 from fxfact.ranks.bearing import relative_square
 from fxfact.skip import Skip
 
+_ROUNDING = 1e-10  # of the energy
+
 
 class RankRule(ABC):
     """A rank for one convolution; pass it as ``rank``."""
@@ -45,7 +47,7 @@ class Energy(RankRule):
         ranks, layer = factorization.ranks(candidate.spec), candidate.checked
         place = bisect.bisect_left(
             ranks,
-            self.share - 1,
+            self.share - 1 - _ROUNDING,
             key=lambda rank: -relative_square(layer, factorization, rank),
         )
         return ranks[place] if place < len(ranks) else Skip(f"no rank keeps {self.share} of the energy")
