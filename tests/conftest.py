@@ -63,6 +63,7 @@ SPECS = {
     "transposed 1-D": ConvSpec.parse(6, 4, 4, order=1, stride=2, padding=1, transposed=True, bias=True),
     "transposed 3-D": ConvSpec.parse(4, 6, (3, 1, 2), stride=(2, 2, 1), output_padding=(1, 1, 0), transposed=True),
     "transposed depthwise": ConvSpec.parse(4, 4, (3, 3), stride=2, padding=1, groups=4, transposed=True),
+    "transposed, dilated": ConvSpec.parse(4, 6, (3, 2), dilation=(3, 2), output_padding=(2, 1), transposed=True),
     "transposed pointwise": ConvSpec.parse(6, 8, (1, 1), stride=2, output_padding=1, transposed=True, bias=True),
     "one input channel": ConvSpec.parse(1, 8, (3, 3), padding=1),
     "one output channel": ConvSpec.parse(8, 1, (3, 3), padding=1, bias=True),

@@ -348,6 +348,16 @@ def test_weights_in_the_same_memory_have_statistics_of_their_own(x: Tensor) -> N
                 torch.testing.assert_close(one, other)
 
 
+def test_curves_are_of_the_numbers_that_were_planned(model: nn.Module, x: Tensor) -> None:
+    statistics, asked = fxfact.calibrate(model, x.split(8)), {"budget": fxfact.Macs(0.6), "example_inputs": x[:1]}
+    before = fxfact.plan(model, calibration=statistics, **asked)
+    with torch.no_grad():
+        model.first.weight.copy_(model.first.weight[:1].expand_as(model.first.weight))
+    again = fxfact.plan(model, calibration=statistics, **asked)
+    anew = replace(statistics, curves={})
+    assert again == fxfact.plan(model, calibration=anew, **asked) != before
+
+
 def test_a_loader_that_begins_but_once_loses_no_batch(model: nn.Module, x: Tensor) -> None:
     class Stream(IterableDataset[Tensor]):
         def __init__(self) -> None:

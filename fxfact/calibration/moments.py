@@ -62,7 +62,10 @@ class Sums:
         wide, narrow = (gradient, input) if transposed else (input, gradient)
         factors, channels = (self.output, self.input) if transposed else (self.input, self.output)
         rows = wide.new_zeros((), dtype=torch.float64)
-        for strip, weight in _strips(window.patches(wide), self.spec.groups, fractions):
+        patches = window.patches(wide)  # of which output_padding may add some that nothing came to
+        for axis, size in enumerate(narrow.shape[2:], start=2):
+            patches = patches.narrow(axis, 0, size)
+        for strip, weight in _strips(patches, self.spec.groups, fractions):
             _add(factors, strip, weight)
             rows += strip.shape[1] * weight
         for strip in _flat(narrow, self.spec.groups):

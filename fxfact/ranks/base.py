@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import torch
 
 from fxfact.conv import ConvLayer, ConvSpec, Sizes
 from fxfact.cost import Cost, cost_of
@@ -34,6 +37,12 @@ class Candidate:
         """The layer, for its numbers. Raises WeightError where there are none, or not all are finite."""
         check_weight(self.layer.weight)
         return self.layer
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells its numbers from others."""
+        numbers = self.layer.weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
 
     @cached_property
     def dense(self) -> Cost:

@@ -15,12 +15,12 @@ from fxfact.metric import Metric
 from fxfact.precision import exact
 
 Curve = list[tuple[Rank, float]]
-Curves = dict[str, Curve]  # by factorization and its options
+Curves = dict[str, Curve]  # by factorization and its options, and the numbers of the kernel
 _COMPUTED, _LAST = 6, 0.9  # ranks of a factorization without a formula; the last of them, among all
 
 
 def key_of(factorization: Factorization) -> str:
-    """By which its curve is known."""
+    """A name for it and its options."""
     return f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
 
 

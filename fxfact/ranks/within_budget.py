@@ -126,11 +126,11 @@ class WithinBudget(RankStrategy):
 
     def _compute(self, families: Sequence[_Family]) -> None:
         """The curves that are not known yet, those of the largest kernels first: nobody is to work alone at the end."""
-        new = [family for family in families if key_of(family.method) not in self._known(family.candidate)]
+        new = [family for family in families if family.key not in self._known(family.candidate)]
         new.sort(key=lambda family: family.candidate.layer.weight.numel(), reverse=True)
         results = in_order(curve, map(self._job, new), self.executor)
         for family, found in zip(new, shown(results, len(new), "planning", self.progress), strict=True):
-            self._known(family.candidate)[key_of(family.method)] = found
+            self._known(family.candidate)[family.key] = found
 
     def _families(self, candidate: Candidate) -> list[_Family]:
         """What could replace a convolution, if data say anything of it."""
@@ -172,7 +172,7 @@ class WithinBudget(RankStrategy):
         options = [Option(_DENSE, replace(candidate.dense, ms=ms), 0.0, 0.0)]
         known = self._known(candidate)
         for k, family in enumerate(families):
-            nats = read_off(known[key_of(family.method)], list(family.costs))
+            nats = read_off(known[family.key], list(family.costs))
             for j, ((rank, cost), n) in enumerate(zip(family.costs.items(), nats, strict=True)):
                 pair = None if ms is None else (ms, times[k][j])
                 choice = Choice(family.method, rank, increase=n if self.in_metric else None, milliseconds=pair)
@@ -196,6 +196,11 @@ class _Family:
     method: Factorization
     candidate: Candidate
     costs: Mapping[Rank, Cost] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """By which its curve is known."""
+        return f"{key_of(self.method)} of {self.candidate.digest}"
 
     @cached_property
     def fitting(self) -> Sequence[Rank]:
