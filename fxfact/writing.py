@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
+
+from fxfact.errors import ArgumentTypeError
+
+
+def check_path(path: object) -> None:
+    """Raise ArgumentTypeError for what is no path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
 
 
 @contextmanager
@@ -16,13 +26,14 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     and only if nothing was raised. Whenever the process is killed, there is the old file or the new one. A device or a
     pipe is written to. Raises OSError.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
+    kind = os.stat(path).st_mode if os.path.exists(path) else stat.S_IFREG
+    if stat.S_ISDIR(kind):
         raise IsADirectoryError(f"{path} is a folder")
-    if target.exists() and not target.is_file():
-        with target.open("wb") as device:
+    if not stat.S_ISREG(kind):  # by its own name: what that links to may have none
+        with open(path, "wb") as device:
             yield device
         return
+    target = Path(os.path.realpath(path))
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -35,6 +46,12 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):
             os.unlink(name)
         raise
+
+
+def as_json(data: Any, *, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity: they become null."""
+    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent)
 
 
 def _mode(target: Path) -> int:

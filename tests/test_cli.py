@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -323,6 +324,16 @@ def test_a_network_for_a_time_is_written(
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "number.npy"], "one number, not samples"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "empty.npy"], "no array that can be read"),
         (["plan", "net.pt2", "--macs", "0.5", "--calibration", "zip.npy"], "no array that can be read"),
+        (["plan", "nowhere.pt2", "-o", "no/plan.json"], "no is no folder"),
+        (["plan", "nowhere.pt2", "--calibration", "data.npy", "--keep-statistics", "."], "it is a folder"),
+        (["plan", "net.pt2", "-o", "net.pt2"], "take the place of what is read"),
+        (["compress", "net.pt2", "-o", "./net.pt2"], "take the place of what is read"),
+        (["compress", "shop:small", "--weights", "state.pt", "-o", "state.pt"], "take the place of what is read"),
+        (["report", "nowhere.pt2", "net.pt2", "-o", "report.htm"], "NAME.html or data NAME.json"),
+        (["report", "nowhere.pt2", "net.pt2", "-o", "no/report.html"], "no is no folder"),
+        (["inspect", "net.pt2", "--input", "1,3,10,10"], "pass no --input"),
+        (["compress", "net.pt2", "-o", "s.pt2", "--dynamic-batch"], "for a module that is made a program"),
+        (["plan", "shop:small", "--macs", "0.5"], r"example_inputs is --input 1,3,224,224"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -335,6 +346,67 @@ def test_what_cannot_be_done_is_said(
     assert main(arguments) == 1
     assert re.search(words, capsys.readouterr().err)
     assert not (room / "small.pt2").exists()
+
+
+def test_files_that_are_read_stay_as_they_are_and_statistics_may_be_kept_in_their_own(room: Path) -> None:
+    before = Path("net.pt2").read_bytes()
+    assert main(["compress", "net.pt2", "-o", "net.pt2"]) == 1
+    assert Path("net.pt2").read_bytes() == before
+    asked = ["plan", "net.pt2", "--macs", "0.5", "--keep-statistics", "kept.npz"]
+    assert main([*asked, "--calibration", "data.npy", "--batch", "8"]) == 0
+    assert main([*asked, "--statistics", "kept.npz"]) == 0
+
+
+def test_packages_of_the_current_folder_are_imported(
+    room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(room))])
+    Path("mine_of_this_test.py").write_text("")
+    Path("failing_of_this_test.py").write_text("1 / 0")
+    assert main(["inspect", "net.pt2", "--import", "mine_of_this_test"]) == 0
+    with pytest.raises(SystemExit):
+        main(["inspect", "net.pt2", "--import", "failing_of_this_test"])
+    assert "cannot be imported: division by zero" in capsys.readouterr().err
+
+
+def test_samples_become_what_the_model_computes_with(room: Path) -> None:
+    program = torch.export.load("net.pt2").module().double()
+    torch.export.save(torch.export.export(program, (torch.randn(8, 3, 10, 10, dtype=torch.float64),)), "double.pt2")
+    np.save("wide.npy", np.load("data.npy").astype(np.float64))
+    for data in ("data.npy", "wide.npy"):
+        assert main(["plan", "double.pt2", "--macs", "0.5", "--calibration", data, "--batch", "8"]) == 0
+
+
+def test_a_network_of_another_original_is_not_called_unfactorized(
+    room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+    torch.export.save(torch.export.export(other, (torch.randn(2, 3, 10, 10),)), "other.pt2")
+    assert main(["compress", "net.pt2", "-o", "small.pt2", "--rank", "0.5"]) == 0
+    assert main(["verify", "other.pt2", "small.pt2", "--tolerance", "2"]) == 1
+    assert "nothing of having been factorized" not in capsys.readouterr().out
+
+
+def test_what_a_terminal_cannot_show_does_not_fail(room: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "fxfact", "inspect", "net.pt2"],
+        capture_output=True, check=True, cwd=room, env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert b"Conv2d(3?16" in shown.stdout
+
+
+def test_a_plan_is_written_to_a_pipe_that_is_stdout(room: Path) -> None:
+    command = f"{sys.executable} -m fxfact plan net.pt2 -o /dev/stdout --json | cat"
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=room).stdout
+    assert '"fxfact plan"' in shown
+    assert '"convolutions": 2' in shown
+
+
+def test_its_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fxfact {importlib.metadata.version('fxfact')}\n"
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "compress", "verify", "bench", "demo"])

@@ -580,3 +580,10 @@ def test_what_is_no_path_is_refused(x: Tensor) -> None:
         fxfact.save(fxfact.factorize(net(), rank=0.5), 3)  # type: ignore[arg-type]
     with pytest.raises(ArgumentTypeError, match=r"path must be a str or os\.PathLike, got int"):
         fxfact.load(3, net())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_is_told(program: torch.export.ExportedProgram, x: Tensor) -> None:
+    for network in (program, fxfact.factorize(net(), "tucker", rank=0.4, example_inputs=x)):
+        with pytest.raises(FileError, match="cannot be written there"):
+            fxfact.save(network, "/dev/full")

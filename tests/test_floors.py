@@ -64,6 +64,7 @@ FLOORS = [
     ["files.doors"],
     ["demo"],
     ["cli.base"],
+    ["cli.showing"],
     ["cli.commands"],
     ["cli.parsing"],
     ["__main__", ""],

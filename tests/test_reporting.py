@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact.activations import peak_bytes
 from fxfact.conv import ConvSpec
-from fxfact.errors import ArgumentError, FileError, PlanError
+from fxfact.errors import ArgumentError, ArgumentTypeError, FileError, PlanError
 from fxfact.factorizations import Factorization, Tucker
 from fxfact.reporting import Block, Flow, Report
 
@@ -217,9 +218,10 @@ class _Balanced(HTMLParser):
 def test_the_page_needs_nothing_else_and_is_well_formed(found: Report) -> None:
     hostile = "</svg><script>alert('x')</script>&"
     conv = replace(found.convolutions[0], path=hostile, reason=hostile)
+    named = replace(found.convolutions[0], factorization=hostile, note=f"lowered {hostile}", reason="")
     flow = Flow(blocks=(*found.flows[1].blocks, Block(kind="chain", label=hostile, stages=(hostile,))), wired=True)
     page = replace(
-        found, model=hostile, convolutions=(conv, *found.convolutions), flows=(found.flows[0], flow)
+        found, model=hostile, convolutions=(conv, named, *found.convolutions), flows=(found.flows[0], flow)
     ).to_html()
     parser = _Balanced()
     parser.feed(page)
@@ -227,6 +229,7 @@ def test_the_page_needs_nothing_else_and_is_well_formed(found: Report) -> None:
     assert parser.seen.count("script") == 1
     assert not re.search(r"https?:|url\(|@import", page)
     assert page.count(hostile) == 0
+    assert "lowered &lt;/svg&gt;" in page
     pictures = re.findall(r'<svg viewBox.*?</svg>(?=</div>)|<svg class="curve".*?</svg>', found.to_html(), re.DOTALL)
     assert len(pictures) == 2 + sum(len(conv.spectra) for conv in found.convolutions)
     assert all(ET.fromstring(picture).tag == "svg" for picture in pictures)
@@ -303,3 +306,13 @@ def test_a_pass_is_seen_by_torchs_logs_and_structured_trace(tmp_path: Path) -> N
     text = log.read_text(encoding="utf-8")
     assert '"artifact": {"name": "fxfact_FactorizeConvs"' in text
     assert "class GraphModule" in text
+
+
+def test_data_of_a_report_are_json_whatever_the_errors_are(x: Tensor, tmp_path: Path) -> None:
+    model, small = made(Net, x)
+    found = replace(fxfact.report(model, small, x), end_to_end_error=math.inf, graph_error=math.nan)
+    found.save(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert read["end_to_end_error"] is read["graph_error"] is None
+    with pytest.raises(ArgumentTypeError, match="path must be"):
+        found.save(3)  # type: ignore[arg-type]

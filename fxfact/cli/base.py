@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,6 +16,8 @@ from torch.export import ExportedProgram
 from fxfact.capture import ExampleInputs, inputs_of
 from fxfact.errors import ArgumentError, CalibrationError, FileError
 from fxfact.files import load
+
+Arguments = argparse.Namespace
 
 
 class Given(NamedTuple):
@@ -45,9 +46,22 @@ def read_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> G
     return Given(model.eval(), arguments)
 
 
-def read_batches(path: str, size: int) -> list[Tensor]:
-    """Samples along the first axis, from a .npy file or all those in a folder, ``size`` a batch. Raises
-    CalibrationError.
+def read_described(given: Arguments) -> Given:
+    """The model, of which a program says itself what it is called with. Raises ArgumentError, FileError."""
+    read = read_model(given.model, given.input, given.weights)
+    if given.input and isinstance(read.model, ExportedProgram):
+        raise ArgumentError("a .pt2 file says what it is called with: pass no --input")
+    return read
+
+
+def files_of(given: Arguments) -> list[str | None]:
+    """What a command reads."""
+    return [given.model, given.weights, *(getattr(given, name, None) for name in ("calibration", "statistics"))]
+
+
+def read_batches(path: str, size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Samples along the first axis, from a .npy file or all those in a folder, ``size`` a batch; floating-point ones
+    become the ``dtype`` of the model. Raises CalibrationError.
     """
     place = Path(path)
     files = sorted(place.glob("*.npy")) if place.is_dir() else [place]
@@ -60,10 +74,31 @@ def read_batches(path: str, size: int) -> list[Tensor]:
             samples = torch.from_numpy(array)
             if not array.ndim:
                 raise ValueError("one number, not samples along the first axis")
-        except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
+        except Exception as error:  # whatever the reader finds
             raise CalibrationError(f"{file}: no array that can be read: {error}") from error
-        batches += torch.split(samples.float() if samples.dtype == torch.float64 else samples, size)
+        batches += torch.split(samples.to(dtype) if samples.is_floating_point() else samples, size)
     return batches
+
+
+def dtype_of(model: nn.Module | ExportedProgram) -> torch.dtype:
+    """Of what it computes with."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def check_output(path: str | None, *read: str | None) -> None:
+    """Raise FileError before anything is done where a file cannot be written, or would take the place of one that is
+    read.
+    """
+    if path is None:
+        return
+    folder = os.path.dirname(path) or os.curdir
+    if not os.path.isdir(folder):
+        raise FileError(f"{path}: it cannot be written there: {folder} is no folder")
+    if os.path.isdir(path):
+        raise FileError(f"{path}: it cannot be written there: it is a folder")
+    for other in read:
+        if other is not None and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise FileError(f"{path}: it would take the place of what is read. Write to another file.")
 
 
 def runnable(model: nn.Module | ExportedProgram) -> nn.Module:
@@ -75,8 +110,6 @@ def _called(text: str) -> nn.Module:
     module_name, _, name = text.partition(":")
     if not name:
         raise ArgumentError(f"MODEL is a .pt2 file or package.module:callable, got {text!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as python -m does
     try:
         model = getattr(importlib.import_module(module_name), name)()
     except Exception as error:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from concurrent.futures import Executor
 from functools import partial
@@ -21,9 +18,19 @@ from fxfact.api import apply, calibrate, factorize, plan_of
 from fxfact.api import plan as decide
 from fxfact.calibration import Statistics, held_out_of
 from fxfact.capture import ExampleInputs, arguments_of
-from fxfact.cli.base import Given, read_batches, read_model, runnable
+from fxfact.cli.base import (
+    Arguments,
+    Given,
+    check_output,
+    dtype_of,
+    files_of,
+    read_batches,
+    read_described,
+    read_model,
+    runnable,
+)
+from fxfact.cli.showing import overwrite, say, show, summary
 from fxfact.comparing import relative_error
-from fxfact.cost import Cost
 from fxfact.demo import run_demo
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.executing import processes
@@ -32,12 +39,12 @@ from fxfact.inspection import inspect as look
 from fxfact.passes import applied, record_all
 from fxfact.planning import Plan
 from fxfact.ranks import Latency, Loss, Macs, Params
+from fxfact.reporting import on_threads
 from fxfact.reporting import report as make_report
 from fxfact.timing import compared, milliseconds
 from fxfact.verification import check_rewrite
 from fxfact.verification import verify as compare
 
-Arguments = argparse.Namespace
 _CHOOSING = (
     *("rank", "macs", "params", "latency", "loss"),
     *("factorization", "multiple_of", "include", "exclude", "fold_weights"),
@@ -46,12 +53,12 @@ _CHOOSING = (
 
 def inspect(given: Arguments) -> int:
     """Print every convolution of a model."""
-    read = read_model(given.model, given.input, given.weights)
+    read = read_described(given)
     found = look(read.model, example_inputs=_example(read))
     rows = [{"path": r.path, "from": r.origin, "factorization": r.factorization, "rank": r.rank,
              "stages": list(map(str, r.stages)), "parameters": r.cost.params, "macs": r.cost.macs,
              "relative_error": r.relative_error, "remark": r.remark} for r in found.rows]  # fmt: skip
-    _show(given, found, {"convolutions": rows})
+    show(given, found, {"convolutions": rows})
     return 0
 
 
@@ -59,17 +66,19 @@ def plan(given: Arguments) -> int:
     """Decide, and write the plan."""
     if given.keep_statistics and not (given.calibration or given.statistics):
         raise ArgumentError("--keep-statistics keeps those of data: pass --calibration")
-    read = read_model(given.model, given.input, given.weights)
+    check_output(given.output, *files_of(given))
+    check_output(given.keep_statistics, given.output, given.model, given.weights, given.calibration)
+    read = read_described(given)
     with processes(given.workers) as executor:
         options = _options(given, read, executor)
         if given.keep_statistics:
             options["calibration"] = _statistics(given, read, options["calibration"], options["fold_weights"])
         made = decide(read.model, given.factorization, **options)
-    if given.output:
-        made.save(given.output)
     if given.keep_statistics:
         options["calibration"].save(given.keep_statistics)
-    _show(given, made, {"plan": made.to_json(), **_summary(made)})
+    if given.output:
+        made.save(given.output)
+    show(given, made, {"plan": made.to_json(), **summary(made)})
     return 0
 
 
@@ -77,10 +86,13 @@ def compress(given: Arguments) -> int:
     """Factorize, check and write the network."""
     if not given.output.endswith((".pt2", ".pt")):
         raise ArgumentError(f"-o is the file of the network, NAME.pt2 or NAME.pt, got {given.output}")
+    check_output(given.output, given.plan, *files_of(given))
     read = read_model(given.model, given.input, given.weights)
     as_program = given.output.endswith(".pt2")
     if isinstance(read.model, ExportedProgram) and not as_program:
         raise ArgumentError("an exported program is written as one: -o NAME.pt2")
+    if given.dynamic_batch and (isinstance(read.model, ExportedProgram) or not as_program):
+        raise ArgumentError("--dynamic-batch is for a module that is made a program: -o NAME.pt2")
     if as_program and read.inputs is None:
         raise ArgumentError("a .pt2 file holds a program of example inputs: pass --input 1,3,224,224")
     started = time.perf_counter()
@@ -94,7 +106,7 @@ def compress(given: Arguments) -> int:
     with processes(given.workers) as executor:
         if given.plan:
             made = Plan.load(given.plan)
-            known, _ = _data(given, measured=made.measured is not None)
+            known, _ = _data(given, read, measured=made.measured is not None)
             statistics = _statistics(given, read, known, made.fold_weights)
             network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
         else:
@@ -106,8 +118,8 @@ def compress(given: Arguments) -> int:
         network = _exported(network, read, dynamic=given.dynamic_batch)
     save(network, given.output)
     seconds = time.perf_counter() - started
-    _show(given, f"{made}\n\n{given.output}: written, after {seconds:.1f} s",
-          {**_summary(made), "output": given.output, "seconds": seconds})  # fmt: skip
+    show(given, f"{made}\n\n{given.output}: written, after {seconds:.1f} s",
+          {**summary(made), "output": given.output, "seconds": seconds})  # fmt: skip
     return 0
 
 
@@ -118,24 +130,31 @@ def verify(given: Arguments) -> int:
     try:
         found = compare(one.model, other.model, inputs)
         graph, end_to_end, right, shown = found.graph, found.end_to_end, found.right, str(found)
-    except PlanError as error:  # not made by fxfact, or not known to be
-        if given.tolerance is None:
+    except PlanError as error:
+        if applied(other.model):
+            raise
+        if given.tolerance is None:  # not made by fxfact, or not known to be
             raise ArgumentError(f"{error} To compare outputs alone pass --tolerance.") from error
         outputs = [_run(read.model, inputs) for read in (one, other)]
         graph, right, end_to_end = None, None, relative_error(*outputs)
         shown = f"end to end {end_to_end:.2e} (the second says nothing of having been factorized)"
     near = given.tolerance is None or end_to_end <= given.tolerance
-    _show(given, shown, {"graph": graph, "end_to_end": end_to_end, "right": right, "near": near})
+    show(given, shown, {"graph": graph, "end_to_end": end_to_end, "right": right, "near": near})
     return 3 if right is False or not near else 0
 
 
 def report(given: Arguments) -> int:
     """What was done to a network, and what that saves and costs; as a page where -o says so."""
+    check_output(given.output, *files_of(given), given.other, given.other_weights)
+    if given.output and not given.output.endswith((".html", ".json")):
+        raise ArgumentError(f"-o is a page NAME.html or data NAME.json, got {given.output}")
+    if given.threads:
+        torch.set_num_threads(given.threads)
     reads = [read_model(text, given.input, weights) for text, weights in _two(given)]
-    found = make_report(reads[0].model, reads[1].model, _needed(*reads))
+    found = make_report(reads[0].model, reads[1].model, _needed(*reads), progress=given.progress)
     if given.output:
         found.save(given.output)
-    _show(given, found, found.to_json())
+    show(given, found, found.to_json())
     return 0
 
 
@@ -159,14 +178,16 @@ def bench(given: Arguments) -> int:
     first, second = compared(times)
     ratio = first / second
     table = tabulate(rows, headers="keys", floatfmt=".3f")
-    words = f"{table}\n\nthe second is {ratio:.2f}× as fast, on {torch.get_num_threads()} threads"
-    _show(given, words, {"networks": rows, "speedup": ratio, "threads": torch.get_num_threads()})
+    words = (
+        f"{table}\n\nthe second is {ratio:.2f}× as fast by the turns' ratios, on {on_threads(torch.get_num_threads())}"
+    )
+    show(given, words, {"networks": rows, "speedup": ratio, "threads": torch.get_num_threads()})
     return 0
 
 
 def demo(given: Arguments) -> int:
     """Train, factorize and compare a small network."""
-    run_demo(given.factorization, given.rank, seed=given.seed, epochs=given.epochs, say=print, progress=_overwrite)
+    run_demo(given.factorization, given.rank, seed=given.seed, epochs=given.epochs, say=say, progress=overwrite)
     return 0
 
 
@@ -178,7 +199,7 @@ def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[s
         raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
     if given.statistics and given.calibration and not budgets:
         raise ArgumentError("ranks that are given leave nothing to measure: pass no --calibration beside --statistics")
-    known, held_out = _data(given, measured=given.loss is not None)
+    known, held_out = _data(given, read, measured=given.loss is not None)
     return {
         "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
         "fold_weights": bool(given.fold_weights), "example_inputs": _example(read), "progress": given.progress,
@@ -197,9 +218,10 @@ def _statistics(
     return calibrate(read.model, known, example_inputs=_example(read), progress=given.progress, **options)
 
 
-def _data(given: Arguments, *, measured: bool) -> tuple[Statistics | list[Any] | None, list[Any]]:
+def _data(given: Arguments, read: Given, *, measured: bool) -> tuple[Statistics | list[Any] | None, list[Any]]:
     """What to learn from, and batches to measure on: all beside statistics, else some where a plan is ``measured``."""
-    batches: list[Any] = read_batches(given.calibration, given.batch) if given.calibration else []
+    dtype = dtype_of(read.model)
+    batches: list[Any] = read_batches(given.calibration, given.batch, dtype) if given.calibration else []
     if given.statistics:
         return Statistics.load(given.statistics), batches
     return held_out_of(batches) if measured and batches else (batches or None, [])
@@ -249,28 +271,3 @@ def _run(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Any:
             return runnable(model)(*args, **kwargs)
         except Exception as error:
             raise VerificationError(f"a network fails on these inputs: {error}") from error
-
-
-def _summary(made: Plan) -> dict[str, Any]:
-    def cost(value: Cost) -> dict[str, int | None]:
-        return {"parameters": value.params, "macs": value.macs}
-
-    return {
-        "before": cost(made.network), "after": cost(made.after), "rewritten": len(made.rewrites),
-        "convolutions": len(made), "expected_loss_increase": made.increase, "measured_loss_increase": made.measured,
-    }  # fmt: skip
-
-
-def _overwrite(text: str) -> None:
-    """A line of progress, instead of the one before where that is possible."""
-    if sys.stderr.isatty():
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-    else:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _show(given: Arguments, text: object, data: dict[str, Any]) -> None:
-    if given.json:
-        finite = json.loads(json.dumps(data), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
-        text = json.dumps(finite)
-    print(text)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -16,20 +18,30 @@ from fxfact.errors import FxfactError
 
 _Add = Callable[[argparse.ArgumentParser], None]
 _MODEL = "a .pt2 file, or package.module:callable, which gives a torch.nn.Module"
-_EXIT = "exit codes: 0 done, 1 it could not be (the message says why), 2 not understood, 3 verify found a difference"
+_EXIT = (
+    "exit codes: 0 done, 1 it could not be (the message says why), 2 not understood, 3 verify found a difference, "
+    "130 interrupted, 141 nobody read what was printed"
+)
+_SPELLED = {"example_inputs": "--input 1,3,224,224", "statistics=": "--statistics FILE", "calibration": "--calibration"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 where it succeeded, 1 where it could not, 2 where it is not understood, 3 where networks that
     were compared are different.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m does
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal has arrows
     given = _parser().parse_args(arguments)
     try:
         code: int = given.run(given)
         sys.stdout.flush()
         return code
     except FxfactError as error:
-        print(f"fxfact: {error}", file=sys.stderr)
+        spelled = [f"{name.rstrip('=')} is {option}" for name, option in _SPELLED.items() if f" {name}" in str(error)]
+        print(f"fxfact: {error}" + (f" (Here {', '.join(spelled)}.)" if spelled else ""), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -42,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fxfact", description="Factorize the convolutions of a trained network.", epilog=_EXIT
     )
+    parser.add_argument("--version", action="version", version=f"fxfact {metadata.version('fxfact')}")
     adding = parser.add_subparsers(required=True, metavar="command")
     for name, run, words, example, add_all in _commands():
         command = adding.add_parser(name, help=words, description=words, epilog=f"example: fxfact {name} {example}")
@@ -109,6 +122,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", help="NAME.html, a page with pictures, or NAME.json")
+    parser.add_argument("--threads", type=_positive, help="default: as many as PyTorch takes")
+    parser.add_argument("--progress", action="store_true", help="bars on stderr (needs tqdm)")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +158,8 @@ def _add_two(parser: argparse.ArgumentParser) -> None:
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", type=_input, action="append", metavar="SIZES",
-        help="the shape of an input, such as 1,3,224,224; once for each; of token ids 1,77:int64",
+        help="the shape of an input, such as 1,3,224,224, which is then normal numbers; once for each; of token ids, "
+        "then zeros, 1,77:int64",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -156,10 +172,14 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--factorization", type=_names, help="a name, or several by comma (default: tucker; budgets: all)"
     )
-    parser.add_argument("--rank", type=_rank, help="a fraction of each convolution's parameters, an int or 'same'")
+    parser.add_argument(
+        "--rank", type=_rank, help="a fraction of each convolution's parameters, an int or 'same' (default: 0.5)"
+    )
     parser.add_argument("--macs", type=float, metavar="SHARE", help="budget: of the network's multiply-accumulates")
     parser.add_argument("--params", type=float, metavar="SHARE", help="budget: of the network's parameters")
-    parser.add_argument("--latency", type=float, metavar="SHARE", help="budget: of the network's fastest time here")
+    parser.add_argument(
+        "--latency", type=float, metavar="SHARE", help="budget: of the network's fastest time here (of a .pt2 as it is)"
+    )
     parser.add_argument(
         "--loss", type=float, metavar="NATS", help="budget: by how much the loss may grow, on every fourth batch"
     )
@@ -185,20 +205,22 @@ def _names(text: str) -> str | list[str]:
 def _rank(text: str) -> int | float | str:
     if text == "same":
         return text
-    return float(text) if "." in text or "e" in text.lower() else int(text)
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a fraction such as 0.5, an integer, or same, got {text!r}") from None
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"an integer, at least 1, got {text!r}")
+    return int(text)
 
 
 def _imported(text: str) -> str:
     try:
         importlib.import_module(text)
-    except ImportError as error:
+    except Exception as error:  # whatever a package does
         raise argparse.ArgumentTypeError(f"{text} cannot be imported: {error}") from error
     return text
 

@@ -8,10 +8,11 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxfact.errors import ArgumentTypeError, FileError, FxfactError, place
+from fxfact.errors import FileError, FxfactError, place
 from fxfact.factorizations import Factorization
 from fxfact.passes import Applied
 from fxfact.planning import Plan
+from fxfact.writing import check_path
 
 _FORMAT = {"format": "fxfact network", "version": 1}
 Kinds = Sequence[type[Factorization]]
@@ -52,12 +53,6 @@ def names_in(path: str | os.PathLike[str]) -> list[str]:
     if damaged is not None:
         raise FileError(f"{path}: the file is damaged: {damaged} is not what was written")
     return [name.partition("/")[2] for name in names]
-
-
-def check_path(path: object) -> None:
-    """Raise ArgumentTypeError for what is no path."""
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
 
 
 def _errors(values: Any) -> dict[str, float | None]:

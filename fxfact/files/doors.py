@@ -9,9 +9,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfact.errors import ArgumentTypeError, FileError
-from fxfact.files.base import Kinds, check_path, names_in
+from fxfact.files.base import Kinds, names_in
 from fxfact.files.programs import load_program, save_program
 from fxfact.files.states import load_state, save_state
+from fxfact.writing import check_path
 
 
 def save(network: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> None:

@@ -29,7 +29,7 @@ def save_state(network: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         with written(path) as file:
             torch.save({"fxfact": history_to_text(applied(network)), "state": plain}, file)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # PyTorch's writer makes the one of a full disk the other
         raise FileError(f"{path}: the network cannot be written there: {error}") from error
 
 

@@ -115,11 +115,16 @@ class Facts:
         rows.append(["network", self.model, "", *whole, "", error(self.end_to_end_error), ""])
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 9 + [50])
         verdict = "right" if self.right else "WRONG"
-        return f"{table}\n\ngraph {self.graph_error:.2e} ({verdict}); {self.threads} threads; errors are relative"
+        return f"{table}\n\ngraph {self.graph_error:.2e} ({verdict}); {on_threads(self.threads)}; errors are relative"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: numbers, strings, lists and dicts."""
         return {"format": "fxfact report", "version": 1, **asdict(self)}
+
+
+def on_threads(count: int) -> str:
+    """So many, in words."""
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def megabytes(found: tuple[int, int]) -> tuple[float, float]:

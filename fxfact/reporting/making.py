@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,7 @@ from fxfact.reporting.page import page
 from fxfact.sites import ConvSite
 from fxfact.timing import random_numbers, side_by_side
 from fxfact.verification import SiteErrors, plain_copy, stages_of, verify
-from fxfact.writing import written
+from fxfact.writing import as_json, check_path, written
 
 
 class Report(Facts):
@@ -39,11 +38,14 @@ class Report(Facts):
         return page(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the page to a file NAME.html, or JSON to NAME.json. Raises ArgumentError, FileError."""
+        """Write the page to a file NAME.html, or JSON to NAME.json. Raises ArgumentError, ArgumentTypeError,
+        FileError.
+        """
+        check_path(path)
         name = os.fspath(path)
         if not name.endswith((".html", ".json")):
             raise ArgumentError(f"a report is written to NAME.html or NAME.json, got {name}")
-        text = self.to_html() if name.endswith(".html") else json.dumps(self.to_json(), indent=1) + "\n"
+        text = self.to_html() if name.endswith(".html") else as_json(self.to_json(), indent=1) + "\n"
         try:
             with written(path) as file:
                 file.write(text.encode())

@@ -123,7 +123,7 @@ def _rewritten(convolutions: Sequence[ConvReport]) -> Iterable[str]:
     for conv, peak in zip(convolutions, peaks, strict=True):
         cells = [
             f"<b>{escape(conv.path)}</b><br><small>{escape(conv.convolution)}</small>",
-            f"{conv.factorization} {rank_shown(conv.rank)}<br><small>{escape(' | '.join(conv.stages))}</small>",
+            f"{escape(conv.factorization)} {rank_shown(conv.rank)}<br><small>{_became(conv)}</small>",
             _bars((conv.before.params, conv.after.params), most_params),
             _bars((conv.before.macs, conv.after.macs), most_macs),
             _bars(conv.milliseconds or (None, None), most_ms),
@@ -135,6 +135,10 @@ def _rewritten(convolutions: Sequence[ConvReport]) -> Iterable[str]:
         ]
         yield f"<tr>{_cells('td', cells)}</tr>"
     yield "</tbody></table>"
+
+
+def _became(conv: ConvReport) -> str:
+    return "<br>".join(escape(words) for words in (" | ".join(conv.stages), conv.note) if words)
 
 
 def _left(convolutions: Sequence[ConvReport]) -> Iterable[str]:
