@@ -34,6 +34,7 @@ The way of the data, top down, which is also the way of the imports::
     executing, progress      long work: on the caller's executor, and shown
     timing, activations      how long calls take, and how much memory
     writing                  files that are whole or not there
+    precision                single precision as it is written
     errors, skip             how "no" is said
 """
 

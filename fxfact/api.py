@@ -78,8 +78,8 @@ def factorize(
     generator: for factorizations that begin at random (``CPMobilenet(init='random')``); no other randomness is used.
     executor: as of ``plan``, and for the decomposition itself.
 
-    The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises
-    ArgumentError, ArgumentTypeError, CaptureError, RankError, WeightError: all of them FxfactError.
+    The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises what
+    ``plan`` and ``apply`` raise, and VerificationError: all of them FxfactError.
     """
     decomposing = Decomposing(generator=generator, executor=executor, progress=progress)
     strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)
@@ -161,6 +161,9 @@ def plan(
     executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster's) on which a plan for a budget computes
         errors and decomposes what it measures; the plan is the same.
     progress: True for tqdm's bars, or what is called as tqdm is.
+
+    Raises ArgumentError, ArgumentTypeError, CaptureError, RankError, WeightError, BudgetError where no network is
+    within the budget, CalibrationError for what is wrong with the data, TimingError where what is to be timed fails.
     """
     decomposing = Decomposing(executor=executor, progress=progress)
     strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)

@@ -64,7 +64,8 @@ def recover(
     (random flips, shifts); the original sees the same. With ``mixup`` the samples of these tensors are drawn towards
     each other (Zhang et al. 2018), and what is held out is looked at in both ways: for an original that was trained on
     these very samples, of which it says little but their labels. Without an end by ``seconds``, and with an ``augment``
-    that is, deterministic by ``seed``. Of several processes each works alone, as in ``repair``.
+    that is, deterministic by ``seed``. Batches, ``example_inputs``, ``likelihood`` and ``progress`` are as for
+    ``fxfact.plan``. Of several processes each works alone, as in ``repair``.
     Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     steps, patience, seed = whole("steps", steps, 1), whole("patience", patience, 1), whole("seed", seed, 0, MOST_SEED)

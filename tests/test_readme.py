@@ -58,5 +58,5 @@ def _anchors(text: str) -> list[str]:
 def test_its_map_names_every_room() -> None:
     package = Path(fxfact.__file__).parent
     rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    fxmap = README.split("## How it is built")[1].split("## Measured")[0]
+    fxmap = README.split("## How it is built")[1].split("## Tests")[0]
     assert all(re.search(rf"\b{room}\b", fxmap) for room in rooms - {"__init__"})

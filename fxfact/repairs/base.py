@@ -66,7 +66,8 @@ def repair(
     what they hold between two chains has no room, for every chain one up to it. Every fourth batch is held out, to
     measure on; a network that came out farther from the original there, by more than may be chance, is given back as it
     was. Convolutions that are no modules, and those that share their weights, stay as they are. Memory: the outputs of
-    all convolutions at 32 positions of every sample, and 1 GiB for those runs. Of several processes each works alone,
+    all convolutions at 32 positions of every sample, and 1 GiB for those runs. ``seed`` draws the positions; batches,
+    ``example_inputs``, ``likelihood`` and ``progress`` are as for ``fxfact.plan``. Of several processes each works alone,
     on its own batches: let one do it, and send the others what it made.
     Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
