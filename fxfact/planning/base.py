@@ -113,9 +113,9 @@ class Plan:
         factorization: str | Factorization | None = None,
         skip: str | None = None,
     ) -> Plan:
-        """The plan with another decision for ``path`` and what shares its weight: another rank, as ``fxfact.plan`` takes
-        it, another ``factorization``, a name or an object, or ``skip``, the reason to leave it as it is. Raises
-        PlanError, RankError, RefusedError.
+        """The plan with another decision for ``path`` and what shares its weight: another rank, or another factorization,
+        as ``fxfact.plan`` takes them, or ``skip``, the reason to leave it as it is. Raises PlanError, RankError,
+        RefusedError.
         """
         old = self[path]
         if skip is not None and not isinstance(skip, str):

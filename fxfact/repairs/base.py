@@ -67,8 +67,8 @@ def repair(
     measure on; a network that came out farther from the original there, by more than may be chance, is given back as it
     was. Convolutions that are no modules, and those that share their weights, stay as they are. Memory: the outputs of
     all convolutions at 32 positions of every sample, and 1 GiB for those runs. ``seed`` draws the positions; batches,
-    ``example_inputs``, ``likelihood`` and ``progress`` are as for ``fxfact.plan``. Of several processes each works alone,
-    on its own batches: let one do it, and send the others what it made.
+    ``example_inputs``, ``likelihood`` and ``progress`` are as for ``fxfact.plan``. Of several processes each works
+    alone, on its own batches: let one do it, and send the others what it made.
     Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
     """
     if not refit and not means:
