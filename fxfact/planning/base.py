@@ -113,8 +113,8 @@ class Plan:
         factorization: str | Factorization | None = None,
         skip: str | None = None,
     ) -> Plan:
-        """The plan with another decision for ``path`` and what shares its weight: another rank, or another factorization,
-        as ``fxfact.plan`` takes them, or ``skip``, the reason to leave it as it is. Raises PlanError, RankError,
+        """The plan with another decision for ``path`` and what shares its weight: another rank or factorization, as
+        ``fxfact.plan`` takes them, or ``skip``, the reason to leave it as it is. Raises PlanError, RankError,
         RefusedError.
         """
         old = self[path]
