@@ -23,6 +23,7 @@ from fxfact.progress import Progress, shown
 
 MOST_SEED = 2**23 - 1  # with the number of a sample in the other 40 bits a generator's seed
 _POSITIONS = 64  # patches of a sample that are looked at, of each convolution
+_DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 _backward, _converted = torch.ops.aten.convolution_backward.default, torch.ops.aten._to_copy.default
 
 
@@ -45,7 +46,7 @@ def calibrate(
     leaders = [site for site in captured.sites if site.tied_to is None]
     weights = {site.path: weight for site in leaders if (weight := weight_at(network, site.path)) is not None}
     sums = {site.path: Sums(site.spec, weights[site.path].device) for site in leaders if site.path in weights}
-    _prepare(weights)
+    _ask_for_gradients(weights)
     collector = _Collector(sums, weights)
     drawing, known = _Drawing(seed), None
     output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # count, sum, squares
@@ -116,9 +117,7 @@ class _Drawing:
             raise CalibrationError("calibration: the output of a batch has no samples. Drop such batches.")
         numbers = [(self.samples + k) * self._world + self._rank for k in range(count)]
         self._generators = [torch.Generator().manual_seed((self._seed << 40) + number) for number in numbers]
-        self.fractions = torch.stack(
-            [torch.rand(_POSITIONS, generator=own, dtype=torch.float32, device="cpu") for own in self._generators]
-        )
+        self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own, **_DRAWN) for own in self._generators])
 
     def end(self) -> None:
         """The samples are done with."""
@@ -133,8 +132,7 @@ class _Drawing:
                 raise CalibrationError(
                     f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis"
                 )
-            kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-            rows = [torch.randn(tensor.shape[1:], generator=own, **kind) for own in self._generators]
+            rows = [torch.randn(tensor.shape[1:], generator=own, **_DRAWN) for own in self._generators]
             return torch.stack(rows).to(tensor.device)
 
         return draw
@@ -189,7 +187,7 @@ def _prepared(network: nn.Module) -> nn.Module:
     return evaluated(private_copy(network)).requires_grad_(requires_grad=False)
 
 
-def _prepare(weights: Mapping[str, Tensor]) -> None:
+def _ask_for_gradients(weights: Mapping[str, Tensor]) -> None:
     """Have the weights of a private copy, buffers too, ask for gradients, so that every convolution gets one, each in
     memory of its own, by which it is known.
     """

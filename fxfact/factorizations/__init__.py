@@ -12,7 +12,7 @@ from fxfact.factorizations.rank_request import ParsedRank, RankRequest, parse_ra
 from fxfact.factorizations.spatial_svd import SpatialSVD
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
-from fxfact.factorizations.weights import check_generator, check_weight
+from fxfact.factorizations.weights import check_generator, check_weight, scale_of
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     CPMobilenet,
@@ -42,6 +42,7 @@ __all__ = [
     "parse_factorization",
     "parse_rank_request",
     "resolve_rank",
+    "scale_of",
 ]
 
 

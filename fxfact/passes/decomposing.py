@@ -15,7 +15,7 @@ from fxfact.conv import ConvLayer, compose
 from fxfact.conv_modules import is_conv, write_chain
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, place
 from fxfact.executing import check_executor, in_order
-from fxfact.factorizations import check_generator
+from fxfact.factorizations import check_generator, scale_of
 from fxfact.metric import Metric
 from fxfact.planning import Decision, Plan
 from fxfact.precision import exact
@@ -128,9 +128,9 @@ def decompose(layer: ConvLayer, decision: Decision, seed: int | None, metric: Me
         chain = decision.factorization.decompose(layer, decision.rank, metric=metric, generator=generator)
     wide = torch.promote_types(dense.dtype, torch.float32)
     with exact(dense.device):
-        largest = float(dense.abs().max()) or 1.0  # squares of very small or large numbers are none
-        norm = float((dense.to(wide) / largest).norm())
-        missed = float(((compose(chain).to(wide) - dense.to(wide)) / largest).norm())
+        scale = scale_of(dense)
+        norm = float((dense.to(wide) / scale).norm())
+        missed = float(((compose(chain).to(wide) - dense.to(wide)) / scale).norm())
     return [stage.weight for stage in chain.layers], missed / norm if norm else 0.0
 
 

@@ -42,7 +42,7 @@ class Candidate:
     def digest(self) -> str:
         """Tells its numbers from others."""
         numbers = self.layer.weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(numbers.data).hexdigest()[:16]
 
     @cached_property
     def dense(self) -> Cost:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fxfact.conv import ConvLayer, compose
-from fxfact.factorizations import Factorization, Rank
+from fxfact.factorizations import Factorization, Rank, scale_of
 from fxfact.metric import Metric
 from fxfact.precision import exact
 
@@ -47,7 +47,7 @@ def _curve(layer: ConvLayer, factorization: Factorization, among: Sequence[Rank]
 
 def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
     """‖W − Ŵ‖² / ‖W‖² of the chain that comes nearest in the Frobenius norm, always from the same start."""
-    dense = layer.weight.float() / (float(layer.weight.abs().max()) or 1.0)  # squares of small numbers are none
+    dense = (layer.weight / scale_of(layer.weight)).float()
     layer = replace(layer, weight=dense)
     chain = factorization.decompose(layer, rank, generator=torch.Generator(dense.device).manual_seed(0))
     with exact(dense.device):

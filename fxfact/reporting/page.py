@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from fxfact.cost import shown_amount, shown_change
-from fxfact.reporting.base import ConvReport, Facts, error, megabytes, rank_shown
+from fxfact.reporting.base import ConvReport, Facts, error, megabytes, on_threads, rank_shown
 from fxfact.reporting.svg import Scale, curve, picture
 
 _STYLE = """
@@ -68,7 +68,7 @@ def _head(facts: Facts) -> Iterable[str]:
     tiles = [
         ("parameters", shown_change(before.params, after.params)),
         ("MACs of a sample", shown_change(before.macs, after.macs)),
-        (f"milliseconds, {facts.threads} thread{'s' * (facts.threads > 1)}", shown_change(*facts.milliseconds)),
+        (f"milliseconds, {on_threads(facts.threads)}", shown_change(*facts.milliseconds)),
         ("MB of activations at the peak", shown_change(*megabytes(facts.activation_bytes))),
         ("relative error of the output", error(facts.end_to_end_error)),
         ("convolutions rewritten", f"{rewritten} of {len(facts.convolutions)}"),
