@@ -29,11 +29,11 @@ import fxfact
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task, Tests
-from fxfact.calibration import Statistics, dense_of, held_out_of, likelihood_for
-from fxfact.conv import from_torch
+from fxfact.calibration import Statistics, split_held_out
+from fxfact.calibration.outputs import float_tensors_of, likelihood_for
+from fxfact.conv import KroneckerFisher, KroneckerMoment, from_torch
 from fxfact.errors import BudgetError
-from fxfact.metric import Metric, Moment
-from fxfact.ranks import VBMF, Energy
+from fxfact.planning.rank_rules import VBMF, Energy
 
 UNITS = {"macs": fxfact.Macs, "params": fxfact.Params}
 OURS = ("ours", "ours, repaired", "ours, recovered")
@@ -64,7 +64,7 @@ class Measured:
         self._kept = slice(1, None, 2) if task.shared else slice(None)
         self._expected, scores = zip(*self._tests.run(network), strict=True)
         self._likelihood = likelihood_for(task.likelihood, self._expected[0])
-        self._variance = float(torch.cat([t.flatten() for y in self._expected for t in dense_of(y)]).var())
+        self._variance = float(torch.cat([t.flatten() for y in self._expected for t in float_tensors_of(y)]).var())
         self.dense = torch.cat(scores)[self._kept].double()
 
     def __call__(self, network: nn.Module) -> tuple[Tensor, Tensor]:
@@ -85,10 +85,10 @@ def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
     for path, metric in statistics.moments.items():
         spec, output = statistics.specs[path], metric.output.factors[0]
         eye = torch.eye(metric.output.size).expand(output.shape[0], -1, -1).to(output)
-        plain = Metric(metric.input, Moment((eye,)))
+        plain = KroneckerFisher(metric.input, KroneckerMoment((eye,)))
         weight = model.get_submodule(path).weight.detach()
-        whole = plain.increase(spec, from_torch(spec, weight))
-        moments[path] = Metric(metric.input, Moment((eye / max(whole, 1e-30),)))
+        whole = plain.loss_increase(spec, from_torch(spec, weight))
+        moments[path] = KroneckerFisher(metric.input, KroneckerMoment((eye / max(whole, 1e-30),)))
     return replace(statistics, moments=moments, samples=sys.maxsize, shrinkage=0.0, curves={})
 
 
@@ -134,7 +134,10 @@ class Trial:
         task, batches = self._task, self._task.batches(samples, seed)
         known: dict[str, Any] = {"samples": sum(map(len, batches)), "seed": seed}
         ours = fxfact.calibrate(self._model, batches, likelihood=task.likelihood, seed=seed)
-        inputs, seen = inputs_alone(ours, self._model), held_out_of(batches)[1]  # what ``factorize`` compares plans on
+        inputs, seen = (
+            inputs_alone(ours, self._model),
+            split_held_out(batches)[1],
+        )  # what ``factorize`` compares plans on
         for budget in self._budgets:
             for rule, statistics, compared in (("inputs", inputs, None), ("ours", ours, seen)):
                 started = time.perf_counter()
@@ -143,16 +146,16 @@ class Trial:
                     continue
                 small, _ = self._applied(plan, statistics)
                 row = self._measured(budget, rule, small, time.perf_counter() - started)
-                yield replace(row, **known, predicted=plan.increase)
+                yield replace(row, **known, predicted=plan.predicted_loss_increase)
                 if rule == "ours":
                     yield from self._better(budget, small, batches, known)
 
     def _better(self, budget: Any, small: nn.Module, batches: Any, known: dict[str, Any]) -> Iterator[Row]:
         options: dict[str, Any] = {"likelihood": self._task.likelihood, "seed": known["seed"]}
-        repaired, repair = fxfact.repair(small, self._model, batches, **options)
+        repaired, repair = fxfact.refit(small, self._model, batches, **options)
         yield replace(self._measured(budget, "ours, repaired", repaired, repair.seconds), **known)
         if self._given.recover:
-            best, recovery = fxfact.recover(
+            best, recovery = fxfact.distill(
                 repaired, self._model, batches, steps=10**6, seconds=self._given.recover, **options
             )
             yield replace(self._measured(budget, "ours, recovered", best, recovery.seconds), **known)
@@ -166,7 +169,7 @@ class Trial:
 
     def _applied(self, plan: fxfact.Plan, statistics: Statistics | None = None) -> tuple[nn.Module, float]:
         started = time.perf_counter()
-        return fxfact.apply(plan, self._model, statistics=statistics), time.perf_counter() - started
+        return fxfact.apply(plan, self._model, calibration=statistics), time.perf_counter() - started
 
     def _measured(self, budget: Any, rule: str, network: nn.Module, seconds: float) -> Row:
         share = round(budget.allowed(self._network) / budget.amount(self._network), 3)

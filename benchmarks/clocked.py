@@ -23,7 +23,7 @@ from benchmarks.accuracy import Measured
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task
-from fxfact.timing import side_by_side
+from fxfact.utils import side_by_side
 
 _HALVINGS = 6
 

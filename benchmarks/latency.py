@@ -29,7 +29,7 @@ from torch import nn
 import fxfact
 from benchmarks.report import save, show
 from benchmarks.untrained import TIMED
-from fxfact.timing import milliseconds
+from fxfact.utils import milliseconds
 
 _THEIRS = "TensorLy-Torch"
 _WARM = 3  # calls, of which CUDA graphs are made
@@ -50,7 +50,7 @@ class Contest:
 
     def add(self, rule: str, network: nn.Module, plan: fxfact.Plan | None, seconds: float) -> None:
         """A network to be timed; the plan knows its cost."""
-        self.forms[rule] = [network] if plan is not None and plan.form else self._forms(network)
+        self.forms[rule] = [network] if plan is not None and plan.inference_passes else self._forms(network)
         if self._given.compiled:
             self.forms[rule] = self._compiled(self.forms[rule])
         facts: dict[str, Any] = {"s": seconds}

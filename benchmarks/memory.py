@@ -72,7 +72,7 @@ def measure(channels: list[int], factorization: str, rank: float) -> dict[str, A
         "parameters": plan.network.params,
         "after": sum(parameter.numel() for parameter in result.parameters()),
         "convolutions": f"{len(plan.rewrites)} of {len(plan)}",
-        "rung": plan.capture,
+        "frontend": plan.capture,
         "seconds": seconds,
         "peak beyond GB": peak / 1e9,
         "bound GB": bound / 1e9,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import fxfact
 from benchmarks.networks import NETWORKS
 from benchmarks.report import in_turns, median, save, show
-from fxfact.factorizations import FACTORIZATIONS, CPFactorized, CPMobilenet, Factorization
+from fxfact.factorizations import FACTORIZATIONS, CPFactorized, Factorization
+from fxfact.factorizations.cp import CPMobilenet
 
 LAYERS = {"64→64 at 56²": (64, 64, 56), "512→512 at 7²": (512, 512, 7)}
 

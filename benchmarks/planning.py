@@ -21,7 +21,7 @@ import fxfact
 from benchmarks.memory import forget_the_peak, resident
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
-from fxfact.executing import processes
+from fxfact.utils import processes
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
         measured("plan", plan)
         found = measured("plan again", plan)
-        measured("apply", lambda: fxfact.apply(found, model, statistics=statistics, **options))
+        measured("apply", lambda: fxfact.apply(found, model, calibration=statistics, **options))
     show(f"{given.network}, {given.samples} images of 224², {torch.get_num_threads()} threads", rows)
     save("planning", {"network": given.network, "workers": given.workers, "samples": given.samples, "rows": rows})
 

@@ -22,12 +22,11 @@ from benchmarks.accuracy import Measured
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS
+from fxfact.analysis import with_kernels
 from fxfact.calibration import Statistics
-from fxfact.conv import ConvLayer, compose, to_torch
-from fxfact.conv_modules import read_conv
-from fxfact.copying import private_copy
+from fxfact.conv import ConvLayer, compose, read_conv, to_torch
 from fxfact.factorizations import FACTORIZATIONS
-from fxfact.verification import with_kernels
+from fxfact.utils import alias_copy
 
 
 def pairs_of(model: nn.Module, statistics: Statistics, measure: Measured, count: int) -> list[dict[str, Any]]:
@@ -44,9 +43,9 @@ def pairs_of(model: nn.Module, statistics: Statistics, measure: Measured, count:
         metric = statistics.metric(path, layer.spec)
         assert metric is not None
         kernel = compose(kind.decompose(layer, rank, metric=metric))
-        changed = with_kernels(private_copy(model), {path: to_torch(layer.spec, kernel)})
+        changed = with_kernels(alias_copy(model), {path: to_torch(layer.spec, kernel)})
         _, divergences = measure(changed)
-        predicted = metric.increase(layer.spec, kernel - layer.weight.detach())
+        predicted = metric.loss_increase(layer.spec, kernel - layer.weight.detach())
         found.append({"path": path, "factorization": kind.name, "rank": rank, "predicted": predicted,
                       "measured": float(divergences.mean())})  # fmt: skip
     return found

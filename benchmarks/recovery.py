@@ -47,13 +47,13 @@ def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str
     small = fxfact.factorize(model, budget=fxfact.Macs(share), calibration=batches, example_inputs=example, **options)
     plan = fxfact.plan_of(small)
     options["seed"] = given.seed
-    repaired, repair = fxfact.repair(small, model, batches, **options)
+    repaired, repair = fxfact.refit(small, model, batches, **options)
     augment = (
         partial(moved, draw=torch.Generator().manual_seed(given.seed))
         if given.augment and batches[0].ndim == 4
         else None
     )
-    recovered, recovery = fxfact.recover(
+    recovered, recovery = fxfact.distill(
         repaired, model, batches, steps=10**6, seconds=given.seconds, lr=given.lr, augment=augment, patience=10**6,
         mixup=given.mixup, **options,
     )  # fmt: skip

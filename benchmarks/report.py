@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fxfact.latency import machine
+from fxfact.search.latency_cache import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,7 +42,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], floatfmt: str = ".3g") -
 
 def save(name: str, content: Mapping[str, Any], device: str = "cpu") -> None:
     """Write ``results/<name>.json`` with a description of the machine."""
-    described = {**machine(torch.device(device)), "cores": os.cpu_count(), "python": platform.python_version()}
+    described = {**describe_machine(torch.device(device)), "cores": os.cpu_count(), "python": platform.python_version()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": described, **content}, indent=1) + "\n", encoding="utf-8")

@@ -22,10 +22,9 @@ from torch import nn
 import fxfact
 from benchmarks.report import save, show
 from benchmarks.untrained import TIMED
-from fxfact.conv import ConvSpec, Sizes
-from fxfact.conv_modules import write_conv
-from fxfact.latency.frozen import frozen
-from fxfact.timing import milliseconds
+from fxfact.conv import ConvSpec, Sizes, write_conv
+from fxfact.search.packed_convs import pack_chain
+from fxfact.utils import milliseconds
 
 _FAR = 256 * 2**20  # bytes, more than caches hold
 
@@ -48,7 +47,7 @@ def measured(found: list[tuple[str, ConvSpec, Sizes]], batch: int) -> list[float
         x = torch.randn(batch, spec.in_channels, *size).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(spec.weight_shape).contiguous(memory_format=torch.channels_last)
         conv = nn.Sequential(*write_conv(spec, weight, torch.zeros(spec.out_channels) if spec.bias else None))
-        calls.append(partial(frozen(conv.eval().requires_grad_(requires_grad=False), x), x))
+        calls.append(partial(pack_chain(conv.eval().requires_grad_(requires_grad=False), x), x))
     return [min(times) for times in milliseconds(calls, repeats=15, number=1)]
 
 

@@ -38,35 +38,34 @@ The way of the data, top down, which is also the way of the imports::
     errors, skip             how "no" is said
 """
 
-from fxfact import factorizations, nn, passes, ranks
+from fxfact import factorizations, nn, passes
+from fxfact.analysis import Report, Verification, diff, inspect, report, to_dot, verify
 from fxfact.api import apply, calibrate, factorize, plan, plan_of
 from fxfact.calibration import Statistics
 from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
-from fxfact.files import load, save
-from fxfact.inference import for_inference
-from fxfact.inspection import diff, inspect
-from fxfact.planning import Decision, Plan
-from fxfact.ranks import Latency, Loss, Macs, Params
-from fxfact.recovery import Recovery, recover
-from fxfact.repairs import Repair, repair
-from fxfact.reporting import Report, report, to_dot
-from fxfact.verification import Verification, verify
+from fxfact.finetune import DistillResult, RefitResult, distill, refit
+from fxfact.planning import VBMF, Decision, Energy, LargestThatPays, Latency, Loss, Macs, Params, Plan
+from fxfact.search import for_inference
+from fxfact.serialization import load, save
 
 __all__ = [
+    "VBMF",
     "ConvChain",
     "ConvLayer",
     "ConvSpec",
     "Decision",
+    "DistillResult",
+    "Energy",
     "FxfactError",
+    "LargestThatPays",
     "Latency",
     "Loss",
     "Macs",
     "Params",
     "Plan",
-    "Recovery",
-    "Repair",
+    "RefitResult",
     "Report",
     "Statistics",
     "Verification",
@@ -75,6 +74,7 @@ __all__ = [
     "calibrate",
     "compose",
     "diff",
+    "distill",
     "factorizations",
     "factorize",
     "for_inference",
@@ -84,9 +84,7 @@ __all__ = [
     "passes",
     "plan",
     "plan_of",
-    "ranks",
-    "recover",
-    "repair",
+    "refit",
     "report",
     "run",
     "save",

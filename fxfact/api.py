@@ -12,33 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfact.calibration import MOST_SEED, Batches, Likelihood, Statistics, first_sample
-from fxfact.calibration import calibrate as collect
-from fxfact.capture import ExampleInputs, How
+from fxfact.analysis import check_rewrite
+from fxfact.calibration import MAX_SEED, Batches, Likelihood, Statistics, collect_statistics, first_sample
+from fxfact.capture import CaptureMode, ExampleInputs
 from fxfact.capture import capture as capture_model
-from fxfact.choosing import Data, Selected, choose
-from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, PlanError, whole
-from fxfact.factorizations import FACTORIZATIONS, RankRequest, SpatialSVD
-from fxfact.inference import never_slower
-from fxfact.passes import Decomposing, Weights, carry_out, last_plan, recapture
-from fxfact.planning import Plan, Selection
-from fxfact.progress import Progress
-from fxfact.ranks import (
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, PlanError, check_int
+from fxfact.factorizations import FACTORIZATIONS, RankSpec, SpatialSVD
+from fxfact.passes import DecomposeOptions, Weights, apply_plan, capture_as_planned, last_plan
+from fxfact.planning import (
     Budget,
+    BudgetAllocator,
     ByPath,
     FactorizationRequest,
+    FixedRanks,
     Latency,
     Loss,
     Macs,
+    Plan,
     RankRule,
-    Requested,
-    WithinBudget,
-    parse_several,
+    Selection,
+    parse_factorizations,
 )
-from fxfact.verification import check_rewrite
+from fxfact.search import CalibrationData, SearchScope, fall_back_if_slower, search
+from fxfact.utils import Progress
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
-_Rank = RankRequest | RankRule
+_Rank = RankSpec | RankRule
 _Ranks = _Rank | Mapping[str, _Rank]
 _Budget = Budget | Loss
 _Likelihood = str | Likelihood | Callable[[Any], Tensor]
@@ -59,9 +58,9 @@ def factorize(
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
-    capture: How = "auto",
+    capture: CaptureMode = "auto",
     fold_weights: bool = False,
-    leaves: str | Sequence[str] = (),
+    leaf_modules: str | Sequence[str] = (),
     verify: bool = False,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
@@ -81,21 +80,21 @@ def factorize(
     The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises what
     ``plan`` and ``apply`` raise, and VerificationError: all of them FxfactError.
     """
-    decomposing = Decomposing(generator=generator, executor=executor, progress=progress)
+    decomposing = DecomposeOptions(generator=generator, executor=executor, progress=progress)
     strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)
     example_inputs, calibration = _example(model, example_inputs, calibration)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    selected = Selected(include, exclude, allow_growth)
-    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
-    decided, statistics, decomposed = choose(captured, strategy, selected, budget, data)
+    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
+    selected = SearchScope(include, exclude, allow_growth)
+    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
+    decided, statistics, decomposed = search(captured, strategy, selected, budget, data)
     if generator is None:  # else what is random is drawn from it
         decomposing = replace(decomposing, known=decomposed)
-    carried = partial(carry_out, captured=captured, decomposing=replace(decomposing, statistics=statistics))
+    carried = partial(apply_plan, captured=captured, decomposing=replace(decomposing, statistics=statistics))
     result = carried(decided)
     if isinstance(budget, Latency) and isinstance(result, nn.Module):
-        result = never_slower(captured, decided, result, carried, budget)
+        result = fall_back_if_slower(captured, decided, result, carried, budget)
     if verify and decided.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     return cast(_Model, result)
@@ -115,9 +114,9 @@ def plan(
     include: Selection | None = None,
     exclude: Selection | None = None,
     allow_growth: bool = False,
-    capture: How = "auto",
+    capture: CaptureMode = "auto",
     fold_weights: bool = False,
-    leaves: str | Sequence[str] = (),
+    leaf_modules: str | Sequence[str] = (),
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> Plan:
@@ -127,7 +126,7 @@ def plan(
         object of ``fxfact.factorizations``, a list of these (each convolution takes the first that fits; under a
         budget the best), or a mapping from path or glob to any of them. Default: 'tucker', under a budget all.
     rank: the largest fraction of its parameters that a convolution may keep ('same' is 1.0), an int, a tuple (Tucker:
-        (r_out, r_in)), a rule (``fxfact.ranks.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from path
+        (r_out, r_in)), a rule (``fxfact.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from path
         or glob to any of these. Default 0.5.
     budget: instead of ``rank``, ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share of the whole network's (or
         ``at_most=`` a number), ``fxfact.Latency(0.5)``, a share of the time that the dense network takes in its fastest
@@ -157,7 +156,7 @@ def plan(
         modules are replaced where they stand; 'export', for an ExportedProgram. 'auto' takes what reaches most.
     fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm, parametrizations,
         pruning, standardisation in a graph) parameters, with the values they have in evaluation mode.
-    leaves: globs on the paths of modules that tracing keeps whole, and so leaves alone.
+    leaf_modules: globs on the paths of modules that tracing keeps whole, and so leaves alone.
     executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster's) on which a plan for a budget computes
         errors and decomposes what it measures; the plan is the same.
     progress: True for tqdm's bars, or what is called as tqdm is.
@@ -165,13 +164,13 @@ def plan(
     Raises ArgumentError, ArgumentTypeError, CaptureError, RankError, WeightError, BudgetError where no network is
     within the budget, CalibrationError for what is wrong with the data, TimingError where what is to be timed fails.
     """
-    decomposing = Decomposing(executor=executor, progress=progress)
+    decomposing = DecomposeOptions(executor=executor, progress=progress)
     strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)
     example_inputs, calibration = _example(model, example_inputs, calibration)
-    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    selected = Selected(include, exclude, allow_growth)
-    data = Data(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
-    return choose(captured, strategy, selected, budget, data).plan
+    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
+    selected = SearchScope(include, exclude, allow_growth)
+    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
+    return search(captured, strategy, selected, budget, data).plan
 
 
 def apply(
@@ -179,30 +178,44 @@ def apply(
     model: _Model,
     *,
     weights: Weights = "decompose",
-    statistics: Statistics | None = None,
+    calibration: Batches | Statistics | None = None,
+    likelihood: _Likelihood | None = None,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> _Model:
-    """A copy of ``model`` with the plan carried out, captured in the way that the plan was made for.
+    """Carry a plan out on a copy of the model, captured in the way that the plan was made for.
 
-    ``weights='empty'`` builds only the structure, for a state_dict to be loaded into. A plan that was made on data
-    needs their ``statistics`` again. The other arguments are those of ``factorize``. Raises PlanError, naming the first
-    differences, where the plan was made for another model;
-    CaptureError, WeightError, ContractError; CalibrationError for statistics of another model.
+    Args:
+        plan: what ``fxfact.plan`` returned, or ``Plan.load`` read.
+        model: the model that the plan was made for.
+        weights: ``'decompose'``, or ``'empty'`` for the structure alone, into which a state_dict can be loaded.
+        calibration: the data that the plan was made with, as batches or as ``Statistics``. Needed if and only if the
+            plan was made with data and ``weights='decompose'``.
+        likelihood: what the outputs mean, as for ``fxfact.plan``. Only used with batches.
+        generator: for factorizations that start from random factors; no other randomness is used.
+        executor: a ``concurrent.futures.Executor`` that decomposes the weights.
+        progress: True for tqdm's progress bars, or a callable with tqdm's signature.
+
+    Returns:
+        A new network. The model is not changed.
+
+    Raises:
+        PlanError: if the plan was made for another model; the message names the first differences.
+        CalibrationError: if the data or the statistics do not fit the model.
+        CaptureError, WeightError, GraphError: as for ``fxfact.factorize``.
     """
-    decomposing = Decomposing(
-        weights=weights, generator=generator, executor=executor, progress=progress, statistics=statistics
-    )
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
-    if statistics is not None and not isinstance(statistics, Statistics):
-        raise ArgumentTypeError(
-            f"statistics must be fxfact.Statistics, got {type(statistics).__name__}. fxfact.calibrate gives them."
-        )
-    if statistics is not None and not plan.metric:
-        raise PlanError("the plan was made without data: pass no statistics, or make it with calibration=statistics")
-    return cast(_Model, carry_out(plan, recapture(model, plan), decomposing))
+    if calibration is not None and not plan.uses_statistics:
+        raise PlanError("the plan was made without data: pass no calibration, or make the plan with calibration=")
+    decomposing = DecomposeOptions(weights=weights, generator=generator, executor=executor, progress=progress)
+    captured = capture_as_planned(model, plan)
+    if calibration is None or isinstance(calibration, Statistics):
+        statistics = calibration
+    else:
+        statistics = collect_statistics(captured, calibration, likelihood=likelihood, progress=progress)
+    return cast(_Model, apply_plan(plan, captured, replace(decomposing, statistics=statistics)))
 
 
 def calibrate(
@@ -212,13 +225,13 @@ def calibrate(
     example_inputs: ExampleInputs | None = None,
     likelihood: _Likelihood | None = None,
     seed: int = 0,
-    capture: How = "auto",
+    capture: CaptureMode = "auto",
     fold_weights: bool = False,
-    leaves: str | Sequence[str] = (),
+    leaf_modules: str | Sequence[str] = (),
     progress: Progress = False,
 ) -> Statistics:
     """What unlabelled data say of a model's convolutions: pass it as ``calibration``, as often as you like, and as
-    ``statistics`` to ``apply``; ``save`` it, ``Statistics.load`` it.
+    ``calibration`` to ``apply``; ``save`` it, ``Statistics.load`` it.
 
     One pass, forward and backward, in evaluation mode, on a private copy. Draws are keyed by ``seed``, 0 … 2²³ − 1, and
     the number of the sample. Where ``torch.distributed`` is initialised every process gives its own samples, and gets
@@ -227,10 +240,10 @@ def calibrate(
     """
     if batches is None or isinstance(batches, Statistics):
         raise CalibrationError(f"batches must be an iterable of batches, got {type(batches).__name__}")
-    seed = whole("seed", seed, 0, MOST_SEED)
+    seed = check_int("seed", seed, 0, MAX_SEED)
     example_inputs, given = _example(model, example_inputs, batches)
-    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaves=leaves)
-    return collect(captured, cast(Batches, given), likelihood=likelihood, seed=seed, progress=progress)
+    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
+    return collect_statistics(captured, cast(Batches, given), likelihood=likelihood, seed=seed, progress=progress)
 
 
 def plan_of(network: nn.Module | ExportedProgram) -> Plan:
@@ -249,11 +262,11 @@ def _example(
 
 
 def _strategy(
-    factorization: object, rank: object, budget: object, multiple_of: int | None, decomposing: Decomposing
-) -> Requested | WithinBudget:
+    factorization: object, rank: object, budget: object, multiple_of: int | None, decomposing: DecomposeOptions
+) -> FixedRanks | BudgetAllocator:
     if budget is None:
         methods, ranks = "tucker" if factorization is None else factorization, 0.5 if rank is None else rank
-        return Requested.parse(methods, ranks, multiple_of)
+        return FixedRanks.parse(methods, ranks, multiple_of)
     if not isinstance(budget, Budget | Loss):
         raise ArgumentTypeError(
             f"budget must be fxfact.Macs, Params, Latency or Loss, got {budget!r}. Pass fxfact.Macs(0.5)."
@@ -262,9 +275,9 @@ def _strategy(
         raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
     every = [kind() for kind in FACTORIZATIONS]
     every += [SpatialSVD(last_axes_first=True)] if isinstance(budget, Latency) else []
-    methods = ByPath.parse(every if factorization is None else factorization, parse_several)
+    methods = ByPath.parse(every if factorization is None else factorization, parse_factorizations)
     within = budget if isinstance(budget, Budget) else Macs(1.0)
     multiple = 1 if multiple_of is None else multiple_of
-    return WithinBudget(
+    return BudgetAllocator(
         within, methods, multiple=multiple, progress=decomposing.progress, executor=decomposing.executor
     )

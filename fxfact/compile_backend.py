@@ -17,16 +17,12 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfact.capture import Captured, samples_of
-from fxfact.conv import ConvLayer, from_torch
-from fxfact.conv_modules import write_chain
+from fxfact.conv import ConvLayer, ConvSite, Skip, from_torch, write_chain
 from fxfact.errors import ArgumentTypeError
-from fxfact.factorizations import RankRequest
+from fxfact.factorizations import RankSpec
 from fxfact.graph import GraphSite, lift, lower, match
-from fxfact.passes import Decomposing, FactorizeConvs, decompose
-from fxfact.planning import Decision, Plan, Selection, make_plan
-from fxfact.ranks import FactorizationRequest, RankRule, Requested
-from fxfact.sites import ConvSite
-from fxfact.skip import Skip
+from fxfact.passes import DecomposeOptions, FactorizeConvs, decompose
+from fxfact.planning import Decision, FactorizationRequest, FixedRanks, Plan, RankRule, Selection, build_plan
 
 _log = logging.getLogger(__name__)
 _Compiled = Callable[..., Any]
@@ -48,14 +44,14 @@ class backend:  # noqa: N801 (it is called as a function is)
         self,
         factorization: FactorizationRequest | Mapping[str, FactorizationRequest] = "tucker",
         *,
-        rank: RankRequest | RankRule | Mapping[str, RankRequest | RankRule] = 0.5,
+        rank: RankSpec | RankRule | Mapping[str, RankSpec | RankRule] = 0.5,
         multiple_of: int | None = None,
         include: Selection | None = None,
         exclude: Selection | None = None,
         allow_growth: bool = False,
         inner: str | _Compiled = "inductor",
     ) -> None:
-        self._strategy = replace(Requested.parse(factorization, rank, multiple_of), partial=True)
+        self._strategy = replace(FixedRanks.parse(factorization, rank, multiple_of), partial=True)
         self._selection: dict[str, Any] = {
             "include": include, "exclude": exclude, "allow_growth": allow_growth,
             "partial": True,  # Dynamo may split a model into several graphs
@@ -69,13 +65,13 @@ class backend:  # noqa: N801 (it is called as a function is)
         """What Dynamo calls. ``options`` are for the inner backend."""
         lifted = lift(graph_module, example_inputs)
         captured = _captured(lifted.graph_module)
-        plan = make_plan(captured, self._strategy, **self._selection)
+        plan = build_plan(captured, self._strategy, **self._selection)
         self.plans.append(plan)
         _log.info("a graph of %d nodes:\n%s", len(graph_module.graph.nodes), plan)
         if not plan.rewrites:
             return _compiled(self._inner, graph_module, list(example_inputs), options)
         sites = {site.path: site for site in captured.sites if isinstance(site, GraphSite)}
-        result = FactorizeConvs(plan, decomposing=Decomposing(weights="empty"))(lifted.graph_module)
+        result = FactorizeConvs(plan, decomposing=DecomposeOptions(weights="empty"))(lifted.graph_module)
         assert result is not None
         lowered, factors = lower(lifted, result.graph_module, [sites[d.path] for d in plan.rewrites])
         lowered.meta = {key: value for key, value in graph_module.meta.items() if key != "dynamo_compile_id"}
@@ -142,7 +138,7 @@ def _captured(graph_module: fx.GraphModule) -> Captured:
     sites = [item for item in found if isinstance(item, ConvSite)]
     shapes = [torch.empty(shape, device="meta") for site in sites for shape in site.input_shapes or ()]
     return Captured(
-        rung="trace",
+        frontend="trace",
         model="a graph of torch.compile's",
         network=graph_module,
         found=tuple(found),

@@ -43,7 +43,7 @@ class PlanError(FxfactError, ValueError):
     """A plan is damaged, or made for another model."""
 
 
-class ContractError(FxfactError, ValueError):
+class GraphError(FxfactError, ValueError):
     """A graph does not meet the contract that every pass relies on."""
 
 
@@ -71,7 +71,7 @@ class VerificationError(FxfactError, ValueError):
     """A rewritten network does not compute what its own kernels say."""
 
 
-def whole(name: str, number: object, least: int, most: int | None = None) -> int:
+def check_int(name: str, number: object, least: int, most: int | None = None) -> int:
     """A number that an argument gives as an int, which NumPy's integers become. Raises ArgumentError for others."""
     value = int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
     if value is None or value < least or (most is not None and value > most):
@@ -88,7 +88,7 @@ def first_differences(one: str, ones: Mapping[str, str], other: str, others: Map
 
 
 @contextmanager
-def place(path: str) -> Iterator[None]:
+def error_context(path: str) -> Iterator[None]:
     """Name the place, in front of the message of any error of ours raised inside."""
     try:
         yield

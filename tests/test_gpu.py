@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
-from fxfact.conv import ConvSpec
-from fxfact.conv_modules import write_conv
+from fxfact.conv import ConvSpec, write_conv
 from fxfact.factorizations import Factorization
-from fxfact.latency import machine
-from fxfact.timing import milliseconds, milliseconds_of_graphs
-from tests.conftest import EVERY_STAGE, Small, apart, by_name, quick, random_input, random_layer
+from fxfact.search.latency_cache import describe_machine
+from fxfact.utils import milliseconds, milliseconds_of_graphs
+from tests.support import EVERY_STAGE, Small, apart, by_name, quick, random_input, random_layer
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA GPU", allow_module_level=True)
@@ -109,8 +108,8 @@ def test_statistics_and_plans_are_those_of_the_processor(small: Small, data: Ten
     plan = fxfact.plan(model, budget=fxfact.Macs(0.6), **given)
     found = fxfact.plan(copy.deepcopy(model).to(GPU), budget=fxfact.Macs(0.6), **given)
     assert [(d.path, d.rewrite) for d in found] == [(d.path, d.rewrite) for d in plan]
-    assert plan.measured is not None
-    assert found.measured == pytest.approx(plan.measured, rel=1e-3)
+    assert plan.measured_loss_increase is not None
+    assert found.measured_loss_increase == pytest.approx(plan.measured_loss_increase, rel=1e-3)
 
 
 def test_the_same_seed_gives_the_same_network_bit_by_bit(small: Small, data: Tensor) -> None:
@@ -124,9 +123,9 @@ def test_the_same_seed_gives_the_same_network_bit_by_bit(small: Small, data: Ten
 def test_a_network_is_repaired_and_recovered(small: Small, data: Tensor) -> None:
     model = small.to(GPU)
     made = fxfact.factorize(model, budget=fxfact.Macs(0.5), calibration=data.split(16))
-    repaired, told = fxfact.repair(made, model, data.split(16))
+    repaired, told = fxfact.refit(made, model, data.split(16))
     assert told.after <= told.before
-    recovered, learned = fxfact.recover(repaired, model, data.split(16), steps=20)
+    recovered, learned = fxfact.distill(repaired, model, data.split(16), steps=20)
     assert learned.after <= learned.before
     assert all(tensor.device.type == "cuda" for tensor in recovered.state_dict().values())
 
@@ -159,8 +158,8 @@ def test_a_budget_of_milliseconds(wide: Wide, images: Tensor, tmp_path: Path, co
     names = ["tucker", "channel_svd"]
     made = fxfact.factorize(wide, names, budget=fxfact.Latency(0.9, compiled=compiled), example_inputs=images)
     plan = fxfact.plan_of(made)
-    assert plan.timed is not None
-    assert plan.timed[1] <= plan.timed[0]
+    assert plan.measured_ms is not None
+    assert plan.measured_ms[1] <= plan.measured_ms[0]
     assert plan.network.ms is not None
     assert made(images).shape == (16, 10)
     if not plan.rewrites:
@@ -176,8 +175,8 @@ def test_graphs_are_timed_without_their_launches(images: Tensor) -> None:
             few.add(1)
 
     assert min(milliseconds_of_graphs([call], GPU)[0]) < min(milliseconds([call])[0])
-    assert machine(GPU)["device"] == torch.cuda.get_device_name()
-    assert machine(GPU) != machine(torch.device("cpu"))
+    assert describe_machine(GPU)["device"] == torch.cuda.get_device_name()
+    assert describe_machine(GPU) != describe_machine(torch.device("cpu"))
 
 
 def test_what_does_not_fit_is_an_error_of_ours() -> None:

@@ -1,31 +1,29 @@
-"""What data say of a network: which errors of which kernel its loss can bear. One pass, forward and backward."""
+"""From data to statistics: which errors the loss of a network can bear."""
 
-from fxfact.calibration.base import Statistics
-from fxfact.calibration.batches import Batches, arguments_for, first_sample, held_out_of, run_batch, running
-from fxfact.calibration.collecting import MOST_SEED, calibrate, place_among_processes
-from fxfact.calibration.likelihood import CATEGORICAL, GAUSSIAN, Likelihood, dense_of, known_likelihood, likelihood_for
-from fxfact.calibration.measuring import ReferenceOutputs, is_below_zero, mean_and_error
+from fxfact.calibration.batches import Batches, batch_call, first_sample, iter_batches, run_batch, split_held_out
+from fxfact.calibration.collect import MAX_SEED, collect_statistics, rank_and_world_size
+from fxfact.calibration.divergence import DivergenceEvaluator, mean_and_error, significantly_negative
 from fxfact.calibration.moments import Window
+from fxfact.calibration.outputs import CATEGORICAL, GAUSSIAN, Likelihood, parse_likelihood
+from fxfact.calibration.statistics import Statistics
 
 __all__ = [
     "CATEGORICAL",
     "GAUSSIAN",
-    "MOST_SEED",
+    "MAX_SEED",
     "Batches",
+    "DivergenceEvaluator",
     "Likelihood",
-    "ReferenceOutputs",
     "Statistics",
     "Window",
-    "arguments_for",
-    "calibrate",
-    "dense_of",
+    "batch_call",
+    "collect_statistics",
     "first_sample",
-    "held_out_of",
-    "is_below_zero",
-    "known_likelihood",
-    "likelihood_for",
+    "iter_batches",
     "mean_and_error",
-    "place_among_processes",
+    "parse_likelihood",
+    "rank_and_world_size",
     "run_batch",
-    "running",
+    "significantly_negative",
+    "split_held_out",
 ]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxfact.capture import Arguments, ExampleInputs, copied_arguments, drawn_from_seed, reason_of
+from fxfact.capture import Arguments, ExampleInputs, copy_arguments, reason_of, seeded_rng
 from fxfact.errors import CalibrationError
 
 Batches = Iterable[ExampleInputs]
 
 
-def arguments_for(
+def iter_batches(
     network: nn.Module, batches: Batches, example_inputs: ExampleInputs | None, *, name: str = "calibration"
 ) -> Iterator[ExampleInputs]:
     """Every batch without what the model does not take, such as labels, on the device of the model.
@@ -52,25 +52,25 @@ def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, B
     _check(batches, "calibration")
     coming = iter(batches)
     looked_at = list(islice(_raising(coming, "calibration"), 1))
-    first = next(arguments_for(network, looked_at, None))
+    first = next(iter_batches(network, looked_at, None))
     sample = tree_map(lambda value: value[:1] if isinstance(value, Tensor) and value.ndim else value, first)
     return sample, chain(looked_at, coming)
 
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:
     """The network's output for a batch. Raises CalibrationError where the network fails."""
-    with running(network, batch) as (args, kwargs):
+    with batch_call(network, batch) as (args, kwargs):
         return network(*args, **kwargs)
 
 
 @contextmanager
-def running(network: nn.Module, batch: ExampleInputs) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def batch_call(network: nn.Module, batch: ExampleInputs) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments for the network, copies of those of a batch; whatever is random inside is drawn alike in every run, so
     that networks can be compared. Raises CalibrationError for what fails inside.
     """
     try:
-        with drawn_from_seed():
-            yield copied_arguments(batch)
+        with seeded_rng():
+            yield copy_arguments(batch)
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         raise CalibrationError(
@@ -79,7 +79,7 @@ def running(network: nn.Module, batch: ExampleInputs) -> Iterator[tuple[tuple[An
         ) from error
 
 
-def held_out_of(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
+def split_held_out(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs], list[ExampleInputs]]:
     """The batches to learn from, and those held out to measure on: every fourth, the last of two or three.
 
     Raises CalibrationError for a single one.

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfact.conv import ConvSpec
-from fxfact.metric import Metric, Moment
+from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment
 
 LARGEST = 2304  # rows of a moment that is kept whole: 256 channels of 3×3
 _CHUNK = 1 << 24  # numbers in one strip of patches: 64 MiB in single precision
@@ -34,7 +33,7 @@ class Window:
         return view
 
 
-class Sums:
+class MomentAccumulator:
     """The moments of one convolution so far. Memory: n² and m² numbers in double precision for moments of sizes n and
     m, a group; of a moment larger than ``LARGEST`` only channels² and kernel positions² of it, whose Kronecker product
     stands for it.
@@ -72,12 +71,12 @@ class Sums:
             _add(channels, strip[..., None], 1.0)
         self.rows += narrow.shape[0] * math.prod(narrow.shape[2:]) if transposed else rows
 
-    def metric(self, samples: float, scale: float) -> Metric | None:
+    def metric(self, samples: float, scale: float) -> KroneckerFisher | None:
         """The moments in single precision, gradients multiplied by ``scale``; None where no gradient came."""
-        output = Moment(_product([factor * (scale / samples) for factor in self.output]))
+        output = KroneckerMoment(_product([factor * (scale / samples) for factor in self.output]))
         if not float(self.rows) > 0 or not any(float(factor.abs().max()) > 0 for factor in output.factors):
             return None
-        return Metric(Moment(_product([factor / self.rows for factor in self.input])), output)
+        return KroneckerFisher(KroneckerMoment(_product([factor / self.rows for factor in self.input])), output)
 
 
 def _zeros(groups: int, channels: int, positions: int, device: torch.device) -> list[Tensor]:

@@ -1,36 +1,32 @@
-"""A model becomes something whose convolutions can be found and replaced, in three ways, each compared with it."""
+"""A model becomes rewritable: traced, by its modules, or exported. Each is compared with the model."""
 
 from fxfact.capture.base import (
     Arguments,
     Captured,
     ExampleInputs,
-    Rung,
     arguments_of,
-    copied_arguments,
-    drawn_from_seed,
+    copy_arguments,
     reason_of,
     run_model,
     samples_of,
+    seeded_rng,
 )
-from fxfact.capture.exported import inputs_of, reexport
-from fxfact.capture.ladder import How, capture, check_kept_by_copies
-from fxfact.capture.memory import ByMemory
+from fxfact.capture.export import inputs_of, reexport
+from fxfact.capture.select import CaptureMode, capture, check_kept_by_copies
 
 __all__ = [
     "Arguments",
-    "ByMemory",
+    "CaptureMode",
     "Captured",
     "ExampleInputs",
-    "How",
-    "Rung",
     "arguments_of",
     "capture",
     "check_kept_by_copies",
-    "copied_arguments",
-    "drawn_from_seed",
+    "copy_arguments",
     "inputs_of",
     "reason_of",
     "reexport",
     "run_model",
     "samples_of",
+    "seeded_rng",
 ]

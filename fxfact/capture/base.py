@@ -1,4 +1,4 @@
-"""What every rung of the capture ladder takes and gives, and how a model is looked at without touching it."""
+"""What every frontend of the capture ladder takes and gives, and how a model is looked at without touching it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
+from fxfact.conv import ConvSite, Skip
 from fxfact.errors import CaptureError
-from fxfact.sites import ConvSite
-from fxfact.skip import Skip
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-Rung = Literal["trace", "modules", "export"]
+Frontend = Literal["trace", "modules", "export"]
 _ONE_AT_A_TIME = RLock()
 
 
@@ -38,14 +37,14 @@ class Captured:
     """A ``model`` (the name of its class) made ready for rewriting: its structure is a private copy, its parameters
     still the model's own memory.
 
-    ``rung``: 'trace', ``network`` is a graph of the whole model; 'modules', it is the model itself, keeping its own
+    ``frontend``: 'trace', ``network`` is a graph of the whole model; 'modules', it is the model itself, keeping its own
     Python; 'export', it is the graph of ``program``. ``found`` has every convolution, in the order of the calls.
     ``macs`` is the whole network's for one sample, None without example inputs. ``fold_weights`` and
-    ``leaves`` are what was asked for. ``compared``: with the model, on ``example_inputs``. ``refused`` says why higher
-    rungs, or those that reach fewer convolutions, were not taken.
+    ``leaf_modules`` are what was asked for. ``compared``: with the model, on ``example_inputs``. ``refused`` says why higher
+    frontends, or those that reach fewer convolutions, were not taken.
     """
 
-    rung: Rung
+    frontend: Frontend
     model: str
     network: nn.Module
     found: tuple[ConvSite | Skip, ...]
@@ -53,7 +52,7 @@ class Captured:
     samples: int
     program: ExportedProgram | None = None
     fold_weights: bool = False
-    leaves: tuple[str, ...] = ()
+    leaf_modules: tuple[str, ...] = ()
     compared: bool = False
     example_inputs: ExampleInputs | None = None
     refused: tuple[str, ...] = ()
@@ -96,7 +95,7 @@ def samples_of(example_inputs: Any, sites: Sequence[ConvSite] = ()) -> int:
     return max(1, sizes[0]) if batched and sizes else 1
 
 
-def drawn_alike(example_inputs: Any) -> Any:
+def random_like(example_inputs: Any) -> Any:
     """Other inputs of the same shapes: numbers with the same mean and deviation, integers and flags reordered."""
     random_state = torch.Generator().manual_seed(1)
 
@@ -112,20 +111,20 @@ def drawn_alike(example_inputs: Any) -> Any:
     return tree_map(draw, example_inputs)
 
 
-def copied_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def copy_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``arguments_of`` copies, which a model may write to."""
     return arguments_of(tree_map(_copied, example_inputs))
 
 
 def run_model(forward: Callable[..., Any], example_inputs: ExampleInputs) -> Any:
     """The output on copies of the inputs, without gradients; whatever is random is drawn alike in every run."""
-    args, kwargs = copied_arguments(example_inputs)
-    with torch.no_grad(), drawn_from_seed():
+    args, kwargs = copy_arguments(example_inputs)
+    with torch.no_grad(), seeded_rng():
         return forward(*args, **kwargs)
 
 
 @contextmanager
-def drawn_from_seed(seed: int = 0) -> Iterator[None]:
+def seeded_rng(seed: int = 0) -> Iterator[None]:
     """Torch's, NumPy's and Python's own generators at this seed inside, and as they were outside. They are those of all
     threads: one at a time.
     """
@@ -142,7 +141,7 @@ def drawn_from_seed(seed: int = 0) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def generators() -> tuple[Any, ...]:
+def rng_states() -> tuple[Any, ...]:
     """Where those generators stand."""
     _, keys, place, *_ = cast(tuple[Any, ...], np.random.get_state())
     return torch.get_rng_state().tolist(), keys.tolist(), place, random.getstate()

@@ -1,4 +1,4 @@
-"""The second rung: the model keeps its own Python, and its convolution modules are replaced where they stand."""
+"""The second frontend: the model keeps its own Python, and its convolution modules are replaced where they stand."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from typing import cast
 from torch import Tensor, nn
 
 from fxfact.capture.base import Captured, ExampleInputs, samples_of
-from fxfact.capture.observe import Calls, Observed
-from fxfact.conv_modules import is_conv, refusal_of_state, spec_of, write_conv
-from fxfact.copying import copy_on_same_parameters
-from fxfact.sites import ConvSite, tied
-from fxfact.skip import Skip
-from fxfact.stand_ins import StandIn, stand_in, torch_type
+from fxfact.capture.recorder import ConvCalls, ModuleRecord
+from fxfact.conv import (
+    ConvSite,
+    FactorizedModule,
+    Skip,
+    factorize_module,
+    is_conv,
+    mark_tied,
+    spec_of,
+    torch_conv_class,
+    why_state_unsupported,
+    write_conv,
+)
+from fxfact.utils import copy_structure
 
 
-def find_modules(
+def capture_modules(
     own: nn.Module,
     example_inputs: ExampleInputs | None,
-    observed: Observed | None,
+    observed: ModuleRecord | None,
     trusted: Collection[str] | None = None,
 ) -> Captured:
     """The convolution modules of a private copy that stand-ins can replace, and why not the others.
@@ -29,15 +37,15 @@ def find_modules(
     Without it a subclass of PyTorch's convolutions is left alone, for its forward may be another, unless ``trusted``,
     from such a run before, names all paths that may be replaced, in the order of their calls.
     """
-    convs = {path: m for path, m in own.named_modules() if is_conv(m) and not isinstance(m, StandIn)}
+    convs = {path: m for path, m in own.named_modules() if is_conv(m) and not isinstance(m, FactorizedModule)}
     order = [path for path in (observed.calls if observed else trusted or ()) if path in convs]
     found = {path: _parse(path, convs[path], observed, trusted) for path in dict.fromkeys([*order, *convs])}
     found |= {skip.subject: skip for skip in _held_by_others(own, found)}
-    sites = tied([item for item in found.values() if isinstance(item, ConvSite)])
+    sites = mark_tied([item for item in found.values() if isinstance(item, ConvSite)])
     found |= {site.path: site for site in sites}
     samples = samples_of(example_inputs, sites)
     return Captured(
-        rung="modules",
+        frontend="modules",
         model=type(own).__name__,
         network=own,
         found=(*found.values(), *(observed.by_function if observed else ())),
@@ -46,17 +54,19 @@ def find_modules(
     )
 
 
-def dense_stand_ins(captured: Captured, sites: Sequence[ConvSite]) -> nn.Module:
+def dense_replacements(captured: Captured, sites: Sequence[ConvSite]) -> nn.Module:
     """A copy in which these sites' stand-ins run the convolution itself: it must compute what the model computes."""
-    result = copy_on_same_parameters(captured.network)
+    result = copy_structure(captured.network)
     for site in sites:
         module = result.get_submodule(site.path)
         stages = write_conv(site.spec, cast(Tensor, module.weight), module._parameters.get("bias"))
-        stand_in(module, site.spec, [site.spec], stages)
+        factorize_module(module, site.spec, [site.spec], stages)
     return result
 
 
-def _parse(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> ConvSite | Skip:
+def _parse(
+    path: str, module: nn.Module, observed: ModuleRecord | None, trusted: Collection[str] | None
+) -> ConvSite | Skip:
     if reason := _refusal(path, module, observed, trusted):
         return Skip(reason, path)
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
@@ -64,19 +74,19 @@ def _parse(path: str, module: nn.Module, observed: Observed | None, trusted: Col
     return ConvSite(path=path, spec=spec_of(module), weight=weight, bias=bias, input_shapes=shapes)
 
 
-def _refusal(path: str, module: nn.Module, observed: Observed | None, trusted: Collection[str] | None) -> str:
+def _refusal(path: str, module: nn.Module, observed: ModuleRecord | None, trusted: Collection[str] | None) -> str:
     """Why a stand-in cannot take the module's place; empty where it can."""
     if trusted is not None and path not in trusted:
         return "the plan leaves it"
-    if reason := refusal_of_state(module):
+    if reason := why_state_unsupported(module):
         return reason
     if list(module.children()):
         return "it has modules of its own, which a stand-in would displace"
     if observed is not None:
-        calls = observed.calls.get(path, Calls())
+        calls = observed.calls.get(path, ConvCalls())
         return "; ".join(calls.against) if calls.shapes or calls.against else "forward does not call it"
     kind = type(module)
-    known = trusted is not None or kind is torch_type(kind)
+    known = trusted is not None or kind is torch_conv_class(kind)
     return "" if known else f"{kind.__name__} may compute more than a convolution: pass example_inputs to find out"
 
 

@@ -1,4 +1,4 @@
-"""The first rung: torch.fx traces the whole model into a graph, and what tracing would lose is looked for."""
+"""The first frontend: torch.fx traces the whole model into a graph, and what tracing would lose is looked for."""
 
 from __future__ import annotations
 
@@ -15,17 +15,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfact.capture.base import (
-    Captured,
-    ExampleInputs,
-    check_arguments,
-    drawn_from_seed,
-    generators,
-    reason_of,
-    samples_of,
-)
-from fxfact.capture.guard import ParameterGuard
-from fxfact.capture.losses import (
+from fxfact.capture.base import Captured, ExampleInputs, check_arguments, reason_of, rng_states, samples_of, seeded_rng
+from fxfact.capture.guards import ParameterGuard
+from fxfact.capture.torch_context import autocast_everywhere, context_change, current_context
+from fxfact.capture.trace_checks import (
     buffers_of,
     check_attributes,
     check_hooks,
@@ -34,29 +27,25 @@ from fxfact.capture.losses import (
     conv_attributes,
     is_constant,
 )
-from fxfact.capture.surroundings import autocast_everywhere, surroundings, surroundings_changed
-from fxfact.comparing import difference
-from fxfact.conv_modules import is_conv
-from fxfact.copying import note, noted, private_copy
+from fxfact.conv import PLAIN_TYPES, Skip, is_conv
 from fxfact.errors import CaptureError
-from fxfact.graph import check_contract, fold_computed_weights, get_tensor, match, record_shapes
-from fxfact.kernels import PLAIN_TYPES
-from fxfact.skip import Skip
+from fxfact.graph import check_invariants, fold_computed_weights, get_tensor, match, record_shapes
+from fxfact.utils import alias_copy, difference, get_metadata, set_metadata
 
 _ONE_AT_A_TIME = RLock()  # for torch.fx undoes what it replaced as if nobody else had replaced it since
 
 
-def trace(
+def capture_graph(
     own: nn.Module,
     example_inputs: ExampleInputs | None,
     *,
     fold_weights: bool = False,
-    leaves: Sequence[str] = (),
+    leaf_modules: Sequence[str] = (),
 ) -> Captured:
     """Capture a private copy of a model as a graph. A GraphModule, whose graph says what it does, is taken as it is.
 
     ``example_inputs`` give the graph its shapes; nothing is computed on them, unless a leaf decides by values.
-    ``leaves`` are globs on the paths of modules that are not looked into. Raises CaptureError where torch.fx cannot
+    ``leaf_modules`` are globs on the paths of modules that are not looked into. Raises CaptureError where torch.fx cannot
     trace the model, or where its graph would not do what the model does: hooks, what forward changes in modules,
     gradients and autocast that it turns on or off, and what depends on the training mode or on optional arguments would
     be lost.
@@ -65,10 +54,10 @@ def trace(
     if isinstance(own, fx.GraphModule):
         traced = own
     else:
-        again = private_copy(own)  # before tracing leaves its constants there
-        traced = _traced(own, name, leaves)
-        note(traced, noted(own))
-        _check_again(own, traced, again, leaves)
+        again = alias_copy(own)  # before tracing leaves its constants there
+        traced = _traced(own, name, leaf_modules)
+        set_metadata(traced, get_metadata(own))
+        _check_again(own, traced, again, leaf_modules)
     known = dict(own.named_modules())
     for path, module in traced.named_modules():
         module.training = known[path].training if path in known else own.training
@@ -77,11 +66,11 @@ def trace(
     total = None
     if example_inputs is not None:
         total = _record_shapes(traced, _placeholder_values(traced, own, example_inputs))
-    check_contract(traced, f"behind the capture of {name}")
+    check_invariants(traced, f"behind the capture of {name}")
     found = match(traced)
     samples = samples_of(_recorded_inputs(traced) if example_inputs is None else example_inputs, found.sites)
     return Captured(
-        rung="trace",
+        frontend="trace",
         model=name,
         network=traced,
         found=(*found.found, *_unreached(own, traced, folded)),
@@ -121,10 +110,10 @@ class _Tracer(fx.Tracer):
 
     record_stack_traces = True
 
-    def __init__(self, leaves: Sequence[str] = ()) -> None:  # torch.fx makes one of its own to unpickle a graph
+    def __init__(self, leaf_modules: Sequence[str] = ()) -> None:  # torch.fx makes one of its own to unpickle a graph
         super().__init__()
-        self._leaves, self._thread = leaves, get_ident()
-        self._surroundings = surroundings()
+        self._leaves, self._thread = leaf_modules, get_ident()
+        self._surroundings = current_context()
         self.overwritten: dict[fx.Node, fx.Node] = {}  # by ``+=`` and its like, which a graph records as ``+``
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
@@ -151,7 +140,7 @@ class _Tracer(fx.Tracer):
         return get_ident() == self._thread
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        if now := surroundings_changed(self._surroundings):
+        if now := context_change(self._surroundings):
             raise CaptureError(f"forward {now}, which a traced graph would not do")
         return _Value(node, self)
 
@@ -159,7 +148,7 @@ class _Tracer(fx.Tracer):
 def _traced(
     own: nn.Module,
     name: str,
-    leaves: Sequence[str],
+    leaf_modules: Sequence[str],
     *,
     seed: int = 1,
     gradients: bool = True,
@@ -170,8 +159,8 @@ def _traced(
     check_methods(own)
     buffers, convs = buffers_of(own), conv_attributes(own)
     around = autocast_everywhere() if autocast else nullcontext()
-    with torch.set_grad_enabled(gradients), around, ParameterGuard(own) as guard, drawn_from_seed(seed):
-        tracer, undrawn = _Tracer(leaves), generators()
+    with torch.set_grad_enabled(gradients), around, ParameterGuard(own) as guard, seeded_rng(seed):
+        tracer, undrawn = _Tracer(leaf_modules), rng_states()
         try:
             with _ONE_AT_A_TIME:
                 graph = tracer.trace(own, concrete_args=given)
@@ -179,7 +168,7 @@ def _traced(
             raise
         except Exception as error:
             raise CaptureError(f"torch.fx cannot trace forward: {reason_of(error)}") from error
-        if generators() != undrawn:
+        if rng_states() != undrawn:
             raise CaptureError("forward draws random numbers that a traced graph would freeze")
     guard.check()
     check_hooks(tracer, own)
@@ -194,30 +183,30 @@ def _traced(
         raise CaptureError(f"torch.fx cannot make a module of the graph: {reason_of(error)}") from error
 
 
-def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leaves: Sequence[str]) -> None:
+def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leaf_modules: Sequence[str]) -> None:
     """Trace copies in both modes, with gradients and without, under autocast, from another seed, and without arguments
     that may be left out; raise CaptureError where that makes a difference.
     """
     for training, gradients in product((True, False), repeat=2):
         if gradients and all(module.training == training for module in own.modules()):
             continue  # which the first was
-        other = private_copy(again)
+        other = alias_copy(again)
         for module in other.modules():
             module.training = training
         how = f"training={training}, {'with' if gradients else 'without'} gradients"
         try:
-            second = _traced(other, "", leaves, seed=2, gradients=gradients)
+            second = _traced(other, "", leaf_modules, seed=2, gradients=gradients)
         except CaptureError as error:
             raise CaptureError(f"traced with {how}, it fails: {error}") from error
         if second.code != traced.code:
             raise CaptureError("forward depends on self.training or torch.is_grad_enabled(): a graph would freeze them")
         if not _same_constants(traced, second):
             raise CaptureError("forward makes a tensor anew in every call, which a traced graph would freeze")
-    if _traced(private_copy(again), "", leaves, autocast=True).code != traced.code:
+    if _traced(alias_copy(again), "", leaf_modules, autocast=True).code != traced.code:
         raise CaptureError("forward depends on torch.is_autocast_enabled(): a graph would freeze it")
     signature = inspect.signature(own.forward).parameters.values()
     optional = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
-    if optional and _operations(traced) != _operations(_traced(private_copy(again), "", leaves, given=optional)):
+    if optional and _operations(traced) != _operations(_traced(alias_copy(again), "", leaf_modules, given=optional)):
         raise CaptureError(
             f"forward depends on whether {', '.join(optional)} is given, which a traced graph would freeze"
         )
@@ -255,7 +244,7 @@ def _record_shapes(traced: fx.GraphModule, values: list[Any]) -> int:
     try:
         return record_shapes(traced, values)
     except CaptureError:
-        with ParameterGuard(traced), drawn_from_seed():
+        with ParameterGuard(traced), seeded_rng():
             return record_shapes(traced, values, fake=False)
 
 

@@ -1,5 +1,5 @@
 """The command line: ``fxfact``, or ``python -m fxfact``."""
 
-from fxfact.cli.parsing import main
+from fxfact.cli.parser import main
 
 __all__ = ["main"]

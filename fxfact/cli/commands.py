@@ -14,13 +14,18 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
+from fxfact.analysis import check_rewrite, on_threads
+from fxfact.analysis import inspect as look
+from fxfact.analysis import report as make_report
+from fxfact.analysis import verify as compare
 from fxfact.api import apply, calibrate, factorize, plan_of
 from fxfact.api import plan as decide
-from fxfact.calibration import Statistics, held_out_of
+from fxfact.calibration import Statistics, split_held_out
 from fxfact.capture import ExampleInputs, arguments_of
-from fxfact.cli.base import (
+from fxfact.cli.demo import run_demo
+from fxfact.cli.inputs import (
     Arguments,
-    Given,
+    LoadedModel,
     check_output,
     dtype_of,
     files_of,
@@ -29,21 +34,12 @@ from fxfact.cli.base import (
     read_model,
     runnable,
 )
-from fxfact.cli.showing import overwrite, say, show, summary
-from fxfact.comparing import relative_error
-from fxfact.demo import run_demo
+from fxfact.cli.output import overwrite, say, show, summary
 from fxfact.errors import ArgumentError, PlanError, VerificationError
-from fxfact.executing import processes
-from fxfact.files import save
-from fxfact.inspection import inspect as look
-from fxfact.passes import applied, record_all
-from fxfact.planning import Plan
-from fxfact.ranks import Latency, Loss, Macs, Params
-from fxfact.reporting import on_threads
-from fxfact.reporting import report as make_report
-from fxfact.timing import compared, milliseconds
-from fxfact.verification import check_rewrite
-from fxfact.verification import verify as compare
+from fxfact.passes import pass_history, set_history
+from fxfact.planning import Latency, Loss, Macs, Params, Plan
+from fxfact.serialization import save
+from fxfact.utils import compared, milliseconds, processes, relative_error
 
 _CHOOSING = (
     *("rank", "macs", "params", "latency", "loss"),
@@ -106,9 +102,9 @@ def compress(given: Arguments) -> int:
     with processes(given.workers) as executor:
         if given.plan:
             made = Plan.load(given.plan)
-            known, _ = _data(given, read, measured=made.measured is not None)
+            known, _ = _data(given, read, measured=made.measured_loss_increase is not None)
             statistics = _statistics(given, read, known, made.fold_weights)
-            network = apply(made, read.model, statistics=statistics, executor=executor, progress=given.progress)
+            network = apply(made, read.model, calibration=statistics, executor=executor, progress=given.progress)
         else:
             network = factorize(read.model, given.factorization, **_options(given, read, executor))
             made = plan_of(network)
@@ -129,9 +125,9 @@ def verify(given: Arguments) -> int:
     inputs = _needed(one, other)
     try:
         found = compare(one.model, other.model, inputs)
-        graph, end_to_end, right, shown = found.graph, found.end_to_end, found.right, str(found)
+        graph, end_to_end, right, shown = found.graph, found.end_to_end, found.ok, str(found)
     except PlanError as error:
-        if applied(other.model):
+        if pass_history(other.model):
             raise
         if given.tolerance is None:  # not made by fxfact, or not known to be
             raise ArgumentError(f"{error} To compare outputs alone pass --tolerance.") from error
@@ -139,7 +135,7 @@ def verify(given: Arguments) -> int:
         graph, right, end_to_end = None, None, relative_error(*outputs)
         shown = f"end to end {end_to_end:.2e} (the second says nothing of having been factorized)"
     near = given.tolerance is None or end_to_end <= given.tolerance
-    show(given, shown, {"graph": graph, "end_to_end": end_to_end, "right": right, "near": near})
+    show(given, shown, {"graph": graph, "end_to_end": end_to_end, "ok": right, "near": near})
     return 3 if right is False or not near else 0
 
 
@@ -191,7 +187,7 @@ def demo(given: Arguments) -> int:
     return 0
 
 
-def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[str, Any]:
+def _options(given: Arguments, read: LoadedModel, executor: Executor | None) -> dict[str, Any]:
     """What is to be chosen, and of what data, as ``plan`` and ``factorize`` take it."""
     budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Latency, given.latency),
                (Loss, given.loss)) if value is not None]  # fmt: skip
@@ -209,7 +205,7 @@ def _options(given: Arguments, read: Given, executor: Executor | None) -> dict[s
 
 
 def _statistics(
-    given: Arguments, read: Given, known: Statistics | list[Any] | None, fold_weights: bool
+    given: Arguments, read: LoadedModel, known: Statistics | list[Any] | None, fold_weights: bool
 ) -> Statistics | None:
     """Those known, or of the batches."""
     if known is None or isinstance(known, Statistics):
@@ -218,16 +214,16 @@ def _statistics(
     return calibrate(read.model, known, example_inputs=_example(read), progress=given.progress, **options)
 
 
-def _data(given: Arguments, read: Given, *, measured: bool) -> tuple[Statistics | list[Any] | None, list[Any]]:
+def _data(given: Arguments, read: LoadedModel, *, measured: bool) -> tuple[Statistics | list[Any] | None, list[Any]]:
     """What to learn from, and batches to measure on: all beside statistics, else some where a plan is ``measured``."""
     dtype = dtype_of(read.model)
     batches: list[Any] = read_batches(given.calibration, given.batch, dtype) if given.calibration else []
     if given.statistics:
         return Statistics.load(given.statistics), batches
-    return held_out_of(batches) if measured and batches else (batches or None, [])
+    return split_held_out(batches) if measured and batches else (batches or None, [])
 
 
-def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProgram:
+def _exported(network: nn.Module, read: LoadedModel, *, dynamic: bool) -> ExportedProgram:
     """The factorized module as a program that knows what was done to it."""
     assert read.inputs is not None
     (inputs, _), shapes = arguments_of(read.inputs), None  # a module is given no others
@@ -239,7 +235,7 @@ def _exported(network: nn.Module, read: Given, *, dynamic: bool) -> ExportedProg
         program = torch.export.export(network, inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise ArgumentError(f"torch.export cannot export the network, write it as NAME.pt: {error}") from error
-    record_all(program.graph_module, applied(network))
+    set_history(program.graph_module, pass_history(network))
     return program
 
 
@@ -253,11 +249,11 @@ def _two(given: Arguments) -> list[tuple[str, str | None]]:
     return [(given.model, given.weights), (given.other, given.other_weights)]
 
 
-def _example(read: Given) -> Any:
+def _example(read: LoadedModel) -> Any:
     return None if isinstance(read.model, ExportedProgram) else read.inputs
 
 
-def _needed(*reads: Given) -> ExampleInputs:
+def _needed(*reads: LoadedModel) -> ExampleInputs:
     inputs = next((read.inputs for read in reads if read.inputs is not None), None)
     if inputs is None:
         raise ArgumentError("pass --input 1,3,224,224, the shape of what the networks are called with")

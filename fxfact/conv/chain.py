@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfact.conv.base import ConvSpec, Sizes, pad_amounts
+from fxfact.conv.spec import ConvSpec, Sizes, pad_amounts
 from fxfact.errors import SpecError
-from fxfact.precision import exact
+from fxfact.utils import no_reduced_precision
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -142,7 +142,7 @@ def from_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
 def compose(chain: ConvChain) -> Tensor:
     """The dense kernel (out, in / groups, *kernel) that the chain equals."""
     weights = [layer.weight for layer in chain.layers]
-    with exact(weights[0].device):
+    with no_reduced_precision(weights[0].device):
         return compose_weights(chain.specs, weights)
 
 

@@ -8,11 +8,11 @@ from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations.base import Factorization, Rank
 from fxfact.factorizations.cp import CPFactorized, CPMobilenet
 from fxfact.factorizations.matrix_svd import ChannelSVD, PointwiseSVD
-from fxfact.factorizations.rank_request import ParsedRank, RankRequest, parse_rank_request, resolve_rank
+from fxfact.factorizations.rank_spec import ParsedRank, RankSpec, parse_rank_spec, resolve_rank
+from fxfact.factorizations.scaling import check_generator, check_weight, pow2_scale
 from fxfact.factorizations.spatial_svd import SpatialSVD
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
-from fxfact.factorizations.weights import check_generator, check_weight, scale_of
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     CPMobilenet,
@@ -34,15 +34,15 @@ __all__ = [
     "ParsedRank",
     "PointwiseSVD",
     "Rank",
-    "RankRequest",
+    "RankSpec",
     "SpatialSVD",
     "Tucker",
     "check_generator",
     "check_weight",
     "parse_factorization",
-    "parse_rank_request",
+    "parse_rank_spec",
+    "pow2_scale",
     "resolve_rank",
-    "scale_of",
 ]
 
 

@@ -19,13 +19,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose
+from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, Skip, compose
 from fxfact.errors import ArgumentError, RankError, RefusedError
-from fxfact.factorizations.weights import cast_stages, check_weight, scale_of
-from fxfact.metric import Metric, fit, in_channel_metric
-from fxfact.precision import exact
-from fxfact.skip import Skip
-from fxfact.tensor import singular_squares
+from fxfact.factorizations.fit import fit_chain, in_channel_metric
+from fxfact.factorizations.linalg import singular_squares
+from fxfact.factorizations.scaling import cast_factors, check_weight, pow2_scale
+from fxfact.utils import no_reduced_precision
 
 Rank = tuple[int, ...]
 _FITTED, _FORESEEN = 200, 12  # iterations of the fit in a metric: of weights to be used, of errors to be planned with
@@ -59,7 +58,7 @@ class Factorization(ABC):
         weight: Tensor,
         rank: Rank,
         *,
-        metric: Metric,
+        metric: KroneckerFisher,
         random: torch.Generator | None,
         iterations: int,
     ) -> Sequence[Tensor]:
@@ -73,9 +72,9 @@ class Factorization(ABC):
         if stages[0].groups > 1 or stages[-1].groups > 1:  # no matrix of the metric's channels goes into such a stage
             return nearest(weight)
         start = in_channel_metric(block, weight, metric, nearest)
-        return fit(block, stages, start, weight, metric, iterations=iterations)
+        return fit_chain(block, stages, start, weight, metric, iterations=iterations)
 
-    def _increases(self, block: ConvSpec, weight: Tensor, metric: Metric) -> Mapping[Rank, float] | None:
+    def _increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float] | None:
         """By how much the loss grows at every rank, where a formula says it."""
         return None
 
@@ -156,7 +155,7 @@ class Factorization(ABC):
         layer: ConvLayer,
         rank: Rank,
         *,
-        metric: Metric | None = None,
+        metric: KroneckerFisher | None = None,
         generator: torch.Generator | None = None,
     ) -> ConvChain:
         """The chain of this rank that comes nearest to ``layer`` (CP, and all in a metric but the SVDs: that is found).
@@ -169,7 +168,12 @@ class Factorization(ABC):
         return self._chain(layer, rank, metric, generator, _FITTED)
 
     def _chain(
-        self, layer: ConvLayer, rank: Rank, metric: Metric | None, generator: torch.Generator | None, iterations: int
+        self,
+        layer: ConvLayer,
+        rank: Rank,
+        metric: KroneckerFisher | None,
+        generator: torch.Generator | None,
+        iterations: int,
     ) -> ConvChain:
         specs = self.layout(layer.spec, rank)
         check_weight(layer.weight)
@@ -177,9 +181,9 @@ class Factorization(ABC):
             metric.check(layer.spec)
         weight = layer.weight.detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        scale, block = scale_of(weight), layer.spec.block
+        scale, block = pow2_scale(weight), layer.spec.block
         weight = weight if scale == 1.0 else weight / scale
-        with exact(weight.device):
+        with no_reduced_precision(weight.device):
             by_group = [
                 self._weights(block, part, rank, generator)
                 if own is None
@@ -188,21 +192,21 @@ class Factorization(ABC):
             ]
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
-        cast = cast_stages(joined, layer.weight.dtype)
+        cast = cast_factors(joined, layer.weight.dtype)
         weights = [part.reshape(spec.weight_shape) for part, spec in zip(cast, specs, strict=True)]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
 
     @final
-    def increases(self, layer: ConvLayer, metric: Metric, ranks: Sequence[Rank]) -> list[float]:
+    def increases(self, layer: ConvLayer, metric: KroneckerFisher, ranks: Sequence[Rank]) -> list[float]:
         """By how much each of the ranks raises the loss, in nats: by a formula where there is one, else by a short fit,
         some per cent above what ``decompose`` will reach.
         """
-        block, scale = layer.spec.block, scale_of(layer.weight)
+        block, scale = layer.spec.block, pow2_scale(layer.weight)
         if scale != 1.0:
             even = replace(layer, weight=layer.weight / scale)
             return [nats * scale * scale for nats in self.increases(even, metric, ranks)]
-        with exact(layer.weight.device):
+        with no_reduced_precision(layer.weight.device):
             by_group = [
                 None if own is None else self._increases(block, part, own)
                 for part, own in _by_group(layer.spec, layer.weight.float(), metric)
@@ -210,7 +214,7 @@ class Factorization(ABC):
         if all(known is not None for known in by_group):
             return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
         chains = (self._foreseeing(block, rank)._chain(layer, rank, metric, None, _FORESEEN) for rank in ranks)
-        return [metric.increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
+        return [metric.loss_increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
 
     @final
     def bounds(self, layer: ConvLayer, ranks: Sequence[Rank]) -> list[float] | None:
@@ -219,9 +223,9 @@ class Factorization(ABC):
         2011). None where there is no formula.
         """
         total, lost = 0.0, [0.0] * len(ranks)
-        weight = layer.weight.detach() / scale_of(layer.weight)
+        weight = layer.weight.detach() / pow2_scale(layer.weight)
         for part in weight.float().chunk(layer.spec.groups):
-            with exact(part.device):
+            with no_reduced_precision(part.device):
                 spectra = self._spectra(layer.spec.block, part)
             if not spectra:
                 return None
@@ -279,7 +283,9 @@ class Factorization(ABC):
             raise RankError(f"{self.name} ranks bound each other: {rank} can be {feasible} at most on {spec}")
 
 
-def _by_group(spec: ConvSpec, weight: Tensor, metric: Metric | None) -> Iterator[tuple[Tensor, Metric | None]]:
+def _by_group(
+    spec: ConvSpec, weight: Tensor, metric: KroneckerFisher | None
+) -> Iterator[tuple[Tensor, KroneckerFisher | None]]:
     """The weight and the metric of each group, None where there is none, or where it says that nothing matters."""
     for group, part in enumerate(weight.chunk(spec.groups)):
         own = None if metric is None else metric.of_group(group).like(weight)

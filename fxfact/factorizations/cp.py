@@ -17,10 +17,11 @@ from tensorly.cp_tensor import validate_cp_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.errors import ArgumentError, whole
+from fxfact.errors import ArgumentError, check_int
 from fxfact.factorizations.base import Factorization, Rank, check_tolerance
+from fxfact.factorizations.cp_als import cp
+from fxfact.factorizations.linalg import singular_squares
 from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
-from fxfact.tensor import cp, singular_squares
 
 _SWEEP = 5e8  # multiplications
 
@@ -37,7 +38,7 @@ class _CP(Factorization):
     tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sweeps", whole("sweeps", self.sweeps, 1))
+        object.__setattr__(self, "sweeps", check_int("sweeps", self.sweeps, 1))
         check_tolerance(self.tolerance)
         if self.init not in ("svd", "random"):
             raise ArgumentError(f"init must be 'svd' or 'random', got {self.init!r}")

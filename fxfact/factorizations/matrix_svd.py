@@ -15,11 +15,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvSpec
+from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix, sqrt_and_inverse
 from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.linalg import tiny, truncated_svd
 from fxfact.factorizations.stages import pointwise
-from fxfact.metric import Metric, as_matrix, root
-from fxfact.tensor import tiny, truncated_svd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class _MatrixSVD(Factorization):
         weight: Tensor,
         rank: Rank,
         *,
-        metric: Metric,
+        metric: KroneckerFisher,
         random: torch.Generator | None,
         iterations: int,
     ) -> Sequence[Tensor]:
@@ -66,17 +65,17 @@ class _MatrixSVD(Factorization):
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
         return (as_matrix(block, weight),)
 
-    def _increases(self, block: ConvSpec, weight: Tensor, metric: Metric) -> Mapping[Rank, float]:
+    def _increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float]:
         values, *_ = _spectrum(block, weight, metric)
         missed = values.double().clamp_min(0).flip(0).cumsum(0).flip(0) / 2
         rows = len(values)
         return {(r,): float(missed[r]) if r < rows else 0.0 for r in range(1, self._max_rank(block)[0] + 1)}
 
 
-def _spectrum(block: ConvSpec, weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _spectrum(block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eigenvalues, descending, and eigenvectors of R^½ W Q Wᵀ R^½; R^½ and its inverse."""
     rows, columns = metric.sides(block)
-    half, back = root(rows.factors[0][0])
+    half, back = sqrt_and_inverse(rows.factors[0][0])
     matrix = half @ as_matrix(block, weight)
     values, vectors = torch.linalg.eigh((columns.after(matrix) @ matrix.T).double())
     return values.flip(0).to(weight), vectors.flip(1).to(weight), half, back

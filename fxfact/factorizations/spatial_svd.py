@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.linalg import truncated_svd
 from fxfact.factorizations.stages import spatial, spatial_axes
-from fxfact.tensor import truncated_svd
 
 
 @final

@@ -1,7 +1,4 @@
-"""Tensor train over (in, *kernel, out): pointwise in, one full 1-D convolution per spatial axis, pointwise out.
-
-W[o, i, a, b] = Σ I[i, r1] A[r1, a, r2] B[r2, b, r3] O[r3, o], summed over r1, r2, r3 (Oseledets 2011).
-"""
+"""Tensor-train decomposition."""
 
 from __future__ import annotations
 
@@ -11,14 +8,24 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import final
 
+import tensorly
 import torch
+from tensorly.decomposition import tensor_train
 from tensorly.tt_tensor import validate_tt_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.factorizations.base import Factorization, Rank
 from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
-from fxfact.tensor import tt
+
+
+def tt(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
+    """Cores (r_k, n_k, r_k+1), r at both ends 1, by TT-SVD (Oseledets 2011), which TensorLy does.
+
+    ``ranks`` are the inner ones, one less than the tensor has modes, each within what the unfoldings can have.
+    """
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        return [core.contiguous() for core in tensor_train(tensor, (1, *ranks, 1)).factors]
 
 
 @final

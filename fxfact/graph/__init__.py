@@ -1,12 +1,12 @@
-"""torch.fx, and nothing of the mathematics: find a graph's convolutions, put chains in their place."""
+"""Everything about torch.fx graphs, and nothing about decompositions."""
 
-from fxfact.graph.base import GraphSite, get_tensor, shape_of, weight_at
-from fxfact.graph.contract import check_contract
-from fxfact.graph.fold import fold_computed_weights
-from fxfact.graph.fuse import fold_batch_norms, merge_pointwise
+from fxfact.graph.base import GraphSite, get_tensor, weight_at
+from fxfact.graph.constant_fold import fold_computed_weights
+from fxfact.graph.fusion import fold_batch_norms, merge_pointwise
+from fxfact.graph.invariants import check_invariants
 from fxfact.graph.lift import Factor, Lifted, lift, lower
 from fxfact.graph.match import Match, match
-from fxfact.graph.shapes import MacCounter, macs_by_node, record_macs, record_shapes, refresh_shapes
+from fxfact.graph.shape_prop import MacCounter, macs_by_node, record_macs, record_shapes, refresh_shapes
 from fxfact.graph.splice import splice
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Lifted",
     "MacCounter",
     "Match",
-    "check_contract",
+    "check_invariants",
     "fold_batch_norms",
     "fold_computed_weights",
     "get_tensor",
@@ -27,7 +27,6 @@ __all__ = [
     "record_macs",
     "record_shapes",
     "refresh_shapes",
-    "shape_of",
     "splice",
     "weight_at",
 ]

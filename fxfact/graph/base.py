@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from fxfact.conv import Sizes
-from fxfact.sites import ConvSite
-from fxfact.spellings import ConvCall, read_call
+from fxfact.conv import ConvCall, ConvSite, Sizes, read_call
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -22,12 +20,12 @@ class GraphSite(ConvSite):
     attributes: tuple[str, ...] = ()
 
 
-def call_of(node: fx.Node) -> ConvCall | None:
+def conv_call(node: fx.Node) -> ConvCall | None:
     """The arguments of the convolution that this node calls by function; None where it calls another, or a module."""
     return read_call(node.target, node.args, node.kwargs) if node.op == "call_function" else None
 
 
-def input_of(call: fx.Node) -> fx.Node:
+def conv_input(call: fx.Node) -> fx.Node:
     """What a convolution is called on: its first argument, which may be given as ``input=``."""
     source = call.args[0] if call.args else call.kwargs["input"]
     assert isinstance(source, fx.Node)
@@ -60,7 +58,7 @@ def get_tensor(root: nn.Module, target: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def is_of_a_called_module(root: fx.GraphModule, name: str) -> bool:
+def held_by_called_module(root: fx.GraphModule, name: str) -> bool:
     """Whether a module that is called holds the parameter or buffer at a dotted path."""
     tensor = get_tensor(root, name)
     called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]

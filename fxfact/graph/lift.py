@@ -11,9 +11,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-from fxfact.conv_modules import is_conv
-from fxfact.graph.base import GraphSite, call_of, input_of
-from fxfact.spellings import write_call
+from fxfact.conv import is_conv, write_call
+from fxfact.graph.base import GraphSite, conv_call, conv_input
 
 _IN_SOURCE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
@@ -47,7 +46,7 @@ def lift(original: fx.GraphModule, values: Sequence[Any]) -> Lifted:
         if node.op in ("get_attr", "call_module")
     }
     places: dict[str, int] = {}
-    calls = [(node, call) for node in graph.nodes if (call := call_of(node))]
+    calls = [(node, call) for node in graph.nodes if (call := conv_call(node))]
     read = {node for _, call in calls for node in (call.weight, call.bias)}
     placeholders = [node for node in original.graph.nodes if node.op == "placeholder"]
     first = next(node for node in graph.nodes if node.op != "placeholder")
@@ -60,9 +59,9 @@ def lift(original: fx.GraphModule, values: Sequence[Any]) -> Lifted:
             with graph.inserting_before(first):
                 copies[old].replace_all_uses_with(graph.get_attr(name))
     for node, _ in calls:
-        value = input_of(node).meta.get("example_value")
+        value = conv_input(node).meta.get("example_value")
         if isinstance(value, FakeTensor):
-            input_of(node).meta["tensor_meta"] = _extract_tensor_metadata(value)
+            conv_input(node).meta["tensor_meta"] = _extract_tensor_metadata(value)
     return Lifted(fx.GraphModule(attributes, graph), places)
 
 
@@ -92,7 +91,7 @@ def lower(lifted: Lifted, rewritten: fx.GraphModule, sites: Sequence[GraphSite])
             module, weight, bias = stages[str(node.target)]
             function, settings = write_call(module)
             with graph.inserting_before(node):
-                call = graph.call_function(function, (input_of(node), weight, bias, *settings))
+                call = graph.call_function(function, (conv_input(node), weight, bias, *settings))
             call.meta = dict(node.meta)
             node.replace_all_uses_with(call)
             graph.erase_node(node)

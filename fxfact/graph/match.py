@@ -9,13 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from fxfact.conv import Sizes
-from fxfact.conv_modules import is_conv, refusal_of, refusal_of_weight, spec_of
+from fxfact.conv import (
+    ConvCall,
+    Sizes,
+    Skip,
+    is_conv,
+    looks_like_conv,
+    mark_tied,
+    spec_of,
+    why_unsupported,
+    why_weight_unsupported,
+)
 from fxfact.errors import SpecError
-from fxfact.graph.base import GraphSite, call_of, get_tensor, input_of, shape_of
-from fxfact.sites import tied
-from fxfact.skip import Skip
-from fxfact.spellings import ConvCall, looks_like_conv
+from fxfact.graph.base import GraphSite, conv_call, conv_input, get_tensor, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +53,7 @@ def match(graph_module: fx.GraphModule) -> Match:
         verdicts |= dict.fromkeys(nodes, _joined(path, nodes, verdicts))
     while left := _read_elsewhere(graph_module, verdicts):  # leaving one alone makes it a reader of what it shares
         verdicts |= left
-    for site in tied(list(dict.fromkeys(v for v in verdicts.values() if isinstance(v, GraphSite)))):
+    for site in mark_tied(list(dict.fromkeys(v for v in verdicts.values() if isinstance(v, GraphSite)))):
         verdicts |= dict.fromkeys(site.nodes, site)
     return Match(verdicts)
 
@@ -55,7 +61,7 @@ def match(graph_module: fx.GraphModule) -> Match:
 def _parse(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
     if node.op == "call_module":
         return _parse_module(root, node)
-    if call := call_of(node):
+    if call := conv_call(node):
         return _parse_function(root, node, call)
     if node.op == "get_attr" and (inside := _convs_in_region(root, str(node.target))):
         return Skip(f"a region of the graph that is run as a whole; inside it is {', '.join(inside)}", str(node.target))
@@ -77,7 +83,7 @@ def _parse_module(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
         if inside:
             return Skip(f"{type(module).__name__} is a leaf of the trace; inside it is {', '.join(inside)}", path)
         return Skip(f"{type(module).__name__} is not a convolution")
-    if reason := refusal_of(module):
+    if reason := why_unsupported(module):
         return Skip(reason, path)
     if len(node.all_input_nodes) != 1 or len(node.args) + len(node.kwargs) != 1:
         return Skip("it is called with other arguments than one input", path)
@@ -110,7 +116,7 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
         spec = call.spec_for(weight.shape, bias=bias is not None)
     except SpecError as error:
         return Skip(str(error), node.name)
-    if reason := refusal_of_weight(weight):
+    if reason := why_weight_unsupported(weight):
         return Skip(reason, path)
     return GraphSite(
         path=path,
@@ -143,7 +149,7 @@ def _path_of(root: fx.GraphModule, weight: str) -> str:
 
 
 def _input_shapes(nodes: list[fx.Node]) -> tuple[Sizes, ...] | None:
-    shapes = [shape for node in nodes if (shape := shape_of(input_of(node))) is not None]
+    shapes = [shape for node in nodes if (shape := shape_of(conv_input(node))) is not None]
     return tuple(shapes) if len(shapes) == len(nodes) else None
 
 
@@ -181,7 +187,7 @@ def _readers(root: fx.GraphModule, verdicts: Mapping[fx.Node, GraphSite | Skip])
 
 
 def _is_weight_of(user: fx.Node, node: fx.Node) -> bool:
-    call = call_of(user)
+    call = conv_call(user)
     return call is not None and call.weight is node and call.input is not node and call.bias is not node
 
 

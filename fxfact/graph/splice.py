@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx, nn
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from fxfact.graph.base import GraphSite, input_of, is_of_a_called_module
+from fxfact.graph.base import GraphSite, conv_input, held_by_called_module
 
 _STALE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "type")
 
@@ -20,7 +20,7 @@ def splice(graph_module: fx.GraphModule, site: GraphSite, stages: Sequence[nn.Mo
     """
     _install(graph_module, site, stages)
     for node in site.nodes:
-        value = input_of(node)
+        value = conv_input(node)
         with graph_module.graph.inserting_before(node):
             for index in range(len(stages)):
                 value = graph_module.graph.call_module(f"{site.path}.{index}", (value,))
@@ -42,7 +42,7 @@ def _install(root: fx.GraphModule, site: GraphSite, stages: Sequence[nn.Module])
     for target in site.attributes:
         readers = [node for node in root.graph.nodes if node.op == "get_attr" and node.target == target]
         alone = all(user in site.nodes for node in readers for user in node.users)
-        if alone and not is_of_a_called_module(root, target):
+        if alone and not held_by_called_module(root, target):
             module_path, _, tensor_name = target.rpartition(".")
             delattr(root.get_submodule(module_path), tensor_name)
     if site.attributes and site.path != site.attributes[0]:

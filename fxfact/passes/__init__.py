@@ -1,28 +1,35 @@
-"""What carries a plan out: on a graph, or on a model that keeps its own Python."""
+"""A plan carried out: on a graph, or by swapping modules."""
 
-from fxfact.passes.base import Applied, applied, last_plan, record_all, record_plan
-from fxfact.passes.carrying_out import carry_out, recapture
-from fxfact.passes.decomposing import Decomposed, Decomposing, Weights, decompose
+from fxfact.passes.apply import apply_plan, capture_as_planned
+from fxfact.passes.decomposition import Decomposed, DecomposeOptions, Weights, decompose
 from fxfact.passes.factorize_convs import FactorizeConvs
-from fxfact.passes.for_inference import ChannelsLast, FoldBatchNorms, MergePointwise, OneDNN, PointwiseLinear, in_form
+from fxfact.passes.history import PassRecord, last_plan, pass_history, set_history, update_plan
+from fxfact.passes.inference_passes import (
+    ChannelsLast,
+    FoldBatchNorms,
+    MergePointwise,
+    OneDNN,
+    PointwiseLinear,
+    run_passes,
+)
 
 __all__ = [
-    "Applied",
     "ChannelsLast",
+    "DecomposeOptions",
     "Decomposed",
-    "Decomposing",
     "FactorizeConvs",
     "FoldBatchNorms",
     "MergePointwise",
     "OneDNN",
+    "PassRecord",
     "PointwiseLinear",
     "Weights",
-    "applied",
-    "carry_out",
+    "apply_plan",
+    "capture_as_planned",
     "decompose",
-    "in_form",
     "last_plan",
-    "recapture",
-    "record_all",
-    "record_plan",
+    "pass_history",
+    "run_passes",
+    "set_history",
+    "update_plan",
 ]

@@ -1,7 +1,40 @@
-"""Decide first: a plan holds no tensors and no nodes, so it can be printed, edited, saved, and carried out later."""
+"""From a request or a budget to a ``Plan``. Runs no network."""
 
-from fxfact.planning.base import Plan
+from fxfact.planning.allocation import BudgetAllocator
+from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
+from fxfact.planning.build import Selection, build_plan
 from fxfact.planning.decision import Decision
-from fxfact.planning.making import Selection, make_plan
+from fxfact.planning.pareto import ParetoFront
+from fxfact.planning.plan import Plan
+from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
+from fxfact.planning.requested import ByPath, FactorizationRequest, FixedRanks, parse_factorizations
+from fxfact.planning.strategy import Allocation, Candidate, Choice, LatencyModel, Layout, ParetoPoint, RankStrategy
 
-__all__ = ["Decision", "Plan", "Selection", "make_plan"]
+__all__ = [
+    "VBMF",
+    "Allocation",
+    "Budget",
+    "BudgetAllocator",
+    "ByPath",
+    "Candidate",
+    "Choice",
+    "Decision",
+    "Energy",
+    "FactorizationRequest",
+    "FixedRanks",
+    "LargestThatPays",
+    "Latency",
+    "LatencyModel",
+    "Layout",
+    "Loss",
+    "Macs",
+    "Params",
+    "ParetoFront",
+    "ParetoPoint",
+    "Plan",
+    "RankRule",
+    "RankStrategy",
+    "Selection",
+    "build_plan",
+    "parse_factorizations",
+]

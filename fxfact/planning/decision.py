@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fxfact.conv import ConvSpec, Sizes, tuples
-from fxfact.cost import Cost, cost_of
+from fxfact.conv import ConvSpec, Cost, Sizes, as_tuples, chain_cost
 from fxfact.errors import PlanError
 from fxfact.factorizations import Factorization, Rank
 
@@ -17,7 +16,7 @@ class Decision:
     """One convolution: factorized at a rank, or left as it is for a ``reason``.
 
     ``spec`` is None where the convolution could not be parsed, ``input_sizes`` where no example inputs were given.
-    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters. ``increase`` is by
+    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters. ``predicted_loss_increase`` is by
     how much the loss is expected to grow, in nats for one sample, where data told; ``milliseconds`` how long the
     convolution takes and its chain will, in one call of the network, where that was measured.
     """
@@ -30,7 +29,7 @@ class Decision:
     rank: Rank | None = None
     reason: str = ""
     note: str = ""
-    increase: float | None = None
+    predicted_loss_increase: float | None = None
     milliseconds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +61,7 @@ class Decision:
         return replace(self._cost(self.stages), ms=(self.milliseconds or (None, None))[1])
 
     def _cost(self, stages: Sequence[ConvSpec]) -> Cost:
-        return cost_of(stages, self.input_sizes, tied=self.tied_to is not None)
+        return chain_cost(stages, self.input_sizes, tied=self.tied_to is not None)
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:
@@ -88,5 +87,5 @@ def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factori
             raise PlanError(f"unknown factorization {method['name']!r}. Pass its class as factorizations=[...].")
         values["factorization"] = known[method["name"]](**method["options"])
     for name in ("input_sizes", "rank", "milliseconds"):
-        values[name] = tuples(values[name])
+        values[name] = as_tuples(values[name])
     return Decision(**values)

@@ -1,0 +1,126 @@
+"""The third frontend: an ExportedProgram in, an ExportedProgram out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_unflatten
+
+from fxfact.capture.base import Arguments, Captured, reason_of, samples_of
+from fxfact.errors import CaptureError
+from fxfact.graph import check_invariants, fold_computed_weights, match, record_macs
+from fxfact.utils import alias_copy
+
+
+def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Captured:
+    """The convolutions of an exported program. Raises CaptureError where it has no example inputs any more."""
+    graph_module = alias_copy(program.module(check_guards=False))
+    assert isinstance(graph_module, fx.GraphModule)
+    if fold_weights:
+        fold_computed_weights(graph_module)
+    graph_module.recompile()
+    check_invariants(graph_module, "behind the capture of an ExportedProgram")
+    found = match(graph_module)
+    inputs = inputs_of(program)
+    samples = samples_of(inputs, found.sites)
+    return Captured(
+        frontend="export",
+        model=type(program).__name__,
+        network=graph_module,
+        found=found.found,
+        macs=_macs(graph_module, inputs, samples),
+        samples=samples,
+        program=program,
+        example_inputs=inputs,
+        fold_weights=fold_weights,
+    )
+
+
+def reexport(program: ExportedProgram, graph_module: fx.GraphModule) -> ExportedProgram:
+    """Export a rewritten ``program.module()`` with the program's dynamic shapes and names. Raises CaptureError."""
+    args, kwargs = inputs_of(program)
+    shapes = _dynamic_shapes(program)
+    try:
+        again = torch.export.export(graph_module, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:
+        raise CaptureError(f"the rewritten program cannot be exported again: {reason_of(error)}") from error
+    _name_outputs(again, program.graph_signature.user_outputs)
+    return again
+
+
+def _name_outputs(program: ExportedProgram, names: Sequence[Any]) -> None:
+    """Call the nodes that are the program's outputs by these names, and others that have them something else."""
+    signature = program.graph_signature
+    for name, now in zip(names, signature.user_outputs, strict=True):
+        nodes = {node.name: node for node in program.graph.nodes}
+        if name == now or not (isinstance(name, str) and now in nodes):
+            continue
+        free = next(new for k in count() if (new := f"{name}_stage_{k}") not in nodes)
+        for old, new in ((name, free), (now, name)):
+            if old in nodes:
+                nodes[old].name = new
+                signature.replace_all_uses(old, new)
+    program.graph_module.recompile()
+
+
+def _macs(graph_module: fx.GraphModule, inputs: Arguments, samples: int) -> int | None:
+    """None where they cannot be counted without computing."""
+    try:
+        return record_macs(graph_module, *inputs) // samples
+    except Exception:
+        return None
+
+
+def inputs_of(program: ExportedProgram) -> Arguments:
+    """What the program was exported with. Raises CaptureError where it has that no more."""
+    if program.example_inputs is None:
+        raise CaptureError("the ExportedProgram has no example_inputs any more, which running it needs. Set them.")
+    args, kwargs = program.example_inputs
+    return Arguments(tuple(args), dict(kwargs))
+
+
+def _dynamic_shapes(program: ExportedProgram) -> Any:
+    """What ``torch.export.export`` needs to be told for the same sizes to stay symbolic, in the same ranges."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    names = [
+        spec.arg.name if hasattr(spec.arg, "name") else None
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
+    ]
+    dims: dict[str, Any] = {}
+    specs = [_dims_of(values.get(name or ""), program.range_constraints, dims) for name in names]
+    args, kwargs = tree_unflatten(specs, program.call_spec.in_spec)
+    return (*args, *kwargs.values()) if kwargs else tuple(args)
+
+
+def _dims_of(value: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
+    if isinstance(value, torch.SymInt):
+        return Dim.DYNAMIC
+    if not isinstance(value, Tensor):
+        return None
+    return {axis: _dim(size, ranges, dims) for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+
+
+def _dim(size: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
+    """A named dimension for a symbol, a·symbol + b for one derived from it; any other is for the export to find."""
+    expression = size.node.expr
+    if len(expression.free_symbols) != 1:
+        return Dim.AUTO
+    (symbol,) = expression.free_symbols
+    factor, offset = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
+    if expression != factor * symbol + offset or not (factor.is_Integer and offset.is_Integer) or factor < 1:
+        return Dim.AUTO
+    name = str(symbol)
+    if name not in dims:
+        bounds = ranges.get(symbol)
+        found = {} if bounds is None else {"min": str(bounds.lower), "max": str(bounds.upper)}
+        limits = {key: int(value) for key, value in found.items() if value.isdigit()}  # the others are infinite
+        dims[name] = Dim(name, **limits)
+    derived = dims[name] if factor == 1 else int(factor) * dims[name]
+    return derived if offset == 0 else derived + int(offset)

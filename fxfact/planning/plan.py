@@ -1,0 +1,259 @@
+"""A plan: what is to become of every convolution of a network. A value to print, edit, save and carry out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxfact.conv import ConvSpec, Cost, Skip, as_tuples, format_change
+from fxfact.errors import ArgumentTypeError, PlanError, error_context, first_differences
+from fxfact.factorizations import (
+    FACTORIZATIONS,
+    Factorization,
+    RankSpec,
+    parse_factorization,
+    parse_rank_spec,
+    resolve_rank,
+)
+from fxfact.planning.decision import Decision, decision_from_json, decision_to_json
+from fxfact.planning.pareto import ParetoFront
+from fxfact.planning.strategy import ParetoPoint
+from fxfact.utils import atomic_write
+
+_FORMAT = {"format": "fxfact plan", "version": 5}
+_WAYS = {
+    "trace": "as one graph ('trace')",
+    "modules": "by its modules, which keep the model's own Python ('modules')",
+    "export": "as an exported program ('export')",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The decisions for the convolutions of one model, in the order of its graph. ``print(plan)`` is a table.
+
+    ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample. ``capture`` is the
+    way in which the model was captured ('trace', 'modules' or 'export'), ``refused`` why others were not taken, and
+    ``compared`` whether what was captured computed the same as the model on its example inputs. ``fold_weights``:
+    computed weights were made parameters. ``leaf_modules``: modules that were not looked into. ``uses_statistics``: the chains are to
+    be decomposed in the metric of statistics. ``front``: other networks that could have been had, cheapest first.
+    ``measured``: by how much the loss grew on held-out data, in nats for one sample, where that was measured.
+    ``form``: exact passes (``fxfact.passes.in_form``) that follow, for the network to run fast. ``timed``: milliseconds
+    of the dense network in its fastest form and of what came out, taking turns, where that was measured.
+    """
+
+    model: str
+    network: Cost
+    decisions: tuple[Decision, ...]
+    capture: str = "trace"
+    compared: bool = False
+    fold_weights: bool = False
+    leaf_modules: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    uses_statistics: bool = False
+    pareto_points: tuple[ParetoPoint, ...] = ()
+    measured_loss_increase: float | None = None
+    inference_passes: tuple[str, ...] = ()
+    measured_ms: tuple[float, float] | None = None
+
+    @property
+    def predicted_loss_increase(self) -> float | None:
+        """By how much the loss is expected to grow, in nats for one sample; None unless data told."""
+        known = [decision.predicted_loss_increase for decision in self.rewrites if decision.tied_to is None]
+        return sum(nats for nats in known if nats is not None) if self.uses_statistics and None not in known else None
+
+    @property
+    def pareto_front(self) -> ParetoFront:
+        """The budgets that could have been met, and what each costs the loss. Raises PlanError for a plan without."""
+        if not self.pareto_points:
+            raise PlanError("the plan was made without a budget, so it knows no other. Pass budget=fxfact.Macs(0.5).")
+        return ParetoFront(network=self.network, points=self.pareto_points)
+
+    @cached_property
+    def rewrites(self) -> tuple[Decision, ...]:
+        """The decisions that change something."""
+        return tuple(decision for decision in self.decisions if decision.factorization is not None)
+
+    @property
+    def after(self) -> Cost:
+        """The cost of the whole network with the plan carried out."""
+        cost = self.network
+        for decision in self.rewrites:
+            cost = cost + decision.after - decision.before
+        return cost
+
+    def __getitem__(self, path: str) -> Decision:
+        """The decision for a path. Raises PlanError where the plan has none."""
+        for decision in self.decisions:
+            if decision.path == path:
+                return decision
+        raise PlanError(
+            f"the plan has no convolution at {path!r}. It has: {', '.join(d.path for d in self.decisions)}."
+        )
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    def edited(
+        self,
+        path: str,
+        *,
+        rank: RankSpec | None = None,
+        factorization: str | Factorization | None = None,
+        skip: str | None = None,
+    ) -> Plan:
+        """The plan with another decision for ``path`` and what shares its weight: another rank or factorization, as
+        ``fxfact.plan`` takes them, or ``skip``, the reason to leave it as it is. Raises PlanError, RankError,
+        RefusedError.
+        """
+        old = self[path]
+        if skip is not None and not isinstance(skip, str):
+            raise ArgumentTypeError(f"skip is the reason, a string, got {skip!r}")
+        if skip is not None:
+            new: dict[str, Any] = {"factorization": None, "rank": None, "reason": skip}
+        else:
+            with error_context(path):
+                new = {**_chosen(old, rank, factorization), "reason": ""}
+        new |= {"note": "", "predicted_loss_increase": None, "milliseconds": None}
+        together = {path, old.tied_to or path}
+        changed = [replace(d, **new) if together & {d.path, d.tied_to} else d for d in self.decisions]
+        return replace(self, decisions=tuple(changed), measured_loss_increase=None, measured_ms=None)
+
+    def check_fits(self, convolutions: Mapping[str, tuple[ConvSpec, str | None]]) -> None:
+        """Raise PlanError, naming the first differences, unless the plan was made for these convolutions, by path: the
+        spec, and the path of the one that has the same weight.
+        """
+        planned = {d.path: (d.spec, d.tied_to) for d in self.decisions if d.spec is not None}
+        found = dict(convolutions)
+        if planned == found:
+            return
+        theirs, ours = ({path: _known(value) for path, value in each.items()} for each in (planned, found))
+        different = first_differences("the plan", theirs, "the model", ours)
+        raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
+
+    def __str__(self) -> str:
+        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "ms", "loss +, nats", "remark"]
+        rows = [_row(decision) for decision in self.decisions]
+        rewritten = f"{len(self.rewrites)} of {len(self)} rewritten"
+        rows.append(["network", self.model, rewritten, "", *_change(self), _nats(self.predicted_loss_increase), ""])
+        silent = [k for k, known in ((6, self.network.ms is not None), (7, self.uses_statistics)) if not known]
+        headers, *rows = [[cell for k, cell in enumerate(row) if k not in silent] for row in (headers, *rows)]
+        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * (len(headers) - 1) + [60])
+        way = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
+        if self.capture != "export":
+            way[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
+        if self.inference_passes:
+            way.append(f"for inference: {', '.join(self.inference_passes)}")
+        if self.measured_loss_increase is not None:
+            way.append(f"measured on held-out data: the loss grows by {self.measured_loss_increase:.3g} nats")
+        if self.measured_ms is not None:
+            way.append("measured, taking turns: {:.3g} → {:.3g} ms".format(*self.measured_ms))
+        return "\n".join([table, *way])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. Raises PlanError where that cannot be."""
+        text = json.dumps(self.to_json(), indent=1) + "\n"
+        try:
+            with atomic_write(path) as file:
+                file.write(text.encode())
+        except (OSError, TypeError) as error:
+            raise PlanError(f"{path}: the plan cannot be written there: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
+        """Read a saved plan; ``factorizations`` are classes of your own that it names. Raises PlanError."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"{path}: not a plan that can be read: {error}") from error
+        with error_context(str(path)):
+            return cls.from_json(data, factorizations=factorizations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: numbers, strings, lists and dicts."""
+        decisions = [decision_to_json(decision) for decision in self.decisions]
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**_FORMAT, **plain, "network": asdict(self.network), "decisions": decisions} | {
+            "pareto_points": [asdict(point) for point in self.pareto_points]
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
+        """The inverse of ``to_json``. Raises PlanError where the data is damaged or of another version."""
+        found = {key: data.get(key) for key in _FORMAT} if isinstance(data, dict) else type(data).__name__
+        if found != _FORMAT:
+            raise PlanError(f"expected a plan with {_FORMAT}, found {found}. Save it with Plan.save.")
+        known = {kind.name: kind for kind in (*FACTORIZATIONS, *factorizations)}
+        try:
+            decisions = tuple(decision_from_json(entry, known) for entry in data["decisions"])
+            values = {field.name: as_tuples(data[field.name]) for field in fields(cls)}
+            points = tuple(
+                ParetoPoint(Cost(**point["cost"]), point["predicted_loss_increase"]) for point in data["pareto_points"]
+            )
+            plan = cls(
+                **{**values, "network": Cost(**data["network"]), "decisions": decisions, "pareto_points": points}
+            )
+            str(plan)  # computes every layout
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+        return plan
+
+
+def _chosen(old: Decision, request: RankSpec | None, factorization: str | Factorization | None) -> dict[str, Any]:
+    method = old.factorization if factorization is None else parse_factorization(factorization)
+    asked: object = old.rank if request is None else request
+    if old.spec is None or method is None or asked is None:
+        raise PlanError(
+            f"there is nothing to edit: {old.reason}. Pass a factorization and a rank to a parsed convolution."
+        )
+    rank = resolve_rank(method, old.spec, parse_rank_spec(asked), clip=False)
+    if isinstance(rank, Skip):
+        raise PlanError(rank.reason)
+    method.layout(old.spec, rank)
+    return {"factorization": method, "rank": rank}
+
+
+def _known(convolution: tuple[ConvSpec, str | None]) -> str:
+    spec, tied_to = convolution
+    return f"{spec} {'with' if spec.bias else 'without'} bias" + (f" and the weight of {tied_to}" if tied_to else "")
+
+
+def _row(decision: Decision) -> list[str]:
+    method, rank = decision.factorization, decision.rank
+    remark = decision.note or decision.reason
+    if decision.tied_to:
+        remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
+    shown = "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
+    costs = ["", "", ""] if decision.spec is None else _change(decision)
+    return [
+        decision.path,
+        str(decision.spec or ""),
+        method.name if method else "-",
+        shown,
+        *costs,
+        _nats(decision.predicted_loss_increase),
+        remark,
+    ]
+
+
+def _nats(increase: float | None) -> str:
+    return "" if increase is None else f"{increase:.2g}"
+
+
+def _change(what: Decision | Plan) -> list[str]:
+    before = what.before if isinstance(what, Decision) else what.network
+    after = what.after
+    pairs = [(before.params, after.params), (before.macs, after.macs), (before.ms, after.ms)]
+    return [format_change(old, new) for old, new in pairs]

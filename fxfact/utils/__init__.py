@@ -1,0 +1,54 @@
+"""Helpers without knowledge of convolutions: timing, progress, executors, copies, files, precision."""
+
+from fxfact.utils.activation_memory import peak_bytes
+from fxfact.utils.atomic_write import as_json, atomic_write, check_path
+from fxfact.utils.compare import difference, relative_error, tensors_of, tolerance_for
+from fxfact.utils.executor import check_executor, ordered_map, processes
+from fxfact.utils.model_copy import alias_copy, copy_structure, copy_with_shared, get_metadata, set_metadata, to_eval
+from fxfact.utils.precision import full_precision, no_reduced_precision
+from fxfact.utils.progress import Progress, with_progress
+from fxfact.utils.pt2_safety import check_harmless
+from fxfact.utils.storage import StorageIndex, storage_of
+from fxfact.utils.timing import (
+    TICK,
+    as_timing_errors,
+    compared,
+    milliseconds,
+    milliseconds_of_graphs,
+    random_numbers,
+    side_by_side,
+)
+
+__all__ = [
+    "TICK",
+    "Progress",
+    "StorageIndex",
+    "alias_copy",
+    "as_json",
+    "as_timing_errors",
+    "atomic_write",
+    "check_executor",
+    "check_harmless",
+    "check_path",
+    "compared",
+    "copy_structure",
+    "copy_with_shared",
+    "difference",
+    "full_precision",
+    "get_metadata",
+    "milliseconds",
+    "milliseconds_of_graphs",
+    "no_reduced_precision",
+    "ordered_map",
+    "peak_bytes",
+    "processes",
+    "random_numbers",
+    "relative_error",
+    "set_metadata",
+    "side_by_side",
+    "storage_of",
+    "tensors_of",
+    "to_eval",
+    "tolerance_for",
+    "with_progress",
+]

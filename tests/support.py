@@ -1,0 +1,118 @@
+"""Layers, models and measures that several test files use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fxfact.conv import ConvLayer, ConvSpec
+from fxfact.factorizations import FACTORIZATIONS, CPFactorized, Factorization, Tucker
+from fxfact.factorizations.cp import CPMobilenet
+
+ALL: list[Factorization] = [kind() for kind in FACTORIZATIONS]
+EVERY_STAGE: list[Factorization] = [replace(f, keep_full_sides=True) if isinstance(f, Tucker) else f for f in ALL]
+QUICK_CP = {"sweeps": 5}
+
+
+def by_name(factorization: Factorization) -> str:
+    return factorization.name
+
+
+def quick(factorization: Factorization) -> Factorization:
+    """The same with few sweeps, where the quality of the approximation does not matter."""
+    return (
+        replace(factorization, **QUICK_CP) if isinstance(factorization, CPFactorized | CPMobilenet) else factorization
+    )
+
+
+SPECS = {
+    "plain": ConvSpec.parse(6, 8, (3, 3), bias=True),
+    "strided": ConvSpec.parse(6, 8, (3, 5), stride=(2, 1), padding=(1, 2), bias=True),
+    "dilated": ConvSpec.parse(6, 8, (3, 3), dilation=(1, 2), padding=(0, 2)),
+    "same, even kernel": ConvSpec.parse(4, 6, (4, 3), padding="same", bias=True),
+    "uneven padding, strided": replace(ConvSpec.parse(4, 6, (3, 3), stride=2), padding=((0, 1), (2, 0))),
+    "reflect": ConvSpec.parse(6, 5, (3, 3), padding=1, padding_mode="reflect"),
+    "replicate, uneven": ConvSpec.parse(6, 5, (4, 4), padding="same", padding_mode="replicate", bias=True),
+    "circular": ConvSpec.parse(5, 6, (3, 3), padding=2, padding_mode="circular", stride=(1, 2)),
+    "groups": ConvSpec.parse(8, 12, (3, 3), padding=1, groups=2, bias=True),
+    "depthwise": ConvSpec.parse(4, 4, (3, 3), padding=1, groups=4),
+    "depthwise, multiplied": ConvSpec.parse(4, 8, (3, 3), groups=4, bias=True),
+    "1-D": ConvSpec.parse(6, 8, 5, order=1, stride=2, padding=2, bias=True),
+    "1-D circular": ConvSpec.parse(6, 4, 4, order=1, padding="same", padding_mode="circular"),
+    "3-D": ConvSpec.parse(4, 6, (3, 3, 3), padding=(1, 0, 1), stride=(1, 2, 1), bias=True),
+    "3-D, thin": ConvSpec.parse(4, 6, (3, 1, 3), padding=(1, 2, 0), stride=(2, 2, 1)),
+    "3-D, thin first": ConvSpec.parse(4, 6, (1, 3, 3), padding=(1, 1, 0), stride=(2, 1, 2), bias=True),
+    "one axis": ConvSpec.parse(6, 8, (1, 7), padding=(1, 3), stride=(2, 1)),
+    "pointwise": ConvSpec.parse(6, 8, (1, 1), stride=2, padding=1, bias=True),
+    "pointwise, grouped": ConvSpec.parse(6, 12, (1, 1), groups=3),
+    "transposed": ConvSpec.parse(6, 8, (3, 3), stride=2, padding=1, output_padding=1, transposed=True, bias=True),
+    "transposed, grouped, dilated": ConvSpec.parse(
+        8, 12, (3, 4), stride=(2, 1), dilation=(1, 2), padding=(0, 1), output_padding=(0, 1), groups=2, transposed=True
+    ),
+    "transposed 1-D": ConvSpec.parse(6, 4, 4, order=1, stride=2, padding=1, transposed=True, bias=True),
+    "transposed 3-D": ConvSpec.parse(4, 6, (3, 1, 2), stride=(2, 2, 1), output_padding=(1, 1, 0), transposed=True),
+    "transposed depthwise": ConvSpec.parse(4, 4, (3, 3), stride=2, padding=1, groups=4, transposed=True),
+    "transposed, dilated": ConvSpec.parse(4, 6, (3, 2), dilation=(3, 2), output_padding=(2, 1), transposed=True),
+    "transposed pointwise": ConvSpec.parse(6, 8, (1, 1), stride=2, output_padding=1, transposed=True, bias=True),
+    "one input channel": ConvSpec.parse(1, 8, (3, 3), padding=1),
+    "one output channel": ConvSpec.parse(8, 1, (3, 3), padding=1, bias=True),
+}
+
+
+def random_layer(spec: ConvSpec, dtype: torch.dtype = torch.float64, seed: int = 0) -> ConvLayer:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(spec.weight_shape, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(spec.out_channels, generator=generator, dtype=torch.float64).to(dtype) if spec.bias else None
+    return ConvLayer(spec, weight, bias)
+
+
+def random_input(spec: ConvSpec, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = (2,)) -> Tensor:
+    sizes = [11, 9, 10][: spec.order]
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*batch, spec.in_channels, *sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def apart(expected: Tensor, found: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    assert expected.shape == found.shape
+    expected, found = expected.detach().double(), found.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def params_of(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+class Small(nn.Module):
+    """Two plain convolutions, one of them strided, around a norm, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+ENTRIES = [(8, 1), (10, 14), (10, 12), (10, 8), (10, 99)]  # encrypted; LZMA, bzip2, deflate, and what there is not
+
+
+def with_entries(archive: bytes, place: int, value: int) -> bytes:
+    """A zip archive with the flags (at 8) or the method of compression (at 10) of all its entries replaced."""
+    parts = archive.split(b"PK\x01\x02")
+    entries = (part[: place - 4] + value.to_bytes(2, "little") + part[place - 2 :] for part in parts[1:])
+    return b"PK\x01\x02".join([parts[0], *entries])
+
+
+class Branching(Small):
+    """Python that torch.fx cannot trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 1e9 else x + 1)
