@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -60,6 +61,21 @@ class Statistics:
                 f"the statistics know none of the convolutions ({', '.join(paths[:3])}, …), but others: {known}. "
                 "Calibrate this model."
             )
+
+    def digest(self, path: str) -> str:
+        """A short hexadecimal digest of the statistics of the layer at ``path``, to be used as a cache key.
+
+        It covers the layer's spec, the number of samples, the likelihood, the shrinkage and the diagonals of the
+        moments' factors. Diagonals are cheap to hash, and they differ if the data or the weights differ.
+        """
+        spec, moments = self.specs.get(path), self.moments.get(path)
+        header = [self.samples, self.likelihood, self.shrinkage, None if spec is None else vars(spec)]
+        result = hashlib.sha256(json.dumps(header).encode())
+        for moment in () if moments is None else (moments.input, moments.output):
+            for factor in moment.factors:
+                diagonal = factor.detach().diagonal(dim1=1, dim2=2).contiguous().cpu()
+                result.update(f"{tuple(factor.shape)}".encode() + diagonal.numpy().tobytes())
+        return result.hexdigest()[:32]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a NumPy archive of plain arrays and JSON, without pickle. Raises CalibrationError."""
