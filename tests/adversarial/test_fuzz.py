@@ -144,6 +144,7 @@ def check_agreement(case: tuple[ConvLayer, Factorization, Rank, Tensor]) -> None
                 assert len(chain.layers) == 1
 
 
+@pytest.mark.integration
 @seed(SEED)
 @examples(1600)
 @given(case=cases())
@@ -151,6 +152,7 @@ def test_a_chain_equals_its_composed_kernel(case: tuple[ConvLayer, Factorization
     check_laws(case)
 
 
+@pytest.mark.integration
 @seed(SEED)
 @examples(400)
 @given(case=cases())

@@ -222,7 +222,7 @@ def test_modules_are_decomposed_on_executors_too(image: Tensor) -> None:
     assert same(made, fxfact.factorize(model, example_inputs=image))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_cluster_is_an_executor() -> None:
     distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
     model = many()

@@ -706,7 +706,7 @@ def test_chains_are_matrix_products_where_those_measure_faster(
     torch.testing.assert_close(fxfact.apply(plan, model)(x), small(x))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_budget_for_the_compiler_is_planned_and_compiled(
     model: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
