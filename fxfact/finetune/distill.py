@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -19,7 +18,7 @@ from fxfact.calibration import MAX_SEED, Batches
 from fxfact.capture import ExampleInputs
 from fxfact.errors import ArgumentError, check_int
 from fxfact.finetune.teacher_student import FinetuneResult, TeacherStudent
-from fxfact.utils import Progress, with_progress
+from fxfact.utils import Progress, warn_caller, with_progress
 
 _Network = TypeVar("_Network", bound=nn.Module)
 Augment = Callable[[Tensor], Tensor]
@@ -101,10 +100,9 @@ def distill(
             if last or best.since >= patience:
                 break
     if not math.isfinite(best.latest):
-        warnings.warn(
+        warn_caller(
             "in training the network became NaN or Inf on the held-out batches; what was best before comes back. "
             "Lower lr, or see whether augment gives NaN.",
-            stacklevel=4,
         )
     best.restore()
     taken = DistillResult(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from fxfact.conv import can_be_linear, can_be_onednn, linear_form, supports_oned
 from fxfact.errors import ArgumentError, BudgetError
 from fxfact.passes import pass_history, run_passes, update_plan
 from fxfact.planning import Latency, Plan
-from fxfact.utils import alias_copy, as_timing_errors, copy_with_shared, difference, side_by_side, to_eval
+from fxfact.utils import alias_copy, as_timing_errors, copy_with_shared, difference, side_by_side, to_eval, warn_caller
 
 _FOR_ALL = ("fold_batch_norms", "merge_pointwise")
 _FAR = 1.1  # from the time asked for
@@ -129,10 +128,9 @@ def fall_back_if_slower(
     before, after = DenseBaseline(captured, plan.inference_passes, compiled=budget.compiled).times(result)
     if after <= before:
         if plan.network.ms is not None and after / before > _FAR * budget.allowed(plan.network) / plan.network.ms:
-            warnings.warn(
+            warn_caller(
                 f"what came out measures {after:.3g} ms and the dense network {before:.3g} ms, taking turns, which is "
                 "not what was asked for and foreseen. Try again when the machine is idle.",
-                stacklevel=3,
             )
         update_plan(result, measured_ms=(before, after))
         return result

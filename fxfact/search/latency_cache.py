@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fxfact.utils import atomic_write
+from fxfact.utils import atomic_write, warn_caller
 
 _FORMAT = {"format": "fxfact times", "version": 2}
 _TELLING = ("model name", "cpu family", "model", "stepping")  # in /proc/cpuinfo: one name has many models
@@ -68,7 +67,7 @@ class LatencyCache:
             with atomic_write(self.path) as file:
                 file.write(json.dumps(content, indent=0).encode())
         except OSError as error:
-            warnings.warn(f"{self.path}: times cannot be kept there: {error}. Set FXFACT_CACHE.", stacklevel=2)
+            warn_caller(f"{self.path}: times cannot be kept there: {error}. Set FXFACT_CACHE.")
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:
@@ -89,5 +88,5 @@ class LatencyCache:
         return times if possible else self._aside("it holds no times")
 
     def _aside(self, why: str) -> dict[str, dict[str, float]]:
-        warnings.warn(f"{self.path}: times are measured again, for {why}", stacklevel=4)
+        warn_caller(f"{self.path}: times are measured again, for {why}")
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from fxfact.passes import Decomposed, DecomposeOptions, apply_plan
 from fxfact.planning import Budget, BudgetAllocator, Decision, Latency, ParetoPoint, Plan
 from fxfact.search.inference import DenseBaseline
 from fxfact.search.latency_model import MeasuredLatency
-from fxfact.utils import TICK, random_numbers
+from fxfact.utils import TICK, random_numbers, warn_caller
 
 _REHEARSALS, _CERTAIN = 5, 3  # at most; of the same plan, before its budget is refused
 _NEAR = 0.03  # of the budget below it, and above it what may be chance
@@ -132,10 +131,9 @@ def _best(tried: list[LatencyTrial], allowed: float, missed: Budget | None) -> L
     best = min(tried, key=lambda each: each.ms)
     if missed is not None:
         raise missed.unmet(best.ms, best.plan.network)
-    warnings.warn(
+    warn_caller(
         f"the budget is {allowed:.3g} ms, and of {len(tried)} networks planned for it the fastest measures "
         f"{best.ms:.3g} ms. Ask for less, or try again when the machine is idle.",
-        stacklevel=6,
     )
     return best
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +39,7 @@ from fxfact.search.inference import DenseBaseline, best_inference_passes
 from fxfact.search.latency_model import MeasuredLatency
 from fxfact.search.latency_search import LatencySearch
 from fxfact.search.plan_loss import PlanLoss
-from fxfact.utils import alias_copy, to_eval
+from fxfact.utils import alias_copy, to_eval, warn_caller
 
 _FULL_NORMALIZATION = 1.0  # the normalization of another plan, which is measured beside the usual one
 _HALVINGS = 8
@@ -145,10 +144,9 @@ def _clocked(
     if not clock.noisy:
         return LatencySearch(captured, clock, rival, make), replace(strategy, clock=clock), budget
     share = min(1.0, budget.allowed(Cost(0, None, clock.network)) / clock.network)
-    warnings.warn(
+    warn_caller(
         f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs instead. "
         "Try again when it is idle.",
-        stacklevel=4,
     )
     return make, strategy, Macs(share)
 

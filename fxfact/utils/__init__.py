@@ -18,6 +18,7 @@ from fxfact.utils.timing import (
     random_numbers,
     side_by_side,
 )
+from fxfact.utils.warn import warn_caller
 
 __all__ = [
     "TICK",
@@ -50,5 +51,6 @@ __all__ = [
     "tensors_of",
     "to_eval",
     "tolerance_for",
+    "warn_caller",
     "with_progress",
 ]
