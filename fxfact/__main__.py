@@ -1,4 +1,4 @@
-"""``python -m fxfact``."""
+"""Runs the command line: ``python -m fxfact``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What each command does: from parsed arguments to what is printed, as a table or as JSON."""
+"""One function for each command: takes the parsed arguments, prints a table or JSON, and returns the exit status."""
 
 from __future__ import annotations
 
@@ -14,249 +14,318 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from fxfact.analysis import check_rewrite, on_threads
-from fxfact.analysis import inspect as look
-from fxfact.analysis import report as make_report
-from fxfact.analysis import verify as compare
-from fxfact.api import apply, calibrate, factorize, plan_of
-from fxfact.api import plan as decide
+from fxfact import analysis, api
 from fxfact.calibration import Statistics, split_held_out
 from fxfact.capture import ExampleInputs, arguments_of
 from fxfact.cli.demo import run_demo
 from fxfact.cli.inputs import (
     Arguments,
     LoadedModel,
+    callable_module,
     check_output,
-    dtype_of,
-    files_of,
+    input_files,
+    load_described_model,
+    load_model,
+    model_dtype,
     read_batches,
-    read_described,
-    read_model,
-    runnable,
 )
-from fxfact.cli.output import overwrite, say, show, summary
+from fxfact.cli.output import plan_summary, print_progress, print_result, print_text
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
 from fxfact.planning import Latency, Loss, Macs, Params, Plan
 from fxfact.serialization import save
 from fxfact.utils import compared, milliseconds, processes, relative_error
 
-_CHOOSING = (
+_DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss"),
-    *("factorization", "multiple_of", "include", "exclude", "fold_weights"),
-)  # what a plan has said already
+    *("factorization", "multiple_of", "include", "exclude", "fold_weights", "leaf_modules"),
+)
 
 
-def inspect(given: Arguments) -> int:
+def inspect(args: Arguments) -> int:
     """Print every convolution of a model."""
-    read = read_described(given)
-    found = look(read.model, example_inputs=_example(read))
-    rows = [{"path": r.path, "from": r.origin, "factorization": r.factorization, "rank": r.rank,
-             "stages": list(map(str, r.stages)), "parameters": r.cost.params, "macs": r.cost.macs,
-             "relative_error": r.relative_error, "remark": r.remark} for r in found.rows]  # fmt: skip
-    show(given, found, {"convolutions": rows})
-    return 0
-
-
-def plan(given: Arguments) -> int:
-    """Decide, and write the plan."""
-    if given.keep_statistics and not (given.calibration or given.statistics):
-        raise ArgumentError("--keep-statistics keeps those of data: pass --calibration")
-    check_output(given.output, *files_of(given))
-    check_output(given.keep_statistics, given.output, given.model, given.weights, given.calibration)
-    read = read_described(given)
-    with processes(given.workers) as executor:
-        options = _options(given, read, executor)
-        if given.keep_statistics:
-            options["calibration"] = _statistics(given, read, options["calibration"], options["fold_weights"])
-        made = decide(read.model, given.factorization, **options)
-    if given.keep_statistics:
-        options["calibration"].save(given.keep_statistics)
-    if given.output:
-        made.save(given.output)
-    show(given, made, {"plan": made.to_json(), **summary(made)})
-    return 0
-
-
-def compress(given: Arguments) -> int:
-    """Factorize, check and write the network."""
-    if not given.output.endswith((".pt2", ".pt")):
-        raise ArgumentError(f"-o is the file of the network, NAME.pt2 or NAME.pt, got {given.output}")
-    check_output(given.output, given.plan, *files_of(given))
-    read = read_model(given.model, given.input, given.weights)
-    as_program = given.output.endswith(".pt2")
-    if isinstance(read.model, ExportedProgram) and not as_program:
-        raise ArgumentError("an exported program is written as one: -o NAME.pt2")
-    if given.dynamic_batch and (isinstance(read.model, ExportedProgram) or not as_program):
-        raise ArgumentError("--dynamic-batch is for a module that is made a program: -o NAME.pt2")
-    if as_program and read.inputs is None:
-        raise ArgumentError("a .pt2 file holds a program of example inputs: pass --input 1,3,224,224")
-    started = time.perf_counter()
-    if given.plan and (chosen := [name for name in _CHOOSING if getattr(given, name) is not None]):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
-        raise ArgumentError(f"--plan says what becomes of every convolution: pass no {options} with it")
-    if given.plan and given.statistics and given.calibration:
-        raise ArgumentError("with --plan and --statistics nothing is left to measure: pass no --calibration")
-    if given.plan and given.likelihood and not given.calibration:
-        raise ArgumentError("--likelihood says what outputs mean for data: pass it with --calibration")
-    with processes(given.workers) as executor:
-        if given.plan:
-            made = Plan.load(given.plan)
-            known, _ = _data(given, read, measured=made.measured_loss_increase is not None)
-            statistics = _statistics(given, read, known, made.fold_weights)
-            network = apply(made, read.model, calibration=statistics, executor=executor, progress=given.progress)
-        else:
-            network = factorize(read.model, given.factorization, **_options(given, read, executor))
-            made = plan_of(network)
-    if read.inputs is not None and made.rewrites:
-        check_rewrite(read.model, network, read.inputs)
-    if as_program and not isinstance(network, ExportedProgram):
-        network = _exported(network, read, dynamic=given.dynamic_batch)
-    save(network, given.output)
-    seconds = time.perf_counter() - started
-    show(given, f"{made}\n\n{given.output}: written, after {seconds:.1f} s",
-          {**summary(made), "output": given.output, "seconds": seconds})  # fmt: skip
-    return 0
-
-
-def verify(given: Arguments) -> int:
-    """Compare two networks: 0 where the second is right (and near enough), 3 where not."""
-    one, other = (read_model(text, given.input, weights) for text, weights in _two(given))
-    inputs = _needed(one, other)
-    try:
-        found = compare(one.model, other.model, inputs)
-        graph, end_to_end, right, shown = found.graph, found.end_to_end, found.ok, str(found)
-    except PlanError as error:
-        if pass_history(other.model):
-            raise
-        if given.tolerance is None:  # not made by fxfact, or not known to be
-            raise ArgumentError(f"{error} To compare outputs alone pass --tolerance.") from error
-        outputs = [_run(read.model, inputs) for read in (one, other)]
-        graph, right, end_to_end = None, None, relative_error(*outputs)
-        shown = f"end to end {end_to_end:.2e} (the second says nothing of having been factorized)"
-    near = given.tolerance is None or end_to_end <= given.tolerance
-    show(given, shown, {"graph": graph, "end_to_end": end_to_end, "ok": right, "near": near})
-    return 3 if right is False or not near else 0
-
-
-def report(given: Arguments) -> int:
-    """What was done to a network, and what that saves and costs; as a page where -o says so."""
-    check_output(given.output, *files_of(given), given.other, given.other_weights)
-    if given.output and not given.output.endswith((".html", ".json")):
-        raise ArgumentError(f"-o is a page NAME.html or data NAME.json, got {given.output}")
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    reads = [read_model(text, given.input, weights) for text, weights in _two(given)]
-    found = make_report(reads[0].model, reads[1].model, _needed(*reads), progress=given.progress)
-    if given.output:
-        found.save(given.output)
-    show(given, found, found.to_json())
-    return 0
-
-
-def bench(given: Arguments) -> int:
-    """Time two networks on the same inputs, taking turns."""
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    reads = [read_model(text, given.input, weights) for text, weights in _two(given)]
-    inputs = _needed(*reads)
-    networks = [runnable(read.model) for read in reads]
-    for read in reads:
-        _run(read.model, inputs)  # which says so where it does not
-    args, kwargs = arguments_of(inputs)
-    calls = [partial(network, *args, **kwargs) for network in networks]
-    times = milliseconds(calls, repeats=given.repeats, number=given.number)
+    loaded = load_described_model(args)
+    inspection = analysis.inspect(loaded.model, example_inputs=_example_inputs(loaded))
     rows = [
-        {"network": text, "ms": median(own), "fastest": min(own), "slowest": max(own),
-         "parameters": sum(p.numel() for p in network.parameters())}
-        for (text, _), own, network in zip(_two(given), times, networks, strict=True)
-    ]  # fmt: skip
-    first, second = compared(times)
-    ratio = first / second
+        {
+            "path": row.path,
+            "from": row.origin,
+            "factorization": row.factorization,
+            "rank": row.rank,
+            "stages": list(map(str, row.stages)),
+            "parameters": row.cost.params,
+            "macs": row.cost.macs,
+            "relative_error": row.relative_error,
+            "remark": row.remark,
+        }
+        for row in inspection.rows
+    ]
+    print_result(args, inspection, {"convolutions": rows})
+    return 0
+
+
+def plan(args: Arguments) -> int:
+    """Make a plan, print it, and write it."""
+    if args.keep_statistics and not (args.calibration or args.statistics):
+        raise ArgumentError("--keep-statistics writes the statistics of data. Pass --calibration as well.")
+    check_output(args.output, *input_files(args))
+    check_output(args.keep_statistics, args.output, args.model, args.weights, args.calibration)
+    loaded = load_described_model(args)
+    with processes(args.workers) as executor:
+        options = _plan_options(args, loaded, executor)
+        if args.keep_statistics:
+            options["calibration"] = _collect(
+                args, loaded, options["calibration"], options["fold_weights"], options["leaf_modules"]
+            )
+        made = api.plan(loaded.model, args.factorization, **options)
+    if args.keep_statistics:
+        options["calibration"].save(args.keep_statistics)
+    if args.output:
+        made.save(args.output)
+    print_result(args, made, {"plan": made.to_json(), **plan_summary(made)})
+    return 0
+
+
+def compress(args: Arguments) -> int:
+    """Factorize a model, check the result, and write it."""
+    _check_compress(args)
+    loaded = load_model(args.model, args.input, args.weights)
+    as_program = _check_program_output(args, loaded)
+    started = time.perf_counter()
+    with processes(args.workers) as executor:
+        if args.plan:
+            made = Plan.load(args.plan)
+            data, _ = _read_data(args, loaded, held_out=made.measured_loss_increase is not None)
+            statistics = _collect(args, loaded, data, made.fold_weights, made.leaf_modules)
+            network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
+        else:
+            network = api.factorize(loaded.model, args.factorization, **_plan_options(args, loaded, executor))
+            made = api.plan_of(network)
+    if loaded.inputs is not None and made.rewrites:
+        analysis.check_rewrite(loaded.model, network, loaded.inputs)
+    if as_program and not isinstance(network, ExportedProgram):
+        network = _export(network, loaded, dynamic=args.dynamic_batch)
+    save(network, args.output)
+    seconds = time.perf_counter() - started
+    text = f"{made}\n\nwrote {args.output} in {seconds:.1f} s"
+    print_result(args, text, {**plan_summary(made), "output": args.output, "seconds": seconds})
+    return 0
+
+
+def verify(args: Arguments) -> int:
+    """Compare two networks. Returns 3 if the graph of the second is wrong, or its outputs exceed the tolerance."""
+    first, second = _load_both(args)
+    inputs = _required_inputs(first, second)
+    try:
+        found = analysis.verify(first.model, second.model, inputs)
+        graph, end_to_end, ok, text = found.graph, found.end_to_end, found.ok, str(found)
+    except PlanError as error:
+        if pass_history(second.model):
+            raise
+        if args.tolerance is None:  # without a plan there is no graph to check, so only outputs can be compared
+            raise ArgumentError(f"{error} To compare only the outputs, pass --tolerance.") from error
+        outputs = [_run(loaded.model, inputs) for loaded in (first, second)]
+        graph, ok, end_to_end = None, None, relative_error(*outputs)
+        text = f"end-to-end error {end_to_end:.2e} (B has no plan of fxfact, so only the outputs were compared)"
+    within_tolerance = args.tolerance is None or end_to_end <= args.tolerance
+    data = {"graph": graph, "end_to_end": end_to_end, "ok": ok, "within_tolerance": within_tolerance}
+    print_result(args, text, data)
+    return 3 if ok is False or not within_tolerance else 0
+
+
+def report(args: Arguments) -> int:
+    """Report what was changed in a network, what it saves and what it costs."""
+    check_output(args.output, *input_files(args), args.other, args.other_weights)
+    if args.output and not args.output.endswith((".html", ".json")):
+        raise ArgumentError(f"-o must be NAME.html (a page) or NAME.json (data), got {args.output}.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    first, second = _load_both(args)
+    found = analysis.report(first.model, second.model, _required_inputs(first, second), progress=args.progress)
+    if args.output:
+        found.save(args.output)
+    print_result(args, found, found.to_json())
+    return 0
+
+
+def bench(args: Arguments) -> int:
+    """Time two networks on the same inputs, in turns."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    both = _load_both(args)
+    inputs = _required_inputs(*both)
+    networks = [callable_module(loaded.model) for loaded in both]
+    for loaded in both:
+        _run(loaded.model, inputs)  # raises an error that says which inputs failed
+    positional, keywords = arguments_of(inputs)
+    calls = [partial(network, *positional, **keywords) for network in networks]
+    times = milliseconds(calls, repeats=args.repeats, number=args.number)
+    rows = [
+        {
+            "network": name,
+            "ms": median(measured),
+            "fastest": min(measured),
+            "slowest": max(measured),
+            "parameters": sum(p.numel() for p in network.parameters()),
+        }
+        for name, measured, network in zip((args.model, args.other), times, networks, strict=True)
+    ]
+    first_ms, second_ms = compared(times)
+    speedup = first_ms / second_ms
+    threads = torch.get_num_threads()
     table = tabulate(rows, headers="keys", floatfmt=".3f")
-    words = (
-        f"{table}\n\nthe second is {ratio:.2f}× as fast by the turns' ratios, on {on_threads(torch.get_num_threads())}"
-    )
-    show(given, words, {"networks": rows, "speedup": ratio, "threads": torch.get_num_threads()})
+    text = f"{table}\n\nB is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.on_threads(threads)}"
+    print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
     return 0
 
 
-def demo(given: Arguments) -> int:
+def demo(args: Arguments) -> int:
     """Train, factorize and compare a small network."""
-    run_demo(given.factorization, given.rank, seed=given.seed, epochs=given.epochs, say=say, progress=overwrite)
+    run_demo(
+        args.factorization,
+        args.rank,
+        seed=args.seed,
+        epochs=args.epochs,
+        print_text=print_text,
+        print_progress=print_progress,
+    )
     return 0
 
 
-def _options(given: Arguments, read: LoadedModel, executor: Executor | None) -> dict[str, Any]:
-    """What is to be chosen, and of what data, as ``plan`` and ``factorize`` take it."""
-    budgets = [kind(value) for kind, value in ((Macs, given.macs), (Params, given.params), (Latency, given.latency),
-               (Loss, given.loss)) if value is not None]  # fmt: skip
-    if len(budgets) > 1 or (budgets and given.rank is not None):
-        raise ArgumentError("pass one of --rank, --macs, --params, --latency and --loss")
-    if given.statistics and given.calibration and not budgets:
-        raise ArgumentError("ranks that are given leave nothing to measure: pass no --calibration beside --statistics")
-    known, held_out = _data(given, read, measured=given.loss is not None)
+def _plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None) -> dict[str, Any]:
+    """Return the keyword arguments of ``fxfact.plan`` and ``fxfact.factorize``."""
+    requested = ((Macs, args.macs), (Params, args.params), (Latency, args.latency), (Loss, args.loss))
+    budgets = [kind(value) for kind, value in requested if value is not None]
+    if len(budgets) > 1 or (budgets and args.rank is not None):
+        raise ArgumentError("Pass only one of --rank, --macs, --params, --latency and --loss.")
+    if args.statistics and args.calibration and not budgets:
+        raise ArgumentError(
+            "With --statistics, --calibration only measures a plan for a budget. Pass a budget such as --macs 0.5, or "
+            "remove --calibration."
+        )
+    data, held_out = _read_data(args, loaded, held_out=args.loss is not None)
     return {
-        "rank": given.rank, "include": given.include or None, "exclude": given.exclude or None,
-        "fold_weights": bool(given.fold_weights), "example_inputs": _example(read), "progress": given.progress,
-        "multiple_of": given.multiple_of, "executor": executor, "budget": budgets[0] if budgets else None,
-        "calibration": known, "held_out": held_out or None, "likelihood": given.likelihood,
-    }  # fmt: skip
+        "rank": args.rank,
+        "budget": budgets[0] if budgets else None,
+        "include": args.include or None,
+        "exclude": args.exclude or None,
+        "multiple_of": args.multiple_of,
+        "fold_weights": bool(args.fold_weights),
+        "leaf_modules": tuple(args.leaf_modules or ()),
+        "example_inputs": _example_inputs(loaded),
+        "calibration": data,
+        "held_out": held_out or None,
+        "likelihood": args.likelihood,
+        "executor": executor,
+        "progress": args.progress,
+    }
 
 
-def _statistics(
-    given: Arguments, read: LoadedModel, known: Statistics | list[Any] | None, fold_weights: bool
+def _collect(
+    args: Arguments,
+    loaded: LoadedModel,
+    data: Statistics | list[Any] | None,
+    fold_weights: bool,
+    leaf_modules: tuple[str, ...],
 ) -> Statistics | None:
-    """Those known, or of the batches."""
-    if known is None or isinstance(known, Statistics):
-        return known
-    options: dict[str, Any] = {"likelihood": given.likelihood, "fold_weights": fold_weights}
-    return calibrate(read.model, known, example_inputs=_example(read), progress=given.progress, **options)
+    """Collect the statistics of batches. Statistics and None are returned as they are."""
+    if data is None or isinstance(data, Statistics):
+        return data
+    return api.calibrate(
+        loaded.model,
+        data,
+        example_inputs=_example_inputs(loaded),
+        likelihood=args.likelihood,
+        fold_weights=fold_weights,
+        leaf_modules=leaf_modules,
+        progress=args.progress,
+    )
 
 
-def _data(given: Arguments, read: LoadedModel, *, measured: bool) -> tuple[Statistics | list[Any] | None, list[Any]]:
-    """What to learn from, and batches to measure on: all beside statistics, else some where a plan is ``measured``."""
-    dtype = dtype_of(read.model)
-    batches: list[Any] = read_batches(given.calibration, given.batch, dtype) if given.calibration else []
-    if given.statistics:
-        return Statistics.load(given.statistics), batches
-    return split_held_out(batches) if measured and batches else (batches or None, [])
+def _read_data(
+    args: Arguments, loaded: LoadedModel, *, held_out: bool
+) -> tuple[Statistics | list[Any] | None, list[Any]]:
+    """Return the data to learn from, and the batches to measure a plan on.
+
+    With --statistics all batches are for measuring. Otherwise some are held out if ``held_out`` is set.
+    """
+    dtype = model_dtype(loaded.model)
+    batches: list[Any] = read_batches(args.calibration, args.batch, dtype) if args.calibration else []
+    if args.statistics:
+        return Statistics.load(args.statistics), batches
+    return split_held_out(batches) if held_out and batches else (batches or None, [])
 
 
-def _exported(network: nn.Module, read: LoadedModel, *, dynamic: bool) -> ExportedProgram:
-    """The factorized module as a program that knows what was done to it."""
-    assert read.inputs is not None
-    (inputs, _), shapes = arguments_of(read.inputs), None  # a module is given no others
+def _check_compress(args: Arguments) -> None:
+    """Raise ArgumentError or FileError for arguments that contradict each other, before anything is loaded."""
+    if not args.output.endswith((".pt2", ".pt")):
+        raise ArgumentError(f"-o must be NAME.pt2 (a program) or NAME.pt (weights), got {args.output}.")
+    check_output(args.output, args.plan, *input_files(args))
+    if not args.plan:
+        return
+    if decided := [name for name in _DECIDED_BY_PLAN if getattr(args, name) is not None]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in decided)
+        raise ArgumentError(f"--plan already decides about every convolution. Remove {options}.")
+    if args.statistics and args.calibration:
+        raise ArgumentError("--plan with --statistics does not use --calibration. Remove one of the two.")
+    if args.likelihood and not args.calibration:
+        raise ArgumentError("--likelihood is only used with data. Pass --calibration as well, or remove it.")
+
+
+def _check_program_output(args: Arguments, loaded: LoadedModel) -> bool:
+    """Return whether a program is written. Raises ArgumentError if the model cannot be written that way."""
+    as_program: bool = args.output.endswith(".pt2")
+    if isinstance(loaded.model, ExportedProgram) and not as_program:
+        raise ArgumentError("MODEL is an exported program, and the result is one as well. Pass -o NAME.pt2.")
+    if args.dynamic_batch and (isinstance(loaded.model, ExportedProgram) or not as_program):
+        raise ArgumentError(
+            "--dynamic-batch only applies when a module is exported. Pass package.module:callable and -o NAME.pt2."
+        )
+    if as_program and loaded.inputs is None:
+        raise ArgumentError("To export a module, example inputs are needed. Pass their shape: --input 1,3,224,224.")
+    return as_program
+
+
+def _export(network: nn.Module, loaded: LoadedModel, *, dynamic: bool) -> ExportedProgram:
+    """Export the factorized module to a program that contains its plan."""
+    assert loaded.inputs is not None
+    (inputs, _), shapes = arguments_of(loaded.inputs), None  # modules have no keyword inputs on the command line
     if dynamic:
         batch = torch.export.Dim("batch", min=1)
         shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, inputs)
-        inputs = tree_map(_two_samples, inputs)
+        inputs = tree_map(_at_least_two_samples, inputs)
     try:
         program = torch.export.export(network, inputs, dynamic_shapes=shapes)
     except Exception as error:
-        raise ArgumentError(f"torch.export cannot export the network, write it as NAME.pt: {error}") from error
+        raise ArgumentError(
+            f"torch.export cannot export the factorized network: {error}. Write its weights instead: -o NAME.pt."
+        ) from error
     set_history(program.graph_module, pass_history(network))
     return program
 
 
-def _two_samples(value: Any) -> Any:
-    """Of one sample two: PyTorch takes a size of one for a constant."""
-    alone = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
-    return torch.cat([value, value]) if alone else value
+def _at_least_two_samples(value: Any) -> Any:
+    """Repeat a single sample, because torch.export treats a size of 1 as a constant."""
+    single = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
+    return torch.cat([value, value]) if single else value
 
 
-def _two(given: Arguments) -> list[tuple[str, str | None]]:
-    return [(given.model, given.weights), (given.other, given.other_weights)]
+def _load_both(args: Arguments) -> tuple[LoadedModel, LoadedModel]:
+    return (
+        load_model(args.model, args.input, args.weights),
+        load_model(args.other, args.input, args.other_weights),
+    )
 
 
-def _example(read: LoadedModel) -> Any:
-    return None if isinstance(read.model, ExportedProgram) else read.inputs
+def _example_inputs(loaded: LoadedModel) -> ExampleInputs | None:
+    """Return the example inputs of a module. A program contains its own."""
+    return None if isinstance(loaded.model, ExportedProgram) else loaded.inputs
 
 
-def _needed(*reads: LoadedModel) -> ExampleInputs:
-    inputs = next((read.inputs for read in reads if read.inputs is not None), None)
+def _required_inputs(*models: LoadedModel) -> ExampleInputs:
+    inputs = next((loaded.inputs for loaded in models if loaded.inputs is not None), None)
     if inputs is None:
-        raise ArgumentError("pass --input 1,3,224,224, the shape of what the networks are called with")
+        raise ArgumentError("The networks have to be run. Pass the shape of their input: --input 1,3,224,224.")
     return inputs
 
 
@@ -264,6 +333,6 @@ def _run(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Any:
     args, kwargs = arguments_of(inputs)
     with torch.no_grad():
         try:
-            return runnable(model)(*args, **kwargs)
+            return callable_module(model)(*args, **kwargs)
         except Exception as error:
-            raise VerificationError(f"a network fails on these inputs: {error}") from error
+            raise VerificationError(f"A network fails on these inputs: {error}") from error

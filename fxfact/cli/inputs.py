@@ -1,4 +1,4 @@
-"""What commands are given by name: a model, data, inputs."""
+"""Reads what a command line names: a model, batches of data, example inputs."""
 
 from __future__ import annotations
 
@@ -21,99 +21,99 @@ Arguments = argparse.Namespace
 
 
 class LoadedModel(NamedTuple):
-    """A module or an ExportedProgram, and the arguments that it is looked at with; None where none were given."""
+    """A module or an ExportedProgram, and its example inputs, or None if there are none."""
 
     model: Any
     inputs: ExampleInputs | None
 
 
-def read_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> LoadedModel:
-    """``text`` is a .pt2 file, or ``package.module:callable``, which is called without arguments and gives a module,
-    with the state_dict in the file ``weights`` where that is given. Raises ArgumentError, FileError.
+def load_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> LoadedModel:
+    """Load a .pt2 file, or call ``package.module:callable`` without arguments and load ``weights`` into the module.
+
+    Raises ArgumentError or FileError.
     """
-    arguments = tuple(inputs) if inputs else None
+    example_inputs = tuple(inputs) if inputs else None
     if text.endswith(".pt2"):
         if weights:
-            raise ArgumentError("--weights is for package.module:callable; a .pt2 file has its own")
+            raise ArgumentError("--weights only applies to package.module:callable. A .pt2 file contains its weights.")
         program: ExportedProgram = load(text)
-        return LoadedModel(program, arguments or (inputs_of(program) if program.example_inputs else None))
-    model = _called(text)
+        return LoadedModel(program, example_inputs or (inputs_of(program) if program.example_inputs else None))
+    model = _build_module(text)
     if weights:
         try:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except Exception as error:  # whatever the reader finds
-            raise FileError(f"{weights}: no state_dict of {text}: {error}") from error
-    return LoadedModel(model.eval(), arguments)
+        except Exception as error:  # torch.load raises many types for damaged files
+            raise FileError(f"{weights}: cannot be loaded as the state dict of {text}: {error}") from error
+    return LoadedModel(model.eval(), example_inputs)
 
 
-def read_described(given: Arguments) -> LoadedModel:
-    """The model, of which a program says itself what it is called with. Raises ArgumentError, FileError."""
-    read = read_model(given.model, given.input, given.weights)
-    if given.input and isinstance(read.model, ExportedProgram):
-        raise ArgumentError("a .pt2 file says what it is called with: pass no --input")
-    return read
+def load_described_model(args: Arguments) -> LoadedModel:
+    """Load MODEL. Raises ArgumentError if --input is given for a program, which has example inputs of its own."""
+    loaded = load_model(args.model, args.input, args.weights)
+    if args.input and isinstance(loaded.model, ExportedProgram):
+        raise ArgumentError("A .pt2 file contains its example inputs. Remove --input.")
+    return loaded
 
 
-def files_of(given: Arguments) -> list[str | None]:
-    """What a command reads."""
-    return [given.model, given.weights, *(getattr(given, name, None) for name in ("calibration", "statistics"))]
+def input_files(args: Arguments) -> list[str | None]:
+    """Return the files that a command reads."""
+    return [args.model, args.weights, getattr(args, "calibration", None), getattr(args, "statistics", None)]
 
 
 def read_batches(path: str, size: int, dtype: torch.dtype) -> list[Tensor]:
-    """Samples along the first axis, from a .npy file or all those in a folder, ``size`` a batch; floating-point ones
-    become the ``dtype`` of the model. Raises CalibrationError.
+    """Read samples along the first axis from a .npy file, or from all .npy files of a folder, in batches of ``size``.
+
+    Floating-point samples are converted to ``dtype``, the dtype of the model. Raises CalibrationError.
     """
-    place = Path(path)
-    files = sorted(place.glob("*.npy")) if place.is_dir() else [place]
+    root = Path(path)
+    files = sorted(root.glob("*.npy")) if root.is_dir() else [root]
     if not files:
-        raise CalibrationError(f"{path}: there is no .npy file in the folder")
+        raise CalibrationError(f"{path}: the folder contains no .npy file.")
     batches: list[Tensor] = []
     for file in files:
         try:
             array = np.load(file, allow_pickle=False)
             samples = torch.from_numpy(array)
             if not array.ndim:
-                raise ValueError("one number, not samples along the first axis")
-        except Exception as error:  # whatever the reader finds
-            raise CalibrationError(f"{file}: no array that can be read: {error}") from error
+                raise ValueError("expected samples along the first axis, got a single number")
+        except Exception as error:  # numpy.load raises many types for damaged files
+            raise CalibrationError(f"{file}: cannot be read as an array: {error}") from error
         batches += torch.split(samples.to(dtype) if samples.is_floating_point() else samples, size)
     return batches
 
 
-def dtype_of(model: nn.Module | ExportedProgram) -> torch.dtype:
-    """Of what it computes with."""
+def model_dtype(model: nn.Module | ExportedProgram) -> torch.dtype:
+    """Return the dtype of the model's first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def check_output(path: str | None, *read: str | None) -> None:
-    """Raise FileError before anything is done where a file cannot be written, or would take the place of one that is
-    read.
-    """
+def check_output(path: str | None, *inputs: str | None) -> None:
+    """Raise FileError if ``path`` cannot be written, or is one of the input files. Called before any work is done."""
     if path is None:
         return
     folder = os.path.dirname(path) or os.curdir
     if not os.path.isdir(folder):
-        raise FileError(f"{path}: it cannot be written there: {folder} is no folder")
+        raise FileError(f"{path}: cannot be written, because {folder} is not a folder.")
     if os.path.isdir(path):
-        raise FileError(f"{path}: it cannot be written there: it is a folder")
-    for other in read:
+        raise FileError(f"{path}: cannot be written, because it is a folder.")
+    for other in inputs:
         if other is not None and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
-            raise FileError(f"{path}: it would take the place of what is read. Write to another file.")
+            raise FileError(f"{path}: would overwrite an input of this command. Write to another file.")
 
 
-def runnable(model: nn.Module | ExportedProgram) -> nn.Module:
-    """What can be called."""
+def callable_module(model: nn.Module | ExportedProgram) -> nn.Module:
+    """Return the module of a program, or the module itself."""
     return model.module() if isinstance(model, ExportedProgram) else model
 
 
-def _called(text: str) -> nn.Module:
+def _build_module(text: str) -> nn.Module:
     module_name, _, name = text.partition(":")
     if not name:
-        raise ArgumentError(f"MODEL is a .pt2 file or package.module:callable, got {text!r}")
+        raise ArgumentError(f"MODEL must be a .pt2 file or package.module:callable, got {text!r}.")
     try:
         model = getattr(importlib.import_module(module_name), name)()
     except Exception as error:
         raise ArgumentError(f"{text} cannot be called: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{text} gives a {type(model).__name__}, not a torch.nn.Module")
+        raise ArgumentError(f"{text} returned a {type(model).__name__}, expected a torch.nn.Module.")
     return model

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, as text or JSON, and what is under way on stderr."""
+"""Prints results to stdout, as text or JSON, and progress to stderr."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ from fxfact.planning import Plan
 from fxfact.utils import as_json
 
 
-def summary(made: Plan) -> dict[str, Any]:
-    """A plan in numbers."""
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """Return the totals of a plan as JSON values."""
 
-    def cost(value: Cost) -> dict[str, int | None]:
-        return {"parameters": value.params, "macs": value.macs}
+    def as_dict(cost: Cost) -> dict[str, int | None]:
+        return {"parameters": cost.params, "macs": cost.macs}
 
     return {
-        "before": cost(made.network), "after": cost(made.after), "rewritten": len(made.rewrites),
-        "convolutions": len(made), "expected_loss_increase": made.predicted_loss_increase, "measured_loss_increase": made.measured_loss_increase,
-    }  # fmt: skip
+        "before": as_dict(plan.network),
+        "after": as_dict(plan.after),
+        "rewritten": len(plan.rewrites),
+        "convolutions": len(plan),
+        "predicted_loss_increase": plan.predicted_loss_increase,
+        "measured_loss_increase": plan.measured_loss_increase,
+    }
 
 
-def overwrite(text: str) -> None:
-    """A line of progress, instead of the one before where that is possible."""
+def print_progress(text: str) -> None:
+    """Print a line of progress. On a terminal it replaces the previous one."""
     if sys.stderr.isatty():
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
     else:
         print(text, file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
-    """What came out, where progress was."""
+def print_text(text: str) -> None:
+    """Print a result. On a terminal it replaces the line of progress."""
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     print(text)
 
 
-def show(given: Arguments, text: object, data: dict[str, Any]) -> None:
-    """Print a result, as it was asked for."""
-    print(as_json(data) if given.json else text)
+def print_result(args: Arguments, text: object, data: dict[str, Any]) -> None:
+    """Print ``data`` as JSON if ``--json`` was passed, else ``text``."""
+    print(as_json(data) if args.json else text)
