@@ -38,7 +38,7 @@ from fxfact.utils import compared, milliseconds, processes, relative_error
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss"),
-    *("factorization", "multiple_of", "include", "exclude", "fold_weights", "leaf_modules"),
+    *("factorization", "multiple_of", "include", "exclude", "fold_weights"),
 )
 
 
@@ -74,9 +74,7 @@ def plan(args: Arguments) -> int:
     with processes(args.workers) as executor:
         options = _plan_options(args, loaded, executor)
         if args.keep_statistics:
-            options["calibration"] = _collect(
-                args, loaded, options["calibration"], options["fold_weights"], options["leaf_modules"]
-            )
+            options["calibration"] = _collect(args, loaded, options["calibration"], options["fold_weights"])
         made = api.plan(loaded.model, args.factorization, **options)
     if args.keep_statistics:
         options["calibration"].save(args.keep_statistics)
@@ -96,7 +94,7 @@ def compress(args: Arguments) -> int:
         if args.plan:
             made = Plan.load(args.plan)
             data, _ = _read_data(args, loaded, held_out=made.measured_loss_increase is not None)
-            statistics = _collect(args, loaded, data, made.fold_weights, made.leaf_modules)
+            statistics = _collect(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
         else:
             network = api.factorize(loaded.model, args.factorization, **_plan_options(args, loaded, executor))
@@ -174,7 +172,7 @@ def bench(args: Arguments) -> int:
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
     table = tabulate(rows, headers="keys", floatfmt=".3f")
-    text = f"{table}\n\nB is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.on_threads(threads)}"
+    text = f"{table}\n\nB is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
     print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
     return 0
 
@@ -211,7 +209,6 @@ def _plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | Non
         "exclude": args.exclude or None,
         "multiple_of": args.multiple_of,
         "fold_weights": bool(args.fold_weights),
-        "leaf_modules": tuple(args.leaf_modules or ()),
         "example_inputs": _example_inputs(loaded),
         "calibration": data,
         "held_out": held_out or None,
@@ -222,11 +219,7 @@ def _plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | Non
 
 
 def _collect(
-    args: Arguments,
-    loaded: LoadedModel,
-    data: Statistics | list[Any] | None,
-    fold_weights: bool,
-    leaf_modules: tuple[str, ...],
+    args: Arguments, loaded: LoadedModel, data: Statistics | list[Any] | None, fold_weights: bool
 ) -> Statistics | None:
     """Collect the statistics of batches. Statistics and None are returned as they are."""
     if data is None or isinstance(data, Statistics):
@@ -237,7 +230,6 @@ def _collect(
         example_inputs=_example_inputs(loaded),
         likelihood=args.likelihood,
         fold_weights=fold_weights,
-        leaf_modules=leaf_modules,
         progress=args.progress,
     )
 

@@ -29,7 +29,6 @@ _OPTION_OF = {
     "calibration=": "--calibration DATA",
     "fold_weights": "--fold-weights",
     "multiple_of": "--multiple-of N",
-    "leaf_modules": "--leaf-modules GLOB",
 }  # how an argument of the Python API that an error names is passed on the command line
 
 
@@ -207,12 +206,6 @@ def _add_scope(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--exclude", action="append", metavar="GLOB", help="no convolutions at these paths; repeatable")
     group.add_argument(
-        "--leaf-modules",
-        action="append",
-        metavar="GLOB",
-        help="paths of modules that are not traced into, and so stay as they are; repeatable",
-    )
-    group.add_argument(
         "--fold-weights",
         action="store_true",
         default=None,
@@ -259,7 +252,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="samples to learn from: a .npy file with samples along the first axis, or a folder of them. With "
         "--statistics they are used to measure the plan",
     )
-    group.add_argument("--batch", type=_positive_int, default=64, help="samples in a batch (default: %(default)s)")
+    group.add_argument(
+        "--batch", type=_positive_int, default=64, metavar="N", help="samples in a batch (default: %(default)s)"
+    )
     group.add_argument(
         "--likelihood", choices=["categorical", "gaussian"], help="what the output is: logits of classes, or numbers"
     )
@@ -272,6 +267,7 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_positive_int,
         default=1,
+        metavar="N",
         help="number of worker processes, each with one thread (default: none)",
     )
     _add_progress(group)
@@ -327,7 +323,9 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_threads(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--threads", type=_positive_int, help="number of threads (default: that of PyTorch)")
+    group.add_argument(
+        "--threads", type=_positive_int, metavar="N", help="number of threads (default: that of PyTorch)"
+    )
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
