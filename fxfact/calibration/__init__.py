@@ -1,15 +1,13 @@
-"""From data to statistics: which errors the loss of a network can bear."""
+"""Calibration: turns data into statistics that say which errors the loss of a network tolerates."""
 
 from fxfact.calibration.batches import Batches, batch_call, first_sample, iter_batches, run_batch, split_held_out
 from fxfact.calibration.collect import MAX_SEED, collect_statistics, rank_and_world_size
 from fxfact.calibration.divergence import DivergenceEvaluator, mean_and_error, significantly_negative
 from fxfact.calibration.moments import Window
-from fxfact.calibration.outputs import CATEGORICAL, GAUSSIAN, Likelihood, parse_likelihood
+from fxfact.calibration.outputs import Likelihood, parse_likelihood
 from fxfact.calibration.statistics import Statistics
 
 __all__ = [
-    "CATEGORICAL",
-    "GAUSSIAN",
     "MAX_SEED",
     "Batches",
     "DivergenceEvaluator",

@@ -1,4 +1,4 @@
-"""One pass over the data, forward and backward: every convolution shows what it is given and what its output means."""
+"""Collects the statistics of a network in one forward and one backward pass over the data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfact.calibration.batches import Batches, iter_batches, run_batch
 from fxfact.calibration.moments import MomentAccumulator, Window
-from fxfact.calibration.outputs import Draw, Likelihood, float_tensors_of, likelihood_for
+from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for, sums_of, variance_of
 from fxfact.calibration.statistics import Statistics
 from fxfact.capture import Captured
 from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
 from fxfact.utils import Progress, StorageIndex, alias_copy, no_reduced_precision, to_eval, with_progress
 
-MAX_SEED = 2**23 - 1  # with the number of a sample in the other 40 bits a generator's seed
-_POSITIONS = 64  # patches of a sample that are looked at, of each convolution
-_DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-_backward, _converted = torch.ops.aten.convolution_backward.default, torch.ops.aten._to_copy.default
+MAX_SEED = 2**23 - 1  # leaves 40 bits of a generator's seed for the number of the sample
+_POSITIONS = 64  # of each sample and convolution at which patches are taken
+_CPU_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch's defaults are
+_BACKWARD, _CAST = torch.ops.aten.convolution_backward.default, torch.ops.aten._to_copy.default
 
 
 @torch.inference_mode(False)
@@ -34,115 +34,116 @@ def collect_statistics(
     seed: int = 0,
     progress: Progress = False,
 ) -> Statistics:
-    """The statistics of a captured network's convolutions, in evaluation mode, on a private copy.
+    """Return the statistics of a captured network's convolutions.
 
-    Random draws are keyed by ``seed`` and the number of the sample, so that batch sizes do not matter. Where
-    ``torch.distributed`` is initialised, sums are all-reduced and every process gets the same; the samples of rank r of
-    w are then taken for numbers r, r + w, r + 2w, …, as ``DistributedSampler`` deals them. Raises CalibrationError.
+    The network runs in evaluation mode, on a private copy. Random numbers depend on ``seed`` and on the number of the
+    sample, so batch sizes do not matter. If ``torch.distributed`` is initialized, the sums are all-reduced and every
+    process returns the same statistics. Sample k of rank r of w then counts as sample k · w + r, which is how
+    ``DistributedSampler`` distributes them. Raises CalibrationError.
     """
-    network = _prepared(captured.network)
-    leaders = [site for site in captured.sites if site.tied_to is None]
-    weights = {site.path: weight for site in leaders if (weight := weight_at(network, site.path)) is not None}
+    network = _gradient_free_copy(captured.network)
+    sites = [site for site in captured.sites if site.tied_to is None]
+    weights = {site.path: weight for site in sites if (weight := weight_at(network, site.path)) is not None}
     sums = {
-        site.path: MomentAccumulator(site.spec, weights[site.path].device) for site in leaders if site.path in weights
+        site.path: MomentAccumulator(site.spec, weights[site.path].device) for site in sites if site.path in weights
     }
-    _ask_for_gradients(weights)
-    collector = _Collector(sums, weights)
-    drawing, known = _Drawing(seed), None
-    output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # count, sum, squares
+    _require_gradients(weights)
+    collector = _GradientCollector(sums, weights)
+    random, known = _SampleRandom(seed), None
+    output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     for batch in with_progress(iter_batches(network, batches, captured.example_inputs), None, "calibrating", progress):
         with torch.enable_grad():
             with collector:
                 output = run_batch(network, batch)
             known = known or likelihood_for(likelihood, output)
-            drawing.begin(known.samples(output, batch))
-            tensors, gradients = known.pull(output, drawing.normal)
-            if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
-                raise CalibrationError("calibration: the model's own output, or its loss, is NaN or Inf on this data")
-            if not any(tensor.requires_grad for tensor in tensors):
-                raise CalibrationError(
-                    "calibration: no gradient leads from the output to a convolution. Where forward detaches its "
-                    "output, or makes it of gradients of its own, plan without data."
-                )
-            output_sums += moments_of([tensor.detach() for tensor in float_tensors_of(output)])
-            pulled = [k for k, tensor in enumerate(tensors) if tensor.requires_grad]
-            with collector.on(drawing.fractions):
-                torch.autograd.backward([tensors[k] for k in pulled], [gradients[k] for k in pulled])
-        drawing.end()
-        collector.forget()
+            random.start_batch(known.count_samples(output, batch))
+            tensors, gradients = known.sample_gradients(output, random.normal_like)
+            _check_output(tensors)
+            output_sums += sums_of([tensor.detach() for tensor in float_tensors_of(output)])
+            differentiable = [k for k, tensor in enumerate(tensors) if tensor.requires_grad]
+            with collector.collecting_at(random.fractions):
+                torch.autograd.backward([tensors[k] for k in differentiable], [gradients[k] for k in differentiable])
+        random.finish_batch()
+        collector.reset()
     if known is None:
-        raise CalibrationError("calibration: there is no batch. Pass some hundred samples.")
-    counted = torch.tensor([float(drawing.samples)], dtype=torch.float64, device="cpu")
-    all_reduce([counted, output_sums, *(tensor for found in sums.values() for tensor in found.tensors)])
-    return _statistics(sums, known, float(counted), output_sums)
+        raise CalibrationError("calibration: there are no batches. Pass a few hundred samples.")
+    samples = torch.tensor([float(random.samples)], dtype=torch.float64, device="cpu")
+    all_reduce([samples, output_sums, *(tensor for found in sums.values() for tensor in found.tensors)])
+    return _statistics(sums, known, float(samples), variance_of(output_sums))
+
+
+def _check_output(tensors: Sequence[Tensor]) -> None:
+    """Raise CalibrationError unless the tensors are finite and depend on a convolution's weight."""
+    if not all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors):
+        raise CalibrationError("calibration: the model's output, or its loss, is NaN or Inf on this data")
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise CalibrationError(
+            "calibration: no gradient flows from the output to a convolution. If forward() detaches its output, or "
+            "computes it from gradients of its own, plan without data."
+        )
 
 
 def _statistics(
-    sums: Mapping[str, MomentAccumulator], known: Likelihood, samples: float, output_sums: Tensor
+    sums: Mapping[str, MomentAccumulator], likelihood: Likelihood, samples: float, variance: float
 ) -> Statistics:
-    variance = variance_of(output_sums)
+    """Return the statistics from the sums over all samples."""
     for path, found in sums.items():
         if not all(bool(tensor.isfinite().all()) for tensor in found.tensors):
             raise CalibrationError(
-                f"calibration: at {path} an input or a gradient is NaN or Inf, though the output is not, as of a "
-                "square root at zero. Drop the sample (a blank one?), or keep the root away from zero."
+                f"calibration: at {path} an input or a gradient is NaN or Inf, although the output is finite. A square "
+                "root at zero does that. Drop the sample (a blank one?), or keep the root away from zero."
             )
-    metrics = {path: found.metric(samples, known.scale(variance)) for path, found in sums.items()}
-    if metrics and not any(metrics.values()):
+    moments = {path: found.fisher(samples, likelihood.fisher_scale(variance)) for path, found in sums.items()}
+    if moments and not any(moments.values()):
         raise CalibrationError(
-            "calibration: the gradients of the output reach no convolution. Pass a likelihood that depends on them, or "
-            "plan without data."
+            "calibration: the gradients of the output reach no convolution. Pass a likelihood that depends on the "
+            "convolutions, or plan without data."
         )
     return Statistics(
         samples=int(samples),
-        likelihood=known.name,
-        shrinkage=known.shrinkage,
-        specs={path: found.spec for path, found in sums.items() if metrics[path] is not None},
-        moments={path: metric for path, metric in metrics.items() if metric is not None},
+        likelihood=likelihood.name,
+        shrinkage=likelihood.shrinkage,
+        specs={path: found.spec for path, found in sums.items() if moments[path] is not None},
+        moments={path: fisher for path, fisher in moments.items() if fisher is not None},
     )
 
 
-class _Drawing:
-    """Random numbers of every sample, from its own generator, whatever batch it comes in."""
+class _SampleRandom:
+    """Random numbers for each sample, from its own generator, so that they do not depend on the batch it is in."""
 
     def __init__(self, seed: int) -> None:
         self._seed, self.samples = seed, 0
-        self._rank, self._world = rank_and_world_size()
+        self._rank, self._world_size = rank_and_world_size()
         self._generators: list[torch.Generator] = []
-        self.fractions = torch.empty(0, device="cpu")
+        self.fractions = torch.empty(0, device="cpu")  # (samples, positions): which patches of a sample to take
 
-    def begin(self, count: int) -> None:
-        """The next ``count`` samples: their positions, and generators for what ``normal`` draws. Raises
-        CalibrationError for none.
-        """
+    def start_batch(self, count: int) -> None:
+        """Create generators for the next ``count`` samples. Raises CalibrationError if there are none."""
         if not count:
             raise CalibrationError("calibration: the output of a batch has no samples. Drop such batches.")
-        numbers = [(self.samples + k) * self._world + self._rank for k in range(count)]
+        numbers = [(self.samples + k) * self._world_size + self._rank for k in range(count)]
         self._generators = [torch.Generator().manual_seed((self._seed << 40) + number) for number in numbers]
-        self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own, **_DRAWN) for own in self._generators])
+        self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own, **_CPU_FLOAT) for own in self._generators])
 
-    def end(self) -> None:
-        """The samples are done with."""
+    def finish_batch(self) -> None:
+        """Count the samples of the batch."""
         self.samples += len(self._generators)
 
-    @property
-    def normal(self) -> Draw:
-        """Standard normal numbers in the shape of a tensor, the first axis being the samples'."""
-
-        def draw(tensor: Tensor) -> Tensor:
-            if len(tensor) != len(self._generators):
-                raise CalibrationError(
-                    f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis"
-                )
-            rows = [torch.randn(tensor.shape[1:], generator=own, **_DRAWN) for own in self._generators]
-            return torch.stack(rows).to(tensor.device)
-
-        return draw
+    def normal_like(self, tensor: Tensor) -> Tensor:
+        """Return standard normal numbers in the shape of ``tensor`` (samples, …)."""
+        if len(tensor) != len(self._generators):
+            raise CalibrationError(
+                f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis"
+            )
+        rows = [torch.randn(tensor.shape[1:], generator=own, **_CPU_FLOAT) for own in self._generators]
+        return torch.stack(rows).to(tensor.device)
 
 
-class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the backward pass come to every convolution, which gets input and gradient there; spares their weights'.
-    Forward it sees the weights become others of another type, as under autocast, which last until then.
+class _GradientCollector(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds the input and the output gradient of every convolution to its moments, during the backward pass.
+
+    PyTorch passes both to ``convolution_backward``. The gradients of weights are not computed. During the forward pass
+    it records the copies of weights in other dtypes that autocast makes, to recognize them in the backward pass.
     """
 
     supports_higher_order_operators = True
@@ -150,27 +151,27 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, sums: Mapping[str, MomentAccumulator], weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sums, self._fractions = sums, torch.empty(0)
-        self._weights, self._converted = StorageIndex(weights.items()), StorageIndex()
+        self._weights, self._casts = StorageIndex(weights.items()), StorageIndex()
 
-    def on(self, fractions: Tensor) -> _Collector:
-        """To look at the patches of these samples at these fractions of all positions."""
+    def collecting_at(self, fractions: Tensor) -> _GradientCollector:
+        """Return the collector, set to take patches at these fractions (samples, count) of all positions."""
         self._fractions = fractions
         return self
 
-    def forget(self) -> None:
-        """What was of a batch: it is gone."""
-        self._fractions, self._converted = torch.empty(0), StorageIndex()
+    def reset(self) -> None:
+        """Forget the batch."""
+        self._fractions, self._casts = torch.empty(0), StorageIndex()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not _backward or not len(self._fractions):  # a backward pass of the model's own
+        if func is not _BACKWARD or not len(self._fractions):  # without fractions: forward() has a backward pass
             result = func(*args, **(kwargs or {}))
-            if func is _converted and (path := self._weights.name_of(args[0])) is not None:
-                self._converted.add(path, result)
+            if func is _CAST and (path := self._weights.name_of(args[0])) is not None:
+                self._casts.add(path, result)
             return result
         gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, mask = args
-        path = self._weights.name_of(weight) or self._converted.name_of(weight)
+        path = self._weights.name_of(weight) or self._casts.name_of(weight)
         if path is not None and len(input):
             with torch.no_grad(), no_reduced_precision(input.device):
                 order = input.ndim - 2
@@ -184,14 +185,15 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, only_input)
 
 
-def _prepared(network: nn.Module) -> nn.Module:
-    """A private copy, in evaluation mode, in which nothing but weights will ask for gradients."""
+def _gradient_free_copy(network: nn.Module) -> nn.Module:
+    """Return a private copy in evaluation mode in which no tensor requires gradients."""
     return to_eval(alias_copy(network)).requires_grad_(requires_grad=False)
 
 
-def _ask_for_gradients(weights: Mapping[str, Tensor]) -> None:
-    """Have the weights of a private copy, buffers too, ask for gradients, so that every convolution gets one, each in
-    memory of its own, by which it is known.
+def _require_gradients(weights: Mapping[str, Tensor]) -> None:
+    """Let the weights of a private copy, buffers too, require gradients.
+
+    Weights that share memory are separated, because the collector recognizes a weight by its memory.
     """
     held = StorageIndex()
     for path, weight in weights.items():
@@ -205,28 +207,14 @@ def _per_axis(values: Sequence[int], order: int) -> list[int]:
     return list(values) * order if len(values) == 1 else list(values)
 
 
-def moments_of(tensors: Sequence[Tensor]) -> Tensor:
-    """How many numbers they have, their sum, and that of their squares."""
-    sums = [
-        torch.stack([t.new_tensor(t.numel()).double(), t.double().sum(), t.double().square().sum()]) for t in tensors
-    ]
-    return torch.stack(sums).sum(dim=0).cpu()
-
-
-def variance_of(moments: Tensor) -> float:
-    """That of the numbers whose ``moments_of`` these are."""
-    count, total, squares = moments.tolist()
-    return max(0.0, squares / count - (total / count) ** 2) if count else 0.0
-
-
 def rank_and_world_size() -> tuple[int, int]:
-    """The rank of this one, and how many there are; (0, 1) where ``torch.distributed`` is not initialised."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    """Return the rank of this process and the number of processes; (0, 1) without ``torch.distributed``."""
+    initialized = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> None:
-    """Sum them over all processes, in place, where ``torch.distributed`` is initialised."""
+    """Sum tensors over all processes, in place. Does nothing if ``torch.distributed`` is not initialized."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     for tensor in tensors:

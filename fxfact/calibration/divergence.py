@@ -1,4 +1,4 @@
-"""How far networks are from their original, on some batches."""
+"""Measures how far networks are from their original on some batches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.calibration.batches import run_batch
-from fxfact.calibration.collect import all_reduce, moments_of, variance_of
-from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for
+from fxfact.calibration.collect import all_reduce
+from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for, sums_of, variance_of
 from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
 
-_CLEARLY = 2.0  # standard errors
+_SIGNIFICANT = 2.0  # standard errors
 
 
 class DivergenceEvaluator:
-    """Batches, and what the original, in evaluation mode, gives for them, to measure others by.
+    """Measures the KL divergence of networks from their original on fixed batches.
 
-    ``variance`` is that of the output, by which differences of numbers are judged. Raises CalibrationError where the
-    original fails on a batch, or its output does not say what its loss is, and for a likelihood that does not measure.
+    The original runs once, when the evaluator is created.
+
+    Args:
+        original: The network to compare with, in evaluation mode.
+        batches: The batches to measure on.
+        likelihood: How to read the output, as in ``fxfact.plan``; it must be one that can measure.
+
+    Attributes:
+        likelihood: The likelihood by which outputs are compared.
+        variance: The variance of the original's output, the unit of differences under the Gaussian likelihood.
+
+    Raises:
+        CalibrationError: The original fails on a batch, or its output is not finite; the output does not determine a
+            likelihood; or the likelihood cannot measure.
     """
 
     @torch.no_grad()
@@ -30,39 +42,41 @@ class DivergenceEvaluator:
         self._batches = batches
         self._expected = [run_batch(original, batch) for batch in batches]
         self.likelihood: Likelihood = likelihood_for(likelihood, self._expected[0])
-        self.variance = variance_of(torch.stack([moments_of(float_tensors_of(y)) for y in self._expected]).sum(dim=0))
-        if not all(map(self._is_measured, self._expected)):
+        self.variance = variance_of(torch.stack([sums_of(float_tensors_of(y)) for y in self._expected]).sum(dim=0))
+        if not all(map(self._is_measurable, self._expected)):
             raise CalibrationError(
-                "the model's own output is NaN or Inf on this data, from which nothing is near or far. Repair or drop "
-                "the data, or mask with a large number."
+                "the original model's output is NaN or Inf on this data, so no divergence from it can be measured. Fix "
+                "or drop the data, or mask with a large number instead of infinity."
             )
 
-    def _is_measured(self, output: Any) -> bool:
+    def _is_measurable(self, output: Any) -> bool:
         return bool(self.likelihood.divergence(output, output, self.variance).isfinite().all())
 
     @torch.no_grad()
     def divergences(self, network: nn.Module) -> Tensor:
-        """From the original, in nats, of every sample (n,) of this process."""
+        """Return the divergence of every sample (n,) of this process, in nats."""
         pairs = zip(self._expected, self._batches, strict=True)
         parts = [self.likelihood.divergence(y, run_batch(network, x), self.variance) for y, x in pairs]
         return torch.cat(parts).double().cpu()
 
     def divergence(self, network: nn.Module) -> float:
-        """Their mean over the samples of this process."""
+        """Return the mean divergence over the samples of this process, in nats."""
         return mean_and_error(self.divergences(network))[0]
 
 
 def significantly_negative(differences: Tensor, *, everywhere: bool = False) -> bool:
-    """Whether the mean of the values (n,) is, by more than may be chance: two standard errors; ``everywhere``: of those
-    of every process.
+    """Return whether the mean of the values (n,) is below zero by more than two standard errors.
+
+    With ``everywhere``, the mean is over the values of all processes.
     """
     mean, error = mean_and_error(differences, everywhere=everywhere)
-    return mean < -_CLEARLY * error
+    return mean < -_SIGNIFICANT * error
 
 
 def mean_and_error(values: Tensor, *, everywhere: bool = False) -> tuple[float, float]:
-    """The mean of the values (n,), and its standard error, infinite where there is one alone; ``everywhere``: of those
-    of every process.
+    """Return the mean of the values (n,) and its standard error, which is infinite for a single value.
+
+    With ``everywhere``, the mean is over the values of all processes.
     """
     sums = torch.stack([values.new_tensor(len(values)), values.sum(), values.square().sum()])
     if everywhere:

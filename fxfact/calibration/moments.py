@@ -1,4 +1,4 @@
-"""Second moments of one convolution, summed as they come."""
+"""Accumulates the second moments of one convolution over batches."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment
 
-LARGEST = 2304  # rows of a moment that is kept whole: 256 channels of 3×3
-_CHUNK = 1 << 24  # numbers in one strip of patches: 64 MiB in single precision
+MAX_DENSE_SIZE = 2304  # rows of a moment that is stored as one matrix: 256 channels of a 3×3 kernel
+_MAX_STRIP = 1 << 24  # numbers in one strip of patches: 64 MiB in single precision
 
 
 @dataclass(frozen=True)
 class Window:
-    """How patches are cut from a map: per axis the size of the kernel, stride, padding and dilation."""
+    """How patches are cut from a map: for each axis the kernel size, the stride, the padding and the dilation."""
 
     kernel: Sequence[int]
     stride: Sequence[int]
@@ -26,7 +26,7 @@ class Window:
     dilation: Sequence[int]
 
     def patches(self, maps: Tensor) -> Tensor:
-        """A view (n, channels, *positions, *kernel) of the zero-padded maps (n, channels, *size)."""
+        """Return a view (n, channels, *positions, *kernel) of the zero-padded maps (n, channels, *size)."""
         view = F.pad(maps, [amount for pad in reversed(self.padding) for amount in (pad, pad)])
         for axis, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), start=2):
             view = view.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
@@ -34,67 +34,79 @@ class Window:
 
 
 class MomentAccumulator:
-    """The moments of one convolution so far. Memory: n² and m² numbers in double precision for moments of sizes n and
-    m, a group; of a moment larger than ``LARGEST`` only channels² and kernel positions² of it, whose Kronecker product
-    stands for it.
+    """Sums the moments of one convolution's inputs and output gradients, in double precision.
+
+    A moment of size n takes n² numbers for each group. A moment larger than ``MAX_DENSE_SIZE`` is approximated by the
+    Kronecker product of two partial traces, one over channels and one over kernel positions, which takes channels² +
+    positions² numbers.
     """
 
     def __init__(self, spec: ConvSpec, device: torch.device) -> None:
         block, positions = spec.block, math.prod(spec.kernel_size)
         self.spec = spec
-        self.input = _zeros(spec.groups, block.in_channels, 1 if spec.transposed else positions, device)
-        self.output = _zeros(spec.groups, block.out_channels, positions if spec.transposed else 1, device)
+        self.input = _zero_factors(spec.groups, block.in_channels, 1 if spec.transposed else positions, device)
+        self.output = _zero_factors(spec.groups, block.out_channels, positions if spec.transposed else 1, device)
         self.rows = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Everything that is summed, for whoever sums further."""
+        """Every sum, in a fixed order, so that processes can add theirs up."""
         return [*self.input, *self.output, self.rows]
 
     def add(self, input: Tensor, gradient: Tensor, window: Window, fractions: Tensor) -> None:
-        """One call: what it was given (n, in, *size), the gradient at its output (n, out, *size).
+        """Add one call of the convolution.
 
-        Of the patches those are taken which stand at ``fractions`` (samples, count) of all positions, 0 … 1, and stand
-        for the others; all, where there are no more. ``n`` is a multiple of the samples.
+        Args:
+            input: The input (n, in, *size).
+            gradient: The gradient at the output (n, out, *size).
+            window: How patches are cut.
+            fractions: Numbers in [0, 1) of shape (samples, count). Each picks one position of a sample. The patches at
+                these positions stand for all of them; if a sample has no more than ``count``, all are used. ``n`` must
+                be a multiple of ``samples``.
         """
         transposed = self.spec.transposed
         wide, narrow = (gradient, input) if transposed else (input, gradient)
         factors, channels = (self.output, self.input) if transposed else (self.input, self.output)
         rows = wide.new_zeros((), dtype=torch.float64)
-        patches = window.patches(wide)  # of which output_padding may add some that nothing came to
+        patches = window.patches(wide)  # with output_padding there may be more than the input has positions
         for axis, size in enumerate(narrow.shape[2:], start=2):
             patches = patches.narrow(axis, 0, size)
-        for strip, weight in _strips(patches, self.spec.groups, fractions):
-            _add(factors, strip, weight)
+        for strip, weight in _patch_strips(patches, self.spec.groups, fractions):
+            _add_moment(factors, strip, weight)
             rows += strip.shape[1] * weight
-        for strip in _flat(narrow, self.spec.groups):
-            _add(channels, strip[..., None], 1.0)
+        for strip in _position_strips(narrow, self.spec.groups):
+            _add_moment(channels, strip[..., None], 1.0)
         self.rows += narrow.shape[0] * math.prod(narrow.shape[2:]) if transposed else rows
 
-    def metric(self, samples: float, scale: float) -> KroneckerFisher | None:
-        """The moments in single precision, gradients multiplied by ``scale``; None where no gradient came."""
-        output = KroneckerMoment(_product([factor * (scale / samples) for factor in self.output]))
+    def fisher(self, samples: float, scale: float) -> KroneckerFisher | None:
+        """Return the mean moments in single precision, or None if no gradient reached the convolution.
+
+        Moments of gradients are means over ``samples`` and multiplied by ``scale``; moments of inputs are means over
+        positions.
+        """
+        output = KroneckerMoment(_kronecker_factors([factor * (scale / samples) for factor in self.output]))
         if not float(self.rows) > 0 or not any(float(factor.abs().max()) > 0 for factor in output.factors):
             return None
-        return KroneckerFisher(KroneckerMoment(_product([factor / self.rows for factor in self.input])), output)
+        return KroneckerFisher(KroneckerMoment(_kronecker_factors([f / self.rows for f in self.input])), output)
 
 
-def _zeros(groups: int, channels: int, positions: int, device: torch.device) -> list[Tensor]:
-    whole = channels * positions <= LARGEST or positions == 1
-    sizes = [channels * positions] if whole else [channels, positions]
+def _zero_factors(groups: int, channels: int, positions: int, device: torch.device) -> list[Tensor]:
+    """Return zeros for a moment: one matrix for each group, or two if that would be too large."""
+    dense = channels * positions <= MAX_DENSE_SIZE or positions == 1
+    sizes = [channels * positions] if dense else [channels, positions]
     return [torch.zeros(groups, size, size, dtype=torch.float64, device=device) for size in sizes]
 
 
-def _product(factors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Partial traces of a moment, made factors of which it is about the Kronecker product."""
+def _kronecker_factors(factors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Scale the partial traces of a moment such that their Kronecker product approximates it."""
     if len(factors) == 1:
         return (factors[0].float(),)
     total = factors[0].diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
     return (factors[0].float(), (factors[1] / total.clamp_min(torch.finfo(torch.float64).tiny)).float())
 
 
-def _add(factors: list[Tensor], rows: Tensor, weight: float) -> None:
-    """Add the second moment of ``rows`` (groups, count, channels, positions)."""
+def _add_moment(factors: list[Tensor], rows: Tensor, weight: float) -> None:
+    """Add the second moment of ``rows`` (groups, count, channels, positions), times ``weight``."""
     if len(factors) == 1:
         flat = rows.flatten(2)
         factors[0] += weight * (flat.transpose(1, 2) @ flat)
@@ -104,21 +116,24 @@ def _add(factors: list[Tensor], rows: Tensor, weight: float) -> None:
     factors[1] += weight * (positions.transpose(1, 2) @ positions)
 
 
-def _strips(patches: Tensor, groups: int, fractions: Tensor) -> Iterator[tuple[Tensor, float]]:
-    """Patches (n, channels, *positions, *kernel) as (groups, count, channels / groups, kernel), and what one counts."""
+def _patch_strips(patches: Tensor, groups: int, fractions: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Yield some patches of a few samples at a time, and how many patches each of them stands for.
+
+    ``patches`` (n, channels, *positions, *kernel) become rows (groups, count, channels / groups, kernel).
+    """
     order = (patches.ndim - 2) // 2
-    maps = patches.shape[0] // len(fractions)
+    maps = patches.shape[0] // len(fractions)  # for each sample
     sizes, kernel = patches.shape[2 : 2 + order], math.prod(patches.shape[2 + order :])
     available, taken = maps * math.prod(sizes), fractions.shape[1]
-    every = available <= taken
-    one = patches.shape[1] * kernel * min(available, taken)
-    step = max(1, _CHUNK // max(1, one))
+    take_all = available <= taken
+    numbers = patches.shape[1] * kernel * min(available, taken)
+    step = max(1, _MAX_STRIP // max(1, numbers))
     for start in range(0, len(fractions), step):
         own = fractions[start : start + step]
         part = patches[start * maps : (start + len(own)) * maps]
-        part = part.reshape(len(own), maps, *part.shape[1:]) if every or maps > 1 else part[:, None]
+        part = part.reshape(len(own), maps, *part.shape[1:]) if take_all or maps > 1 else part[:, None]
         part = part.movedim(2, -1 - order)  # (samples, maps, *positions, channels, *kernel)
-        if every:
+        if take_all:
             rows = part.reshape(-1, *part.shape[2 + order :])
         else:
             index = (own.to(part.device, torch.float64) * available).long().clamp_max(available - 1)
@@ -128,12 +143,12 @@ def _strips(patches: Tensor, groups: int, fractions: Tensor) -> Iterator[tuple[T
                 index = index // size
             rows = part[tuple(places)].flatten(0, 1)
         rows = rows.reshape(len(rows), groups, patches.shape[1] // groups, kernel).transpose(0, 1)
-        yield rows.float(), 1.0 if every else available / taken
+        yield rows.float(), 1.0 if take_all else available / taken
 
 
-def _flat(maps: Tensor, groups: int) -> Iterator[Tensor]:
-    """Maps (n, channels, *size) as rows (groups, count, channels / groups), a strip of samples at a time."""
-    step = max(1, _CHUNK // max(1, maps.shape[1:].numel()))
+def _position_strips(maps: Tensor, groups: int) -> Iterator[Tensor]:
+    """Yield maps (n, channels, *size) as rows (groups, count, channels / groups), a few samples at a time."""
+    step = max(1, _MAX_STRIP // max(1, maps.shape[1:].numel()))
     for part in torch.split(maps, step):
         rows = part.reshape(len(part), groups, part.shape[1] // groups, -1)
         yield rows.permute(1, 0, 3, 2).flatten(1, 2).float()

@@ -1,4 +1,4 @@
-"""What an output says of the data: the distribution whose Fisher information tells which errors matter."""
+"""What an output means: the distribution whose Fisher information says which errors matter."""
 
 from __future__ import annotations
 
@@ -14,151 +14,159 @@ from fxfact.capture import ExampleInputs, samples_of
 from fxfact.errors import CalibrationError
 from fxfact.utils import tensors_of
 
-Draw = Callable[[Tensor], Tensor]  # standard normal numbers, as many as the tensor has
-_TEMPERATURE, _DISTILLED = 2.0, 4.0  # of gradients, and of what is learned
+Draw = Callable[[Tensor], Tensor]  # returns standard normal numbers in the shape of a tensor
+_FISHER_TEMPERATURE, _DISTILLATION_TEMPERATURE = 2.0, 4.0
 
 
 class Likelihood(ABC):
-    """How a network's output is read."""
+    """How the output of a network is read: as a distribution of what it predicts."""
 
     name: ClassVar[str]
-    shrinkage: ClassVar[float] = 0.5  # of the moments of gradients towards multiples of the identity, at least
+    shrinkage: ClassVar[float] = 0.5  # least shrinkage of the gradients' moments towards a multiple of the identity
 
     @abstractmethod
-    def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Tensors of the output, and for each a random gradient there, whose covariance is the Fisher information of
-        one sample, but for ``scale``.
+    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return tensors of the output, and a random gradient for each.
+
+        The covariance of the gradients times ``fisher_scale`` is the Fisher information of one sample.
         """
 
-    def samples(self, output: Any, batch: ExampleInputs) -> int:
-        """How many an output is of, and the batch that it came from."""
+    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
+        """Return the number of samples in an output, which the network gave for ``batch``."""
         return len(float_tensors_of(output)[0])
 
-    def scale(self, variance: float) -> float:
-        """What second moments of these gradients are multiplied by, given the variance of the output."""
+    def fisher_scale(self, variance: float) -> float:
+        """Return the factor for the second moments of the gradients, given the variance of the output."""
         return 1.0
 
     def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """By how much ``found`` is worse than the original's ``expected``: KL divergence by sample (n,), in nats."""
+        """Return the KL divergence of ``found`` from the original's output ``expected``, for each sample (n,), in nats.
+
+        Raises CalibrationError if the likelihood cannot measure.
+        """
         raise CalibrationError(
-            f"a likelihood of your own ({self.name}) tells gradients, not how to measure a loss. "
-            "Pass 'categorical' or 'gaussian' for that."
+            f"a likelihood of your own ({self.name}) gives gradients, but it cannot measure a loss. Pass 'categorical' "
+            "or 'gaussian' for measuring."
         )
 
-    def distance(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """What a network that learns from the original is to make small, by sample (n,): the divergence, unless another
-        teaches more.
-        """
+    def training_loss(self, expected: Any, found: Any, variance: float) -> Tensor:
+        """Return the loss that distillation minimizes, for each sample (n,). By default it is the divergence."""
         return self.divergence(expected, found, variance)
 
 
 @final
 class Categorical(Likelihood):
-    """Logits over classes on axis 1: (n, classes), or (n, classes, *positions), each position for itself.
+    """Logits over classes on axis 1: (n, classes), or (n, classes, *positions) with a distribution at every position.
 
-    Its Fisher information is diag(p) − p pᵀ. Gradients are drawn as √p ∘ ε − p (√pᵀ ε) with ε ~ N(0, 1), which has that
-    covariance, as the gradients for sampled labels have, without their rare large events. A network is surer of the
-    data that it was trained on than it will be, of others and once it is factorized: p is taken at temperature 2.
+    The Fisher information is diag(p) − p pᵀ. Gradients are drawn as √p ∘ ε − p (√pᵀ ε) with ε ~ N(0, 1). They have the
+    same covariance as the gradients for sampled labels, without their rare large values. A network is more certain on
+    its training data than on other data, and than after factorization, so p is taken at temperature 2.
     """
 
     name = "categorical"
 
-    def samples(self, output: Any, batch: ExampleInputs) -> int:
-        """Those that there are logits of."""
+    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
+        """Return the number of samples that there are logits for."""
         return len(logits_of(output))
 
-    def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """See the class."""
+    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the logits and a random gradient, as the class describes."""
         logits = logits_of(output)
-        p = F.softmax(logits.detach().float() / _TEMPERATURE, dim=1)
+        p = F.softmax(logits.detach().float() / _FISHER_TEMPERATURE, dim=1)
         noise = p.sqrt() * draw(logits)
         return [logits], [(noise - p * noise.sum(dim=1, keepdim=True)).to(logits.dtype)]
 
     def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """Summed over positions."""
-        return _divergence(expected, found, 1.0)
+        """Return the KL divergence of the classes, summed over positions, for each sample (n,)."""
+        return _kl_divergence(expected, found, 1.0)
 
-    def distance(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """The divergence at temperature 4, times its square, which shows what is also likely (Hinton et al. 2015)."""
-        return _DISTILLED**2 * _divergence(expected, found, _DISTILLED)
+    def training_loss(self, expected: Any, found: Any, variance: float) -> Tensor:
+        """Return the divergence at temperature 4, times 4².
+
+        At that temperature less likely classes count as well (Hinton, Vinyals and Dean 2015).
+        """
+        return _DISTILLATION_TEMPERATURE**2 * _kl_divergence(expected, found, _DISTILLATION_TEMPERATURE)
 
 
 @final
 class Gaussian(Likelihood):
-    """Every number of every floating-point tensor of the output is normal, all with the variance of the output."""
+    """Every number of every floating-point tensor is normally distributed, with the variance of the whole output."""
 
     name = "gaussian"
 
-    def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """See the class."""
+    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the floating-point tensors and standard normal gradients."""
         tensors = float_tensors_of(output)
         return tensors, [draw(tensor).to(tensor.dtype) for tensor in tensors]
 
-    def scale(self, variance: float) -> float:
-        """One by the variance."""
+    def fisher_scale(self, variance: float) -> float:
+        """Return 1 / variance."""
         return 1 / variance if variance > 0 else 1.0
 
     def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """Half the squared distance by the variance, summed over the output."""
+        """Return half the squared distance over the variance, summed over the output, for each sample (n,)."""
         pairs = zip(float_tensors_of(expected), float_tensors_of(found), strict=True)
         squares = [(other - one).double().square().reshape(len(one), -1).sum(dim=1) for one, other in pairs]
         if len({len(square) for square in squares}) > 1:
             raise CalibrationError(
-                f"likelihood='gaussian': outputs have {sorted({len(square) for square in squares})} samples on their "
-                "first axis. Give a model whose tensors all have the batch there."
+                f"likelihood='gaussian': the output's tensors have {sorted({len(square) for square in squares})} "
+                "samples on their first axis. Pass a model whose output tensors all have the batch on the first axis."
             )
-        return torch.stack(squares).sum(dim=0) / 2 * self.scale(variance)
+        return torch.stack(squares).sum(dim=0) / 2 * self.fisher_scale(variance)
 
 
 @final
-class OwnLoss(Likelihood):
-    """A function of the output that gives a scalar, the summed loss of all samples: its gradient is taken as it is."""
+class CustomLoss(Likelihood):
+    """A function that maps the output to a scalar, the loss summed over all samples. Its own gradient is used."""
 
     name = "callable"
 
     def __init__(self, loss: Callable[[Any], Tensor]) -> None:
         self._loss = loss
 
-    def samples(self, output: Any, batch: ExampleInputs) -> int:
-        """Those of the batch: nothing is known of the output."""
+    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
+        """Return the number of samples in the batch, because nothing is known about the output."""
         return samples_of(batch)
 
-    def pull(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """See the class."""
+    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the loss and the gradient 1."""
         try:
             loss = self._loss(output)
         except Exception as error:
             raise CalibrationError(f"likelihood: the function failed on the model's output: {error!r}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise CalibrationError("likelihood: the function must give a scalar tensor that depends on the output")
+            raise CalibrationError("likelihood: the function must return a scalar tensor that depends on the output")
         return [loss], [torch.ones_like(loss)]
 
 
 CATEGORICAL, GAUSSIAN = Categorical(), Gaussian()
-
-
-_WAY_OUT = "Pass likelihood='categorical' (classes on axis 1), 'gaussian' (numbers), or a function that gives a loss."
+_WAY_OUT = (
+    "Pass likelihood='categorical' (classes on axis 1), 'gaussian' (numbers), or a function that returns a scalar loss."
+)
 
 
 def parse_likelihood(request: object) -> Likelihood | None:
-    """The likelihood asked for, None where the output is to settle it. Raises CalibrationError."""
+    """Return the likelihood for a caller's request, or None if the output has to determine it.
+
+    Raises CalibrationError.
+    """
     if request is None or isinstance(request, Likelihood):
         return request
     by_name = {known.name: known for known in (CATEGORICAL, GAUSSIAN)}
     if isinstance(request, str) and request in by_name:
         return by_name[request]
     if callable(request):
-        return OwnLoss(request)
-    if request == OwnLoss.name:
+        return CustomLoss(request)
+    if request == CustomLoss.name:
         raise CalibrationError(
-            "the statistics are of a likelihood of your own, which tells gradients, not how to measure a loss. Pass "
-            "'categorical' or 'gaussian' to measure, or leave held_out away (a Loss needs it)."
+            "the statistics were collected with a likelihood of your own, which gives gradients, but cannot measure a "
+            "loss. Pass 'categorical' or 'gaussian' for measuring, or leave out held_out (a Loss budget needs it)."
         )
     raise CalibrationError(f"likelihood cannot be {request!r}. {_WAY_OUT}")
 
 
 def likelihood_for(request: object, output: Any) -> Likelihood:
-    """The likelihood asked for, or the one that an output settles: logits (n, classes), alone or so named.
+    """Return the requested likelihood, or the categorical one if the output is, or has, logits of shape (n, classes).
 
     Raises CalibrationError.
     """
@@ -170,34 +178,48 @@ def likelihood_for(request: object, output: Any) -> Likelihood:
     if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1 and logits.is_floating_point():
         return CATEGORICAL
     shapes = [tuple(tensor.shape) for tensor in tensors_of(output)]
-    raise CalibrationError(f"the output, {shapes or 'no tensor'}, does not say what its loss is. {_WAY_OUT}")
+    raise CalibrationError(f"the model's output, {shapes or 'no tensor'}, does not determine its loss. {_WAY_OUT}")
 
 
 def logits_of(output: Any) -> Tensor:
-    """The tensor of logits in an output. Raises CalibrationError."""
+    """Return the tensor of logits in an output. Raises CalibrationError."""
     named = _named_logits(output)
     found = [named] if named is not None else [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     if len(found) != 1 or found[0].ndim < 2 or found[0].shape[1] < 2:
         shapes = [tuple(tensor.shape) for tensor in found]
         raise CalibrationError(
             f"likelihood='categorical' needs one tensor of logits (n, classes, …), got {shapes}. Pass 'gaussian', or a "
-            "function of the output that gives a loss."
+            "function of the output that returns a scalar loss."
         )
     return found[0]
 
 
 def float_tensors_of(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output. Raises CalibrationError where there are none."""
+    """Return the floating-point tensors of an output. Raises CalibrationError if there are none."""
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.ndim > 0]
     if not found:
         raise CalibrationError(
-            "the output holds no floating-point tensor with an axis for the samples, which it is judged by, 'gaussian' "
-            "or not. Return one."
+            "the output contains no floating-point tensor with an axis for the samples, which every likelihood needs. "
+            "Return one."
         )
     return found
 
 
-def _divergence(expected: Any, found: Any, temperature: float) -> Tensor:
+def sums_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the count, the sum and the sum of squares of all numbers in the tensors: (3,), on the CPU."""
+    sums = [
+        torch.stack([t.new_tensor(t.numel()).double(), t.double().sum(), t.double().square().sum()]) for t in tensors
+    ]
+    return torch.stack(sums).sum(dim=0).cpu()
+
+
+def variance_of(sums: Tensor) -> float:
+    """Return the variance of the numbers that ``sums_of`` summed up."""
+    count, total, squares = sums.tolist()
+    return max(0.0, squares / count - (total / count) ** 2) if count else 0.0
+
+
+def _kl_divergence(expected: Any, found: Any, temperature: float) -> Tensor:
     q, p = (F.log_softmax(logits_of(output).double() / temperature, dim=1) for output in (found, expected))
     return (p.exp() * (p - q)).flatten(1).sum(dim=1)
 

@@ -1,4 +1,4 @@
-"""The statistics of a network on data: a value to keep in a file, from which plans are made again in seconds."""
+"""The statistics of a network on data. They can be saved, and plans can be made from them in seconds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,18 @@ _DAMPING = 1e-3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Statistics:
-    """Second moments of every convolution that gradients reached, by path; those that share a weight under the first.
+    """The Fisher information of a network's convolutions on some data, which ``fxfact.calibrate`` collects.
 
-    ``samples`` is how many there were, ``likelihood`` the name of what labels were drawn from. The moments of gradients
-    count shrunk by ``shrinkage`` at least. ``curves`` keeps increases of the loss that planning has computed: by path,
-    then by the factorization (its name and options), pairs of a rank and nats. It is filled as plans are made, and
-    saved along.
+    The Fisher information of a layer is approximated by the Kronecker product of the second moments of its inputs and
+    of the gradients at its output (K-FAC: Martens and Grosse 2015; Grosse and Martens 2016). It predicts by how much
+    the loss grows when the weight of the layer changes.
+
+    Attributes:
+        samples: The number of samples.
+        likelihood: The name of the distribution that gradients were drawn from.
+        shrinkage: The least share by which moments of gradients are shrunk towards a multiple of the identity.
+        specs: The convolutions by path. Convolutions that share a weight are listed once, by the first path.
+        moments: The moments of each convolution by path, without those that no gradient reached.
     """
 
     samples: int
@@ -38,35 +44,58 @@ class Statistics:
     curves: dict[str, dict[str, list[tuple[tuple[int, ...], float]]]] = field(default_factory=dict)
 
     def metric(self, path: str, spec: ConvSpec) -> KroneckerFisher | None:
-        """What errors of a convolution cost, shrunk as the number of samples asks for and damped by a thousandth of the
-        mean; None where no gradient reached it.
+        """Return what errors of a convolution's weight cost, for a plan.
 
-        Raises CalibrationError where the statistics are of another convolution.
+        The moments are shrunk by an amount that depends on the number of samples (oracle approximating shrinkage: Chen,
+        Wiesel, Eldar and Hero 2010), and a thousandth of the mean of the diagonal is added to the diagonal.
+
+        Args:
+            path: The path of the convolution in the model.
+            spec: The convolution that the model has there.
+
+        Returns:
+            The moments, in nats per sample, or None if no gradient reached the convolution.
+
+        Raises:
+            CalibrationError: The statistics were collected on another convolution.
         """
         if path not in self.moments:
             return None
         if self.specs[path] != spec:
             raise CalibrationError(
-                f"{path}: the statistics are of {self.specs[path]}, the model has {spec}. Calibrate it."
+                f"{path}: the statistics are of {self.specs[path]}, but the model has {spec}. Calibrate this model."
             )
         known = self.moments[path]
         shrunk = KroneckerFisher(known.input.shrunk(self.samples), known.output.shrunk(self.samples, self.shrinkage))
         return shrunk.damped(_DAMPING)
 
     def check(self, paths: Sequence[str]) -> None:
-        """Raise CalibrationError where they know none of the convolutions at these paths."""
+        """Check that the statistics cover at least one of a model's convolutions.
+
+        Args:
+            paths: The paths of the model's convolutions.
+
+        Raises:
+            CalibrationError: They cover none of them.
+        """
         if paths and not any(path in self.moments for path in paths):
             known = ", ".join(list(self.moments)[:3])
             raise CalibrationError(
-                f"the statistics know none of the convolutions ({', '.join(paths[:3])}, …), but others: {known}. "
+                f"the statistics cover none of the convolutions ({', '.join(paths[:3])}, …), but others: {known}. "
                 "Calibrate this model."
             )
 
     def digest(self, path: str) -> str:
-        """A short hexadecimal digest of the statistics of the layer at ``path``, to be used as a cache key.
+        """Return a digest of one layer's statistics, to be used as a cache key.
 
         It covers the layer's spec, the number of samples, the likelihood, the shrinkage and the diagonals of the
-        moments' factors. Diagonals are cheap to hash, and they differ if the data or the weights differ.
+        moments. The diagonals are cheap to hash, and they differ if the data or the weights differ.
+
+        Args:
+            path: The path of the convolution.
+
+        Returns:
+            32 hexadecimal digits.
         """
         spec, moments = self.specs.get(path), self.moments.get(path)
         header = [self.samples, self.likelihood, self.shrinkage, None if spec is None else vars(spec)]
@@ -78,7 +107,14 @@ class Statistics:
         return result.hexdigest()[:32]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a NumPy archive of plain arrays and JSON, without pickle. Raises CalibrationError."""
+        """Write the statistics to a file, a NumPy archive (.npz) of plain arrays and JSON, without pickle.
+
+        Args:
+            path: The file.
+
+        Raises:
+            CalibrationError: The file cannot be written.
+        """
         header = {
             **_FORMAT,
             "samples": self.samples,
@@ -95,25 +131,37 @@ class Statistics:
             with atomic_write(path) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
         except (OSError, TypeError) as error:
-            raise CalibrationError(f"{path}: the statistics cannot be written there: {error}") from error
+            raise CalibrationError(f"{path}: the statistics cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read what ``save`` wrote. Raises CalibrationError."""
+        """Read the statistics that ``save`` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            CalibrationError: The file cannot be read, is damaged, or has another format or version.
+        """
         try:
             if os.path.exists(path) and not zipfile.is_zipfile(path):
-                raise CalibrationError(f"{path}: this is no archive of statistics, or not all of it")
+                raise CalibrationError(f"{path}: this is not an archive of statistics, or it is incomplete")
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "header"}
                 header = json.loads(file["header"].tobytes())
             if {key: header[key] for key in _FORMAT} != _FORMAT:
-                raise CalibrationError(f"{path}: {header['format']} {header['version']} is not {_FORMAT}")
+                raise CalibrationError(
+                    f"{path}: expected {_FORMAT}, got {header['format']!r}, version {header['version']}"
+                )
             return cls(
                 samples=header["samples"],
                 likelihood=header["likelihood"],
                 shrinkage=header["shrinkage"],
                 specs={name: ConvSpec.from_json(spec) for name, spec in header["specs"].items()},
-                moments={name: _metric(name, arrays) for name in header["specs"]},
+                moments={name: _moments(name, arrays) for name in header["specs"]},
                 curves={
                     name: {kind: [(tuple(rank), nats) for rank, nats in curve] for kind, curve in curves.items()}
                     for name, curves in header["curves"].items()
@@ -121,16 +169,16 @@ class Statistics:
             )
         except CalibrationError:
             raise
-        except Exception as error:  # whatever the reader finds
-            raise CalibrationError(f"{path}: these are no statistics that can be read: {error}") from error
+        except Exception as error:  # a damaged file can raise anything
+            raise CalibrationError(f"{path}: the statistics cannot be read: {error}") from error
 
 
-def _metric(name: str, arrays: Mapping[str, torch.Tensor]) -> KroneckerFisher:
-    """Raises ValueError for what is no number."""
+def _moments(name: str, arrays: Mapping[str, torch.Tensor]) -> KroneckerFisher:
+    """Return the moments of one convolution. Raises ValueError if they are not finite."""
     sides = []
     for side in ("input", "output"):
         factors = [arrays[key] for k in range(2) if (key := f"{side}.{k}.{name}") in arrays]
         if not all(bool(factor.isfinite().all()) for factor in factors):
-            raise ValueError(f"the moments of {name} hold NaN or Inf")
+            raise ValueError(f"the moments of {name} contain NaN or Inf")
         sides.append(KroneckerMoment(tuple(factors)))
     return KroneckerFisher(*sides)
