@@ -172,8 +172,8 @@ def bench(args: Arguments) -> int:
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
     table = tabulate(rows, headers="keys", floatfmt=".3f")
-    text = f"{table}\n\nB is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
-    print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
+    sentence = f"B is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
+    print_result(args, f"{table}\n\n{sentence}", {"networks": rows, "speedup": speedup, "threads": threads})
     return 0
 
 
