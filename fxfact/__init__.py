@@ -1,41 +1,25 @@
-"""fxfact factorizes the convolutions of a trained network, by a compiler pass on its torch.fx graph.
+"""Factorizes the convolutions of trained PyTorch networks, with a compiler pass on torch.fx graphs.
 
-The way of the data, top down, which is also the way of the imports::
+The rooms of the package, top down. Imports go strictly down as well, except that ``factorizations`` and ``graph`` do
+not know each other:
 
-    cli                      what a user calls from a shell
-    demo                     a network trained, factorized and compared: fxfact demo
-    files                    networks written and read
-    api                      what a user calls
-    repairs, recovery        a factorized network brought nearer to its original, without labels
-    pairs                    both side by side on the same data
-    reporting                both shown: text, JSON, a page with pictures
-    inspection               graphs, shown
-    compile_backend          torch.compile(model, backend="fxfact")
-    choosing                 the plan for a budget: the one foreseen, or one that measures clearly better
-    trying, rehearsing       plans for a loss tried on data; for a time, before anything is decomposed
-    inference                the fastest form of a network, by measurement
-    verification             is a rewritten network right?
-    passes                   a plan carried out: on a graph, or on the model's own modules
-    planning                 what is to be done: values to print, edit and save
-    ranks, nn                which rank for which convolution; factorized layers
-    latency                  how long convolutions and chains take on this machine
-    calibration              what data say of a network: which errors its loss can bear
-    capture                  a model becomes rewritable: traced, by its modules, or exported
-    graph                    torch.fx only: match, fold, splice
-    factorizations           (convolution, rank) -> chain; knows no graph
-    sites, stand_ins         where a convolution is; what takes its place in a model's own Python
-    folding                  weights computed from others become parameters
-    conv_modules, spellings  modules and functions of PyTorch's <-> conv
-    metric                   what an error of a kernel costs the loss; chains fitted to that
-    cost                     parameters and MACs
-    copying, comparing       private copies of models; how far apart two outputs are
-    conv, tensor             convolutions and chains as values; decompositions of plain tensors
-    kernels                  convolutions computed in other ways: as matrix products, by oneDNN
-    executing, progress      long work: on the caller's executor, and shown
-    timing, activations      how long calls take, and how much memory
-    writing                  files that are whole or not there
-    precision                single precision as it is written
-    errors, skip             how "no" is said
+    cli              the shell: commands, their arguments, the demo
+    serialization    networks and programs in files: written whole or not at all, read without executing anything
+    api              what a user calls: factorize, plan, apply, calibrate, plan_of
+    finetune         brings a factorized network nearer to its original: refit (closed form), distill (training)
+    search           plans that must be measured, on data or by the clock: propose a plan, measure it, decide
+    analysis         verification, inspection, reports
+    compile_backend  torch.compile(model, backend="fxfact")
+    passes           applies a plan: to a graph, or by swapping modules
+    planning         from a request or a budget to a plan: budgets, rank rules, error curves, allocation
+    calibration      from unlabelled data to statistics: the Fisher information of every convolution
+    capture          makes a model rewritable: traced, by its modules, or exported; each is compared with the model
+    nn               factorized layers: CPConv, TuckerConv, TTConv
+    graph            torch.fx only: recognises convolutions (graph/match.py), splices chains, folds
+    factorizations   (convolution, rank) -> chain of convolutions; linear algebra; knows no graph
+    conv             convolutions as values, modules and functions; chains, costs, the Fisher metric of a layer
+    utils            timing, progress, executors, copies, files: no knowledge of convolutions
+    errors           the errors, all of them FxfactError
 """
 
 from fxfact import factorizations, nn, passes
