@@ -30,7 +30,7 @@ from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
 from fxfact.finetune import DistillResult, RefitResult, distill, refit
-from fxfact.planning import VBMF, Decision, Energy, LargestThatPays, Latency, Loss, Macs, Params, Plan
+from fxfact.planning import VBMF, Decision, Energy, ErrorCurveCache, LargestThatPays, Latency, Loss, Macs, Params, Plan
 from fxfact.search import for_inference
 from fxfact.serialization import load, save
 
@@ -42,6 +42,7 @@ __all__ = [
     "Decision",
     "DistillResult",
     "Energy",
+    "ErrorCurveCache",
     "FxfactError",
     "LargestThatPays",
     "Latency",

@@ -1,10 +1,9 @@
-"""What a user calls. Strings are understood here, once; below there are only objects."""
+"""What a user calls. Strings are parsed here, once; the rooms below only take objects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -23,6 +22,7 @@ from fxfact.planning import (
     Budget,
     BudgetAllocator,
     ByPath,
+    ErrorCurveCache,
     FactorizationRequest,
     FixedRanks,
     Latency,
@@ -30,15 +30,15 @@ from fxfact.planning import (
     Macs,
     Plan,
     RankRule,
+    SearchScope,
     Selection,
     parse_factorizations,
 )
-from fxfact.search import CalibrationData, SearchScope, fall_back_if_slower, search
+from fxfact.search import CalibrationData, fall_back_if_slower, search
 from fxfact.utils import Progress
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
-_Rank = RankSpec | RankRule
-_Ranks = _Rank | Mapping[str, _Rank]
+_Ranks = RankSpec | RankRule | Mapping[str, RankSpec | RankRule]
 _Budget = Budget | Loss
 _Likelihood = str | Likelihood | Callable[[Any], Tensor]
 _Model = TypeVar("_Model", nn.Module, ExportedProgram)
@@ -61,41 +61,62 @@ def factorize(
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
     leaf_modules: str | Sequence[str] = (),
+    error_curves: ErrorCurveCache | None = None,
     verify: bool = False,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> _Model:
-    """A copy of ``model`` with its convolutions factorized: ``apply(plan(model, …), model)``.
+    """Factorize the convolutions of a model: ``apply(plan(model, ...), model)`` in one call.
 
-    Out comes what suits the model: a ``torch.fx.GraphModule`` where it can be traced, else a model of its own class
-    that keeps its own Python, and an ExportedProgram for an ExportedProgram (``plan_of`` tells, and why). The arguments
-    are those of ``plan``, and:
+    Args:
+        model: a network, or an ExportedProgram. It is not changed.
+        factorization: see ``plan``.
+        rank: see ``plan``.
+        example_inputs: see ``plan``.
+        budget: see ``plan``.
+        calibration: see ``plan``.
+        held_out: see ``plan``.
+        likelihood: see ``plan``.
+        multiple_of: see ``plan``.
+        include: see ``plan``.
+        exclude: see ``plan``.
+        allow_growth: see ``plan``.
+        capture: see ``plan``.
+        fold_weights: see ``plan``.
+        leaf_modules: see ``plan``.
+        error_curves: see ``plan``.
+        verify: compare the result, on ``example_inputs`` in evaluation mode, with the model whose kernels are replaced
+            by the composed kernels of the chains. A wrong graph raises VerificationError.
+        generator: for factorizations that start from random factors (``CPMobilenet(init='random')``). No other
+            randomness is used.
+        executor: see ``plan``. It also decomposes the kernels.
+        progress: see ``plan``.
 
-    verify: compare the result, on ``example_inputs`` in evaluation mode, with the model itself, its kernels replaced
-        by what the chains compose to, and raise VerificationError rather than return a network whose graph is wrong.
-    generator: for factorizations that begin at random (``CPMobilenet(init='random')``); no other randomness is used.
-    executor: as of ``plan``, and for the decomposition itself.
+    Returns:
+        A new network: a ``torch.fx.GraphModule`` if the model can be traced; otherwise a model of its own class, whose
+        Python code still runs; an ExportedProgram for an ExportedProgram. ``plan_of`` tells which, and why. Training
+        mode, device, dtype, memory format and requires_grad carry over.
 
-    The model is not changed. Training mode, device, dtype, memory format and requires_grad carry over. Raises what
-    ``plan`` and ``apply`` raise, and VerificationError: all of them FxfactError.
+    Raises:
+        FxfactError: what ``plan`` and ``apply`` raise, and VerificationError.
     """
-    decomposing = DecomposeOptions(generator=generator, executor=executor, progress=progress)
-    strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)
-    example_inputs, calibration = _example(model, example_inputs, calibration)
+    options = DecomposeOptions(generator=generator, executor=executor, progress=progress)
+    strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
+    example_inputs, calibration = _with_example(model, example_inputs, calibration)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
-    selected = SearchScope(include, exclude, allow_growth)
-    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
-    decided, statistics, decomposed = search(captured, strategy, selected, budget, data)
-    if generator is None:  # else what is random is drawn from it
-        decomposing = replace(decomposing, known=decomposed)
-    carried = partial(apply_plan, captured=captured, decomposing=replace(decomposing, statistics=statistics))
-    result = carried(decided)
+    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth)
+    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
+    loss = budget if isinstance(budget, Loss) else None
+    found = search(captured, strategy, scope, data, options=options, loss=loss)
+    known = found.decompositions if generator is None else {}  # the caller's generator draws new random factors
+    apply_to = partial(apply_plan, captured=captured, options=options, statistics=found.statistics, known=known)
+    result = apply_to(found.plan)
     if isinstance(budget, Latency) and isinstance(result, nn.Module):
-        result = fall_back_if_slower(captured, decided, result, carried, budget)
-    if verify and decided.rewrites and captured.example_inputs is not None:
+        result = fall_back_if_slower(captured, found.plan, result, apply_to, budget)
+    if verify and found.plan.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     return cast(_Model, result)
 
@@ -117,60 +138,78 @@ def plan(
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
     leaf_modules: str | Sequence[str] = (),
+    error_curves: ErrorCurveCache | None = None,
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> Plan:
-    """Decide what every convolution becomes, without doing it. ``print`` the plan, edit it, save it, ``apply`` it.
+    """Decide what becomes of every convolution, without doing it. ``print``, edit or save the plan, then ``apply`` it.
 
-    factorization: a name ('cp', 'cp_factorized', 'tucker', 'tt', 'spatial_svd', 'channel_svd', 'pointwise_svd'), an
-        object of ``fxfact.factorizations``, a list of these (each convolution takes the first that fits; under a
-        budget the best), or a mapping from path or glob to any of them. Default: 'tucker', under a budget all.
-    rank: the largest fraction of its parameters that a convolution may keep ('same' is 1.0), an int, a tuple (Tucker:
-        (r_out, r_in)), a rule (``fxfact.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from path
-        or glob to any of these. Default 0.5.
-    budget: instead of ``rank``, ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share of the whole network's (or
-        ``at_most=`` a number), ``fxfact.Latency(0.5)``, a share of the time that the dense network takes in its fastest
-        form on this machine (or ``at_most_ms=``), or ``fxfact.Loss(0.05)``, nats by which the loss may grow, as
-        measured. Ranks are chosen for all convolutions together, and dense ones stay where they pay. A network for a
-        time is for inference: in evaluation mode, batch norms folded.
-    calibration: batches without labels (an iterable of tensors, tuples or mappings; what ``example_inputs`` lack is cut
-        off), or ``Statistics`` from ``fxfact.calibrate``. Errors then count by what they do to the loss, in the choice
-        of ranks and in the decomposition. Without, all relative errors count alike.
-    held_out: batches on which a plan for a budget is measured (``Plan.measured``), and which are not learned from. Only
-        ``Loss`` needs some, and without takes every fourth of the batches given as calibration (of two or three the
-        last); beside ``Statistics`` they must be given. Of two plans for the budget, one of which spreads increases
-        more evenly, it is taken where it measures better by two standard errors, on these or on every fourth batch
-        learned from; with ``Statistics`` alone it is not tried.
-    likelihood: what the output means: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
-        function of the output that gives a summed loss. Default: categorical for an output (n, classes).
-    multiple_of: ranks are multiples of it, or full; those asked for are rounded down, and where nothing is left of one
-        the convolution stays dense. GPUs compute half precision at speed where channels are multiples of 8. Default:
-        1; under a budget of milliseconds what hardware likes, 32, 16 or 8.
-    example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
-        MACs, show which convolutions the model calls and how, and what was captured is compared with the model on
-        them, in evaluation mode, without gradients, on copies. An ExportedProgram brings its own. Default: the first
-        sample of the batches given as calibration.
-    include, exclude: globs on the path, or a predicate on (path, ConvSpec).
-    allow_growth: also rewrite what would have more parameters or (where known) more MACs than the convolution.
-    capture: 'trace', the model becomes one torch.fx graph; 'modules', it keeps its own Python and its convolution
-        modules are replaced where they stand; 'export', for an ExportedProgram. 'auto' takes what reaches most.
-    fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm, parametrizations,
-        pruning, standardisation in a graph) parameters, with the values they have in evaluation mode.
-    leaf_modules: globs on the paths of modules that tracing keeps whole, and so leaves alone.
-    executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster's) on which a plan for a budget computes
-        errors and decomposes what it measures; the plan is the same.
-    progress: True for tqdm's bars, or what is called as tqdm is.
+    Args:
+        model: a network, or an ExportedProgram. It is not changed.
+        factorization: a name ('cp', 'cp_factorized', 'tucker', 'tt', 'spatial_svd', 'channel_svd', 'pointwise_svd'), an
+            object of ``fxfact.factorizations``, a list of these, or a mapping from path or glob to any of them. Of a
+            list, each convolution takes the first that applies; under a budget, the best. Default: 'tucker'; under a
+            budget, all.
+        rank: the largest fraction of its parameters that a convolution may keep ('same' is 1.0), an int, a tuple (for
+            Tucker (r_out, r_in)), a rule (``fxfact.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from
+            path or glob to any of these. Default: 0.5.
+        budget: what the network may cost, instead of ``rank``: ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share
+            of the whole network's (or ``at_most=`` a number); ``fxfact.Latency(0.5)``, a share of the time of the
+            dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or ``fxfact.Loss(0.05)``,
+            nats by which the loss may increase, as measured. Ranks are chosen for all convolutions together, and
+            convolutions stay dense if that is better. The result of a budget of milliseconds is for inference only: it
+            is in evaluation mode, with batch norms folded.
+        calibration: unlabelled batches (an iterable of tensors, tuples or mappings; elements that the example inputs do
+            not have are cut off), or the ``Statistics`` that ``fxfact.calibrate`` returned. Errors are then weighed by
+            their effect on the loss, in the choice of ranks and in the decomposition. Without data, the relative
+            errors of all convolutions count equally.
+        held_out: batches to measure the plan for a budget on (``Plan.measured_loss_increase``). They are not learned
+            from. ``Loss`` needs some: without, it holds out every fourth batch of ``calibration`` (of two or three, the
+            last one); beside ``Statistics`` they must be given. For every budget a second plan, which spreads loss
+            increases more evenly, is taken if it measures better by two standard errors on these batches, or on every
+            fourth batch learned from. With ``Statistics`` alone it is not tried.
+        likelihood: what the outputs mean: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
+            function from the output to a summed loss. Default: 'categorical' for outputs of shape (n, classes).
+        multiple_of: ranks are multiples of this, or full. Requested ranks are rounded down; a convolution whose rank
+            would become 0 stays dense. GPUs compute half precision fast if channels are multiples of 8. Default: 1;
+            under a budget of milliseconds 32, 16 or 8.
+        include: globs on the path, or a predicate on (path, ConvSpec). Default: every convolution.
+        exclude: the same, for convolutions to leave alone.
+        allow_growth: also rewrite convolutions that would have more parameters or (if known) more MACs.
+        example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
+            MACs and show which convolutions the model calls. The captured network is compared with the model on them,
+            in evaluation mode, without gradients, on copies. An ExportedProgram has its own. Default: the first sample
+            of the calibration batches.
+        capture: 'trace' makes the model one torch.fx graph; 'modules' keeps the model's own Python and replaces its
+            convolution modules; 'export' is for an ExportedProgram. 'auto' takes the one that reaches most
+            convolutions.
+        fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm,
+            parametrizations, pruning, standardisation in a graph) parameters with their values in evaluation mode.
+        leaf_modules: globs on the paths of modules that tracing keeps whole. Their convolutions stay dense.
+        error_curves: a cache of error curves, which makes further plans for the same weights and statistics fast.
+        executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster) that computes errors and decomposes
+            kernels that are measured. The plan does not depend on it.
+        progress: True for tqdm's progress bars, or a callable with tqdm's signature.
 
-    Raises ArgumentError, ArgumentTypeError, CaptureError, RankError, WeightError, BudgetError where no network is
-    within the budget, CalibrationError for what is wrong with the data, TimingError where what is to be timed fails.
+    Returns:
+        The plan.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: for arguments out of range, of another type, or that cannot work together.
+        CaptureError: if the model cannot be captured.
+        RankError, WeightError: if a rank is not feasible, or a weight is not finite.
+        BudgetError: if no network meets the budget.
+        CalibrationError: if something is wrong with the data.
+        TimingError: if the network does not run while it is timed.
     """
-    decomposing = DecomposeOptions(executor=executor, progress=progress)
-    strategy = _strategy(factorization, rank, budget, multiple_of, decomposing)
-    example_inputs, calibration = _example(model, example_inputs, calibration)
+    options = DecomposeOptions(executor=executor, progress=progress)
+    strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
+    example_inputs, calibration = _with_example(model, example_inputs, calibration)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
-    selected = SearchScope(include, exclude, allow_growth)
-    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood, decomposing=decomposing)
-    return search(captured, strategy, selected, budget, data).plan
+    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth)
+    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
+    loss = budget if isinstance(budget, Loss) else None
+    return search(captured, strategy, scope, data, options=options, loss=loss).plan
 
 
 def apply(
@@ -184,38 +223,38 @@ def apply(
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> _Model:
-    """Carry a plan out on a copy of the model, captured in the way that the plan was made for.
+    """Apply a plan to a copy of the model, captured in the way that the plan was made for.
 
     Args:
         plan: what ``fxfact.plan`` returned, or ``Plan.load`` read.
-        model: the model that the plan was made for.
-        weights: ``'decompose'``, or ``'empty'`` for the structure alone, into which a state_dict can be loaded.
-        calibration: the data that the plan was made with, as batches or as ``Statistics``. Needed if and only if the
-            plan was made with data and ``weights='decompose'``.
-        likelihood: what the outputs mean, as for ``fxfact.plan``. Only used with batches.
-        generator: for factorizations that start from random factors; no other randomness is used.
-        executor: a ``concurrent.futures.Executor`` that decomposes the weights.
+        model: the model that the plan was made for. It is not changed.
+        weights: 'decompose', or 'empty' for the structure alone, into which a state_dict can be loaded.
+        calibration: the data that the plan was made with, as batches or as ``Statistics``. Only for plans that were
+            made with data, which need it unless ``weights='empty'``.
+        likelihood: what the outputs mean, as for ``plan``. Only used with batches.
+        generator: for factorizations that start from random factors. No other randomness is used.
+        executor: a ``concurrent.futures.Executor`` that decomposes the kernels.
         progress: True for tqdm's progress bars, or a callable with tqdm's signature.
 
     Returns:
-        A new network. The model is not changed.
+        A new network, as for ``factorize``.
 
     Raises:
         PlanError: if the plan was made for another model; the message names the first differences.
         CalibrationError: if the data or the statistics do not fit the model.
-        CaptureError, WeightError, GraphError: as for ``fxfact.factorize``.
+        CaptureError, WeightError, GraphError: if the model cannot be captured or rewritten.
     """
+    options = DecomposeOptions(weights=weights, generator=generator, executor=executor, progress=progress)
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
     if calibration is not None and not plan.uses_statistics:
         raise PlanError("the plan was made without data: pass no calibration, or make the plan with calibration=")
-    decomposing = DecomposeOptions(weights=weights, generator=generator, executor=executor, progress=progress)
     captured = capture_as_planned(model, plan)
     if calibration is None or isinstance(calibration, Statistics):
         statistics = calibration
     else:
         statistics = collect_statistics(captured, calibration, likelihood=likelihood, progress=progress)
-    return cast(_Model, apply_plan(plan, captured, replace(decomposing, statistics=statistics)))
+    return cast(_Model, apply_plan(plan, captured, options, statistics=statistics))
 
 
 def calibrate(
@@ -230,43 +269,79 @@ def calibrate(
     leaf_modules: str | Sequence[str] = (),
     progress: Progress = False,
 ) -> Statistics:
-    """What unlabelled data say of a model's convolutions: pass it as ``calibration``, as often as you like, and as
-    ``calibration`` to ``apply``; ``save`` it, ``Statistics.load`` it.
+    """Learn from unlabelled data which errors of each convolution the loss can bear.
 
-    One pass, forward and backward, in evaluation mode, on a private copy. Draws are keyed by ``seed``, 0 … 2²³ − 1, and
-    the number of the sample. Where ``torch.distributed`` is initialised every process gives its own samples, and gets
-    the statistics of all. The other arguments are those of ``plan``. Raises ArgumentError, CalibrationError,
-    CaptureError.
+    This is one pass over the data, forward and backward, in evaluation mode, on a private copy of the model. It
+    estimates the Kronecker-factored Fisher information of every convolution (K-FAC: Martens and Grosse 2015; Grosse and
+    Martens 2016). If ``torch.distributed`` is initialised, every process gives its own samples and gets the statistics
+    of all.
+
+    Args:
+        model: a network, or an ExportedProgram. It is not changed.
+        batches: an iterable of unlabelled batches, as for ``plan``.
+        example_inputs: see ``plan``.
+        likelihood: see ``plan``.
+        seed: 0 ... 2²³ − 1. Random draws depend on it and on the number of the sample only.
+        capture: see ``plan``.
+        fold_weights: see ``plan``.
+        leaf_modules: see ``plan``.
+        progress: see ``plan``.
+
+    Returns:
+        Statistics to pass as ``calibration``, as often as you like.
+
+    Raises:
+        ArgumentError: for arguments out of range.
+        CalibrationError: if something is wrong with the data.
+        CaptureError: if the model cannot be captured.
     """
     if batches is None or isinstance(batches, Statistics):
         raise CalibrationError(f"batches must be an iterable of batches, got {type(batches).__name__}")
     seed = check_int("seed", seed, 0, MAX_SEED)
-    example_inputs, given = _example(model, example_inputs, batches)
+    example_inputs, given = _with_example(model, example_inputs, batches)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
     return collect_statistics(captured, cast(Batches, given), likelihood=likelihood, seed=seed, progress=progress)
 
 
 def plan_of(network: nn.Module | ExportedProgram) -> Plan:
-    """The plan (the last, if there were several) that made this network. Raises PlanError where none did."""
+    """Return the plan that made a network; if several were applied, the last one.
+
+    Args:
+        network: what ``factorize`` or ``apply`` returned, or a copy of it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: if the network was not made by a plan.
+    """
     return last_plan(network)
 
 
-def _example(
+def _with_example(
     model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None, calibration: Batches | Statistics | None
 ) -> tuple[ExampleInputs | None, Batches | Statistics | None]:
-    """What is given, or a sample of the data; and the data. Raises CalibrationError."""
-    needed = example_inputs is None and isinstance(model, nn.Module)
-    if not needed or calibration is None or isinstance(calibration, Statistics):
+    """Return the example inputs, by default the first sample of the data, and the data. Raises CalibrationError."""
+    is_needed = example_inputs is None and isinstance(model, nn.Module)
+    if not is_needed or calibration is None or isinstance(calibration, Statistics):
         return example_inputs, calibration
     return first_sample(cast(nn.Module, model), calibration)
 
 
-def _strategy(
-    factorization: object, rank: object, budget: object, multiple_of: int | None, decomposing: DecomposeOptions
+def _parse_strategy(
+    factorization: object,
+    rank: object,
+    budget: object,
+    multiple_of: int | None,
+    *,
+    error_curves: ErrorCurveCache | None,
+    options: DecomposeOptions,
 ) -> FixedRanks | BudgetAllocator:
+    if error_curves is not None and not isinstance(error_curves, ErrorCurveCache):
+        raise ArgumentTypeError(f"error_curves must be a fxfact.ErrorCurveCache, got {type(error_curves).__name__}")
     if budget is None:
-        methods, ranks = "tucker" if factorization is None else factorization, 0.5 if rank is None else rank
-        return FixedRanks.parse(methods, ranks, multiple_of)
+        requested = "tucker" if factorization is None else factorization
+        return FixedRanks.parse(requested, 0.5 if rank is None else rank, multiple_of)
     if not isinstance(budget, Budget | Loss):
         raise ArgumentTypeError(
             f"budget must be fxfact.Macs, Params, Latency or Loss, got {budget!r}. Pass fxfact.Macs(0.5)."
@@ -275,9 +350,11 @@ def _strategy(
         raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
     every = [kind() for kind in FACTORIZATIONS]
     every += [SpatialSVD(last_axes_first=True)] if isinstance(budget, Latency) else []
-    methods = ByPath.parse(every if factorization is None else factorization, parse_factorizations)
-    within = budget if isinstance(budget, Budget) else Macs(1.0)
-    multiple = 1 if multiple_of is None else multiple_of
     return BudgetAllocator(
-        within, methods, multiple=multiple, progress=decomposing.progress, executor=decomposing.executor
+        budget=budget if isinstance(budget, Budget) else Macs(1.0),
+        factorizations=ByPath.parse(every if factorization is None else factorization, parse_factorizations),
+        multiple=1 if multiple_of is None else multiple_of,
+        error_curves=ErrorCurveCache() if error_curves is None else error_curves,
+        progress=options.progress,
+        executor=options.executor,
     )

@@ -1,8 +1,11 @@
-"""``torch.compile(model, backend="fxfact")``: convolutions factorized in the graphs that Dynamo captures.
+"""``torch.compile(model, backend="fxfact")``: factorizes convolutions in the graphs that Dynamo captures.
 
-Parameters are inputs of such a graph. For planning, the convolutions' become attributes again; what is handed on to the
-next compiler takes the factors as further inputs, which a look-up at every call keeps equal to what the parameters are
-by then. For inference: a convolution whose weight is being trained stays dense, so that the weight gets its gradient.
+Dynamo makes parameters inputs of the graph. To plan and rewrite the graph, the parameters of convolutions become
+attributes again. The next compiler gets the factors as additional inputs. At every call, the factors are looked up in a
+cache, and decomposed again if their parameter has changed.
+
+The backend is for inference. A convolution whose weight is being trained stays dense, so that the weight gets its
+gradient.
 """
 
 from __future__ import annotations
@@ -21,23 +24,48 @@ from fxfact.conv import ConvLayer, ConvSite, Skip, from_torch, write_chain
 from fxfact.errors import ArgumentTypeError
 from fxfact.factorizations import RankSpec
 from fxfact.graph import GraphSite, lift, lower, match
-from fxfact.passes import DecomposeOptions, FactorizeConvs, decompose
-from fxfact.planning import Decision, FactorizationRequest, FixedRanks, Plan, RankRule, Selection, build_plan
+from fxfact.passes import DecomposeOptions, FactorizeConvs, decompose_layer
+from fxfact.planning import (
+    Decision,
+    FactorizationRequest,
+    FixedRanks,
+    Plan,
+    RankRule,
+    SearchScope,
+    Selection,
+    build_plan,
+)
 
 _log = logging.getLogger(__name__)
 _Compiled = Callable[..., Any]
-_OWN = ("factorization", "rank", "multiple_of", "include", "exclude", "allow_growth", "inner")
-_TRAINED = "gradients are on and its weight is being trained; call the compiled model under torch.no_grad()"
+_BACKEND_OPTIONS = ("factorization", "rank", "multiple_of", "include", "exclude", "allow_growth", "inner")
+_IS_TRAINED = "gradients are on and its weight is being trained; call the compiled model under torch.no_grad()"
 
 
-class backend:  # noqa: N801 (it is called as a function is)
+class backend:  # noqa: N801 (it is called like a function)
     """A backend for ``torch.compile(model, backend=fxfact.backend("tucker", rank=0.5))``.
 
-    The arguments are those of ``fxfact.plan``, paths those of the model's modules, of which a graph may have some
-    only: what fits none is no error here. ``inner`` is the backend, by name or itself, that compiles what comes out.
-    ``plans`` has the plan of every graph so far.
-    Factors follow their parameters: written to, replaced, loaded, converted; only writes through ``parameter.data``
-    go unseen. The model keeps its parameters, and so its size. Raises ArgumentError, RankError.
+    The factors follow the model's parameters: if a parameter is written to, replaced, loaded or converted, it is
+    decomposed again at the next call. Only in-place writes to ``parameter.data`` are not noticed. The model keeps its
+    dense parameters, so it does not become smaller.
+
+    Args:
+        factorization: As for ``fxfact.plan``. Paths are those of the model's modules. If Dynamo splits the model into
+            several graphs, a path may be missing from a graph; that is no error.
+        rank: As for ``fxfact.plan``. The default keeps half of the parameters of every convolution.
+        multiple_of: As for ``fxfact.plan``.
+        include: As for ``fxfact.plan``.
+        exclude: As for ``fxfact.plan``.
+        allow_growth: As for ``fxfact.plan``.
+        inner: The backend, or its name, that compiles the factorized graph.
+
+    Attributes:
+        plans: The plan of every graph that was compiled so far.
+
+    Raises:
+        ArgumentError: An option has a value that cannot be used.
+        ArgumentTypeError: An option has a type that cannot be used.
+        RankError: ``rank`` is not a rank.
     """
 
     def __init__(
@@ -52,36 +80,46 @@ class backend:  # noqa: N801 (it is called as a function is)
         inner: str | _Compiled = "inductor",
     ) -> None:
         self._strategy = replace(FixedRanks.parse(factorization, rank, multiple_of), partial=True)
-        self._selection: dict[str, Any] = {
-            "include": include, "exclude": exclude, "allow_growth": allow_growth,
-            "partial": True,  # Dynamo may split a model into several graphs
-        }  # fmt: skip
+        # Dynamo may split a model into several graphs, so a glob may fit none of the layers of one graph.
+        self._scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth, partial=True)
         if not isinstance(inner, str) and not callable(inner):
-            raise ArgumentTypeError(f"inner must be a backend or the name of one, got {inner!r}. Pass 'inductor'.")
+            raise ArgumentTypeError(
+                f"inner must be a backend or its name, got {inner!r}. Pass 'inductor', for example."
+            )
         self._inner = inner
         self.plans: list[Plan] = []
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> _Compiled:
-        """What Dynamo calls. ``options`` are for the inner backend."""
+        """Factorize and compile one graph that Dynamo captured.
+
+        Args:
+            graph_module: The graph, with parameters as inputs.
+            example_inputs: Values of all inputs.
+            options: Keyword arguments for the inner backend.
+
+        Returns:
+            A function of the graph's inputs.
+        """
         lifted = lift(graph_module, example_inputs)
-        captured = _captured(lifted.graph_module)
-        plan = build_plan(captured, self._strategy, **self._selection)
+        captured = _capture_graph(lifted.graph_module)
+        plan = build_plan(captured, self._strategy, self._scope)
         self.plans.append(plan)
         _log.info("a graph of %d nodes:\n%s", len(graph_module.graph.nodes), plan)
         if not plan.rewrites:
-            return _compiled(self._inner, graph_module, list(example_inputs), options)
+            return _compile_inner(self._inner, graph_module, list(example_inputs), options)
         sites = {site.path: site for site in captured.sites if isinstance(site, GraphSite)}
-        result = FactorizeConvs(plan, decomposing=DecomposeOptions(weights="empty"))(lifted.graph_module)
+        result = FactorizeConvs(plan, options=DecomposeOptions(weights="empty"))(lifted.graph_module)
         assert result is not None
         lowered, factors = lower(lifted, result.graph_module, [sites[d.path] for d in plan.rewrites])
         lowered.meta = {key: value for key, value in graph_module.meta.items() if key != "dynamo_compile_id"}
-        wanted = [(lifted.places[sites[f.path].attributes[0]], plan[f.path], f.stage) for f in factors]
+        factor_inputs = [(lifted.places[sites[f.path].attributes[0]], plan[f.path], f.stage) for f in factors]
 
         def with_factors(inputs: Sequence[Any]) -> list[Any]:
-            return [*inputs, *(_factors_of(inputs[place], decision)[stage] for place, decision, stage in wanted)]
+            values = (_factors_of(inputs[index], decision)[stage] for index, decision, stage in factor_inputs)
+            return [*inputs, *values]
 
-        faked = _faked(with_factors(example_inputs), like=example_inputs)
-        compiled = _compiled(self._inner, lowered, faked, options)
+        inner_inputs = _with_fake_factors(with_factors(example_inputs), graph_inputs=example_inputs)
+        compiled = _compile_inner(self._inner, lowered, inner_inputs, options)
 
         def run(*inputs: Any) -> Any:
             return compiled(*with_factors(inputs))
@@ -89,57 +127,63 @@ class backend:  # noqa: N801 (it is called as a function is)
         return run
 
 
-def _faked(inputs: Sequence[Any], *, like: Sequence[Any]) -> list[Any]:
-    """Inputs for a compiler: behind those that Dynamo gave others, whose sizes it cannot guard, and so fixed."""
-    from torch._guards import detect_fake_mode  # noqa: PLC0415 (with the compiler)
+def _with_fake_factors(inputs: Sequence[Any], *, graph_inputs: Sequence[Any]) -> list[Any]:
+    """Make the factors after the graph's own inputs fake tensors. Dynamo cannot guard their sizes, so they are static."""
+    from torch._guards import detect_fake_mode  # noqa: PLC0415 (slow to import)
 
-    mode = detect_fake_mode(list(like))
-    own = inputs[len(like) :]
-    return [*inputs[: len(like)], *(own if mode is None else (mode.from_tensor(t, static_shapes=True) for t in own))]
+    fake_mode = detect_fake_mode(list(graph_inputs))
+    if fake_mode is None:
+        return list(inputs)
+    factors = inputs[len(graph_inputs) :]
+    return [*inputs[: len(graph_inputs)], *(fake_mode.from_tensor(each, static_shapes=True) for each in factors)]
 
 
 def by_name(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> _Compiled:
-    """The backend called "fxfact": options are the arguments of ``backend``; the others go to the inner one."""
+    """Compile a graph for ``torch.compile(model, backend="fxfact", options=...)``.
+
+    Options that are arguments of ``backend`` go there. The others go to the inner backend.
+    """
     options = dict(keywords.pop("options", None) or {})
-    own = {name: options.pop(name) for name in _OWN if name in options}
-    rest = {**keywords, "options": options} if options else keywords
-    return backend(**own)(graph_module, example_inputs, **rest)
+    arguments = {name: options.pop(name) for name in _BACKEND_OPTIONS if name in options}
+    inner_keywords = {**keywords, "options": options} if options else keywords
+    return backend(**arguments)(graph_module, example_inputs, **inner_keywords)
 
 
-_known: Any = WeakTensorKeyDictionary()  # by weight, then by decision: the weight's state, and the factors of it then
+# For every weight that is alive, and every factorization of it: the state that the weight had, and its factors.
+_factor_cache: Any = WeakTensorKeyDictionary()
 
 
 def _factors_of(weight: Tensor, decision: Decision) -> list[Tensor]:
-    """The weights of the stages, in PyTorch's layout; made again when the weight was changed, and kept as it lives."""
+    """Return the weights of the stages, in PyTorch's layout, from the cache unless the weight has changed."""
     state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-    known: dict[str, tuple[Any, list[Tensor]]] = _known.setdefault(weight, {})
+    cached: dict[str, tuple[Any, list[Tensor]]] = _factor_cache.setdefault(weight, {})
     key = f"{decision.factorization} {decision.rank} {decision.spec}"
-    if key not in known or known[key][0] != state:
-        known[key] = state, _decomposed(weight, decision)
-    return known[key][1]
+    if key not in cached or cached[key][0] != state:
+        cached[key] = state, _decompose(weight, decision)
+    return cached[key][1]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _decomposed(weight: Tensor, decision: Decision) -> list[Tensor]:
+def _decompose(weight: Tensor, decision: Decision) -> list[Tensor]:
     assert decision.spec is not None
     layer = ConvLayer(replace(decision.spec, bias=False), from_torch(decision.spec, weight.detach()), None)
-    weights, _ = decompose(layer, decision, None, None)
+    weights, _ = decompose_layer(layer, decision, None, None)
     stages = write_chain(decision.stages, weights, None, like=weight)
     return [stage.weight.detach() for stage in stages if isinstance(stage.weight, Tensor)]
 
 
-def _captured(graph_module: fx.GraphModule) -> Captured:
-    """For planning; a convolution whose weight is being trained, or is one that does not count its changes, is none."""
-    found = [_inferred(item) if isinstance(item, ConvSite) else item for item in match(graph_module).found]
-    trained = [item.subject for item in found if isinstance(item, Skip) and item.reason == _TRAINED]
+def _capture_graph(graph_module: fx.GraphModule) -> Captured:
+    """List the graph's convolutions, and warn of those that stay dense because their weight is being trained."""
+    found = [_skip_unless_frozen(item) if isinstance(item, ConvSite) else item for item in match(graph_module).found]
+    trained = [item for item in found if isinstance(item, Skip) and item.reason == _IS_TRAINED]
     if trained:
-        _log.warning("%d convolutions stay dense: %s", len(trained), _TRAINED)
+        _log.warning("%d convolutions stay dense: %s", len(trained), _IS_TRAINED)
     sites = [item for item in found if isinstance(item, ConvSite)]
     shapes = [torch.empty(shape, device="meta") for site in sites for shape in site.input_shapes or ()]
     return Captured(
         frontend="trace",
-        model="a graph of torch.compile's",
+        model="a graph of torch.compile",
         network=graph_module,
         found=tuple(found),
         macs=None,
@@ -147,15 +191,15 @@ def _captured(graph_module: fx.GraphModule) -> Captured:
     )
 
 
-def _inferred(site: ConvSite) -> ConvSite | Skip:
+def _skip_unless_frozen(site: ConvSite) -> ConvSite | Skip:
     if site.weight.is_inference():
         return Skip("its weight was made in inference mode and does not count its changes", site.path)
-    trained = torch.is_grad_enabled() and site.weight.requires_grad
-    return Skip(_TRAINED, site.path) if trained else site
+    is_trained = torch.is_grad_enabled() and site.weight.requires_grad
+    return Skip(_IS_TRAINED, site.path) if is_trained else site
 
 
-def _compiled(inner: str | _Compiled, graph_module: fx.GraphModule, inputs: list[Any], options: Any) -> _Compiled:
-    # PyTorch's compilers take seconds to import, so only who compiles imports them.
+def _compile_inner(inner: str | _Compiled, graph_module: fx.GraphModule, inputs: list[Any], options: Any) -> _Compiled:
+    # PyTorch's compilers take seconds to import, so they are imported when they are used.
     from torch._dynamo.backends.registry import lookup_backend  # noqa: PLC0415
     from torch._inductor import list_mode_options  # noqa: PLC0415
 

@@ -22,24 +22,17 @@ from fxfact.conv.chain import (
 from fxfact.conv.cost import Cost, chain_cost, format_amount, format_change
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
 from fxfact.conv.functional import ConvCall, differentiates_conv, looks_like_conv, read_call, write_call
-from fxfact.conv.kernels import PLAIN_TYPES, POINTWISE_TYPES, supports_onednn
+from fxfact.conv.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES, supports_onednn
 from fxfact.conv.module_swap import FactorizedModule, factorize_module, insert_base, torch_conv_class
 from fxfact.conv.modules import (
     CHANNELS_LAST,
-    FORMS,
     TRANSPOSED_TYPES,
-    can_be_linear,
-    can_be_onednn,
     compose_modules,
     computes_weight,
     has_hooks,
     is_conv,
-    linear_form,
     read_conv,
     spec_of,
-    to_channels_last,
-    to_linear,
-    to_onednn,
     why_state_unsupported,
     why_unsupported,
     why_weight_unsupported,
@@ -51,7 +44,7 @@ from fxfact.conv.spec import PADDING_MODES, ConvSpec, Sizes, as_tuples, pad_amou
 
 __all__ = [
     "CHANNELS_LAST",
-    "FORMS",
+    "ONEDNN_TYPES",
     "PADDING_MODES",
     "PLAIN_TYPES",
     "POINTWISE_TYPES",
@@ -69,8 +62,6 @@ __all__ = [
     "Skip",
     "as_matrix",
     "as_tuples",
-    "can_be_linear",
-    "can_be_onednn",
     "chain_cost",
     "chain_macs",
     "check_stages",
@@ -87,7 +78,6 @@ __all__ = [
     "has_hooks",
     "insert_base",
     "is_conv",
-    "linear_form",
     "looks_like_conv",
     "mark_tied",
     "pad_amounts",
@@ -100,9 +90,6 @@ __all__ = [
     "spec_of",
     "sqrt_and_inverse",
     "supports_onednn",
-    "to_channels_last",
-    "to_linear",
-    "to_onednn",
     "to_torch",
     "torch_conv_class",
     "why_state_unsupported",

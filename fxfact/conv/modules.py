@@ -182,67 +182,6 @@ def compose_modules(specs: Sequence[ConvSpec], stages: Iterable[nn.Module]) -> T
     return compose_weights(specs, own)
 
 
-def to_channels_last(network: nn.Module) -> int:
-    """Give the convolutions of a private copy weights in channels_last, in which PyTorch then computes them, whatever
-    comes in; how many were not.
-    """
-    done: dict[int, nn.Parameter] = {}
-    for module in network.modules():
-        weight = module._parameters.get("weight") if is_conv(module) else None
-        wanted = None if weight is None else CHANNELS_LAST.get(weight.ndim)
-        if weight is None or wanted is None or weight.is_contiguous(memory_format=wanted):
-            continue
-        moved = nn.Parameter(weight.detach().contiguous(memory_format=wanted), requires_grad=weight.requires_grad)
-        module.weight = done.setdefault(id(weight), moved)
-    return len(done)
-
-
-def to_linear(network: nn.Module) -> int:
-    """Have the pointwise convolutions of a private copy that ``can_be_linear`` computed as matrix products; how many
-    were not.
-    """
-    return _computed(network, POINTWISE_TYPES, can_be_linear)
-
-
-def to_onednn(network: nn.Module) -> int:
-    """Have the 3-D convolutions of a private copy that ``can_be_onednn`` computed by oneDNN; how many were not."""
-    return _computed(network, ONEDNN_TYPES, can_be_onednn)
-
-
-def _computed(
-    network: nn.Module, types: Mapping[type[nn.Module], type[nn.Module]], can_be: Callable[[ConvSpec], bool]
-) -> int:
-    done = 0
-    for module in network.modules():
-        if type(module) in types and not why_unsupported(module) and can_be(spec_of(module)):
-            module.__class__ = types[type(module)]
-            done += 1
-    return done
-
-
-def can_be_linear(spec: ConvSpec) -> bool:
-    """Whether it does nothing but multiply every place of a map by its weight."""
-    return spec.is_pointwise and spec.groups == 1
-
-
-def can_be_onednn(spec: ConvSpec) -> bool:
-    """Whether it is one of three dimensions with the same number of zeros before and behind."""
-    even = all(first == last for first, last in spec.padding)
-    return spec.order == 3 and not spec.transposed and spec.padding_mode == "zeros" and even
-
-
-FORMS: dict[str, Callable[[nn.Module], int]] = {
-    "channels_last": to_channels_last,
-    "pointwise_linear": to_linear,
-    "onednn": to_onednn,
-}
-
-
-def linear_form(specs: Iterable[ConvSpec]) -> tuple[str, ...]:
-    """The passes for matrix products in a network of these convolutions: but for 1-D ones they want channels last."""
-    return (*(("channels_last",) if any(spec.order > 1 for spec in specs) else ()), "pointwise_linear")
-
-
 def _formatted(weight: Tensor, like: Tensor) -> nn.Parameter:
     """With the strides of a new tensor: by those of a 1×1 kernel too PyTorch chooses the format that it computes in."""
     own, new = weight.detach(), torch.empty_like(weight, memory_format=_format(like), requires_grad=False)

@@ -1,15 +1,17 @@
-"""The pass: a plan carried out on a graph."""
+"""The pass that applies a plan to a graph."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from fxfact.calibration import Statistics
 from fxfact.errors import ArgumentTypeError
-from fxfact.graph import check_invariants, match, refresh_shapes, splice
-from fxfact.passes.decomposition import DecomposeOptions
+from fxfact.graph import check_invariants, match, refresh_shapes, splice, weight_at
+from fxfact.passes.decomposition import DecomposeOptions, Decomposition, planned_chains
 from fxfact.passes.history import PassRecord, add_record, log_pass, pass_history
 from fxfact.planning import Plan
 from fxfact.utils import copy_with_shared
@@ -17,43 +19,79 @@ from fxfact.utils import copy_with_shared
 
 @final
 class FactorizeConvs(PassBase):
-    """Put the planned chain in place of every planned convolution. The result is a new graph module.
+    """Replace every planned convolution of a graph module by its chain.
 
-    The graph module given is not changed. ``modified`` is False, and the result the module given, where the plan
-    rewrites nothing or was the last one carried out. ``decomposing`` says how the chains' weights are found.
-    Calling it raises PlanError for another model than the plan's, WeightError, RankError, GraphError.
+    Args:
+        plan: the plan.
+        options: how the chains get their weights.
+        statistics: the calibration statistics that the plan was made with, if any.
+        known: earlier decompositions, by ``Decision.rewrite``.
+
+    Raises:
+        ArgumentTypeError: if the plan is no plan.
     """
 
-    def __init__(self, plan: Plan, *, decomposing: DecomposeOptions | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        options: DecomposeOptions | None = None,
+        statistics: Statistics | None = None,
+        known: Mapping[str, Decomposition] | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(plan, Plan):
             raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
-        self._plan, self._decomposing = plan, decomposing or DecomposeOptions()
+        self._plan, self._options = plan, options or DecomposeOptions()
+        self._statistics, self._known = statistics, known
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise GraphError unless the graph is one that a pass can work on."""
+        """Check the graph before the pass.
+
+        Args:
+            graph_module: the graph module.
+
+        Raises:
+            GraphError: if a pass cannot work on the graph.
+        """
         check_invariants(graph_module, f"before {type(self).__name__}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Carry the plan out."""
+        """Apply the plan to a copy.
+
+        Args:
+            graph_module: the graph module, which is not changed.
+
+        Returns:
+            The result. If the plan rewrites nothing or was the last one applied, ``modified`` is False and the result
+            is the module itself.
+
+        Raises:
+            PlanError: if the plan was made for another model.
+            WeightError, RankError, CalibrationError: from the decomposition.
+            GraphError: if the result is not a graph that a pass can work on.
+        """
         history = pass_history(graph_module)
         if history and history[-1].plan == self._plan:
             return PassResult(graph_module, False)
-        theirs = {site.path: site for site in match(graph_module).sites}
-        self._plan.check_fits({path: (site.spec, site.tied_to) for path, site in theirs.items()})
+        result = graph_module
+        if self._plan.rewrites:
+            weights = [weight_at(graph_module, decision.path) for decision in self._plan.rewrites]
+            copied = copy_with_shared(graph_module, {id(weight) for weight in weights if weight is not None})
+            assert isinstance(copied, fx.GraphModule)
+            result = copied
+        sites = {site.path: site for site in match(result).sites}
+        self._plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()})
         if not self._plan.rewrites:
             return PassResult(graph_module, False)
-        replaced = {id(theirs[decision.path].weight) for decision in self._plan.rewrites}
-        result = copy_with_shared(graph_module, replaced)
-        assert isinstance(result, fx.GraphModule)
-        sites = {site.path: site for site in match(result).sites}
         errors = {}
-        for chain in self._decomposing.chains(self._plan, sites):
+        chains = planned_chains(self._plan, sites, self._options, statistics=self._statistics, known=self._known)
+        for chain in chains:
             splice(result, sites[chain.path], chain.stages, pass_name=f"fxfact.{type(self).__name__}")
-            errors[chain.path] = chain.error
+            errors[chain.path] = chain.relative_error
         result.recompile()
         refresh_shapes(result)
         add_record(result, PassRecord(self._plan, errors))
-        check_invariants(result, f"behind {type(self).__name__}")
+        check_invariants(result, f"after {type(self).__name__}")
         log_pass(type(self).__name__, self._plan, result)
         return PassResult(result, True)

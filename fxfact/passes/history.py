@@ -1,4 +1,4 @@
-"""What the passes leave behind on a graph module for whoever inspects it later."""
+"""What passes record on a network: the plans that were applied to it."""
 
 from __future__ import annotations
 
@@ -20,59 +20,72 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassRecord:
-    """A plan that was carried out; ``relative_error`` ‖W − Ŵ‖_F / ‖W‖_F by path, None where weights were left empty."""
+    """A plan that was applied.
+
+    Attributes:
+        plan: the plan.
+        relative_error: ‖W − Ŵ‖_F / ‖W‖_F of each rewritten kernel by path. None if weights were left empty.
+    """
 
     plan: Plan
     relative_error: Mapping[str, float | None]
 
 
 def pass_history(network: nn.Module | ExportedProgram) -> tuple[PassRecord, ...]:
-    """Every plan carried out on this network, oldest first; they survive copying and pickling."""
+    """Return the record of every plan that was applied to a network.
+
+    Args:
+        network: a network. Copying and pickling keep its records.
+
+    Returns:
+        The records, oldest first.
+    """
     module = network.graph_module if isinstance(network, ExportedProgram) else network
     return tuple(get_metadata(module) or ())
 
 
 def last_plan(network: nn.Module | ExportedProgram) -> Plan:
-    """The plan carried out last on it. Raises PlanError where there is none."""
+    """Return the plan that was applied last. Raises PlanError if there is none."""
     history = pass_history(network)
     if not history:
         raise PlanError(f"{type(network).__name__} was not made by a plan. fxfact.factorize returns one that was.")
     return history[-1].plan
 
 
-def add_record(network: nn.Module, done: PassRecord) -> None:
-    """Add to what ``applied`` gives."""
-    set_history(network, (*pass_history(network), done))
+def add_record(network: nn.Module, record: PassRecord) -> None:
+    """Append a record to the history of a network."""
+    set_history(network, (*pass_history(network), record))
 
 
 def set_history(network: nn.Module, history: tuple[PassRecord, ...]) -> None:
-    """What ``applied`` is to give."""
+    """Replace the history of a network."""
     set_metadata(network, history)
 
 
-def update_plan(network: nn.Module, **changed: Any) -> None:
-    """Change what the plan carried out last on it says, where there is one."""
+def update_plan(network: nn.Module, **changes: Any) -> None:
+    """Change fields of the plan that was applied last, if there is one."""
     *earlier, last = pass_history(network) or (None,)
     if last is not None:
-        set_history(network, (*earlier, replace(last, plan=replace(last.plan, **changed))))
+        set_history(network, (*earlier, replace(last, plan=replace(last.plan, **changes))))
 
 
 def log_pass(name: str, plan: Plan, network: nn.Module) -> None:
-    """Tell that a pass carried a plan out: to the logger, which TORCH_LOGS="+fxfact" shows, and to PyTorch's structured
-    trace (TORCH_TRACE), with the graph that came out.
+    """Log that a pass applied a plan.
+
+    ``TORCH_LOGS="+fxfact"`` shows the logger. PyTorch's structured trace (``TORCH_TRACE``) gets the new graph too.
     """
-    _log.info("%s carried out:\n%s", name, plan)
+    _log.info("%s applied:\n%s", name, plan)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"fxfact_{name}", "encoding": "string"},
-        payload_fn=lambda: f"{plan}\n\n{_shown(network)}",
+        payload_fn=lambda: f"{plan}\n\n{_readable(network)}",
     )
 
 
-def _shown(network: nn.Module) -> str:
+def _readable(network: nn.Module) -> str:
     if not isinstance(network, fx.GraphModule):
         return str(network)
     try:
         return str(network.print_readable(print_output=False))
-    except AssertionError:  # of PyTorch 2.11, where a child is scripted
+    except AssertionError:  # raised by PyTorch 2.11 if a child is scripted
         return network.code

@@ -1,4 +1,4 @@
-"""A plan carried out on a model that keeps its own Python: its convolutions become stand-ins."""
+"""A plan applied to a model that keeps its own Python: each convolution module becomes a factorized module."""
 
 from __future__ import annotations
 
@@ -7,33 +7,42 @@ from dataclasses import replace
 
 from torch import nn
 
+from fxfact.calibration import Statistics
 from fxfact.conv import ConvSite, factorize_module
-from fxfact.passes.decomposition import DecomposeOptions
+from fxfact.passes.decomposition import DecomposeOptions, Decomposition, planned_chains
 from fxfact.passes.history import PassRecord, add_record, log_pass
 from fxfact.planning import Plan
 from fxfact.utils import copy_with_shared
 
 
 def swap_modules(
-    network: nn.Module, sites: Mapping[str, ConvSite], plan: Plan, decomposing: DecomposeOptions
+    network: nn.Module,
+    sites: Mapping[str, ConvSite],
+    plan: Plan,
+    options: DecomposeOptions,
+    *,
+    statistics: Statistics | None = None,
+    known: Mapping[str, Decomposition] | None = None,
 ) -> nn.Module:
-    """A copy of ``network`` with a stand-in for every planned convolution. Raises PlanError, WeightError, RankError."""
+    """Return a copy of ``network`` with a factorized module for every planned convolution.
+
+    Raises PlanError, WeightError, RankError, CalibrationError.
+    """
     plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()})
     result = copy_with_shared(network, {id(sites[decision.path].weight) for decision in plan.rewrites})
-    theirs = {path: _in(result, site) for path, site in sites.items()}
+    copied_sites = {path: _site_in_copy(result, site) for path, site in sites.items()}
     errors = {}
-    for chain in decomposing.chains(plan, theirs):
-        spec, specs = sites[chain.path].spec, plan[chain.path].stages
-        factorize_module(result.get_submodule(chain.path), spec, specs, chain.stages)
-        errors[chain.path] = chain.error
+    for chain in planned_chains(plan, copied_sites, options, statistics=statistics, known=known):
+        dense, stages = sites[chain.path].spec, plan[chain.path].stages
+        factorize_module(result.get_submodule(chain.path), dense, stages, chain.stages)
+        errors[chain.path] = chain.relative_error
     add_record(result, PassRecord(plan, errors))
-    log_pass("swap_convs", plan, result)
+    log_pass("swap_modules", plan, result)
     return result
 
 
-def _in(network: nn.Module, site: ConvSite) -> ConvSite:
-    """The same site in a copy of the network."""
-    held = network.get_submodule(site.path)._parameters
-    weight = held["weight"]
+def _site_in_copy(network: nn.Module, site: ConvSite) -> ConvSite:
+    parameters = network.get_submodule(site.path)._parameters
+    weight = parameters["weight"]
     assert weight is not None
-    return replace(site, weight=weight, bias=held.get("bias"))
+    return replace(site, weight=weight, bias=parameters.get("bias"))

@@ -1,9 +1,10 @@
 """From a request or a budget to a ``Plan``. Runs no network."""
 
-from fxfact.planning.allocation import BudgetAllocator
+from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
-from fxfact.planning.build import Selection, build_plan
+from fxfact.planning.build import PlanDraft, SearchScope, Selection, build_plan, draft_plan
 from fxfact.planning.decision import Decision
+from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.pareto import ParetoFront
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
@@ -20,11 +21,13 @@ __all__ = [
     "Choice",
     "Decision",
     "Energy",
+    "ErrorCurveCache",
     "FactorizationRequest",
     "FixedRanks",
     "LargestThatPays",
     "Latency",
     "LatencyModel",
+    "LayerOptions",
     "Layout",
     "Loss",
     "Macs",
@@ -32,9 +35,13 @@ __all__ = [
     "ParetoFront",
     "ParetoPoint",
     "Plan",
+    "PlanDraft",
     "RankRule",
     "RankStrategy",
+    "SearchScope",
     "Selection",
+    "allocate",
     "build_plan",
+    "draft_plan",
     "parse_factorizations",
 ]

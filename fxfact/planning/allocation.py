@@ -1,57 +1,137 @@
-"""The ranks that a loss bears best under a budget: a knapsack over every factorization and rank of all convolutions."""
+"""Rank allocation under a budget: a multiple-choice knapsack over every factorization and rank of all layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 from fxfact.calibration import Statistics
-from fxfact.conv import Cost, KroneckerFisher, Skip
+from fxfact.conv import ConvSpec, Cost, KroneckerFisher, Skip
 from fxfact.errors import check_int, error_context
 from fxfact.factorizations import Factorization, Rank
 from fxfact.planning.budgets import Budget
-from fxfact.planning.error_curves import ErrorCurves, cache_key, error_curve, interpolate
+from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curve, interpolate
 from fxfact.planning.hardware_ranks import chain_latencies, hardware_friendly, multiples
 from fxfact.planning.knapsack import Class, Knapsack
 from fxfact.planning.requested import ByPath
 from fxfact.planning.strategy import Allocation, Candidate, Choice, LatencyModel, ParetoPoint, RankStrategy
 from fxfact.utils import TICK, Progress, ordered_map, with_progress
 
-_RANKS = 40  # of a factorization among which to choose
-_FRONT = 40  # points
-_NOTHING = Cost(0, 0, 0.0)
-_FASTER, _SHORTEST = 0.97, 1000 * TICK  # of the time of the convolution; milliseconds
+_MAX_RANKS = 40  # candidates of one factorization
+_PARETO_POINTS = 40
+_NO_COST = Cost(0, 0, 0.0)
+_MAX_TIME_SHARE = 0.97  # of the dense layer's time; a chain must be at least this much faster
+_MIN_MS = 1000 * TICK  # layers that take less cannot be compared by this machine's clock
 _DENSE = Skip("the budget lets it stay as it is")
 
 
 class Option(NamedTuple):
-    """What could become of a convolution, its cost, by how much the loss would grow, and how much that counts."""
+    """What could become of a layer, its cost, and the expected increase of the loss (see ``LayerOptions``)."""
 
     choice: Choice | Skip
     cost: Cost
     predicted_loss_increase: float
-    counted: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOptions:
+    """Everything that could become of one layer.
+
+    Attributes:
+        options: the dense layer first. Loss increases are in nats for one sample; without statistics they are squared
+            relative errors of the kernel.
+        loss_without_layer: the loss increase if the layer's output were lost altogether, in the same unit.
+    """
+
+    options: tuple[Option, ...]
+    loss_without_layer: float
+
+    @property
+    def dense(self) -> Option:
+        """The layer as it is."""
+        return self.options[0]
+
+
+def allocate(layers: Sequence[LayerOptions], network: Cost, budget: Budget, normalization: float = 0.5) -> Allocation:
+    """Choose one option for each layer: of all networks within the budget, the one with the least loss increase.
+
+    Loss increases add up only while they are small. The increases of each layer are therefore divided by
+    ``loss_without_layer ** normalization``, so that no layer is sacrificed for the others. Of 0, ½ and 1, ½ nearly
+    always measures best on other data, or close to the best; where little is left of a network, 1 may be better.
+
+    This is a pure function: it computes no errors, measures nothing, and changes nothing.
+
+    Args:
+        layers: the options of every layer.
+        network: the cost of the whole dense network.
+        budget: the bound.
+        normalization: the exponent, 0 … 1.
+
+    Returns:
+        One choice for each layer, and the Pareto front.
+
+    Raises:
+        BudgetError: if not even the cheapest options meet the budget.
+    """
+    knapsack = Knapsack([_knapsack_class(layer, budget, normalization) for layer in layers])
+    fixed = budget.amount(network) - sum(budget.amount(layer.dense.cost) for layer in layers)
+    picked = knapsack.at(budget.allowed(network) - fixed)
+    if picked is None:
+        raise budget.unmet_error(fixed + knapsack.least, network)
+    choices = tuple(layer.options[k].choice for layer, k in zip(layers, picked, strict=True))
+    return Allocation(choices, _pareto_points(layers, knapsack, network, budget))
+
+
+def _knapsack_class(layer: LayerOptions, budget: Budget, normalization: float) -> Class:
+    divisor = max(layer.loss_without_layer, 1e-30) ** normalization
+    amounts = [budget.amount(option.cost) for option in layer.options]
+    return Class(amounts, [option.predicted_loss_increase / divisor for option in layer.options])
+
+
+def _pareto_points(
+    layers: Sequence[LayerOptions], knapsack: Knapsack, network: Cost, budget: Budget
+) -> tuple[ParetoPoint, ...]:
+    """Return the networks for budgets spread evenly between the cheapest network and the dense one.
+
+    Networks that are expected to be worse than a cheaper one are left out. There are some, because the knapsack weighs
+    the increases.
+    """
+    if not layers:
+        return ()
+    dense = sum((layer.dense.cost for layer in layers), _NO_COST)
+    largest, points = budget.amount(dense), {}
+    for k in range(_PARETO_POINTS + 1):
+        picked = knapsack.at(knapsack.least + (largest - knapsack.least) * k / _PARETO_POINTS)
+        if picked is not None:
+            taken = [layer.options[p] for layer, p in zip(layers, picked, strict=True)]
+            cost = network - dense + sum((option.cost for option in taken), _NO_COST)
+            points[cost] = ParetoPoint(cost, sum(option.predicted_loss_increase for option in taken))
+    increases = [point.predicted_loss_increase for point in points.values()]
+    best_so_far = accumulate(increases, min)
+    return tuple(p for p, best in zip(points.values(), best_so_far, strict=True) if p.predicted_loss_increase <= best)
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BudgetAllocator(RankStrategy):
-    """Of all networks within ``budget`` the one whose loss is expected to grow least, by the errors of its kernels.
+    """Chooses factorizations and ranks for all layers together, within a budget.
 
-    With ``statistics`` errors are in nats, else squares of relative errors, all convolutions counted alike. Ranks are
-    ``multiple`` or its multiples. Options that cost more than the convolution, in parameters or in MACs, are none; with
-    a ``clock``, which a budget of milliseconds needs, nor are those that do not measure faster.
+    Options that cost more than the dense layer, in parameters or in MACs, are left out. With a latency model, options
+    that are not faster are left out as well.
 
-    Increases of the loss add up while they are small. ``normalization``, 0 … 1, is for those that are not: the increases of
-    each convolution count divided by that power of what it would cost to lose its output altogether, so that none loses
-    nearly all of it. Of 0, ½ and 1 it is nearly always ½ that measures best on other data, or near the best, and where
-    little is left of a network it may be 1.
-
-    ``executor``: on which errors are computed, with the same result.
+    Attributes:
+        budget: the bound for the whole network.
+        factorizations: the factorizations to consider, by path.
+        statistics: calibration statistics. Without them, errors are squared relative errors of kernels.
+        multiple: ranks are multiples of this, or full.
+        normalization: see ``allocate``.
+        latency_model: required by a budget of milliseconds.
+        error_curves: curves that are known already; new ones are added.
+        progress: see ``fxfact.plan``.
+        executor: computes the error curves; the result does not depend on it.
     """
 
     budget: Budget
@@ -59,179 +139,151 @@ class BudgetAllocator(RankStrategy):
     statistics: Statistics | None = None
     multiple: int = 1
     normalization: float = 0.5
-    clock: LatencyModel | None = None
+    latency_model: LatencyModel | None = None
+    error_curves: ErrorCurveCache = field(default_factory=ErrorCurveCache)
     progress: Progress = False
     executor: Executor | None = None
-    _curves: dict[str, ErrorCurves] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multiple", check_int("multiple_of", self.multiple, 1))
 
-    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
-        """Raises BudgetError where not even the smallest ranks meet the budget."""
-        self.factorizations.check([candidate.path for candidate in candidates], "factorization")
-        network = network if self.clock is None else replace(network, ms=self.clock.network)
-        allowed = self.budget.allowed(network)
-        options = self._options(candidates)
-        fixed = self._fixed(options, network)
-        knapsack = self._knapsack(options)
-        picked = knapsack.at(allowed - fixed)
-        if picked is None:
-            raise self.budget.unmet(fixed + knapsack.least, network)
-        choices = tuple(each[k].choice for each, k in zip(options, picked, strict=True))
-        return Allocation(choices, self._front(options, knapsack, network))
-
     @property
     def uses_statistics(self) -> bool:
-        """With statistics."""
+        """Whether there are statistics."""
         return self.statistics is not None
 
-    def _front(self, options: Sequence[Sequence[Option]], knapsack: Knapsack, network: Cost) -> tuple[ParetoPoint, ...]:
-        """At budgets spread evenly between the cheapest network and the dense one, without those that are expected to
-        be worse than a cheaper one: increases do not count as they are.
+    def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
+        """Raises BudgetError if not even the smallest ranks meet the budget."""
+        if self.latency_model is not None:
+            network = replace(network, ms=self.latency_model.network_ms)
+        return allocate(self.layer_options(candidates), network, self.budget, self.normalization)
+
+    def layer_options(self, candidates: Sequence[Candidate]) -> tuple[LayerOptions, ...]:
+        """Return what could become of each candidate. Errors are computed first, then latencies are measured.
+
+        Raises WeightError for weights without values, and ArgumentError for a path pattern that fits no candidate.
         """
-        if not options:
-            return ()
-        dense = sum((each[0].cost for each in options), _NOTHING)
-        most, points = self.budget.amount(dense), {}
-        for k in range(_FRONT + 1):
-            picked = knapsack.at(knapsack.least + (most - knapsack.least) * k / _FRONT)
-            if picked is not None:
-                taken = [each[p] for each, p in zip(options, picked, strict=True)]
-                cost = network - dense + sum((option.cost for option in taken), _NOTHING)
-                points[cost] = ParetoPoint(cost, sum(option.predicted_loss_increase for option in taken))
-        least = accumulate((point.predicted_loss_increase for point in points.values()), min)
-        return tuple(
-            point for point, best in zip(points.values(), least, strict=True) if point.predicted_loss_increase <= best
-        )
-
-    def _fixed(self, options: Sequence[Sequence[Option]], network: Cost) -> float:
-        """What of the network no choice changes."""
-        return self.budget.amount(network) - sum(self.budget.amount(each[0].cost) for each in options)
-
-    def _knapsack(self, options: Sequence[Sequence[Option]]) -> Knapsack:
-        return Knapsack(
-            [Class([self.budget.amount(o.cost) for o in each], [o.counted for o in each]) for each in options]
-        )
-
-    def _options(self, candidates: Sequence[Candidate]) -> list[list[Option]]:
-        """For each candidate the dense one first."""
-        wholes = [self._whole(candidate) for candidate in candidates]
+        self.factorizations.check([candidate.path for candidate in candidates], "factorization")
+        losses = [self._loss_without(candidate) for candidate in candidates]
         families = [self._families(candidate) for candidate in candidates]
-        self._compute([family for own in families for family in own])  # all of them, before anything is timed
-        return [self._options_of(*each) for each in zip(candidates, families, wholes, strict=True)]
+        self._compute_curves([family for own in families for family in own])
+        return tuple(
+            LayerOptions(tuple(self._options(candidate, own)), loss)
+            for candidate, own, loss in zip(candidates, families, losses, strict=True)
+        )
 
-    def _compute(self, families: Sequence[_Family]) -> None:
-        """The curves that are not known yet, those of the largest kernels first: nobody is to work alone at the end."""
-        new = [family for family in families if family.key not in self._known(family.candidate)]
-        new.sort(key=lambda family: family.candidate.layer.weight.numel(), reverse=True)
-        results = ordered_map(error_curve, map(self._job, new), self.executor)
-        for family, found in zip(new, with_progress(results, len(new), "planning", self.progress), strict=True):
-            self._known(family.candidate)[family.key] = found
+    def _loss_without(self, candidate: Candidate) -> float:
+        with error_context(candidate.path):
+            layer = candidate.checked_layer()
+        fisher = self._fisher(candidate)
+        return 1.0 if fisher is None else fisher.loss_increase(layer.spec, -layer.weight.float())
 
-    def _families(self, candidate: Candidate) -> list[_Family]:
-        """What could replace a convolution, if data say anything of it."""
-        if not self._is_reached(candidate):
-            return []
-        methods, _ = self.factorizations.get(candidate.path)
-        families = [_Family(method, candidate) for method in methods or () if not method.rejects(candidate.spec)]
-        for family in families:
-            family.costs = self._costs(family)
-        return [family for family in families if family.costs]
-
-    def _is_reached(self, candidate: Candidate) -> bool:
-        return self.statistics is None or candidate.path in self.statistics.moments
-
-    def _known(self, candidate: Candidate) -> ErrorCurves:
-        kept = self._curves if self.statistics is None else self.statistics.curves
-        return kept.setdefault(candidate.path, {})
-
-    def _metric(self, candidate: Candidate) -> KroneckerFisher | None:
+    def _fisher(self, candidate: Candidate) -> KroneckerFisher | None:
         return None if self.statistics is None else self.statistics.metric(candidate.path, candidate.spec)
 
-    def _whole(self, candidate: Candidate) -> float:
-        """By how much the loss grows where the output is lost altogether. Raises WeightError."""
-        with error_context(candidate.path):
-            layer = candidate.checked
-        metric = self._metric(candidate)
-        return 1.0 if metric is None else metric.loss_increase(layer.spec, -layer.weight.float())
+    def _has_gradients(self, candidate: Candidate) -> bool:
+        return self.statistics is None or candidate.path in self.statistics.moments
 
-    def _job(self, family: _Family) -> tuple[Any, ...]:
-        """For ``curve``."""
-        ranks = list(family.thinned or family.costs)
-        return family.candidate.layer, family.method, ranks, self._metric(family.candidate)
+    def _families(self, candidate: Candidate) -> list[_Family]:
+        """Return the factorizations that could replace a layer, with the ranks to choose from."""
+        if not self._has_gradients(candidate):
+            return []
+        weight = candidate.weight_digest()
+        statistics = "no statistics" if self.statistics is None else self.statistics.digest(candidate.path)
+        factorizations, _ = self.factorizations.get(candidate.path)
+        families = []
+        for factorization in factorizations or ():
+            if not factorization.rejects(candidate.spec):
+                curve_ranks, costs = self._ranks(factorization, candidate)
+                if costs:
+                    key = cache_key(factorization, weight, statistics)
+                    families.append(_Family(factorization, candidate, key, curve_ranks, costs))
+        return families
 
-    def _options_of(self, candidate: Candidate, families: Sequence[_Family], whole: float) -> list[Option]:
-        if not self._is_reached(candidate):
-            return [Option(Skip("no gradient reached it in calibration"), candidate.dense, 0.0, 0.0)]
-        ranked = [(family.method, list(family.costs)) for family in families]
-        ms, times = (None, []) if self.clock is None else chain_latencies(self.clock, candidate, ranked)
-        options = [Option(_DENSE, replace(candidate.dense, ms=ms), 0.0, 0.0)]
-        known = self._known(candidate)
-        for k, family in enumerate(families):
-            nats = interpolate(known[family.key], list(family.costs))
-            for j, ((rank, cost), n) in enumerate(zip(family.costs.items(), nats, strict=True)):
-                pair = None if ms is None else (ms, times[k][j])
+    def _ranks(self, factorization: Factorization, candidate: Candidate) -> tuple[Sequence[Rank], Mapping[Rank, Cost]]:
+        """Return the ranks of the error curve, and the ranks to choose from with their costs, both ascending."""
+        fitting = _ranks_within_params(factorization, candidate.spec)
+        costs = _affordable(candidate, factorization, _thinned(fitting))
+        curve_ranks = list(costs)
+        if self.latency_model is not None or self.multiple > 1:
+            full = factorization.max_rank(candidate.spec)
+            allowed = multiples(fitting, self.multiple, full)
+            chosen = _thinned(allowed) if self.latency_model is None else hardware_friendly(allowed, full)
+            costs = _affordable(candidate, factorization, chosen)
+        return curve_ranks or list(costs), costs
+
+    def _compute_curves(self, families: Sequence[_Family]) -> None:
+        """Compute the curves that are not in the cache. Large kernels go first, so that all workers finish together."""
+        new = [family for family in families if family.key not in self.error_curves]
+        new.sort(key=lambda family: family.candidate.layer.weight.numel(), reverse=True)
+        jobs = (
+            (family.candidate.layer, family.factorization, family.curve_ranks, self._fisher(family.candidate))
+            for family in new
+        )
+        curves = with_progress(ordered_map(error_curve, jobs, self.executor), len(new), "planning", self.progress)
+        for family, curve in zip(new, curves, strict=True):
+            self.error_curves[family.key] = curve
+
+    def _options(self, candidate: Candidate, families: Sequence[_Family]) -> list[Option]:
+        if not self._has_gradients(candidate):
+            return [Option(Skip("no gradient reached it in calibration"), candidate.dense_cost, 0.0)]
+        dense_ms: float | None = None
+        chain_ms: Sequence[Sequence[float | None]] = [[None] * len(family.costs) for family in families]
+        if self.latency_model is not None:
+            ranked = [(family.factorization, list(family.costs)) for family in families]
+            dense_ms, chain_ms = chain_latencies(self.latency_model, candidate, ranked)
+        options = [Option(_DENSE, replace(candidate.dense_cost, ms=dense_ms), 0.0)]
+        for family, latencies in zip(families, chain_ms, strict=True):
+            increases = interpolate(self.error_curves[family.key], list(family.costs))
+            for (rank, cost), increase, ms in zip(family.costs.items(), increases, latencies, strict=True):
                 choice = Choice(
-                    family.method, rank, predicted_loss_increase=n if self.uses_statistics else None, milliseconds=pair
+                    family.factorization,
+                    rank,
+                    predicted_loss_increase=increase if self.uses_statistics else None,
+                    latencies_ms=None if dense_ms is None or ms is None else (dense_ms, ms),
                 )
-                timed = cost if pair is None else replace(cost, ms=pair[1])
-                options.append(Option(choice, timed, n, n / max(whole, 1e-30) ** self.normalization))
-        return options if ms is None else _faster(options, ms)
-
-    def _costs(self, family: _Family) -> dict[Rank, Cost]:
-        """Those of the ranks among which to choose, ascending."""
-        if self.clock is None and self.multiple == 1:
-            return family.thinned
-        most = family.method.max_rank(family.candidate.spec)
-        allowed = multiples(family.fitting, self.multiple, most)
-        return family.cheaper(_thinned(allowed) if self.clock is None else hardware_friendly(allowed, most))
+                options.append(Option(choice, cost if ms is None else replace(cost, ms=ms), increase))
+        return options if dense_ms is None else _faster_options(options, dense_ms)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Family:
-    """The ranks of a factorization that are none dearer than the convolution; ``costs`` are those to choose among."""
+    """One factorization of one layer: the key and the ranks of its error curve, and the ranks to choose from."""
 
-    method: Factorization
+    factorization: Factorization
     candidate: Candidate
-    costs: Mapping[Rank, Cost] = field(default_factory=dict)
+    key: str
+    curve_ranks: Sequence[Rank]
+    costs: Mapping[Rank, Cost]
 
-    @cached_property
-    def key(self) -> str:
-        """By which its curve is known."""
-        return f"{cache_key(self.method)} of {self.candidate.digest}"
 
-    @cached_property
-    def fitting(self) -> Sequence[Rank]:
-        """Those that have no more parameters, ascending."""
-        spec = self.candidate.spec
-        ranks, largest = self.method.ranks(spec), self.method.rank_within(spec, 1.0)
-        return ranks[: ranks.index(largest) + 1] if largest else ()
+def _ranks_within_params(factorization: Factorization, spec: ConvSpec) -> Sequence[Rank]:
+    """Return the ranks, ascending, whose chains have no more parameters than the dense layer."""
+    ranks, largest = factorization.ranks(spec), factorization.rank_within(spec, 1.0)
+    return ranks[: ranks.index(largest) + 1] if largest else ()
 
-    @cached_property
-    def thinned(self) -> dict[Rank, Cost]:
-        """At most forty of them that have no more MACs either."""
-        return self.cheaper(_thinned(self.fitting))
 
-    def cheaper(self, ranks: Sequence[Rank]) -> dict[Rank, Cost]:
-        """Those of the ranks whose chains cost no more, with what they cost."""
-        costs = {rank: self.candidate.cost(self.method, rank) for rank in ranks}
-        return {rank: cost for rank, cost in costs.items() if not cost.exceeds(self.candidate.dense)}
+def _affordable(candidate: Candidate, factorization: Factorization, ranks: Sequence[Rank]) -> dict[Rank, Cost]:
+    """Return the ranks whose chains cost no more than the dense layer, with their costs."""
+    costs = {rank: candidate.cost(factorization, rank) for rank in ranks}
+    return {rank: cost for rank, cost in costs.items() if not cost.exceeds(candidate.dense_cost)}
 
 
 def _thinned(ranks: Sequence[Rank]) -> list[Rank]:
-    """At most so many, spread evenly, with the largest."""
-    step = max(1, -(-len(ranks) // _RANKS))
+    """Return at most ``_MAX_RANKS`` ranks, evenly spread, including the largest."""
+    step = max(1, -(-len(ranks) // _MAX_RANKS))
     return list(ranks[::-1][::step][::-1])
 
 
-def _faster(options: Sequence[Option], ms: float) -> list[Option]:
-    """The dense one, and those that measure faster by what is more than chance."""
-    dense, *others = options
-    if ms < _SHORTEST:
-        return [dense._replace(choice=Skip(f"it takes {ms:.2g} ms, too little for this machine's clock to compare"))]
-    kept = [option for option in others if (option.cost.ms or 0.0) < _FASTER * ms]
-    if others and not kept:
-        fastest = min(option.cost.ms or 0.0 for option in others)
-        dense = dense._replace(choice=Skip(f"no chain measures faster: {ms:.3g} ms as it is, {fastest:.3g} ms at best"))
-    return [dense, *kept]
+def _faster_options(options: Sequence[Option], dense_ms: float) -> list[Option]:
+    """Return the dense layer, and the chains that are faster by more than chance."""
+    dense, *chains = options
+    if dense_ms < _MIN_MS:
+        reason = f"it takes {dense_ms:.2g} ms, too little for this machine's clock to compare"
+        return [dense._replace(choice=Skip(reason))]
+    faster = [option for option in chains if (option.cost.ms or 0.0) < _MAX_TIME_SHARE * dense_ms]
+    if chains and not faster:
+        best = min(option.cost.ms or 0.0 for option in chains)
+        reason = f"no chain measures faster: {dense_ms:.3g} ms as it is, {best:.3g} ms at best"
+        dense = dense._replace(choice=Skip(reason))
+    return [dense, *faster]

@@ -1,22 +1,28 @@
-"""What a network may cost."""
+"""Budgets: what a network may cost."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar, final
 
 from fxfact.conv import Cost
 from fxfact.errors import BudgetError
+from fxfact.utils import Timer
 
 
 @dataclass(frozen=True)
 class Budget(ABC):
-    """A share of what the whole dense network costs, linear layers and all, or an absolute bound ``at_most``.
+    """A bound on the cost of the whole network, including linear layers and everything else.
 
-    Raises BudgetError unless it is one of the two, positive, the share within 1.
+    Args:
+        fraction: the bound as a share of the cost of the dense network, above 0 and at most 1.
+        at_most: the bound itself. Pass one of the two.
+
+    Raises:
+        BudgetError: unless exactly one of the two is given and in range.
     """
 
     fraction: float | None = None
@@ -32,25 +38,25 @@ class Budget(ABC):
         numbers = all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in given)
         if len(given) != 1 or not numbers or not given[0] > 0 or (self.fraction or 0) > 1:
             raise BudgetError(
-                f"{name}({self.fraction!r}, {self.bound}={self.at_most!r}) is no budget. Pass a share within 1, "
+                f"{name}({self.fraction!r}, {self.bound}={self.at_most!r}) is no budget. Pass a share of at most 1, "
                 f"{name}(0.5), or {name}({self.example})."
             )
 
     @abstractmethod
     def amount(self, cost: Cost) -> float:
-        """Of a cost what this budget is about. Raises BudgetError where it is not known."""
+        """Return the part of a cost that this budget bounds. Raises BudgetError if it is not known."""
 
     def allowed(self, network: Cost) -> float:
-        """The bound for a network that costs this much."""
+        """Return the bound for a network of this cost."""
         return self.at_most if self.at_most is not None else (self.fraction or 0) * self.amount(network)
 
-    def unmet(self, least: float, network: Cost) -> BudgetError:
-        """What to raise where a network that costs this much cannot go below ``least``."""
+    def unmet_error(self, least: float, network: Cost) -> BudgetError:
+        """Return the error to raise if a network of this cost cannot be brought below ``least``."""
         whole = self.amount(network)
         return BudgetError(
-            f"the budget is {_shown(self.allowed(network))} {self.unit}, and these factorizations can go down to "
-            f"{_shown(least)} ({least / whole:.3f} of {_shown(whole)}). Raise it, or let it have more convolutions and "
-            "factorizations.",
+            f"the budget is {_format(self.allowed(network))} {self.unit}, and these factorizations can go down to "
+            f"{_format(least)} ({least / whole:.3f} of {_format(whole)}). Raise the budget, or allow more convolutions "
+            "and factorizations.",
             least,
         )
 
@@ -58,12 +64,30 @@ class Budget(ABC):
 @final
 @dataclass(frozen=True)
 class Macs(Budget):
-    """Multiply-accumulates for one sample."""
+    """A bound on multiply-accumulates (MACs) for one sample: ``Macs(0.5)`` or ``Macs(at_most=20_000_000)``.
+
+    Args:
+        fraction: the bound as a share of the MACs of the dense network, above 0 and at most 1.
+        at_most: the bound itself. Pass one of the two.
+
+    Raises:
+        BudgetError: unless exactly one of the two is given and in range.
+    """
 
     unit = "MACs"
 
     def amount(self, cost: Cost) -> int:
-        """The MACs."""
+        """Return the MACs.
+
+        Args:
+            cost: the cost of a network.
+
+        Returns:
+            Its MACs for one sample.
+
+        Raises:
+            BudgetError: if they are not known.
+        """
         if cost.macs is None:
             raise BudgetError("a budget of MACs needs example_inputs, which give the sizes")
         return cost.macs
@@ -72,40 +96,81 @@ class Macs(Budget):
 @final
 @dataclass(frozen=True)
 class Params(Budget):
-    """Numbers stored."""
+    """A bound on the number of parameters: ``Params(0.5)`` or ``Params(at_most=900_000)``.
+
+    Args:
+        fraction: the bound as a share of the parameters of the dense network, above 0 and at most 1.
+        at_most: the bound itself. Pass one of the two.
+
+    Raises:
+        BudgetError: unless exactly one of the two is given and in range.
+    """
 
     unit = "parameters"
 
     def amount(self, cost: Cost) -> int:
-        """The parameters."""
+        """Return the parameters.
+
+        Args:
+            cost: the cost of a network.
+
+        Returns:
+            The number of its parameters.
+        """
         return cost.params
 
 
 @final
 @dataclass(frozen=True, init=False)
 class Latency(Budget):
-    """Milliseconds of one call with the example inputs, on this machine: a share of what the dense network takes in the
-    fastest of its forms, or ``at_most_ms``. ``compiled``: as torch.compile runs it, with frozen weights, on processors
-    called from C++, on GPUs as CUDA graphs (of ``torch._inductor.config``: ``freezing``, ``cpp_wrapper``,
-    ``triton.cudagraphs``).
+    """A bound on the milliseconds of one call with the example inputs, on this machine.
+
+    Args:
+        fraction: the bound as a share of the time of the dense network, in the fastest of its exact variants (batch
+            norms folded, channels_last, ...), above 0 and at most 1.
+        at_most_ms: the bound itself, in milliseconds. Pass one of the two.
+        compiled: measure the network as ``torch.compile`` runs it: with frozen weights, called from C++ on processors
+            and as CUDA graphs on GPUs (``freezing``, ``cpp_wrapper`` and ``triton.cudagraphs`` of
+            ``torch._inductor.config``).
+        timer: measures the calls. Default: this machine's clock.
+
+    Raises:
+        BudgetError: unless exactly one of the bounds is given and in range.
     """
 
     compiled: bool = False
+    timer: Timer = field(default_factory=Timer, compare=False)
 
     unit = "ms"
     bound = "at_most_ms"
     example = "at_most_ms=12"
 
     def __init__(
-        self, fraction: float | None = None, *, at_most_ms: float | None = None, compiled: bool = False
+        self,
+        fraction: float | None = None,
+        *,
+        at_most_ms: float | None = None,
+        compiled: bool = False,
+        timer: Timer | None = None,
     ) -> None:
         super().__init__(fraction, at_most_ms)
         if not isinstance(compiled, bool):
             raise BudgetError(f"Latency: compiled is True or False, got {compiled!r}")
         object.__setattr__(self, "compiled", compiled)
+        object.__setattr__(self, "timer", timer or Timer())
 
     def amount(self, cost: Cost) -> float:
-        """The milliseconds."""
+        """Return the milliseconds.
+
+        Args:
+            cost: the cost of a network.
+
+        Returns:
+            The milliseconds of one call.
+
+        Raises:
+            BudgetError: if they were not measured.
+        """
         if cost.ms is None:
             raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
         return cost.ms
@@ -114,17 +179,25 @@ class Latency(Budget):
 @final
 @dataclass(frozen=True)
 class Loss:
-    """By how much the loss may grow, in nats for one sample, measured on data: the KL divergence from the original.
+    """A bound on the increase of the loss, as measured on data: ``Loss(0.05)``.
 
-    The cheapest network under it is looked for, by MACs where they are known. Raises BudgetError unless positive.
+    The increase is the KL divergence from the original network's outputs, in nats for one sample. (1 nat is what the
+    loss of a classifier grows by if it gives the right class 1/e of its former probability.) The cheapest network
+    within the bound is searched for: by MACs if they are known, else by parameters.
+
+    Args:
+        nats: the bound, above 0.
+
+    Raises:
+        BudgetError: unless it is a positive number.
     """
 
     nats: float
 
     def __post_init__(self) -> None:
         if isinstance(self.nats, bool) or not isinstance(self.nats, Real) or not 0 < self.nats < math.inf:
-            raise BudgetError(f"Loss({self.nats!r}) is no budget: it is a positive number of nats for one sample")
+            raise BudgetError(f"Loss({self.nats!r}) is no budget: pass a positive number of nats for one sample")
 
 
-def _shown(amount: float) -> str:
+def _format(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"

@@ -1,81 +1,127 @@
-"""From a captured graph and a rank strategy to a plan."""
+"""From a captured network to a plan: which layers are candidates, and the plan for an allocation of ranks to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from fxfact.capture import Captured
-from fxfact.conv import ConvSite, ConvSpec, Cost, Sizes, Skip, path_of
+from fxfact.conv import ConvSite, ConvSpec, Cost, Skip, path_of
 from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.planning.decision import Decision
 from fxfact.planning.plan import Plan
-from fxfact.planning.strategy import Candidate, Choice, RankStrategy
+from fxfact.planning.strategy import Allocation, Candidate, Choice, RankStrategy
 
 Selection = str | Sequence[str] | Callable[[str, ConvSpec], bool]
+_Predicate = Callable[[str, ConvSpec], bool]
 
 
-def build_plan(
-    captured: Captured,
-    strategy: RankStrategy,
-    *,
-    include: Selection | None = None,
-    exclude: Selection | None = None,
-    allow_growth: bool = False,
-    partial: bool = False,
-) -> Plan:
-    """Decide every convolution; ``include`` and ``exclude`` are globs on the path, or predicates on (path, spec), of
-    what is captured or, where that is ``partial``, of more.
+@dataclass(frozen=True, kw_only=True)
+class SearchScope:
+    """Which layers of a network a plan may change.
+
+    Attributes:
+        include: globs on the path, or a predicate on (path, spec). None includes every layer.
+        exclude: the same, for layers to leave alone.
+        allow_growth: also rewrite layers that would have more parameters or MACs.
+        partial: the captured network is a part of a larger one, so a glob may fit nothing.
     """
-    included, excluded = _predicate("include", include), _predicate("exclude", exclude)
+
+    include: Selection | None = None
+    exclude: Selection | None = None
+    allow_growth: bool = False
+    partial: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PlanDraft:
+    """A plan before ranks are chosen.
+
+    Attributes:
+        captured: the network.
+        scope: which layers may change.
+        decisions: one for every layer, in the order of the graph. Layers that may not change have their reason.
+        groups: for every candidate the paths of the layers that share its weight, its own path first.
+        candidates: the layers to choose for.
+        network: the cost of the whole dense network.
+    """
+
+    captured: Captured
+    scope: SearchScope
+    decisions: tuple[Decision, ...]
+    groups: tuple[tuple[str, ...], ...]
+    candidates: tuple[Candidate, ...]
+    network: Cost
+
+    def to_plan(self, allocation: Allocation, *, uses_statistics: bool) -> Plan:
+        """Return the plan for one choice for each candidate."""
+        decisions = {decision.path: decision for decision in self.decisions}
+        for group, choice in zip(self.groups, allocation.choices, strict=True):
+            decided = [_decide(decisions[path], choice) for path in group]
+            if not self.scope.allow_growth and (skip := _why_larger(decided)):
+                decided = [_decide(decision, skip) for decision in decided]
+            decisions |= {decision.path: decision for decision in decided}
+        return Plan(
+            model=self.captured.model,
+            network=self.network,
+            decisions=tuple(decisions.values()),
+            capture=self.captured.frontend,
+            compared=self.captured.compared,
+            fold_weights=self.captured.fold_weights,
+            leaf_modules=self.captured.leaf_modules,
+            refused=self.captured.refused,
+            uses_statistics=uses_statistics,
+            pareto_points=allocation.pareto_points,
+        )
+
+
+def draft_plan(captured: Captured, scope: SearchScope) -> PlanDraft:
+    """Find the candidates of a captured network.
+
+    Raises:
+        ArgumentError: for a glob that fits no layer, and a predicate that fails.
+        ArgumentTypeError: for a selection of another type.
+    """
+    included, excluded = _parse_selection("include", scope.include), _parse_selection("exclude", scope.exclude)
     decisions = {path_of(item): _undecided(item, captured.samples) for item in captured.found}
-    if not partial:
-        _check_patterns(include, exclude, list(decisions))
-    tied = [[d for d in decisions.values() if leader.path in (d.path, d.tied_to)] for leader in decisions.values()]
-    together = [group for group in tied if group[0].spec is not None and not group[0].tied_to]
+    if not scope.partial:
+        _check_patterns("include", scope.include, list(decisions))
+        _check_patterns("exclude", scope.exclude, list(decisions))
     layers = {site.path: site.layer for site in captured.sites}
+    groups: list[tuple[str, ...]] = []
     candidates: list[Candidate] = []
-    chosen: list[list[Decision]] = []
-    for group in together:
-        if left_out := next((skip for d in group if (skip := _left_out(d, included, excluded))), None):
-            decisions |= {d.path: _decided(d, left_out) for d in group}
-        else:
-            candidates.append(Candidate(group[0].path, layers[group[0].path], _calls(group)))
-            chosen.append(group)
-    network = _network(captured, decisions.values())
-    answer = strategy.choose(candidates, network)
-    for group, choice in zip(chosen, answer.choices, strict=True):
-        decided = [_decided(d, choice) for d in group]
-        if not allow_growth and (skip := _grows(decided)):
-            decided = [_decided(d, skip) for d in group]
-        decisions |= {d.path: d for d in decided}
-    return Plan(
-        model=captured.model,
-        network=network,
-        decisions=tuple(decisions.values()),
-        capture=captured.frontend,
-        compared=captured.compared,
-        fold_weights=captured.fold_weights,
-        leaf_modules=captured.leaf_modules,
-        refused=captured.refused,
-        uses_statistics=strategy.uses_statistics,
-        pareto_points=answer.pareto_points,
-    )
+    for leader in list(decisions.values()):
+        if leader.spec is None or leader.tied_to:
+            continue
+        group = [decision for decision in decisions.values() if leader.path in (decision.path, decision.tied_to)]
+        reasons = (_why_left_out(decision, included, excluded) for decision in group)
+        if left_out := next((reason for reason in reasons if reason), None):
+            decisions |= {decision.path: _decide(decision, left_out) for decision in group}
+            continue
+        calls = tuple((decision.spec, decision.input_sizes) for decision in group if decision.spec is not None)
+        groups.append(tuple(decision.path for decision in group))
+        candidates.append(Candidate(leader.path, layers[leader.path], calls))
+    network = _network_cost(captured, decisions.values())
+    return PlanDraft(captured, scope, tuple(decisions.values()), tuple(groups), tuple(candidates), network)
 
 
-def _network(captured: Captured, decisions: Iterable[Decision]) -> Cost:
-    """The whole network: its parameters, and the buffers that convolutions take as their weights. Of branches one alone
-    was run, and all of them are counted.
+def build_plan(captured: Captured, strategy: RankStrategy, scope: SearchScope) -> Plan:
+    """Return the plan of a strategy for a captured network. Raises what ``draft_plan`` and the strategy raise."""
+    draft = draft_plan(captured, scope)
+    allocation = strategy.choose(draft.candidates, draft.network)
+    return draft.to_plan(allocation, uses_statistics=strategy.uses_statistics)
+
+
+def _network_cost(captured: Captured, decisions: Iterable[Decision]) -> Cost:
+    """Return the cost of the whole network. Buffers that convolutions use as weights count as parameters.
+
+    Of the branches of a conditional only one was run, but all of them count.
     """
     tensors = [*captured.network.parameters(), *(t for site in captured.sites for t in (site.weight, site.bias))]
     params = sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
-    least = sum(decision.before.macs or 0 for decision in decisions if decision.spec is not None)
-    return Cost(params, None if captured.macs is None else max(captured.macs, least))
-
-
-def _calls(group: Sequence[Decision]) -> tuple[tuple[ConvSpec, tuple[Sizes, ...] | None], ...]:
-    return tuple((decision.spec, decision.input_sizes) for decision in group if decision.spec is not None)
+    conv_macs = sum(decision.before.macs or 0 for decision in decisions if decision.spec is not None)
+    return Cost(params, None if captured.macs is None else max(captured.macs, conv_macs))
 
 
 def _undecided(item: ConvSite | Skip, samples: int) -> Decision:
@@ -85,33 +131,32 @@ def _undecided(item: ConvSite | Skip, samples: int) -> Decision:
     return Decision(path=item.path, spec=item.spec, input_sizes=sizes, tied_to=item.tied_to)
 
 
-def _decided(decision: Decision, choice: Choice | Skip) -> Decision:
+def _decide(decision: Decision, choice: Choice | Skip) -> Decision:
     if isinstance(choice, Skip):
         return replace(decision, factorization=None, rank=None, reason=choice.reason, note="")
     decided = replace(decision, factorization=choice.factorization, rank=choice.rank, note=choice.note)
     if not decision.tied_to:
-        decided = replace(
-            decided, predicted_loss_increase=choice.predicted_loss_increase, milliseconds=choice.milliseconds
-        )
-    elif choice.milliseconds is not None:  # which are those of all that share the weight
-        decided = replace(decided, milliseconds=(0.0, 0.0))
+        increase, latencies = choice.predicted_loss_increase, choice.latencies_ms
+        decided = replace(decided, predicted_loss_increase=increase, latencies_ms=latencies)
+    elif choice.latencies_ms is not None:  # the first layer's latencies are those of all layers that share the weight
+        decided = replace(decided, latencies_ms=(0.0, 0.0))
     if len(decided.stages) > 1:
         return decided
-    return _decided(decision, Skip("at full rank the chain is the convolution itself"))
+    return _decide(decision, Skip("at full rank the chain is the convolution itself"))
 
 
-def _grows(together: Sequence[Decision]) -> Skip | None:
-    before, after = (sum(costs, Cost(0, 0)) for costs in zip(*((d.before, d.after) for d in together), strict=True))
+def _why_larger(group: Sequence[Decision]) -> Skip | None:
+    before, after = (sum(costs, Cost(0, 0)) for costs in zip(*((d.before, d.after) for d in group), strict=True))
     if not after.exceeds(before):
         return None
-    what = [("parameters", before.params, after.params), ("MACs", before.macs, after.macs)]
+    amounts = [("parameters", before.params, after.params), ("MACs", before.macs, after.macs)]
     grown = [
-        f"{old:,} → {new:,} {name}" for name, old, new in what if old is not None and new is not None and new > old
+        f"{old:,} → {new:,} {name}" for name, old, new in amounts if old is not None and new is not None and new > old
     ]
     return Skip(f"it would grow: {', '.join(grown)}")
 
 
-def _left_out(decision: Decision, included: _Predicate, excluded: _Predicate) -> Skip | None:
+def _why_left_out(decision: Decision, included: _Predicate | None, excluded: _Predicate | None) -> Skip | None:
     assert decision.spec is not None
     owner = f" ({decision.path}, which shares its weight)" if decision.tied_to else ""
     if included is not None and not included(decision.path, decision.spec):
@@ -121,32 +166,28 @@ def _left_out(decision: Decision, included: _Predicate, excluded: _Predicate) ->
     return None
 
 
-_Predicate = Callable[[str, ConvSpec], bool] | None
-
-
-def _predicate(argument: str, selection: Selection | None) -> _Predicate:
+def _parse_selection(argument: str, selection: Selection | None) -> _Predicate | None:
     if selection is None:
         return None
     if callable(selection):
         predicate = selection
 
-        def named(path: str, spec: ConvSpec) -> bool:
+        def checked_predicate(path: str, spec: ConvSpec) -> bool:
             try:
                 return bool(predicate(path, spec))
             except Exception as error:
                 raise ArgumentError(f"{argument}: the predicate failed on ({path!r}, {spec}): {error}") from error
 
-        return named
+        return checked_predicate
     patterns = [selection] if isinstance(selection, str) else selection
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ArgumentTypeError(f"{argument} must be a glob, a list of globs or a predicate, got {selection!r}")
     return lambda path, spec: any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _check_patterns(include: Selection | None, exclude: Selection | None, paths: Sequence[str]) -> None:
-    """Raise ArgumentError for a glob that fits no convolution at all."""
-    for argument, selection in (("include", include), ("exclude", exclude)):
-        patterns = [] if selection is None or callable(selection) else selection
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if paths and not any(fnmatchcase(path, pattern) for path in paths):
-                raise ArgumentError(f"{argument}: no convolution at {pattern!r}. There are: {', '.join(paths)}.")
+def _check_patterns(argument: str, selection: Selection | None, paths: Sequence[str]) -> None:
+    """Raise ArgumentError for a glob that fits no convolution."""
+    patterns = [] if selection is None or callable(selection) else selection
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if paths and not any(fnmatchcase(path, pattern) for path in paths):
+            raise ArgumentError(f"{argument}: no convolution at {pattern!r}. There are: {', '.join(paths)}.")

@@ -1,4 +1,4 @@
-"""What is to become of one convolution."""
+"""The decision for one convolution."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from fxfact.factorizations import Factorization, Rank
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One convolution: factorized at a rank, or left as it is for a ``reason``.
+    """What becomes of one convolution: a factorization at a rank, or nothing, for a reason.
 
-    ``spec`` is None where the convolution could not be parsed, ``input_sizes`` where no example inputs were given.
-    ``tied_to`` is the path of the convolution that holds the same weight and counts its parameters. ``predicted_loss_increase`` is by
-    how much the loss is expected to grow, in nats for one sample, where data told; ``milliseconds`` how long the
-    convolution takes and its chain will, in one call of the network, where that was measured.
+    Attributes:
+        path: the path of the convolution in the model.
+        spec: the convolution, or None if it could not be parsed.
+        input_sizes: the spatial size of the input at every call. None if no example inputs were given.
+        tied_to: the path of the convolution that holds the same weight and counts its parameters, if there is one.
+        factorization: the factorization, or None if the convolution stays dense.
+        rank: the rank, or None if the convolution stays dense.
+        reason: why the convolution stays dense.
+        note: how the decision differs from the request, if it does.
+        predicted_loss_increase: the expected increase of the loss in nats for one sample. None without data.
+        latencies_ms: milliseconds of the convolution and of its chain in one call of the network, if measured.
+
+    Raises:
+        PlanError: if the factorization is given without a rank or a convolution, or the other way round.
     """
 
     path: str
@@ -30,7 +40,7 @@ class Decision:
     reason: str = ""
     note: str = ""
     predicted_loss_increase: float | None = None
-    milliseconds: tuple[float, float] | None = None
+    latencies_ms: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
@@ -38,12 +48,12 @@ class Decision:
 
     @property
     def rewrite(self) -> str:
-        """What is done where: the same for decisions that come to the same."""
+        """Identifies the rewrite: path, factorization and rank. Equal for decisions that do the same."""
         return f"{self.path} {self.factorization} {self.rank}"
 
     @property
     def stages(self) -> tuple[ConvSpec, ...]:
-        """The convolutions that will stand here: those of the chain, or the one that is there."""
+        """The convolutions that the network will have here: those of the chain, or the dense one."""
         if self.spec is None:
             return ()
         if self.factorization is None or self.rank is None:
@@ -53,39 +63,40 @@ class Decision:
     @property
     def before(self) -> Cost:
         """The cost of the convolution as it is."""
-        return replace(self._cost((self.spec,) if self.spec else ()), ms=(self.milliseconds or (None, None))[0])
+        dense_ms, _ = self.latencies_ms or (None, None)
+        return replace(self._cost_of((self.spec,) if self.spec else ()), ms=dense_ms)
 
     @property
     def after(self) -> Cost:
-        """The cost of what will stand here."""
-        return replace(self._cost(self.stages), ms=(self.milliseconds or (None, None))[1])
+        """The cost of what the network will have here."""
+        _, chain_ms = self.latencies_ms or (None, None)
+        return replace(self._cost_of(self.stages), ms=chain_ms)
 
-    def _cost(self, stages: Sequence[ConvSpec]) -> Cost:
+    def _cost_of(self, stages: Sequence[ConvSpec]) -> Cost:
         return chain_cost(stages, self.input_sizes, tied=self.tied_to is not None)
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:
-    """Plain data."""
+    """Return a decision as plain data."""
     data = {field.name: getattr(decision, field.name) for field in fields(decision)}
     data["spec"] = asdict(decision.spec) if decision.spec else None
-    if method := decision.factorization:
-        data["factorization"] = {
-            "name": method.name,
-            "options": {field.name: getattr(method, field.name) for field in fields(method)},
-        }
+    if factorization := decision.factorization:
+        options = {field.name: getattr(factorization, field.name) for field in fields(factorization)}
+        data["factorization"] = {"name": factorization.name, "options": options}
     return data
 
 
 def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Decision:
-    """From plain data; ``known`` has the factorizations by name. Raises PlanError."""
+    """Return a decision from plain data. ``known`` has the factorizations by name. Raises PlanError."""
     values = dict(data)
-    spec, method = values["spec"], values["factorization"]
+    spec, factorization = values["spec"], values["factorization"]
     if spec is not None:
         values["spec"] = ConvSpec.from_json(spec)
-    if method is not None:
-        if method["name"] not in known:
-            raise PlanError(f"unknown factorization {method['name']!r}. Pass its class as factorizations=[...].")
-        values["factorization"] = known[method["name"]](**method["options"])
-    for name in ("input_sizes", "rank", "milliseconds"):
+    if factorization is not None:
+        name = factorization["name"]
+        if name not in known:
+            raise PlanError(f"unknown factorization {name!r}. Pass its class as factorizations=[...].")
+        values["factorization"] = known[name](**factorization["options"])
+    for name in ("input_sizes", "rank", "latencies_ms"):
         values[name] = as_tuples(values[name])
     return Decision(**values)

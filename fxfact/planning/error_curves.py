@@ -1,68 +1,144 @@
-"""By how much the loss grows with every rank of a factorization: few computed, the others read off between them."""
+"""How much the loss increases at every rank of a factorization: computed at a few ranks, interpolated in between."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fxfact.conv import ConvLayer, KroneckerFisher, compose
-from fxfact.factorizations import Factorization, Rank, pow2_scale
-from fxfact.utils import no_reduced_precision
+from fxfact.errors import PlanError
+from fxfact.factorizations import Factorization, Rank, weight_scale
+from fxfact.utils import atomic_write, no_reduced_precision
 
 ErrorCurve = list[tuple[Rank, float]]
-ErrorCurves = dict[str, ErrorCurve]  # by factorization and its options, and the numbers of the kernel
-_COMPUTED, _LAST = 6, 0.9  # ranks of a factorization without a formula; the last of them, among all
+_MAX_COMPUTED_RANKS = 6  # for factorizations without a closed form
+_LARGEST_COMPUTED = 0.9  # as a fraction of the list of candidate ranks
+_FILE_FORMAT = {"format": "fxfact error curves", "version": 1}
 
 
-def cache_key(factorization: Factorization) -> str:
-    """A name for it and its options."""
-    return f"{factorization.name} {json.dumps(asdict(factorization), sort_keys=True)}"
+class ErrorCurveCache:
+    """Error curves that were computed before, for plans that are made again.
+
+    Pass the same cache to several calls of ``fxfact.plan`` or ``fxfact.factorize`` with a budget: only the first one
+    computes the curves. A curve is found again only for the same weight values, the same statistics and the same
+    factorization with the same options, so a cache may serve several models.
+    """
+
+    def __init__(self) -> None:
+        self._curves: dict[str, ErrorCurve] = {}
+
+    def __len__(self) -> int:
+        return len(self._curves)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._curves)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._curves
+
+    def __getitem__(self, key: str) -> ErrorCurve:
+        return self._curves[key]
+
+    def __setitem__(self, key: str, curve: ErrorCurve) -> None:
+        self._curves[key] = curve
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the curves to a JSON file.
+
+        Args:
+            path: the file. It is written whole or not at all.
+
+        Raises:
+            PlanError: if the file cannot be written.
+        """
+        content = {**_FILE_FORMAT, "curves": self._curves}
+        try:
+            with atomic_write(path) as file:
+                file.write(json.dumps(content, indent=0).encode())
+        except (OSError, TypeError) as error:
+            raise PlanError(f"{path}: the error curves cannot be written there: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ErrorCurveCache:
+        """Read curves that ``save`` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            A new cache.
+
+        Raises:
+            PlanError: if the file cannot be read, is damaged, or is of another version.
+        """
+        cache = cls()
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            cache._curves = _parse_curves(content["curves"])
+            found = {key: content[key] for key in _FILE_FORMAT}
+        except (OSError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            raise PlanError(f"{path}: these are no error curves that can be read: {error}") from error
+        if found != _FILE_FORMAT:
+            raise PlanError(f"{path}: expected {_FILE_FORMAT}, found {found}. Save the error curves again.")
+        return cache
+
+
+def _parse_curves(data: dict[str, Any]) -> dict[str, ErrorCurve]:
+    return {
+        key: [(tuple(int(entry) for entry in rank), float(increase)) for rank, increase in curve]
+        for key, curve in data.items()
+    }
+
+
+def cache_key(factorization: Factorization, weight_digest: str, statistics_digest: str) -> str:
+    """Return the key of a curve: the factorization and its options, the weight values, and the statistics."""
+    options = json.dumps(asdict(factorization), sort_keys=True)
+    return f"{factorization.name} {options} of {weight_digest} under {statistics_digest}"
 
 
 def error_curve(
-    layer: ConvLayer, factorization: Factorization, among: Sequence[Rank], metric: KroneckerFisher | None
+    layer: ConvLayer, factorization: Factorization, ranks: Sequence[Rank], fisher: KroneckerFisher | None
 ) -> ErrorCurve:
-    """Nats for ranks, those among which may ever be chosen, ascending; without a metric ‖W − Ŵ‖² / ‖W‖², or what it is
-    at most. This is what takes long; it takes and gives values only.
+    """Return the estimated loss increase in nats for candidate ranks, ascending.
 
-    Where no formula gives them all, increases are computed at six ranks at most, nearer to each other among the small
-    ones, where they change most.
+    Without ``fisher`` the values are ‖W − Ŵ‖² / ‖W‖², or an upper bound on it. This is the expensive part of planning;
+    it takes and returns values only, so that it can run in another process. If no closed form gives all increases,
+    they are computed at up to six ranks, closer to each other among the small ranks, where they change most.
     """
     with no_reduced_precision(layer.weight.device):
-        return _curve(layer, factorization, among, metric)
+        if fisher is None and (bounds := factorization.error_bounds(layer, ranks)) is not None:
+            return list(zip(ranks, bounds, strict=True))
+        positions = np.linspace(0, _LARGEST_COMPUTED, _MAX_COMPUTED_RANKS) ** 1.5 * (len(ranks) - 1)
+        computed = [ranks[k] for k in np.unique(positions.round().astype(int))]
+        if fisher is not None:
+            return list(zip(computed, factorization.loss_increases(layer, fisher, computed), strict=True))
+        return [(rank, relative_square_error(layer, factorization, rank)) for rank in computed]
 
 
-def _curve(
-    layer: ConvLayer, factorization: Factorization, among: Sequence[Rank], metric: KroneckerFisher | None
-) -> ErrorCurve:
-    if metric is None and (bounds := factorization.bounds(layer, among)) is not None:
-        return list(zip(among, bounds, strict=True))
-    places = np.linspace(0, _LAST, _COMPUTED) ** 1.5 * (len(among) - 1)
-    computed = [among[k] for k in np.unique(places.round().astype(int))]
-    if metric is not None:
-        return list(zip(computed, factorization.increases(layer, metric, computed), strict=True))
-    return [(rank, relative_square(layer, factorization, rank)) for rank in computed]
-
-
-def relative_square(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
-    """‖W − Ŵ‖² / ‖W‖² of the chain that comes nearest in the Frobenius norm, always from the same start."""
-    dense = (layer.weight / pow2_scale(layer.weight)).float()
+def relative_square_error(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:
+    """Return ‖W − Ŵ‖² / ‖W‖² of the chain that is closest in the Frobenius norm, always from the same start."""
+    dense = (layer.weight / weight_scale(layer.weight)).float()
     layer = replace(layer, weight=dense)
     chain = factorization.decompose(layer, rank, generator=torch.Generator(dense.device).manual_seed(0))
     with no_reduced_precision(dense.device):
-        missed = compose(chain) - dense
-    return float(missed.square().sum() / dense.square().sum().clamp_min(1e-30))
+        difference = compose(chain) - dense
+    return float(difference.square().sum() / dense.square().sum().clamp_min(1e-30))
 
 
-def interpolate(known: ErrorCurve, ranks: Sequence[Rank]) -> list[float]:
-    """Nats for each of the ranks: between those computed, their logarithm is interpolated over the rank. The largest
-    ranks, which save little and take long, count as the last that was computed.
+def interpolate(curve: ErrorCurve, ranks: Sequence[Rank]) -> list[float]:
+    """Return the loss increase for each of the ranks.
+
+    The logarithm of the increase is interpolated linearly over the sum of the rank. Ranks above the largest computed
+    one, which save little and take long to compute, get its value.
     """
-    sizes, nats = [sum(rank) for rank, _ in known], [value for _, value in known]
-    lowest = np.minimum.accumulate(np.maximum(nats, 1e-12 * max(nats, default=0.0) + 1e-300))
-    found: list[float] = np.exp(np.interp([sum(rank) for rank in ranks], sizes, np.log(lowest))).tolist()
+    sizes, increases = [sum(rank) for rank, _ in curve], [value for _, value in curve]
+    decreasing = np.minimum.accumulate(np.maximum(increases, 1e-12 * max(increases, default=0.0) + 1e-300))
+    found: list[float] = np.exp(np.interp([sum(rank) for rank in ranks], sizes, np.log(decreasing))).tolist()
     return found

@@ -1,4 +1,4 @@
-"""A plan: what is to become of every convolution of a network. A value to print, edit, save and carry out."""
+"""A plan: what becomes of every convolution of a network. A value to print, edit, save and apply."""
 
 from __future__ import annotations
 
@@ -37,16 +37,24 @@ _WAYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The decisions for the convolutions of one model, in the order of its graph. ``print(plan)`` is a table.
+    """The decisions for all convolutions of one model, in the order of its graph. ``print(plan)`` shows a table.
 
-    ``model`` is the class name and ``network`` the cost of the whole dense network, for one sample. ``capture`` is the
-    way in which the model was captured ('trace', 'modules' or 'export'), ``refused`` why others were not taken, and
-    ``compared`` whether what was captured computed the same as the model on its example inputs. ``fold_weights``:
-    computed weights were made parameters. ``leaf_modules``: modules that were not looked into. ``uses_statistics``: the chains are to
-    be decomposed in the metric of statistics. ``front``: other networks that could have been had, cheapest first.
-    ``measured``: by how much the loss grew on held-out data, in nats for one sample, where that was measured.
-    ``form``: exact passes (``fxfact.passes.in_form``) that follow, for the network to run fast. ``timed``: milliseconds
-    of the dense network in its fastest form and of what came out, taking turns, where that was measured.
+    Attributes:
+        model: the class name of the model.
+        network: the cost of the whole dense network for one sample.
+        decisions: one for every convolution.
+        capture: how the model was captured: 'trace', 'modules' or 'export'.
+        compared: whether the captured network was compared with the model on example inputs.
+        fold_weights: whether computed weights were made parameters.
+        leaf_modules: globs of modules that tracing kept whole.
+        refused: why other ways to capture the model were not taken.
+        uses_statistics: whether the chains are to be fitted in the Fisher metric of calibration statistics.
+        pareto_points: networks for other budgets, cheapest first. Empty without a budget.
+        measured_loss_increase: the increase of the loss on held-out data in nats for one sample, if measured.
+        inference_passes: names of exact passes that follow, so that the network runs fast (see
+            ``fxfact.for_inference``).
+        measured_ms: milliseconds of the dense network in its fastest exact variant and of the result, measured in
+            turns, if measured.
     """
 
     model: str
@@ -65,13 +73,13 @@ class Plan:
 
     @property
     def predicted_loss_increase(self) -> float | None:
-        """By how much the loss is expected to grow, in nats for one sample; None unless data told."""
+        """The expected increase of the loss in nats for one sample. None without data."""
         known = [decision.predicted_loss_increase for decision in self.rewrites if decision.tied_to is None]
         return sum(nats for nats in known if nats is not None) if self.uses_statistics and None not in known else None
 
     @property
     def pareto_front(self) -> ParetoFront:
-        """The budgets that could have been met, and what each costs the loss. Raises PlanError for a plan without."""
+        """The networks that other budgets would have given. Raises PlanError for a plan without a budget."""
         if not self.pareto_points:
             raise PlanError("the plan was made without a budget, so it knows no other. Pass budget=fxfact.Macs(0.5).")
         return ParetoFront(network=self.network, points=self.pareto_points)
@@ -83,14 +91,14 @@ class Plan:
 
     @property
     def after(self) -> Cost:
-        """The cost of the whole network with the plan carried out."""
+        """The cost of the whole network after the plan is applied."""
         cost = self.network
         for decision in self.rewrites:
             cost = cost + decision.after - decision.before
         return cost
 
     def __getitem__(self, path: str) -> Decision:
-        """The decision for a path. Raises PlanError where the plan has none."""
+        """Return the decision for a path. Raises PlanError if the plan has none."""
         for decision in self.decisions:
             if decision.path == path:
                 return decision
@@ -112,9 +120,20 @@ class Plan:
         factorization: str | Factorization | None = None,
         skip: str | None = None,
     ) -> Plan:
-        """The plan with another decision for ``path`` and what shares its weight: another rank or factorization, as
-        ``fxfact.plan`` takes them, or ``skip``, the reason to leave it as it is. Raises PlanError, RankError,
-        RefusedError.
+        """Return the plan with another decision for one convolution and those that share its weight.
+
+        Args:
+            path: the path of the convolution.
+            rank: another rank, as for ``fxfact.plan``.
+            factorization: another factorization, as for ``fxfact.plan``.
+            skip: the reason to leave the convolution dense.
+
+        Returns:
+            A new plan. What was measured for the old one is dropped.
+
+        Raises:
+            PlanError: if the plan has no such convolution, or there is nothing to edit.
+            RankError, RefusedError: if the rank or the factorization does not suit the convolution.
         """
         old = self[path]
         if skip is not None and not isinstance(skip, str):
@@ -123,45 +142,67 @@ class Plan:
             new: dict[str, Any] = {"factorization": None, "rank": None, "reason": skip}
         else:
             with error_context(path):
-                new = {**_chosen(old, rank, factorization), "reason": ""}
-        new |= {"note": "", "predicted_loss_increase": None, "milliseconds": None}
+                new = {**_edited_choice(old, rank, factorization), "reason": ""}
+        new |= {"note": "", "predicted_loss_increase": None, "latencies_ms": None}
         together = {path, old.tied_to or path}
         changed = [replace(d, **new) if together & {d.path, d.tied_to} else d for d in self.decisions]
         return replace(self, decisions=tuple(changed), measured_loss_increase=None, measured_ms=None)
 
     def check_fits(self, convolutions: Mapping[str, tuple[ConvSpec, str | None]]) -> None:
-        """Raise PlanError, naming the first differences, unless the plan was made for these convolutions, by path: the
-        spec, and the path of the one that has the same weight.
+        """Check that the plan was made for these convolutions.
+
+        Args:
+            convolutions: by path, the spec, and the path of the convolution that holds the same weight or None.
+
+        Raises:
+            PlanError: if they differ; the message names the first differences.
         """
         planned = {d.path: (d.spec, d.tied_to) for d in self.decisions if d.spec is not None}
         found = dict(convolutions)
         if planned == found:
             return
-        theirs, ours = ({path: _known(value) for path, value in each.items()} for each in (planned, found))
+        theirs, ours = ({path: _describe(value) for path, value in each.items()} for each in (planned, found))
         different = first_differences("the plan", theirs, "the model", ours)
         raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 
     def __str__(self) -> str:
         headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "ms", "loss +, nats", "remark"]
-        rows = [_row(decision) for decision in self.decisions]
+        rows = [_table_row(decision) for decision in self.decisions]
         rewritten = f"{len(self.rewrites)} of {len(self)} rewritten"
-        rows.append(["network", self.model, rewritten, "", *_change(self), _nats(self.predicted_loss_increase), ""])
-        silent = [k for k, known in ((6, self.network.ms is not None), (7, self.uses_statistics)) if not known]
-        headers, *rows = [[cell for k, cell in enumerate(row) if k not in silent] for row in (headers, *rows)]
+        rows.append(
+            [
+                "network",
+                self.model,
+                rewritten,
+                "",
+                *_format_changes(self),
+                _format_nats(self.predicted_loss_increase),
+                "",
+            ]
+        )
+        hidden = [k for k, known in ((6, self.network.ms is not None), (7, self.uses_statistics)) if not known]
+        headers, *rows = [[cell for k, cell in enumerate(row) if k not in hidden] for row in (headers, *rows)]
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * (len(headers) - 1) + [60])
-        way = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
+        notes = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
         if self.capture != "export":
-            way[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
+            notes[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
         if self.inference_passes:
-            way.append(f"for inference: {', '.join(self.inference_passes)}")
+            notes.append(f"for inference: {', '.join(self.inference_passes)}")
         if self.measured_loss_increase is not None:
-            way.append(f"measured on held-out data: the loss grows by {self.measured_loss_increase:.3g} nats")
+            notes.append(f"measured on held-out data: the loss grows by {self.measured_loss_increase:.3g} nats")
         if self.measured_ms is not None:
-            way.append("measured, taking turns: {:.3g} → {:.3g} ms".format(*self.measured_ms))
-        return "\n".join([table, *way])
+            notes.append("measured in turns: {:.3g} → {:.3g} ms".format(*self.measured_ms))
+        return "\n".join([table, *notes])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON. Raises PlanError where that cannot be."""
+        """Write the plan to a JSON file.
+
+        Args:
+            path: the file. It is written whole or not at all.
+
+        Raises:
+            PlanError: if the file cannot be written.
+        """
         text = json.dumps(self.to_json(), indent=1) + "\n"
         try:
             with atomic_write(path) as file:
@@ -171,7 +212,18 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
-        """Read a saved plan; ``factorizations`` are classes of your own that it names. Raises PlanError."""
+        """Read a plan that ``save`` wrote.
+
+        Args:
+            path: the file.
+            factorizations: your own factorization classes that the plan names.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: if the file cannot be read, is damaged, or is of another version.
+        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, TypeError, ValueError, RecursionError) as error:
@@ -180,7 +232,11 @@ class Plan:
             return cls.from_json(data, factorizations=factorizations)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: numbers, strings, lists and dicts."""
+        """Return the plan as plain data: numbers, strings, lists and dicts.
+
+        Returns:
+            What ``from_json`` takes.
+        """
         decisions = [decision_to_json(decision) for decision in self.decisions]
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**_FORMAT, **plain, "network": asdict(self.network), "decisions": decisions} | {
@@ -189,7 +245,18 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any, *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
-        """The inverse of ``to_json``. Raises PlanError where the data is damaged or of another version."""
+        """Return the plan from what ``to_json`` gave.
+
+        Args:
+            data: plain data.
+            factorizations: your own factorization classes that the plan names.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: if the data is damaged or of another version.
+        """
         found = {key: data.get(key) for key in _FORMAT} if isinstance(data, dict) else type(data).__name__
         if found != _FORMAT:
             raise PlanError(f"expected a plan with {_FORMAT}, found {found}. Save it with Plan.save.")
@@ -211,7 +278,9 @@ class Plan:
         return plan
 
 
-def _chosen(old: Decision, request: RankSpec | None, factorization: str | Factorization | None) -> dict[str, Any]:
+def _edited_choice(
+    old: Decision, request: RankSpec | None, factorization: str | Factorization | None
+) -> dict[str, Any]:
     method = old.factorization if factorization is None else parse_factorization(factorization)
     asked: object = old.rank if request is None else request
     if old.spec is None or method is None or asked is None:
@@ -225,34 +294,34 @@ def _chosen(old: Decision, request: RankSpec | None, factorization: str | Factor
     return {"factorization": method, "rank": rank}
 
 
-def _known(convolution: tuple[ConvSpec, str | None]) -> str:
+def _describe(convolution: tuple[ConvSpec, str | None]) -> str:
     spec, tied_to = convolution
     return f"{spec} {'with' if spec.bias else 'without'} bias" + (f" and the weight of {tied_to}" if tied_to else "")
 
 
-def _row(decision: Decision) -> list[str]:
+def _table_row(decision: Decision) -> list[str]:
     method, rank = decision.factorization, decision.rank
     remark = decision.note or decision.reason
     if decision.tied_to:
         remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
     shown = "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
-    costs = ["", "", ""] if decision.spec is None else _change(decision)
+    costs = ["", "", ""] if decision.spec is None else _format_changes(decision)
     return [
         decision.path,
         str(decision.spec or ""),
         method.name if method else "-",
         shown,
         *costs,
-        _nats(decision.predicted_loss_increase),
+        _format_nats(decision.predicted_loss_increase),
         remark,
     ]
 
 
-def _nats(increase: float | None) -> str:
+def _format_nats(increase: float | None) -> str:
     return "" if increase is None else f"{increase:.2g}"
 
 
-def _change(what: Decision | Plan) -> list[str]:
+def _format_changes(what: Decision | Plan) -> list[str]:
     before = what.before if isinstance(what, Decision) else what.network
     after = what.after
     pairs = [(before.params, after.params), (before.macs, after.macs), (before.ms, after.ms)]

@@ -1,4 +1,4 @@
-"""The classic rules: a rank from the numbers of one kernel alone, whatever the others are."""
+"""The classic rank rules: each chooses the rank of a layer from its kernel alone."""
 
 from __future__ import annotations
 
@@ -17,38 +17,64 @@ from torch import Tensor
 from fxfact.conv import Skip
 from fxfact.errors import RankError
 from fxfact.factorizations import Factorization, Rank
-from fxfact.planning.error_curves import relative_square
+from fxfact.planning.error_curves import relative_square_error
 from fxfact.planning.strategy import Candidate
 
-_ROUNDING = 1e-10  # of the energy
+_ROUNDING = 1e-10  # tolerance, as a share of the energy
 
 
 class RankRule(ABC):
-    """A rank for one convolution; pass it as ``rank``."""
+    """Chooses the rank of one convolution. Pass it as ``rank``; subclass it for a rule of your own."""
 
     @abstractmethod
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
-        """The rank, or why there is none. The factorization does not reject the convolution."""
+        """Return the rank, or the reason why there is none.
+
+        Args:
+            factorization: one that does not reject the convolution.
+            candidate: the convolution.
+
+        Returns:
+            A feasible rank, or a Skip.
+        """
 
 
 @final
 @dataclass(frozen=True)
 class Energy(RankRule):
-    """The smallest rank whose composed kernel keeps that ``share`` of the energy: ‖W − Ŵ‖² ≤ (1 − share) ‖W‖²."""
+    """The smallest rank that keeps a share of the kernel's energy: ‖W − Ŵ‖² ≤ (1 − share) ‖W‖².
+
+    Args:
+        share: above 0 and at most 1.
+
+    Raises:
+        RankError: if the share is out of range.
+    """
 
     share: float
 
     def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, Real) or not 0 < self.share <= 1:
-            raise RankError(f"Energy({self.share!r}): the share of the energy to keep is within 0 and 1")
+            raise RankError(f"Energy({self.share!r}): the share of the energy to keep must be above 0 and at most 1")
 
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
-        """By bisection over the proportional ranks."""
-        ranks, layer = factorization.ranks(candidate.spec), candidate.checked
+        """Find the rank by bisection.
+
+        Args:
+            factorization: one that does not reject the convolution.
+            candidate: the convolution.
+
+        Returns:
+            A feasible rank, or a Skip with the reason.
+
+        Raises:
+            WeightError: if the weight has no values, or some are not finite.
+        """
+        ranks, layer = factorization.ranks(candidate.spec), candidate.checked_layer()
         place = bisect.bisect_left(
             ranks,
             self.share - 1 - _ROUNDING,
-            key=lambda rank: -relative_square(layer, factorization, rank),
+            key=lambda rank: -relative_square_error(layer, factorization, rank),
         )
         return ranks[place] if place < len(ranks) else Skip(f"no rank keeps {self.share} of the energy")
 
@@ -56,11 +82,22 @@ class Energy(RankRule):
 @final
 @dataclass(frozen=True)
 class LargestThatPays(RankRule):
-    """The largest rank that costs less than the convolution, in parameters and, where known, in MACs."""
+    """The largest rank that costs less than the convolution, in parameters and, if sizes are known, in MACs."""
 
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
-        """By bisection over the proportional ranks."""
-        dense, ranks = candidate.dense, factorization.ranks(candidate.spec)
+        """Find the rank by bisection.
+
+        Args:
+            factorization: one that does not reject the convolution.
+            candidate: the convolution.
+
+        Returns:
+            A feasible rank, or a Skip with the reason.
+
+        Raises:
+            WeightError: if the weight has no values, or some are not finite.
+        """
+        dense, ranks = candidate.dense_cost, factorization.ranks(candidate.spec)
         place = bisect.bisect_left(
             ranks,
             True,
@@ -72,24 +109,37 @@ class LargestThatPays(RankRule):
 @final
 @dataclass(frozen=True)
 class VBMF(RankRule):
-    """The rank that empirical variational Bayes finds in the unfoldings of the kernel, by its global analytic solution
-    (Nakajima, Sugiyama, Babacan and Tomioka 2013); for Tucker these are both channel modes (Kim et al. 2016). Of
-    grouped convolutions the largest of the groups' ranks.
+    """The rank found by empirical variational Bayesian matrix factorization (VBMF) of the kernel's unfoldings.
+
+    Uses the global analytic solution of Nakajima, Sugiyama, Babacan and Tomioka 2013. For Tucker, the unfoldings are
+    those of both channel modes (Kim et al. 2016). For grouped convolutions, the largest rank of all groups counts.
     """
 
     def rank_for(self, factorization: Factorization, candidate: Candidate) -> Rank | Skip:
-        """At least 1; a Skip where the rank is of no matrix."""
-        found = [tuple(max(1, vbmf_rank(m)) for m in group) for group in factorization.unfoldings(candidate.checked)]
+        """Run VBMF on each unfolding.
+
+        Args:
+            factorization: one that does not reject the convolution.
+            candidate: the convolution.
+
+        Returns:
+            A rank of at least 1, or a Skip if the factorization's rank is not that of a matrix.
+
+        Raises:
+            WeightError: if the weight has no values, or some are not finite.
+        """
+        groups = factorization.unfoldings(candidate.checked_layer())
+        found = [tuple(max(1, vbmf_rank(matrix)) for matrix in group) for group in groups]
         if not found[0]:
             return Skip(f"VBMF finds ranks of matrices, which {factorization.name} has none of")
         return factorization.clip(candidate.spec, tuple(max(entries) for entries in zip(*found, strict=True)))
 
 
 def vbmf_rank(matrix: Tensor) -> int:
-    """The number of components that the analytic solution of empirical VBMF keeps of a matrix.
+    """Return the number of components that the analytic solution of empirical VBMF keeps of a matrix.
 
-    With L ≤ M the sides, α = L/M, τ = 2.5129 √α the point at which the free energy's threshold lies, a component stays
-    if its singular value squared exceeds M σ² (1 + τ)(1 + α/τ); the variance σ² of the noise minimises the free energy.
+    For a matrix with sides L ≤ M, let α = L/M and τ = 2.5129 √α. A component is kept if its squared singular value
+    exceeds M σ² (1 + τ)(1 + α/τ), where the noise variance σ² minimises the free energy (Nakajima et al. 2013).
     """
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     rows, columns = matrix.shape
@@ -110,7 +160,7 @@ def vbmf_rank(matrix: Tensor) -> int:
 
 
 def _free_energy(x: NDArray[np.float64], alpha: float, threshold: float) -> float:
-    """The part that depends on the singular values, for x = squares / (M σ²)."""
+    """Return the part of the free energy that depends on the singular values, for x = squares / (M σ²)."""
     kept, dropped = x[x > threshold], x[x <= threshold]
     z = kept - (1 + alpha)
     tau = 0.5 * (z + np.sqrt(np.maximum(z**2 - 4 * alpha, 0)))

@@ -1,4 +1,4 @@
-"""Ranks as the caller states them: one for all, or by path."""
+"""Factorizations and ranks as the caller states them: one for all layers, or by path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Generic, TypeVar, final
 from fxfact.calibration import Statistics
 from fxfact.conv import ConvSpec, Cost, Skip
 from fxfact.errors import ArgumentError, check_int, error_context
-from fxfact.factorizations import Factorization, ParsedRank, Rank, parse_factorization, parse_rank_spec, resolve_rank
+from fxfact.factorizations import (
+    Factorization,
+    ParsedRank,
+    Rank,
+    parse_factorization,
+    parse_rank_spec,
+    resolve_rank,
+)
 from fxfact.planning.rank_rules import RankRule
 from fxfact.planning.strategy import Allocation, Candidate, Choice, RankStrategy
 
@@ -22,14 +29,14 @@ FactorizationRequest = str | Factorization | Sequence[str | Factorization]
 @final
 @dataclass(frozen=True)
 class ByPath(Generic[T]):
-    """A value for every path, or one by path or glob: the path itself first, then the globs in their order."""
+    """One value for every path, or values by path or glob. The exact path wins, then the first glob that fits."""
 
     everywhere: T | None
     by_pattern: Mapping[str, T]
 
     @classmethod
     def parse(cls, request: object, parse: Callable[[object], T]) -> ByPath[T]:
-        """``request`` is a value, or a mapping from path or glob to values, each understood by ``parse``."""
+        """Parse a value, or a mapping from path or glob to values, with ``parse`` for each value."""
         if not isinstance(request, Mapping):
             return cls(parse(request), {})
         parsed = {}
@@ -39,7 +46,7 @@ class ByPath(Generic[T]):
         return cls(None, parsed)
 
     def get(self, path: str) -> tuple[T | None, bool]:
-        """The value for a path (None: none is given), and whether the path itself was named."""
+        """Return the value for a path, or None if there is none, and whether the exact path was given."""
         if path in self.by_pattern:
             return self.by_pattern[path], True
         matching = (value for pattern, value in self.by_pattern.items() if fnmatchcase(path, pattern))
@@ -52,75 +59,82 @@ class ByPath(Generic[T]):
                 near = difflib.get_close_matches(pattern, paths, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ArgumentError(
-                    f"{argument}: nothing to factorize at {pattern!r}.{hint} There are: {_some(paths)}."
+                    f"{argument}: nothing to factorize at {pattern!r}.{hint} There are: {_format_paths(paths)}."
                 )
 
 
 @final
 @dataclass(frozen=True)
 class FixedRanks(RankStrategy):
-    """The first factorization listed for a convolution that takes it, at the rank asked for.
+    """For each layer the first listed factorization that applies, at the requested rank.
 
-    A rank that is too large is lowered to what is feasible, with a note, unless its path was named: then RankError.
-    Ranks are rounded down to multiples of ``multiple``, but for those that are full; where nothing is left of one, the
-    convolution stays dense.
+    A rank that is too large is lowered to the largest feasible one, with a note. If the exact path was given, this is a
+    RankError instead.
+
+    Attributes:
+        factorizations: the factorizations to try, by path.
+        ranks: the requested rank or rank rule, by path.
+        statistics: calibration statistics, in whose metric the chains will be fitted.
+        multiple: ranks are rounded down to a multiple of this unless they are full. A layer whose rank would become 0
+            stays dense.
+        partial: the candidates may be a part of the network, so a pattern may fit none of them.
     """
 
     factorizations: ByPath[tuple[Factorization, ...]]
     ranks: ByPath[ParsedRank | RankRule]
     statistics: Statistics | None = None
     multiple: int = 1
-    partial: bool = False  # whether the candidates may be some of those that paths are of
+    partial: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multiple", check_int("multiple_of", self.multiple, 1))
 
     @classmethod
     def parse(cls, factorization: object, rank: object, multiple: int | None = None) -> FixedRanks:
-        """From what ``fxfact.factorize`` takes. Raises ArgumentError, ArgumentTypeError, RankError."""
-        methods, ranks = ByPath.parse(factorization, parse_factorizations), ByPath.parse(rank, _parse_rank)
-        return cls(methods, ranks, multiple=1 if multiple is None else multiple)
+        """Parse the arguments of ``fxfact.factorize``. Raises ArgumentError, ArgumentTypeError, RankError."""
+        factorizations, ranks = ByPath.parse(factorization, parse_factorizations), ByPath.parse(rank, _parse_rank)
+        return cls(factorizations, ranks, multiple=1 if multiple is None else multiple)
 
     @property
     def uses_statistics(self) -> bool:
-        """With statistics, in whose metric the chains are then decomposed."""
+        """Whether there are statistics."""
         return self.statistics is not None
 
     def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
-        """One by one: nothing is traded between convolutions."""
+        """Choose for each layer on its own."""
         paths = [candidate.path for candidate in candidates]
         if not self.partial:
             self.factorizations.check(paths, "factorization")
             self.ranks.check(paths, "rank")
-        return Allocation(tuple(self._choose(candidate) for candidate in candidates))
+        return Allocation(tuple(self._choose_one(candidate) for candidate in candidates))
 
-    def _choose(self, candidate: Candidate) -> Choice | Skip:
-        methods, _ = self.factorizations.get(candidate.path)
-        request, named = self.ranks.get(candidate.path)
-        if methods is None or request is None:
-            return Skip(f"no {'factorization' if methods is None else 'rank'} is given for it")
+    def _choose_one(self, candidate: Candidate) -> Choice | Skip:
+        factorizations, _ = self.factorizations.get(candidate.path)
+        request, path_given = self.ranks.get(candidate.path)
+        if factorizations is None or request is None:
+            return Skip(f"no {'factorization' if factorizations is None else 'rank'} is given for it")
         refusals = []
-        for method in methods:
+        for factorization in factorizations:
             with error_context(candidate.path):
-                rank = _resolved(method, candidate, request, clip=not named)
+                rank = _resolve(factorization, candidate, request, clip=not path_given)
             if isinstance(rank, Skip):
                 refusals.append(rank.reason)
                 continue
             with error_context(candidate.path):
-                method.layout(candidate.spec, rank)
+                factorization.layout(candidate.spec, rank)
             asked = (request,) * len(rank) if isinstance(request, int) else request
             lowered = isinstance(request, int | tuple) and asked != rank
             note = f"rank {request} lowered to what is feasible" if lowered else ""
-            rounded = _rounded(method, candidate.spec, rank, self.multiple)
+            rounded = _round_down(factorization, candidate.spec, rank, self.multiple)
             if rounded is None:
-                refusals.append(f"rank {rank} of {method.name} is below the first multiple of {self.multiple}")
+                refusals.append(f"rank {rank} of {factorization.name} is below the first multiple of {self.multiple}")
                 continue
-            return Choice(method, rounded, note)
+            return Choice(factorization, rounded, note)
         return Skip("; ".join(dict.fromkeys(refusals)))
 
 
 def parse_factorizations(request: object) -> tuple[Factorization, ...]:
-    """One factorization, or a list of them, by name or as objects."""
+    """Parse one factorization or a list of factorizations, each a name or an object."""
     if isinstance(request, Sequence) and not isinstance(request, str):
         if not request:
             raise ArgumentError("factorization: the list is empty. Name at least one.")
@@ -132,20 +146,20 @@ def _parse_rank(request: object) -> ParsedRank | RankRule:
     return request if isinstance(request, RankRule) else parse_rank_spec(request)
 
 
-def _resolved(
-    method: Factorization, candidate: Candidate, request: ParsedRank | RankRule, *, clip: bool
+def _resolve(
+    factorization: Factorization, candidate: Candidate, request: ParsedRank | RankRule, *, clip: bool
 ) -> Rank | Skip:
     if not isinstance(request, RankRule):
-        return resolve_rank(method, candidate.spec, request, clip=clip)
-    return method.rejects(candidate.spec) or request.rank_for(method, candidate)
+        return resolve_rank(factorization, candidate.spec, request, clip=clip)
+    return factorization.rejects(candidate.spec) or request.rank_for(factorization, candidate)
 
 
-def _rounded(method: Factorization, spec: ConvSpec, rank: Rank, multiple: int) -> Rank | None:
-    """Down to multiples of a number, None where that is nothing; what is full stays."""
-    pairs = zip(rank, method.max_rank(spec), strict=True)
-    rounded = tuple(r if r == most else r // multiple * multiple for r, most in pairs)
-    return method.clip(spec, rounded) if all(rounded) else None
+def _round_down(factorization: Factorization, spec: ConvSpec, rank: Rank, multiple: int) -> Rank | None:
+    """Round each entry down to a multiple unless it is full. Returns None if an entry would become 0."""
+    pairs = zip(rank, factorization.max_rank(spec), strict=True)
+    rounded = tuple(r if r == full else r // multiple * multiple for r, full in pairs)
+    return factorization.clip(spec, rounded) if all(rounded) else None
 
 
-def _some(paths: Sequence[str]) -> str:
+def _format_paths(paths: Sequence[str]) -> str:
     return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "") if paths else "none at all"

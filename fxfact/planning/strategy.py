@@ -1,4 +1,4 @@
-"""The contract of a rank strategy: all convolutions in, for each a factorization and a rank, or why none, out."""
+"""The contract of a rank strategy: it takes all candidate layers and returns a factorization and a rank for each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ import torch
 from fxfact.conv import ConvLayer, ConvSpec, Cost, Sizes, Skip, chain_cost
 from fxfact.factorizations import Factorization, Rank, check_weight
 
+Layout = Callable[[ConvSpec], tuple[ConvSpec, ...]]  # returns the stages that replace a convolution
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A convolution to choose for, with those that share its weight. ``calls`` has of each, itself first, what it
-    computes and the spatial size at every call, None where unknown. ``layer`` holds the numbers, for strategies that
-    look at them.
+    """A convolution to choose for, together with the convolutions that share its weight.
+
+    Attributes:
+        path: the path of the convolution in the model.
+        layer: the convolution and its weight, for strategies that look at the values.
+        calls: one entry for each convolution that shares the weight, this one first: its spec, and the spatial size of
+            its input at every call, or None if sizes are unknown.
     """
 
     path: str
@@ -28,31 +34,29 @@ class Candidate:
 
     @property
     def spec(self) -> ConvSpec:
-        """The convolution without its numbers."""
+        """The convolution without its weight."""
         return self.layer.spec
 
-    @property
-    def checked(self) -> ConvLayer:
-        """The layer, for its numbers. Raises WeightError where there are none, or not all are finite."""
+    def checked_layer(self) -> ConvLayer:
+        """Return the layer. Raises WeightError if its weight has no values, or some are not finite."""
         check_weight(self.layer.weight)
         return self.layer
 
-    @cached_property
-    def digest(self) -> str:
-        """Tells its numbers from others."""
-        numbers = self.layer.weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(numbers.data).hexdigest()[:16]
+    def weight_digest(self) -> str:
+        """Return a short hash of the weight's values."""
+        values = self.layer.weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(values.data).hexdigest()[:16]
 
     @cached_property
-    def dense(self) -> Cost:
-        """What all of them cost as they are."""
-        return self._cost([(spec,) for spec, _ in self.calls])
+    def dense_cost(self) -> Cost:
+        """The cost of all these convolutions without factorization."""
+        return self._total_cost([(spec,) for spec, _ in self.calls])
 
     def cost(self, factorization: Factorization, rank: Rank) -> Cost:
-        """What their chains would."""
-        return self._cost([factorization.layout(spec, rank) for spec, _ in self.calls])
+        """Return the cost of the chains that would replace all these convolutions."""
+        return self._total_cost([factorization.layout(spec, rank) for spec, _ in self.calls])
 
-    def _cost(self, chains: Sequence[Sequence[ConvSpec]]) -> Cost:
+    def _total_cost(self, chains: Sequence[Sequence[ConvSpec]]) -> Cost:
         costs = [
             chain_cost(stages, sizes, tied=k > 0)
             for k, (stages, (_, sizes)) in enumerate(zip(chains, self.calls, strict=True))
@@ -62,20 +66,26 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a convolution becomes; ``note`` says what of the request could not be met, ``predicted_loss_increase`` by how much the loss
-    is expected to grow, in nats, ``milliseconds`` how long it takes and its chain will, where the strategy knows.
+    """What becomes of one layer.
+
+    Attributes:
+        factorization: the factorization to apply.
+        rank: its rank.
+        note: how the choice differs from the request, if it does.
+        predicted_loss_increase: the expected increase of the loss in nats for one sample, if known.
+        latencies_ms: milliseconds of the layer and of its chain in one call of the network, if measured.
     """
 
     factorization: Factorization
     rank: Rank
     note: str = ""
     predicted_loss_increase: float | None = None
-    milliseconds: tuple[float, float] | None = None
+    latencies_ms: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """A network that could be had: its cost, and by how much its loss is expected to grow, in nats."""
+    """A network on the Pareto front: its cost, and the expected increase of its loss in nats for one sample."""
 
     cost: Cost
     predicted_loss_increase: float
@@ -83,38 +93,40 @@ class ParetoPoint:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a strategy says: one of the ``choices`` for each candidate, and the ``front`` of the best networks at other
-    budgets, cheapest first, where it knows them.
+    """The answer of a strategy.
+
+    Attributes:
+        choices: one entry for each candidate, in order: a Choice, or a Skip with the reason to leave the layer dense.
+        pareto_points: the best networks at other budgets, cheapest first. Empty if the strategy knows none.
     """
 
     choices: tuple[Choice | Skip, ...]
     pareto_points: tuple[ParetoPoint, ...] = ()
 
 
-Layout = Callable[[ConvSpec], tuple[ConvSpec, ...]]  # the stages that take the place of a convolution
-
-
 class LatencyModel(Protocol):
-    """How long convolutions and the chains that could replace them take, in milliseconds."""
+    """How long convolutions, and the chains that could replace them, take in one network."""
 
     @property
-    def network(self) -> float:
+    def network_ms(self) -> float:
         """Milliseconds of one call of the whole dense network."""
 
-    def times(self, path: str, layouts: Sequence[Layout]) -> list[float]:
-        """Milliseconds of each layout, over all calls of the convolution at ``path`` and of those that share its
-        weight. The first layout is the convolution itself.
+    def latencies_ms(self, path: str, layouts: Sequence[Layout]) -> list[float]:
+        """Return the milliseconds of each layout of the convolution at ``path``.
+
+        They are summed over all calls of this convolution and of those that share its weight. The first layout must be
+        the convolution itself.
         """
 
 
 class RankStrategy(ABC):
-    """Chooses for all convolutions of a network together."""
+    """Chooses for all layers of a network together."""
 
     @abstractmethod
     def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
-        """One answer for each candidate, in order; ``network`` is the cost of the whole dense network."""
+        """Return one choice for each candidate, in order. ``network`` is the cost of the whole dense network."""
 
     @property
     def uses_statistics(self) -> bool:
-        """Whether the ranks were chosen for chains decomposed in the metric of statistics."""
+        """Whether the ranks assume that chains are fitted in the Fisher metric of calibration statistics."""
         return False

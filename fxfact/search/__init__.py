@@ -1,6 +1,6 @@
 """Plans that must be measured: on data (a loss), by the clock (milliseconds). Propose a plan, measure it, decide."""
 
 from fxfact.search.inference import fall_back_if_slower, for_inference
-from fxfact.search.search import CalibrationData, SearchScope, search
+from fxfact.search.search import CalibrationData, search
 
 __all__ = ["CalibrationData", "SearchScope", "fall_back_if_slower", "for_inference", "search"]

@@ -1,4 +1,4 @@
-"""Networks that are only going to be run: their fastest form, by measurement, and never a slower one."""
+"""Networks that will only be run: the exact passes that make them fastest, by measurement."""
 
 from __future__ import annotations
 
@@ -14,180 +14,221 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from fxfact.capture import Captured, ExampleInputs, capture, copy_arguments, run_model, seeded_rng
-from fxfact.conv import can_be_linear, can_be_onednn, linear_form, supports_onednn
+from fxfact.conv import supports_onednn
 from fxfact.errors import ArgumentError, BudgetError
-from fxfact.passes import pass_history, run_passes, update_plan
+from fxfact.passes import (
+    ChannelsLast,
+    FoldBatchNorms,
+    MergePointwise,
+    OneDNN,
+    can_be_linear,
+    can_be_onednn,
+    linear_passes,
+    pass_history,
+    run_passes,
+    update_plan,
+)
 from fxfact.planning import Latency, Plan
-from fxfact.utils import alias_copy, as_timing_errors, copy_with_shared, difference, side_by_side, to_eval, warn_caller
+from fxfact.utils import Timer, alias_copy, as_timing_errors, copy_with_shared, difference, to_eval, warn_caller
 
-_FOR_ALL = ("fold_batch_norms", "merge_pointwise")
-_FAR = 1.1  # from the time asked for
-_TURNS, _WITHIN = 100, 12.0  # of whole networks, fewer where they would take more seconds
-_APART = 100.0  # tolerances between forms of a network, for GPUs may round to TF32
-_UNTIL_RECORDED = 3  # calls, of which CUDA graphs are made
+_ALWAYS = (FoldBatchNorms.name, MergePointwise.name)  # what ``for_inference`` does without measuring
+_MAX_RATIO = 1.1  # of the measured time to the budget, before a warning
+_TURNS = 100  # of whole networks
+_MAX_SECONDS = 12.0  # for these turns; there are fewer if they would take longer
+_STRICTNESS = 100.0  # tolerances between variants of a network, because GPUs may round to TF32
+_CALLS_BEFORE_GRAPH = 3  # torch.compile records CUDA graphs in the third call
 _Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class InferencePasses:
-    """Passes (``fxfact.passes.in_form``), and the milliseconds of a network after them.
+class FastestPasses:
+    """The exact passes that make a dense network fastest.
 
-    ``undecided`` says that 1×1 convolutions of chains may be matrix products or not, for the network has none.
+    Attributes:
+        passes: their names (see ``fxfact.passes.INFERENCE_PASSES``).
+        ms: milliseconds of the network after them.
+        linear_undecided: whether 1×1 convolutions of chains might be faster as matrix products. The dense network has
+            none, so it does not tell.
     """
 
     passes: tuple[str, ...]
     ms: float
-    undecided: bool
+    linear_undecided: bool
 
 
-def best_inference_passes(captured: Captured, *, compiled: bool) -> InferencePasses:
-    """The fastest form of a network on its example inputs. Raises BudgetError where there are none."""
+def best_inference_passes(captured: Captured, *, compiled: bool, timer: Timer) -> FastestPasses:
+    """Return the passes that make a network fastest on its example inputs. Raises BudgetError if there are none."""
     if captured.example_inputs is None:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
-    can_be_folded = isinstance(captured.network, fx.GraphModule) and captured.program is None
-    folded: list[tuple[str, ...]] = [("fold_batch_norms",)] if can_be_folded else []
-    formats, linear = _formats(captured), linear_form(site.spec for site in captured.sites)
-    forms: list[tuple[str, ...]]
+    can_fold = isinstance(captured.network, fx.GraphModule) and captured.program is None
+    folds: list[tuple[str, ...]] = [(FoldBatchNorms.name,)] if can_fold else []
+    computations, linear = _computations(captured), linear_passes(site.spec for site in captured.sites)
+    variants: list[tuple[str, ...]]
     if captured.program is not None:
-        forms = [()]
+        variants = [()]
     elif compiled:  # the compiler chooses the memory format itself
-        forms = [(*fold, *form) for fold in folded or [()] for form in formats if form in ((), linear)]
+        variants = [(*fold, *passes) for fold in folds or [()] for passes in computations if passes in ((), linear)]
     else:
-        forms = [(*fold, *form) for form in formats for fold in [(), *folded]]
+        variants = [(*fold, *passes) for passes in computations for fold in [(), *folds]]
     network = to_eval(alias_copy(captured.network))
-    passes, ms = _fastest(network, forms, captured.example_inputs, compiled=compiled)
-    if captured.program is not None or linear in formats:
-        return InferencePasses(passes, ms, undecided=False)
-    layout = linear[:-1]  # in which the matrix products of chains would be
+    passes, ms = _fastest(network, variants, captured.example_inputs, compiled=compiled, timer=timer)
+    if captured.program is not None or linear in computations:
+        return FastestPasses(passes, ms, linear_undecided=False)
+    layout = linear[:-1]  # the memory format that matrix products of chains would need
     if compiled:
-        able = _able(network, [passes, layout], captured.example_inputs)
-    return InferencePasses(passes, ms, undecided=layout in able if compiled else {*layout} <= {*passes})
+        is_possible = layout in _equivalent_variants(network, [passes, layout], captured.example_inputs)
+    else:
+        is_possible = {*layout} <= {*passes}
+    return FastestPasses(passes, ms, linear_undecided=is_possible)
 
 
-def _formats(captured: Captured) -> list[tuple[str, ...]]:
-    """Ways to compute convolutions that may be faster, of those that the network has."""
+def _computations(captured: Captured) -> list[tuple[str, ...]]:
+    """Return the ways to compute convolutions that might be faster for this network."""
     specs = [site.spec for site in captured.sites]
-    found: list[tuple[str, ...]] = [(), *([("channels_last",)] if any(spec.order > 1 for spec in specs) else [])]
-    found += [linear_form(specs)] if any(map(can_be_linear, specs)) else []
-    by_onednn = any(can_be_onednn(site.spec) and supports_onednn(site.weight) for site in captured.sites)
-    return [*found, *((*form, "onednn") for form in found if by_onednn)]
+    found: list[tuple[str, ...]] = [(), *([(ChannelsLast.name,)] if any(spec.order > 1 for spec in specs) else [])]
+    found += [linear_passes(specs)] if any(map(can_be_linear, specs)) else []
+    has_onednn = any(can_be_onednn(site.spec) and supports_onednn(site.weight) for site in captured.sites)
+    return [*found, *((*passes, OneDNN.name) for passes in found if has_onednn)]
 
 
-@torch.inference_mode(False)  # whose parameters could never be trained
-def for_inference(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
-    """A copy of the model, in evaluation mode, in the fastest form that computes the same: batch norms folded into
-    convolutions, 1×1 convolutions with nothing between merged, and if that measures faster convolutions in
-    channels_last, 1×1 ones as matrix products, 3-D ones by oneDNN.
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
+def for_inference(model: nn.Module, example_inputs: ExampleInputs, *, timer: Timer | None = None) -> nn.Module:
+    """Return the fastest network that computes the same, for networks that will only be run.
 
-    Of a model that torch.fx cannot trace only what is measured. Stages of neighbouring chains may be merged too:
-    ``verify`` and ``report`` want the network from before. Raises ArgumentError, ArgumentTypeError, CaptureError.
+    Batch norms are folded into convolutions, and consecutive 1×1 convolutions are merged. If that measures faster,
+    convolutions use channels_last, 1×1 ones become matrix products, and 3-D ones use oneDNN. If torch.fx cannot trace
+    the model, only what is measured is done. ``fxfact.verify`` and ``fxfact.report`` need the network from before,
+    because stages of neighbouring chains may be merged.
+
+    Args:
+        model: a network. It is not changed.
+        example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument.
+        timer: measures the calls. Default: this machine's clock.
+
+    Returns:
+        A copy in evaluation mode.
+
+    Raises:
+        ArgumentError: for an exported program, or without example inputs.
+        ArgumentTypeError, CaptureError: if the model cannot be captured.
+        TimingError: if it does not run.
     """
     if isinstance(model, ExportedProgram):
-        raise ArgumentError("an exported program is made for inference by what compiles it: pass the model itself")
+        raise ArgumentError("an exported program is optimized for inference by its compiler: pass the model itself")
     if example_inputs is None:
-        raise ArgumentError("the fastest form is found by measuring: for_inference needs example_inputs")
+        raise ArgumentError("the fastest variant is found by measuring: for_inference needs example_inputs")
     captured = capture(model, example_inputs)
-    formats = _formats(captured)
-    folded = run_passes(to_eval(captured.network), _FOR_ALL)
-    best, _ = _fastest(folded, formats, example_inputs, compiled=False)
+    folded = run_passes(to_eval(captured.network), _ALWAYS)
+    variants = _computations(captured)
+    best, _ = _fastest(folded, variants, example_inputs, compiled=False, timer=timer or Timer())
     network = copy_with_shared(run_passes(folded, best), set())
     if history := pass_history(network):
-        form = tuple(dict.fromkeys((*history[-1].plan.inference_passes, *_FOR_ALL, *best)))
-        update_plan(network, inference_passes=form, capture=captured.frontend)  # so that the plan makes it again
+        passes = tuple(dict.fromkeys((*history[-1].plan.inference_passes, *_ALWAYS, *best)))
+        update_plan(network, inference_passes=passes, capture=captured.frontend)  # so that the plan does the same again
     return network
 
 
 class DenseBaseline:
-    """The dense network in the form of a plan, made once, for others to be timed against."""
+    """The dense network after the passes of a plan, to time other networks against."""
 
-    def __init__(self, captured: Captured, form: Sequence[str], *, compiled: bool) -> None:
+    def __init__(self, captured: Captured, passes: Sequence[str], *, compiled: bool, timer: Timer) -> None:
         assert captured.example_inputs is not None
-        self._example_inputs, self._compiled = captured.example_inputs, compiled
-        self._dense = self._call(run_passes(to_eval(alias_copy(captured.network)), form))
+        self._example_inputs, self._compiled, self._timer = captured.example_inputs, compiled, timer
+        self._dense = self._call_of(run_passes(to_eval(alias_copy(captured.network)), passes))
 
     def milliseconds(self) -> float:
-        """Its own, measured now."""
-        return _side_by_side([self._dense])[0]
+        """Measure the dense network."""
+        return _side_by_side([self._dense], self._timer)[0]
 
-    def times(self, network: nn.Module) -> tuple[float, float]:
-        """Milliseconds of its own and of the network, taking turns."""
-        before, after = _side_by_side([self._dense, self._call(to_eval(alias_copy(network)))])
-        return before, after
+    def compare(self, network: nn.Module) -> tuple[float, float]:
+        """Return the milliseconds of the dense network and of another one, measured in turns."""
+        dense, other = _side_by_side([self._dense, self._call_of(to_eval(alias_copy(network)))], self._timer)
+        return dense, other
 
-    def _call(self, network: nn.Module) -> _Call:
-        return _called(network, self._example_inputs, compiled=self._compiled)
+    def _call_of(self, network: nn.Module) -> _Call:
+        return _as_call(network, self._example_inputs, compiled=self._compiled)
 
 
 def fall_back_if_slower(
-    captured: Captured, plan: Plan, result: nn.Module, carry_out: Callable[[Plan], Any], budget: Latency
+    captured: Captured, plan: Plan, result: nn.Module, apply_plan: Callable[[Plan], Any], budget: Latency
 ) -> nn.Module:
-    """What was made by a plan for a budget, if it measures no slower than the dense network in its form, with a warning
-    where it is not as fast as that asks for; else that network, as ``carry_out`` makes it of a plan without rewrites,
-    each with the reason.
+    """Return the result of a plan for a budget of milliseconds, or the dense network if the result is slower.
+
+    Warns if the result is not as fast as the budget asks for. ``apply_plan`` makes the dense network from a plan
+    without rewrites, which gives the reason.
     """
-    before, after = DenseBaseline(captured, plan.inference_passes, compiled=budget.compiled).times(result)
+    baseline = DenseBaseline(captured, plan.inference_passes, compiled=budget.compiled, timer=budget.timer)
+    before, after = baseline.compare(result)
     if after <= before:
-        if plan.network.ms is not None and after / before > _FAR * budget.allowed(plan.network) / plan.network.ms:
+        network_ms = plan.network.ms
+        if network_ms is not None and after / before > _MAX_RATIO * budget.allowed(plan.network) / network_ms:
             warn_caller(
-                f"what came out measures {after:.3g} ms and the dense network {before:.3g} ms, taking turns, which is "
-                "not what was asked for and foreseen. Try again when the machine is idle.",
+                f"the result measures {after:.3g} ms and the dense network {before:.3g} ms, in turns, which is not "
+                "what was asked for and predicted. Try again when the machine is idle."
             )
         update_plan(result, measured_ms=(before, after))
         return result
     for decision in plan.rewrites:
         plan = plan.edited(decision.path, skip=f"the whole network measured slower: {before:.3g} → {after:.3g} ms")
-    kept: nn.Module = carry_out(replace(plan, measured_ms=(before, before)))
-    return kept
+    dense: nn.Module = apply_plan(replace(plan, measured_ms=(before, before)))
+    return dense
 
 
 def _fastest(
-    network: nn.Module, forms: Sequence[tuple[str, ...]], example_inputs: ExampleInputs, *, compiled: bool
+    network: nn.Module,
+    variants: Sequence[tuple[str, ...]],
+    example_inputs: ExampleInputs,
+    *,
+    compiled: bool,
+    timer: Timer,
 ) -> tuple[tuple[str, ...], float]:
-    """Of the forms in which it is able the one that measures fastest, and its milliseconds."""
-    able = _able(network, forms, example_inputs)
-    times = _side_by_side([_called(made, example_inputs, compiled=compiled) for made in able.values()])
-    return min(zip(able, times, strict=True), key=lambda pair: pair[1])
+    """Return the passes that measure fastest, and the milliseconds."""
+    networks = _equivalent_variants(network, variants, example_inputs)
+    calls = [_as_call(variant, example_inputs, compiled=compiled) for variant in networks.values()]
+    return min(zip(networks, _side_by_side(calls, timer), strict=True), key=lambda pair: pair[1])
 
 
-def _able(
-    network: nn.Module, forms: Sequence[tuple[str, ...]], example_inputs: ExampleInputs
+def _equivalent_variants(
+    network: nn.Module, variants: Sequence[tuple[str, ...]], example_inputs: ExampleInputs
 ) -> dict[tuple[str, ...], nn.Module]:
-    """Copies of the network in the first of these forms, and in those others in which it computes the same:
-    ``Tensor.view`` may refuse a map in channels_last, and random numbers come in another order there.
+    """Return the network after the first passes, and after those others with which it computes the same.
+
+    ``Tensor.view`` may refuse a feature map in channels_last, and random numbers come in another order there.
     """
-    first, *others = forms
-    made = {first: run_passes(alias_copy(network), first)}
+    first, *others = variants
+    found = {first: run_passes(alias_copy(network), first)}
     with as_timing_errors():
-        expected = run_model(made[first], example_inputs) if others else None
-    for form in others:
-        other = run_passes(alias_copy(network), form)
-        forward = other.forward if isinstance(other, fx.GraphModule) else other  # a graph module prints what it raises
+        expected = run_model(found[first], example_inputs) if others else None
+    for passes in others:
+        variant = run_passes(alias_copy(network), passes)
+        # GraphModule.__call__ would print the errors that forward raises.
+        forward = variant.forward if isinstance(variant, fx.GraphModule) else variant
         with suppress(Exception):
-            if not difference(expected, run_model(forward, example_inputs), strictness=_APART):
-                made[form] = other
-    return made
+            if not difference(expected, run_model(forward, example_inputs), strictness=_STRICTNESS):
+                found[passes] = variant
+    return found
 
 
-@seeded_rng()  # what a network draws is not of the caller's generators
-def _side_by_side(calls: Sequence[_Call]) -> list[float]:
-    return side_by_side(calls, repeats=_TURNS, within=_WITHIN)
+@seeded_rng()  # leaves the caller's random number generators as they are
+def _side_by_side(calls: Sequence[_Call], timer: Timer) -> list[float]:
+    return timer.side_by_side(calls, repeats=_TURNS, within=_MAX_SECONDS)
 
 
-def _called(network: nn.Module, example_inputs: ExampleInputs, *, compiled: bool) -> _Call:
-    """One call on a copy of the example inputs."""
+def _as_call(network: nn.Module, example_inputs: ExampleInputs, *, compiled: bool) -> _Call:
+    """Return one call on a copy of the example inputs."""
     args, kwargs = copy_arguments(example_inputs)
-    return partial(_compiled(network, args, kwargs) if compiled else network, *args, **kwargs)
+    return partial(_compile(network, args, kwargs) if compiled else network, *args, **kwargs)
 
 
 @seeded_rng()
 @torch.no_grad()
-def _compiled(network: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
-    import torch._inductor.config as inductor  # noqa: PLC0415 (takes seconds, so only who compiles imports it)
+def _compile(network: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
+    import torch._inductor.config as inductor  # noqa: PLC0415 (takes seconds, so it is imported only to compile)
 
     on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    how = {"freezing": True, "cpp_wrapper": on_cpu, "triton.cudagraphs": not on_cpu}
-    with inductor.patch(how):  # freezing does nothing among torch.compile's options
+    settings = {"freezing": True, "cpp_wrapper": on_cpu, "triton.cudagraphs": not on_cpu}
+    with inductor.patch(settings):  # freezing has no effect among torch.compile's options
         call: Callable[..., Any] = torch.compile(network, dynamic=False)
-        for _ in range(1 if on_cpu else _UNTIL_RECORDED):
+        for _ in range(1 if on_cpu else _CALLS_BEFORE_GRAPH):
             call(*args, **kwargs)
     return call

@@ -1,4 +1,4 @@
-"""Times that were measured on this machine, in a file of plain JSON for every kind of machine."""
+"""The cache of times that were measured on this machine: one JSON file for each kind of machine."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ import torch
 from fxfact.utils import atomic_write, warn_caller
 
 _FORMAT = {"format": "fxfact times", "version": 2}
-_TELLING = ("model name", "cpu family", "model", "stepping")  # in /proc/cpuinfo: one name has many models
+_CPU_FIELDS = ("model name", "cpu family", "model", "stepping")  # of /proc/cpuinfo; one name has many models
 
 
 @cache
 def _processor() -> str:
-    """Which processor it is, as far as the system tells, and the instructions that PyTorch uses on it."""
+    """Return the name of the processor, as far as the system knows it, and the instruction set that PyTorch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    named = [told[key] for key in _TELLING if key in told] or [platform.processor()]
-    return ", ".join([*named, torch.backends.cpu.get_cpu_capability()])
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    names = [fields[key] for key in _CPU_FIELDS if key in fields] or [platform.processor()]
+    return ", ".join([*names, torch.backends.cpu.get_cpu_capability()])
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What times depend on, but for what is computed: processor or accelerator, threads or choice of kernels,
-    version of PyTorch.
+    """Return what times depend on besides the computation.
+
+    That is the processor or accelerator, the number of threads or the choice of kernels, and the version of PyTorch.
     """
     always = {"kind": device.type, "machine": platform.machine(), "torch": torch.__version__}
     if device.type == "cpu":
@@ -46,28 +47,35 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 class LatencyCache:
-    """Milliseconds by convolution and by what takes its place, in the folder FXFACT_CACHE, or fxfact in XDG_CACHE_HOME
-    or ~/.cache.
+    """Milliseconds by layer and by layout, kept in a file.
 
-    A file that is damaged, or of another machine, is left aside with a warning and written anew.
+    The file is in the folder ``$FXFACT_CACHE``, or in ``fxfact`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. A file that is
+    damaged, or that was written on another machine, is ignored with a warning and replaced.
+
+    Args:
+        machine: what ``describe_machine`` returned.
     """
 
-    def __init__(self, described: Mapping[str, Any]) -> None:
-        self._machine = dict(described)
+    def __init__(self, machine: Mapping[str, Any]) -> None:
+        self._machine = dict(machine)
         name = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.path = Path(os.environ.get("FXFACT_CACHE") or Path(base) / "fxfact") / f"times-{name}.json"
-        self.ms = self._read()
+        self._times = self._read()
+
+    def times_of(self, layer: str) -> dict[str, float]:
+        """Return the times of a layer by layout, in milliseconds. Times added to the dict are kept."""
+        return self._times.setdefault(layer, {})
 
     def save(self) -> None:
-        """Write the file; where that cannot be, say so and go on."""
-        content = {**_FORMAT, "machine": self._machine, "ms": self.ms}
+        """Write the file, or warn if it cannot be written."""
+        content = {**_FORMAT, "machine": self._machine, "ms": self._times}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.path) as file:
                 file.write(json.dumps(content, indent=0).encode())
         except OSError as error:
-            warn_caller(f"{self.path}: times cannot be kept there: {error}. Set FXFACT_CACHE.")
+            warn_caller(f"{self.path}: the times cannot be written there: {error}. Set FXFACT_CACHE.")
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:
@@ -75,18 +83,18 @@ class LatencyCache:
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as error:
-            return self._aside(str(error))
+            return self._ignore(str(error))
         try:
             found = json.loads(text)
             times = {name: {key: float(ms) for key, ms in own.items()} for name, own in found["ms"].items()}
             described = {key: found[key] for key in (*_FORMAT, "machine")}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            return self._aside(f"it is damaged: {error}")
+            return self._ignore(f"it is damaged: {error}")
         if described != {**_FORMAT, "machine": self._machine}:
-            return self._aside("it is of another machine or version")
+            return self._ignore("it was written on another machine or by another version")
         possible = all(0 < ms < float("inf") for own in times.values() for ms in own.values())
-        return times if possible else self._aside("it holds no times")
+        return times if possible else self._ignore("it holds no times")
 
-    def _aside(self, why: str) -> dict[str, dict[str, float]]:
-        warn_caller(f"{self.path}: times are measured again, for {why}")
+    def _ignore(self, why: str) -> dict[str, dict[str, float]]:
+        warn_caller(f"{self.path}: times are measured again, because {why}")
         return {}

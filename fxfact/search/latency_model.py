@@ -1,4 +1,4 @@
-"""The milliseconds of convolutions and of the chains that could replace them, as they are in one network."""
+"""How long convolutions, and the chains that could replace them, take in one network: measured on this machine."""
 
 from __future__ import annotations
 
@@ -13,164 +13,166 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv import CHANNELS_LAST, FORMS, ConvSite, ConvSpec, Sizes, linear_form, write_conv
+from fxfact.conv import CHANNELS_LAST, ConvSite, ConvSpec, Sizes, write_conv
+from fxfact.passes import INFERENCE_PASSES, MODULE_PASSES, ChannelsLast, linear_passes
 from fxfact.planning import Layout
+from fxfact.search.inference import FastestPasses
 from fxfact.search.latency_cache import LatencyCache, describe_machine
 from fxfact.search.packed_convs import pack_chain
-from fxfact.utils import compared, milliseconds, milliseconds_of_graphs, random_numbers
+from fxfact.utils import Timer, compared, random_numbers
 
-_REPEATS, _WITHIN = 31, 6.0  # turns of a convolution and its chains, fewer where they would take more seconds
-_SPREAD = 1.5
-
-
-def _as_linear(form: Sequence[str], sites: Sequence[ConvSite]) -> tuple[str, ...]:
-    """With matrix products besides, in the order in which what a convolution is computed by is chosen."""
-    wanted = {*form, *linear_form(site.spec for site in sites)}
-    return (*(name for name in form if name not in FORMS), *(name for name in FORMS if name in wanted))
+_REPEATS = 31  # turns of a layer and its chains
+_MAX_SECONDS = 6.0  # for these turns; there are fewer if they would take longer
+_MAX_SPREAD = 1.5  # the median over the minimum of a layer's times; above it the machine is under load
 
 
-class MeasuredLatency:
-    """Measures layouts of stages on the input shapes of a network's convolutions, in the dtype, on the device and in
-    the memory format in which it runs, all of a convolution taking turns. On a processor each runs once in a turn: so
-    its weights have left the caches when they are wanted again, as in the network.
+class MeasuredLatencyModel:
+    """Measures layers and chains on the input shapes, dtype, device and memory format that they have in a network.
 
-    Of what is kept only the convolution itself is measured again: where it takes much less, the machine was under load
-    before, and its chains are measured again too. Else all count at its pace of now, at which the network runs as well.
+    A layer and its chains take turns. On a CPU each runs once in a turn, so that its weights have left the caches when
+    they are needed again, as in the network. Results are kept in a ``LatencyCache``. Of a layer whose times are known,
+    only the dense convolution is measured again. If that takes much less than before, the machine was under load then,
+    and its chains are measured again too. Otherwise cached times are rescaled to the machine's current speed.
 
-    ``network`` is the milliseconds of the whole dense network in its fastest form: after the passes ``form``, and
-    ``compiled`` with frozen weights. ``undecided`` says that 1×1 convolutions may be matrix products besides: then
-    ``form`` becomes whichever measures faster.
+    Args:
+        sites: the convolutions of the network.
+        fastest: the exact passes that make the dense network fastest, and its milliseconds.
+        compiled: measure as the network runs under ``torch.compile`` with frozen weights.
+        timer: measures the calls.
     """
 
-    def __init__(
-        self, sites: Sequence[ConvSite], network: float, *, form: Sequence[str], undecided: bool, compiled: bool
-    ) -> None:
-        self.network, self.form, self._compiled = network, tuple(form), compiled
+    def __init__(self, sites: Sequence[ConvSite], fastest: FastestPasses, *, compiled: bool, timer: Timer) -> None:
+        self.network_ms, self.passes = fastest.ms, fastest.passes
+        self._compiled, self._timer = compiled, timer
         self._sites: Mapping[str, list[ConvSite]] = {
             site.path: [other for other in sites if site.path in (other.path, other.tied_to)] for site in sites
         }
         device = sites[0].weight.device if sites else torch.device("cpu")
-        self._kept = LatencyCache(describe_machine(device))
+        self._cache = LatencyCache(describe_machine(device))
         self._spreads: list[float] = []
-        self._pace: dict[str, float] = {}  # of this machine now, for what is kept: how many times as long all takes
-        if undecided and self._faster_if_linear(sites):
-            self.form = _as_linear(self.form, sites)
+        self._speed: dict[str, float] = {}  # by layer: the factor from cached times to current ones
+        if fastest.linear_undecided and self._is_linear_faster(sites):
+            self.passes = _with_linear_passes(self.passes, sites)
 
     @property
-    def noisy(self) -> bool:
-        """Whether the machine was under such load that most measurements spread by half and more."""
-        return bool(self._spreads) and median(self._spreads) > _SPREAD
+    def is_noisy(self) -> bool:
+        """Whether the machine was under such load that the times of most layers spread by half or more."""
+        return bool(self._spreads) and median(self._spreads) > _MAX_SPREAD
 
-    def times(self, path: str, layouts: Sequence[Layout]) -> list[float]:
-        """Milliseconds of each, at all calls of the convolution and those that share its weight, the first layout being
-        the convolution itself.
-        """
-        group, keys = self._group(path, self.form), [self._key(path, layout) for layout in layouts]
-        known = self._kept.ms.setdefault(group, {})
+    def latencies_ms(self, path: str, layouts: Sequence[Layout]) -> list[float]:
+        """See ``fxfact.planning.LatencyModel``."""
+        layer, keys = self._layer_key(path, self.passes), [self._layout_key(path, layout) for layout in layouts]
+        known = self._cache.times_of(layer)
         asked = sorted({0, *(k for k, key in enumerate(keys) if key not in known)})
-        if len(asked) > 1 or group not in self._pace:
-            measured = self._measured(path, [(layouts[k], self.form) for k in asked])
-            if known and known.get(keys[0], math.inf) > _SPREAD * measured[0]:
+        if len(asked) > 1 or layer not in self._speed:
+            measured = self._measure(path, [(layouts[k], self.passes) for k in asked])
+            if known and known.get(keys[0], math.inf) > _MAX_SPREAD * measured[0]:
                 known.clear()
-                return self.times(path, layouts)
-            _add(known, {keys[k]: ms for k, ms in zip(asked, measured, strict=True)}, keys[0])
-            self._pace[group] = measured[0] / known[keys[0]]
-        return [known[key] * self._pace[group] for key in keys]
+                return self.latencies_ms(path, layouts)
+            _merge_times(known, {keys[k]: ms for k, ms in zip(asked, measured, strict=True)}, keys[0])
+            self._speed[layer] = measured[0] / known[keys[0]]
+        return [known[key] * self._speed[layer] for key in keys]
 
     def save(self) -> None:
-        """Keep what was measured, for the next time."""
-        if self._spreads and not self.noisy:
-            self._kept.save()
+        """Write the cache to its file, unless the machine was under load."""
+        if self._spreads and not self.is_noisy:
+            self._cache.save()
 
-    def _faster_if_linear(self, sites: Sequence[ConvSite]) -> bool:
-        """Whether 1×1 convolutions on the inputs of these, to half as many channels, take less time so."""
-        saved, forms = 0.0, (self.form, _as_linear(self.form, sites))
-        keys = [_hash(self._of_modules(form)) for form in forms]
+    def _is_linear_faster(self, sites: Sequence[ConvSite]) -> bool:
+        """Return whether matrix products are faster for 1×1 convolutions.
+
+        Those measured are on the inputs of these layers, to half as many channels.
+        """
+        saved, variants = 0.0, (self.passes, _with_linear_passes(self.passes, sites))
+        keys = [_hash(self._module_passes(passes)) for passes in variants]
         for site in sites:
             if site.spec.in_channels > 1 and site.tied_to is None:
-                known = self._kept.ms.setdefault(self._group(site.path, *forms), {})
+                known = self._cache.times_of(self._layer_key(site.path, *variants))
                 if not known.keys() >= set(keys):
-                    known.update(
-                        zip(keys, self._measured(site.path, [(_halving, form) for form in forms]), strict=True)
-                    )
+                    times = self._measure(site.path, [(_pointwise_to_half, passes) for passes in variants])
+                    known.update(zip(keys, times, strict=True))
                 saved += known[keys[0]] - known[keys[1]]
         return saved > 0
 
-    def _measured(self, path: str, layouts: Sequence[tuple[Layout, Sequence[str]]]) -> list[float]:
-        """Of layouts in forms."""
+    def _measure(self, path: str, variants: Sequence[tuple[Layout, Sequence[str]]]) -> list[float]:
+        """Return the milliseconds of layouts after passes."""
         weight = self._sites[path][0].weight
-        inputs = {shape: self._formatted(random_numbers(shape).to(weight)) for _, shape in self._calls(path)}
-        calls = [partial(_run, self._ready(path, *each, inputs)) for each in layouts]
+        inputs = {shape: self._in_memory_format(random_numbers(shape).to(weight)) for _, shape in self._calls(path)}
+        calls = [partial(_run_calls, self._runnable(path, *variant, inputs)) for variant in variants]
         if self._compiled and weight.device.type == "cuda":
-            turns = milliseconds_of_graphs(calls, weight.device, repeats=_REPEATS, within=_WITHIN)
+            turns = self._timer.graph_turns(calls, weight.device, repeats=_REPEATS, within=_MAX_SECONDS)
         else:
-            on_cpu = weight.device.type == "cpu"  # else the launch and the wait for it are measured
+            on_cpu = weight.device.type == "cpu"  # on other devices a single run would measure the launch
             number, warm = (1, 0) if on_cpu else (None, 1)
-            turns = milliseconds(calls, repeats=_REPEATS, number=number, warm=warm, within=_WITHIN)
+            turns = self._timer.turns(calls, repeats=_REPEATS, number=number, warm=warm, within=_MAX_SECONDS)
         self._spreads.append(median(turns[0]) / min(turns[0]))
         return compared(turns)
 
-    def _ready(
-        self, path: str, layout: Layout, form: Sequence[str], inputs: Mapping[Sizes, Tensor]
+    def _runnable(
+        self, path: str, layout: Layout, passes: Sequence[str], inputs: Mapping[Sizes, Tensor]
     ) -> list[tuple[nn.Module, Tensor]]:
-        """What runs at every call, and on what."""
+        """Return the module and the input of every call."""
         calls, like = self._calls(path), self._sites[path][0].weight
-        chains = {spec: self._chain(layout(spec), like, form) for spec, _ in calls}
-        ready = {
+        chains = {spec: self._chain(layout(spec), like, passes) for spec, _ in calls}
+        modules = {
             (spec, shape): pack_chain(chains[spec], inputs[shape]) if self._compiled else chains[spec]
             for spec, shape in calls
         }
-        return [(ready[call], inputs[call[1]]) for call in calls]
+        return [(modules[call], inputs[call[1]]) for call in calls]
 
-    def _chain(self, specs: Sequence[ConvSpec], like: Tensor, form: Sequence[str]) -> nn.Sequential:
-        """Stages that hold random numbers."""
+    def _chain(self, specs: Sequence[ConvSpec], like: Tensor, passes: Sequence[str]) -> nn.Sequential:
+        """Return stages that hold random weights."""
         stages: list[nn.Module] = []
         for spec in specs:
             weight = random_numbers(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
             stages += write_conv(spec, weight.to(like), like.new_zeros(spec.out_channels) if spec.bias else None)
         chain = nn.Sequential(*stages).eval().requires_grad_(requires_grad=False)
-        for name in self._of_modules(form):
-            FORMS[name](chain)
+        for name in self._module_passes(passes):
+            INFERENCE_PASSES[name]().change(chain)
         return chain
 
-    def _of_modules(self, form: Sequence[str]) -> list[str]:
-        """What of a form is about single convolutions; the compiler chooses channels_last itself."""
-        return [name for name in FORMS if name in form or (name == "channels_last" and self._compiled)]
+    def _module_passes(self, passes: Sequence[str]) -> list[str]:
+        """Return the passes that concern single convolutions. Compilers choose channels_last themselves."""
+        return [name for name in MODULE_PASSES if name in passes or (name == ChannelsLast.name and self._compiled)]
 
-    def _formatted(self, tensor: Tensor) -> Tensor:
-        formats = CHANNELS_LAST if "channels_last" in self._of_modules(self.form) else {}
+    def _in_memory_format(self, tensor: Tensor) -> Tensor:
+        formats = CHANNELS_LAST if ChannelsLast.name in self._module_passes(self.passes) else {}
         return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
 
     def _calls(self, path: str) -> list[tuple[ConvSpec, Sizes]]:
-        """Of the convolution and those that share its weight: what is computed on an input of which shape."""
+        """Return the spec and the input shape of every call of the layer and of those that share its weight."""
         return [(site.spec, shape) for site in self._sites[path] for shape in site.input_shapes or ()]
 
-    def _key(self, path: str, layout: Layout) -> str:
-        """A name for what a layout makes of them."""
+    def _layout_key(self, path: str, layout: Layout) -> str:
         return _hash([[asdict(stage) for stage in layout(site.spec)] for site in self._sites[path]])
 
-    def _group(self, path: str, *forms: Sequence[str]) -> str:
-        """A name for a convolution, computed in some forms."""
-        site = self._sites[path][0]
-        how = [str(site.weight.dtype), *map(self._of_modules, forms), self._compiled]
+    def _layer_key(self, path: str, *variants: Sequence[str]) -> str:
+        """Return the cache key of a layer after some passes."""
+        how = [str(self._sites[path][0].weight.dtype), *map(self._module_passes, variants), self._compiled]
         return _hash([*how, [(asdict(spec), shape) for spec, shape in self._calls(path)]])
 
 
-def _halving(spec: ConvSpec) -> tuple[ConvSpec, ...]:
+def _with_linear_passes(passes: Sequence[str], sites: Sequence[ConvSite]) -> tuple[str, ...]:
+    """Return the passes with those for matrix products, in the order in which they must run."""
+    wanted = {*passes, *linear_passes(site.spec for site in sites)}
+    return (*(name for name in passes if name not in MODULE_PASSES), *(n for n in MODULE_PASSES if n in wanted))
+
+
+def _pointwise_to_half(spec: ConvSpec) -> tuple[ConvSpec, ...]:
     return (ConvSpec.parse(spec.in_channels, spec.in_channels // 2, (1,) * spec.order),)
 
 
-def _run(calls: Sequence[tuple[nn.Module, Tensor]]) -> None:
+def _run_calls(calls: Sequence[tuple[nn.Module, Tensor]]) -> None:
     for chain, x in calls:
         chain(x)
 
 
-def _add(known: dict[str, float], found: Mapping[str, float], dense: str) -> None:
-    """New times to those known, all at the faster pace of both, by the convolution's own."""
-    before, now = known.get(dense, found[dense]), found[dense]
+def _merge_times(known: dict[str, float], measured: Mapping[str, float], dense: str) -> None:
+    """Add measured times to the known ones, all rescaled to the faster speed of both, by the dense layer's time."""
+    before, now = known.get(dense, measured[dense]), measured[dense]
     best = min(before, now)
     known.update({key: ms * best / before for key, ms in known.items()})
-    known.update({key: ms * best / now for key, ms in found.items()})
+    known.update({key: ms * best / now for key, ms in measured.items()})
 
 
 def _hash(described: object) -> str:

@@ -1,10 +1,10 @@
-"""Plans for a time, rehearsed: their networks, holding random numbers, are timed before anything is decomposed."""
+"""Plans for a budget of milliseconds: propose a plan, time its network before anything is decomposed, decide."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -15,178 +15,198 @@ from torch.export import ExportedProgram
 from fxfact.capture import Captured
 from fxfact.conv import Cost
 from fxfact.errors import BudgetError
-from fxfact.passes import Decomposed, DecomposeOptions, apply_plan
-from fxfact.planning import Budget, BudgetAllocator, Decision, Latency, ParetoPoint, Plan
+from fxfact.passes import DecomposeOptions, Decomposition, apply_plan
+from fxfact.planning import Budget, Decision, Latency, ParetoPoint, Plan
 from fxfact.search.inference import DenseBaseline
-from fxfact.search.latency_model import MeasuredLatency
 from fxfact.utils import TICK, random_numbers, warn_caller
 
-_REHEARSALS, _CERTAIN = 5, 3  # at most; of the same plan, before its budget is refused
-_NEAR = 0.03  # of the budget below it, and above it what may be chance
-_LEAST = 0.05  # of the milliseconds of a convolution, for its chain, and of what was foreseen to be saved
-_INNER = 0.2  # of what is searched, at either end: not looked at
+_MAX_TRIALS = 5
+_MAX_REPEATS = 3  # measurements of the fastest plan before the budget is refused
+_TOLERANCE = 0.03  # a plan may measure this share of the budget below it, or by chance above it
+_MIN_TIME_SHARE = 0.05  # the least share of a layer's time that its chain can take, and of predicted savings
+_MARGIN = 0.2  # of the search interval, at both ends, where no plan is asked for
 
 
 class LatencyTrial(NamedTuple):
-    """A plan, the milliseconds asked of the clock for it, and those that its network measured."""
+    """A plan, the milliseconds that it was asked for, and the milliseconds that its network measured."""
 
     plan: Plan
-    asked: float
-    ms: float
+    asked_ms: float
+    measured_ms: float
 
 
-@dataclass(frozen=True, eq=False)
 class LatencySearch:
-    """Makes plans whose networks measure within the milliseconds of their budget.
+    """Finds plans whose networks measure within a budget of milliseconds.
 
-    What chains save in a network is not what they save alone: their inputs are fresh there, and the compiler fuses. So
-    it searches for what to ask the clock: between what gave a network too slow and what gave one too fast.
+    Chains do not save the same time in a network as alone: their inputs are in the caches, and compilers fuse them. The
+    search therefore varies the milliseconds that plans are asked for until the network measures the budget.
+
+    Args:
+        captured: the network.
+        baseline: the dense network to compare with.
+        propose: returns the plan for a budget, by the latencies of single layers and chains.
+        network_ms: milliseconds of the dense network.
     """
 
-    captured: Captured
-    clock: MeasuredLatency
-    rival: DenseBaseline
-    make: Callable[[BudgetAllocator], Plan]
-    _asked: dict[float, float] = field(default_factory=dict)  # for a budget, at last
+    def __init__(
+        self,
+        captured: Captured,
+        baseline: DenseBaseline,
+        propose: Callable[[Budget, float], Plan],
+        network_ms: float,
+    ) -> None:
+        self._captured, self._baseline, self._propose, self._network_ms = captured, baseline, propose, network_ms
+        self._start_ms: float | None = None  # what the best plan of the last search was asked for
 
-    def __call__(self, strategy: BudgetAllocator) -> Plan:
-        """Of up to five the nearest to the budget that is within; where none is, the fastest, with a warning. Raises
-        BudgetError where even the fastest chains, rehearsed, do not meet it.
+    def propose(self, budget: Budget, normalization: float) -> Plan:
+        """Try up to five plans. Return the slowest one that meets the budget, or the fastest one with a warning.
+
+        Raises:
+            BudgetError: if even the network of the fastest chains measures more than the budget.
         """
-        network = self.clock.network
-        allowed = strategy.budget.allowed(Cost(0, None, network))
-        search = _Search(network, allowed)
-        tried: dict[frozenset[str], LatencyTrial] = {}
+        target = budget.allowed(Cost(0, None, self._network_ms))
+        interval = RegulaFalsi(self._network_ms, target)
+        trials: dict[frozenset[str], LatencyTrial] = {}
         measured: defaultdict[frozenset[str], list[float]] = defaultdict(list)
-        asked, refused = self._asked.get(allowed, allowed), False
-        for _ in range(_REHEARSALS):
-            plan, asked, at_least = self._planned(strategy, asked)
+        asked, is_refused = self._start_ms or target, False
+        for _ in range(_MAX_TRIALS):
+            plan, asked, is_fastest = self._plan_for(asked, normalization)
             rewrites = frozenset(decision.rewrite for decision in plan.rewrites)
             times = measured[rewrites]
-            if not times or (at_least and median(times) > allowed):  # no plan is faster: was it disturbed?
-                times.append(self._milliseconds(plan))
-            tried[rewrites] = _rehearsed(plan, asked, median(times))
-            ms = tried[rewrites].ms
-            refused = at_least and ms > allowed * (1 + _NEAR)
-            if abs(ms / allowed - 1) < _NEAR or not rewrites or (refused and len(times) == _CERTAIN):
+            if not times or (is_fastest and median(times) > target):  # again, in case the machine was disturbed
+                times.append(self._measure(plan))
+            ms = median(times)
+            trials[rewrites] = LatencyTrial(_with_measured(plan, ms), asked, ms)
+            is_refused = is_fastest and ms > target * (1 + _TOLERANCE)
+            is_close = abs(ms / target - 1) < _TOLERANCE
+            if is_close or not rewrites or (is_refused and len(times) == _MAX_REPEATS):
                 break
-            asked = search.after(asked, ms)
-        best = _best(list(tried.values()), allowed, strategy.budget if refused else None)
-        self._asked[allowed] = best.asked
+            asked = interval.next_asked(asked, ms)
+        best = _best_trial(list(trials.values()), target, budget if is_refused else None)
+        self._start_ms = best.asked_ms
         return best.plan
 
-    def _planned(self, strategy: BudgetAllocator, asked: float) -> tuple[Plan, float, bool]:
-        """The plan for so many milliseconds, or for the fewest that the clock knows of; which, and whether it is
-        those: in the network they may be fewer.
+    def _plan_for(self, asked: float, normalization: float) -> tuple[Plan, float, bool]:
+        """Return a plan, the milliseconds that it was asked for, and whether it is the fastest plan.
+
+        It is the plan for ``asked`` milliseconds, or the fastest one if no plan takes so few.
         """
         try:
-            return self.make(replace(strategy, budget=Latency(at_most_ms=asked))), asked, False
+            return self._propose(Latency(at_most_ms=asked), normalization), asked, False
         except BudgetError as error:
             if error.least is None:
                 raise
             least = error.least * (1 + 1e-9)
-            return self.make(replace(strategy, budget=Latency(at_most_ms=least))), least, True
+            return self._propose(Latency(at_most_ms=least), normalization), least, True
 
-    def _milliseconds(self, plan: Plan) -> float:
-        """What the plan's network takes, by its share of the dense one's time, taking turns."""
+    def _measure(self, plan: Plan) -> float:
+        """Return the milliseconds of the plan's network, holding random weights."""
         if not plan.rewrites:
-            return self.clock.network
-        weights = {site.path: site.weight for site in self.captured.sites}
-        random = {decision.rewrite: _random(decision, weights[decision.path]) for decision in plan.rewrites}
-        rehearsed = replace(
-            plan, model=f"{plan.model}, rehearsed with random numbers", uses_statistics=False
-        )  # for the log
-        made = apply_plan(rehearsed, self.captured, DecomposeOptions(known=random))
-        network = made.module() if isinstance(made, ExportedProgram) else made
-        before, after = self.rival.times(network)
-        return self.clock.network * after / before
+            return self._network_ms
+        weights = {site.path: site.weight for site in self._captured.sites}
+        random = {
+            decision.rewrite: _random_decomposition(decision, weights[decision.path]) for decision in plan.rewrites
+        }
+        model = f"{plan.model}, with random numbers to measure its time"  # for the log
+        timed_plan = replace(plan, model=model, uses_statistics=False)
+        result = apply_plan(timed_plan, self._captured, DecomposeOptions(), known=random)
+        network = result.module() if isinstance(result, ExportedProgram) else result
+        dense_ms, network_ms = self._baseline.compare(network)
+        return self._network_ms * network_ms / dense_ms
 
 
-def _rehearsed(plan: Plan, asked: float, ms: float) -> LatencyTrial:
-    """With what its network measured spread over its chains."""
-    network = plan.network.ms
-    assert network is not None
-    foreseen = [each.milliseconds for each in plan.rewrites if each.milliseconds is not None]
-    return LatencyTrial(_scaled(plan, _factor(foreseen, network - ms)), asked, ms)
+def _with_measured(plan: Plan, measured_ms: float) -> Plan:
+    """Return the plan with the latencies of its chains scaled so that they save what the network saved."""
+    network_ms = plan.network.ms
+    assert network_ms is not None
+    predicted = [decision.latencies_ms for decision in plan.rewrites if decision.latencies_ms is not None]
+    return _scale_savings(plan, _savings_factor(predicted, network_ms - measured_ms))
 
 
-def _factor(foreseen: Sequence[tuple[float, float]], saved: float) -> float:
-    """How many times what each chain was foreseen to save, of milliseconds of convolutions and their chains, gives what
-    they saved together, where none saves more than nearly all of its convolution.
+def _savings_factor(latencies: Sequence[tuple[float, float]], saved: float) -> float:
+    """Return the factor on the predicted savings of the chains whose total is ``saved``.
+
+    Args:
+        latencies: milliseconds of each layer and of its chain.
+        saved: milliseconds that they saved together. No chain saves more than nearly all of its layer's time.
     """
-    savings = [(dense - ms, (1 - _LEAST) * dense) for dense, ms in foreseen if ms < dense]
+    savings = [(dense - chain, (1 - _MIN_TIME_SHARE) * dense) for dense, chain in latencies if chain < dense]
     free, factor = sum(saving for saving, _ in savings), 1.0
-    for saving, most in sorted(savings, key=lambda each: each[1] / each[0]):  # those first that come to it first
-        factor = max(saved / free, _LEAST)
-        if factor * saving <= most:
+    for saving, limit in sorted(savings, key=lambda pair: pair[1] / pair[0]):  # those that reach their limit first
+        factor = max(saved / free, _MIN_TIME_SHARE)
+        if factor * saving <= limit:
             break
-        saved, free = saved - most, free - saving
+        saved, free = saved - limit, free - saving
     return factor
 
 
-def _best(tried: list[LatencyTrial], allowed: float, missed: Budget | None) -> LatencyTrial:
-    within = [each for each in tried if each.ms <= allowed * (1 + _NEAR)]
+def _scale_savings(plan: Plan, factor: float) -> Plan:
+    """Return the plan with the predicted savings of its chains, and of its Pareto front, multiplied."""
+
+    def scaled(dense: float, chain: float) -> float:
+        return max(dense - factor * (dense - chain), _MIN_TIME_SHARE * dense)
+
+    def scaled_decision(decision: Decision) -> Decision:
+        if decision.factorization is None or decision.latencies_ms is None:
+            return decision
+        dense, chain = decision.latencies_ms
+        return replace(decision, latencies_ms=(dense, scaled(dense, chain)))
+
+    def scaled_point(point: ParetoPoint) -> ParetoPoint:
+        return replace(point, cost=replace(point.cost, ms=scaled(plan.network.ms or 0.0, point.cost.ms or 0.0)))
+
+    decisions, points = map(scaled_decision, plan), map(scaled_point, plan.pareto_points)
+    return replace(plan, decisions=tuple(decisions), pareto_points=tuple(points))
+
+
+def _best_trial(trials: list[LatencyTrial], target: float, refused: Budget | None) -> LatencyTrial:
+    """Return the slowest trial within the budget, else the fastest with a warning, or raise for a refused budget."""
+    within = [trial for trial in trials if trial.measured_ms <= target * (1 + _TOLERANCE)]
     if within:
-        return max(within, key=lambda each: each.ms)
-    best = min(tried, key=lambda each: each.ms)
-    if missed is not None:
-        raise missed.unmet(best.ms, best.plan.network)
+        return max(within, key=lambda trial: trial.measured_ms)
+    best = min(trials, key=lambda trial: trial.measured_ms)
+    if refused is not None:
+        raise refused.unmet_error(best.measured_ms, best.plan.network)
     warn_caller(
-        f"the budget is {allowed:.3g} ms, and of {len(tried)} networks planned for it the fastest measures "
-        f"{best.ms:.3g} ms. Ask for less, or try again when the machine is idle.",
+        f"the budget is {target:.3g} ms, and of {len(trials)} networks planned for it the fastest measures "
+        f"{best.measured_ms:.3g} ms. Ask for less, or try again when the machine is idle."
     )
     return best
 
 
-def _random(decision: Decision, like: Tensor) -> Decomposed:
-    """Stages that keep the size of what goes through them."""
-    sizes = [torch.Size(spec.weight_shape) for spec in decision.stages]
-    return [(random_numbers(size) / size[1:].numel() ** 0.5).to(like) for size in sizes], 0.0
+def _random_decomposition(decision: Decision, like: Tensor) -> Decomposition:
+    """Return random stages that keep the scale of what passes through them."""
+    shapes = [torch.Size(spec.weight_shape) for spec in decision.stages]
+    weights = [(random_numbers(shape) / shape[1:].numel() ** 0.5).to(like) for shape in shapes]
+    return Decomposition(weights, 0.0)
 
 
-def _scaled(plan: Plan, factor: float) -> Plan:
-    """With so many times what its chains, and those of the other networks that could be had, were foreseen to save."""
+class RegulaFalsi:
+    """Finds the milliseconds to ask for so that the network measures the target.
 
-    def left(dense: float, ms: float) -> float:
-        return max(dense - factor * (dense - ms), _LEAST * dense)
-
-    def chain_scaled(decision: Decision) -> Decision:
-        if decision.factorization is None or decision.milliseconds is None:
-            return decision
-        dense, chain = decision.milliseconds
-        return replace(decision, milliseconds=(dense, left(dense, chain)))
-
-    def point_scaled(point: ParetoPoint) -> ParetoPoint:
-        return replace(point, cost=replace(point.cost, ms=left(plan.network.ms or 0.0, point.cost.ms or 0.0)))
-
-    return replace(
-        plan, decisions=tuple(map(chain_scaled, plan)), pareto_points=tuple(map(point_scaled, plan.pareto_points))
-    )
-
-
-class _Search:
-    """For the milliseconds to ask of a clock for a network that measures what is allowed (by the Illinois method:
-    M. Dowell and P. Jarratt, A modified regula falsi method, BIT 11, 1971).
+    Uses the Illinois variant of regula falsi (M. Dowell and P. Jarratt, A modified regula falsi method, BIT 11, 1971).
     """
 
-    def __init__(self, network: float, allowed: float) -> None:
-        self._network, self._allowed = network, allowed
-        self._ends = {True: (network, network - allowed)}  # by whether it was too slow: asked, by how much
-        self._last: bool | None = None
+    def __init__(self, network_ms: float, target: float) -> None:
+        self._network_ms, self._target = network_ms, target
+        self._ends = {True: (network_ms, network_ms - target)}  # by whether it was too slow: asked, excess over target
+        self._last_too_slow: bool | None = None
 
-    def after(self, asked: float, measured: float) -> float:
-        """What to ask next: where a line through what gave a network too slow, at first the dense one, and what gave
-        one too fast meets what is allowed; until one was too fast, what it would be if savings were in proportion.
+    def next_asked(self, asked: float, measured: float) -> float:
+        """Return what to ask for next.
+
+        This is where the line through the last plan that was too slow and the last one that was too fast meets the
+        target. As long as none was too fast, savings are assumed to be proportional.
         """
-        slow = measured > self._allowed
-        if slow is self._last and len(self._ends) == 2:  # then the other end counts half
-            other, by = self._ends[not slow]
-            self._ends[not slow] = other, by / 2
-        self._ends[slow], self._last = (asked, measured - self._allowed), slow
+        too_slow = measured > self._target
+        if too_slow is self._last_too_slow and len(self._ends) == 2:  # then the other end counts half
+            other, excess = self._ends[not too_slow]
+            self._ends[not too_slow] = other, excess / 2
+        self._ends[too_slow], self._last_too_slow = (asked, measured - self._target), too_slow
         start, above = self._ends[True]
         if False not in self._ends:
-            wanted = self._network - self._allowed
-            saved = max(wanted - above, _LEAST * (self._network - start))
-            return max(self._network - (self._network - start) * wanted / saved, TICK)
+            wanted = self._network_ms - self._target
+            saved = max(wanted - above, _MIN_TIME_SHARE * (self._network_ms - start))
+            return max(self._network_ms - (self._network_ms - start) * wanted / saved, TICK)
         end, below = self._ends[False]
-        return start + min(max(above / (above - below), _INNER), 1 - _INNER) * (end - start)
+        return start + min(max(above / (above - below), _MARGIN), 1 - _MARGIN) * (end - start)

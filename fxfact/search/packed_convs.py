@@ -1,4 +1,4 @@
-"""Convolutions as PyTorch's compiler runs them with frozen weights, without it: on weights packed for oneDNN or MKL."""
+"""Convolutions as compiled networks with frozen weights run them: on weights packed for oneDNN or MKL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fxfact.conv import POINTWISE_TYPES, TRANSPOSED_TYPES, is_conv
 
 
 class _Packed(nn.Module):
-    """What inductor puts in a convolution's place (torch/_inductor/fx_passes/mkldnn_fusion.py)."""
+    """A convolution as inductor writes it (torch/_inductor/fx_passes/mkldnn_fusion.py)."""
 
     def __init__(self, conv: Any, size: torch.Size) -> None:
         super().__init__()
@@ -27,14 +27,14 @@ class _Packed(nn.Module):
 
 
 class _PackedLinear(nn.Module):
-    """What inductor puts in the place of a matrix product on as many places."""
+    """A 1×1 convolution as inductor writes a matrix product for this number of positions."""
 
-    def __init__(self, conv: Any, places: int) -> None:
+    def __init__(self, conv: Any, positions: int) -> None:
         super().__init__()
         weight = conv.weight.detach().flatten(1)
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, places)
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, positions)
         bias = None if conv.bias is None else conv.bias.detach()
-        self._arguments: tuple[Any, ...] = (packed, weight, bias, places)
+        self._arguments: tuple[Any, ...] = (packed, weight, bias, positions)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in, *size) to (batch, out, *size)."""
@@ -44,7 +44,7 @@ class _PackedLinear(nn.Module):
 
 @torch.no_grad()
 def pack_chain(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
-    """The chain for inputs like ``x``; stages that neither library computes that way are as they were."""
+    """Return the chain for inputs like ``x``. Stages that neither library supports stay as they are."""
     stages: list[nn.Module] = []
     for stage in chain:
         stages.append(_packed(stage, x) if _can_be_packed(stage, x) else stage)

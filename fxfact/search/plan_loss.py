@@ -1,75 +1,87 @@
-"""Plans for a loss, tried on data: how far the original with a plan's kernels in it is from itself."""
+"""Measures plans on data: how far the original network is from itself once it has the kernels of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxfact.analysis import with_kernels
 from fxfact.calibration import DivergenceEvaluator, Statistics, mean_and_error, significantly_negative
 from fxfact.capture import Captured
 from fxfact.conv import compose_weights, to_torch
-from fxfact.passes import Decomposed, DecomposeOptions
+from fxfact.passes import DecomposeOptions, Decomposition, decompose_sites
 from fxfact.planning import Decision, Plan
-from fxfact.utils import alias_copy, to_eval
 
-_SEED = 0  # of what begins at random
+_SEED = 0  # for factorizations that start from random factors
 
 
 class PlanLoss:
-    """How far the network that a plan would make is from the original on some data, which may be ``on_others`` than
-    those learned from.
+    """Measures by how much a plan would increase the loss.
+
+    Every kernel is decomposed once and kept in ``decompositions``, by ``Decision.rewrite``. Divergences are kept too.
+
+    Args:
+        captured: the network that the plans are for.
+        network: a private copy of it in evaluation mode. It gets the kernels of each plan in turn.
+        statistics: the calibration statistics.
+        evaluator: the original's outputs on the data to measure on.
+        options: how kernels are decomposed.
+        on_held_out: whether that data is other than the data that the statistics were collected from.
     """
 
     def __init__(
         self,
         captured: Captured,
+        network: nn.Module,
         statistics: Statistics,
-        original: DivergenceEvaluator,
-        decomposing: DecomposeOptions,
+        evaluator: DivergenceEvaluator,
+        options: DecomposeOptions,
         *,
-        on_others: bool,
+        on_held_out: bool,
     ) -> None:
-        self._captured, self._statistics, self._original = captured, statistics, original
+        self._network, self._statistics, self._evaluator, self._options = network, statistics, evaluator, options
+        self.on_held_out = on_held_out
         self._sites = {site.path: site for site in captured.sites}
-        self._decomposing, self.on_others = decomposing, on_others
-        self._known: dict[frozenset[str], Tensor] = {}
-        self.decomposed: dict[str, Decomposed] = {}  # by ``Decision.rewrite``
+        self._dense_kernels = {site.path: site.weight.detach() for site in captured.sites}
+        self._divergences: dict[frozenset[str], Tensor] = {}
+        self.decompositions: dict[str, Decomposition] = {}
 
-    def __call__(self, plan: Plan) -> float:
-        """Nats for one sample."""
-        return mean_and_error(self._divergences(plan), everywhere=True)[0]
+    def mean(self, plan: Plan) -> float:
+        """Return the mean increase of the loss in nats for one sample."""
+        return mean_and_error(self.divergences(plan), everywhere=True)[0]
 
-    def is_clear(self, better: Plan, than: Plan) -> bool:
-        """Whether a plan measures better by more than what may be chance: two standard errors of the difference on the
-        same samples.
+    def is_clearly_better(self, plan: Plan, other: Plan) -> bool:
+        """Return whether a plan measures better than another by more than may be chance.
+
+        That is two standard errors of the differences on the same samples.
         """
-        return significantly_negative(self._divergences(better) - self._divergences(than), everywhere=True)
+        return significantly_negative(self.divergences(plan) - self.divergences(other), everywhere=True)
 
-    def _divergences(self, plan: Plan) -> Tensor:
+    def divergences(self, plan: Plan) -> Tensor:
+        """Return the KL divergence of every sample (n,) in nats."""
         key = frozenset(decision.rewrite for decision in plan.rewrites)
-        if key not in self._known:
-            own = {decision.path: self._own(decision) for decision in plan.rewrites}
-            self._decompose({decision.rewrite: decision for decision in own.values()})
-            kernels = {path: self._kernel(decision) for path, decision in own.items()}
-            network = to_eval(with_kernels(alias_copy(self._captured.network), kernels))
-            self._known[key] = self._original.divergences(network)
-        return self._known[key]
+        if key not in self._divergences:
+            leaders = {decision.path: _leader_decision(decision) for decision in plan.rewrites}
+            self._decompose(leaders.values())
+            kernels = {path: self._composed_kernel(decision) for path, decision in leaders.items()}
+            network = with_kernels(self._network, {**self._dense_kernels, **kernels})
+            self._divergences[key] = self._evaluator.divergences(network)
+        return self._divergences[key]
 
-    def _own(self, decision: Decision) -> Decision:
-        """The same of the convolution whose weight it shares."""
-        return replace(decision, path=decision.tied_to or decision.path)
-
-    def _decompose(self, decisions: Mapping[str, Decision]) -> None:
-        """What was not yet, of decisions by ``Decision.rewrite``."""
-        new = {rewrite: decision for rewrite, decision in decisions.items() if rewrite not in self.decomposed}
+    def _decompose(self, decisions: Iterable[Decision]) -> None:
+        new = {d.rewrite: d for d in decisions if d.rewrite not in self.decompositions}
         jobs = [(self._sites[decision.path], decision, _SEED) for decision in new.values()]
-        results = self._decomposing.decomposed(jobs, self._statistics, "measuring")
-        self.decomposed.update(zip(new, results, strict=True))
+        results = decompose_sites(jobs, self._options, self._statistics, label="measuring")
+        self.decompositions.update(zip(new, results, strict=True))
 
-    def _kernel(self, decision: Decision) -> Tensor:
-        """What the chain of a decision composes to, in PyTorch's layout."""
-        weights, _ = self.decomposed[decision.rewrite]
+    def _composed_kernel(self, decision: Decision) -> Tensor:
+        """Return the dense kernel that the chain of a decision equals, in PyTorch's layout."""
+        weights, _ = self.decompositions[decision.rewrite]
         return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, weights))
+
+
+def _leader_decision(decision: Decision) -> Decision:
+    """Return the decision for the convolution whose weight this one shares."""
+    return replace(decision, path=decision.tied_to or decision.path)

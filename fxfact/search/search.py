@@ -1,10 +1,9 @@
-"""The plan for a budget: the one that statistics foresee, or a more even one where that measures clearly better."""
+"""From a budget to a plan: statistics, candidates, then a loop that proposes a plan, measures it, and decides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,227 +21,288 @@ from fxfact.calibration import (
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.conv import Cost
 from fxfact.errors import ArgumentError, CalibrationError
-from fxfact.passes import Decomposed, DecomposeOptions
+from fxfact.passes import DecomposeOptions, Decomposition
 from fxfact.planning import (
     Budget,
     BudgetAllocator,
     FixedRanks,
     Latency,
+    LayerOptions,
     Loss,
     Macs,
     Params,
     Plan,
-    Selection,
-    build_plan,
+    PlanDraft,
+    SearchScope,
+    allocate,
+    draft_plan,
 )
 from fxfact.search.inference import DenseBaseline, best_inference_passes
-from fxfact.search.latency_model import MeasuredLatency
+from fxfact.search.latency_model import MeasuredLatencyModel
 from fxfact.search.latency_search import LatencySearch
 from fxfact.search.plan_loss import PlanLoss
 from fxfact.utils import alias_copy, to_eval, warn_caller
 
-_FULL_NORMALIZATION = 1.0  # the normalization of another plan, which is measured beside the usual one
+_USUAL_NORMALIZATION = 0.5  # of ``allocate``
+_EVEN_NORMALIZATION = 1.0  # spreads the loss increases more evenly over the layers
 _HALVINGS = 8
 
-
-@dataclass(frozen=True)
-class SearchScope:
-    """What of the network a plan is for."""
-
-    include: Selection | None
-    exclude: Selection | None
-    allow_growth: bool
-    form: tuple[str, ...] = ()  # for inference, and the milliseconds of the dense network in it
-    ms: float | None = None
-
-    def plan(self, captured: Captured, strategy: FixedRanks | BudgetAllocator) -> Plan:
-        """What the strategy makes of it."""
-        made = build_plan(
-            captured, strategy, include=self.include, exclude=self.exclude, allow_growth=self.allow_growth
-        )
-        return replace(made, inference_passes=self.form, network=replace(made.network, ms=self.ms))
+Propose = Callable[[Budget, float], Plan]  # for a budget and a normalization
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationData:
-    """What a caller gives: batches or the statistics of some, batches to measure on, what the output means, and how
-    kernels are decomposed to measure them.
+    """The data that a caller gave.
+
+    Attributes:
+        calibration: batches to learn from, or statistics that were collected before.
+        held_out: batches to measure on.
+        likelihood: what the outputs mean, as for ``fxfact.plan``.
     """
 
-    calibration: Batches | Statistics | None
-    held_out: Batches | None
-    likelihood: object
-    decomposing: DecomposeOptions
+    calibration: Batches | Statistics | None = None
+    held_out: Batches | None = None
+    likelihood: object = None
 
 
 class SearchResult(NamedTuple):
-    """The plan, the statistics that it was made with, and by ``Decision.rewrite`` what was decomposed to measure it."""
+    """The plan, the statistics that it uses, and the kernels that were decomposed to measure it."""
 
     plan: Plan
     statistics: Statistics | None
-    decomposed: Mapping[str, Decomposed]
+    decompositions: Mapping[str, Decomposition]
 
 
-@torch.inference_mode(False)  # in which nothing can be fitted
+@torch.inference_mode(False)  # nothing can be fitted in inference mode
 def search(
     captured: Captured,
     strategy: FixedRanks | BudgetAllocator,
-    selected: SearchScope,
-    budget: Budget | Loss | None,
+    scope: SearchScope,
     data: CalibrationData,
+    *,
+    options: DecomposeOptions,
+    loss: Loss | None = None,
 ) -> SearchResult:
-    """Raises ArgumentError, BudgetError, CalibrationError."""
-    if isinstance(strategy, FixedRanks) and data.held_out is not None:
-        raise ArgumentError("held_out is for budgets: ranks that are given leave nothing to measure")
-    _check_likelihood(data)
-    if isinstance(budget, Latency):
-        _check_alone(data)
-    statistics, trial = _statistics(captured, data, budget)
-    if statistics is not None:
-        statistics.check([site.path for site in captured.sites])
-    strategy = replace(strategy, statistics=statistics)
+    """Find the plan for fixed ranks or for a budget.
+
+    Args:
+        captured: the network.
+        strategy: fixed ranks, or what chooses ranks within its budget.
+        scope: which layers may change.
+        data: the caller's data.
+        options: how kernels are decomposed in order to measure plans.
+        loss: find the cheapest network within this bound on the loss. The strategy's budget then only says in which
+            unit the cost is counted.
+
+    Raises:
+        ArgumentError, BudgetError, CalibrationError, RankError, TimingError, WeightError.
+    """
+    has_budget = isinstance(strategy, BudgetAllocator)
+    _check_requests(strategy, data)
+
+    # Statistics: given by the caller, or collected from the caller's batches.
+    batches = _split_batches(captured, data, has_budget=has_budget, needs_held_out=loss is not None)
+    plan_network = to_eval(alias_copy(captured.network)) if batches.measuring else None
+    evaluator = (
+        None if plan_network is None else DivergenceEvaluator(plan_network, batches.measuring, _likelihood(data))
+    )
+    statistics = _statistics(captured, data, batches, options)
+
+    # Candidates: the layers that may change, and the plan for them if their ranks are fixed.
+    draft = draft_plan(captured, scope)
     if isinstance(strategy, FixedRanks):
-        return SearchResult(selected.plan(captured, strategy), statistics, {})
-    make: Callable[[BudgetAllocator], Plan] = partial(selected.plan, captured)
-    if isinstance(budget, Latency):
-        make, strategy, budget = _clocked(captured, strategy, selected, budget)
+        fixed = replace(strategy, statistics=statistics)
+        allocation = fixed.choose(draft.candidates, draft.network)
+        return SearchResult(draft.to_plan(allocation, uses_statistics=fixed.uses_statistics), statistics, {})
 
-    def plan_for(some: Budget) -> Plan:
-        made = make(replace(strategy, budget=some))
-        if trial is None:
-            return made
-        even = make(replace(strategy, budget=some, normalization=_FULL_NORMALIZATION))
-        if trial.is_clear(even, made):
-            made = replace(even, pareto_points=made.pareto_points)
-        return replace(made, measured_loss_increase=trial(made)) if trial.on_others else made
-
-    if isinstance(budget, Loss):
-        best = _cheapest_within(budget.nats, plan_for, Params if captured.macs is None else Macs)
+    # Propose, measure, decide.
+    allocator = replace(strategy, statistics=statistics)
+    plan_loss = None
+    if plan_network is not None and evaluator is not None and statistics is not None:
+        plan_loss = PlanLoss(captured, plan_network, statistics, evaluator, options, on_held_out=batches.held_out)
+    if isinstance(allocator.budget, Latency):
+        plan = _plan_for_latency(captured, draft, allocator, allocator.budget, plan_loss)
     else:
-        assert budget is not None
-        best = plan_for(budget)
-    return SearchResult(best, statistics, {} if trial is None else trial.decomposed)
+        layers = allocator.layer_options(draft.candidates)
+        proposer = PlanProposer(draft, layers, draft.network, allocator.uses_statistics)
+        if loss is None:
+            plan = _best_plan(allocator.budget, proposer.propose, plan_loss)
+        else:
+            plan = _cheapest_plan(loss, proposer.propose, plan_loss, Params if captured.macs is None else Macs)
+    return SearchResult(plan, statistics, {} if plan_loss is None else plan_loss.decompositions)
 
 
-def _clocked(
-    captured: Captured, strategy: BudgetAllocator, selected: SearchScope, budget: Latency
-) -> tuple[Callable[[BudgetAllocator], Plan], BudgetAllocator, Budget]:
-    """What makes plans, with a clock, all of whose times are known; where the machine is under too much load for that,
-    a budget of MACs.
+@dataclass(frozen=True, eq=False)
+class PlanProposer:
+    """Proposes plans for budgets. Everything expensive was computed before; a proposal is one allocation.
 
-    Raises BudgetError.
+    Attributes:
+        draft: the plan before ranks are chosen.
+        layers: what could become of each candidate.
+        network: the cost of the whole dense network.
+        uses_statistics: whether the options assume that chains are fitted in the metric of statistics.
+        inference_passes: the exact passes that follow, if the network will only be run.
     """
-    form = best_inference_passes(captured, compiled=budget.compiled)
-    clock = MeasuredLatency(
-        captured.sites, form.ms, form=form.passes, undecided=form.undecided, compiled=budget.compiled
-    )
-    selected.plan(captured, replace(strategy, budget=Params(1.0), clock=clock))
-    clock.save()
-    rival = DenseBaseline(captured, clock.form, compiled=budget.compiled)
-    clock.network = min(form.ms, rival.milliseconds())  # at the pace at which its convolutions were measured
-    make = partial(replace(selected, form=clock.form, ms=clock.network).plan, captured)
-    if not clock.noisy:
-        return LatencySearch(captured, clock, rival, make), replace(strategy, clock=clock), budget
-    share = min(1.0, budget.allowed(Cost(0, None, clock.network)) / clock.network)
-    warn_caller(
-        f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs instead. "
-        "Try again when it is idle.",
-    )
-    return make, strategy, Macs(share)
+
+    draft: PlanDraft
+    layers: tuple[LayerOptions, ...]
+    network: Cost
+    uses_statistics: bool
+    inference_passes: tuple[str, ...] = ()
+
+    def propose(self, budget: Budget, normalization: float) -> Plan:
+        """Return the plan for a budget. Raises BudgetError if no network meets it."""
+        allocation = allocate(self.layers, self.network, budget, normalization)
+        plan = self.draft.to_plan(allocation, uses_statistics=self.uses_statistics)
+        return replace(plan, network=self.network, inference_passes=self.inference_passes)
 
 
-def _cheapest_within(nats: float, plan_for: Callable[[Budget], Plan], unit: type[Macs | Params]) -> Plan:
-    """The cheapest of the plans for shares of the dense cost, 0 … 1, whose measured loss is within ``nats``; found by
-    halving, to a 256th of the way between its cheapest network and the dense one.
+def _best_plan(budget: Budget, propose: Propose, plan_loss: PlanLoss | None) -> Plan:
+    """Return the plan that is expected to be best, or a more even one if that measures clearly better."""
+    plan = propose(budget, _USUAL_NORMALIZATION)
+    if plan_loss is None:
+        return plan
+    even = propose(budget, _EVEN_NORMALIZATION)
+    if plan_loss.is_clearly_better(even, plan):
+        plan = replace(even, pareto_points=plan.pareto_points)
+    return replace(plan, measured_loss_increase=plan_loss.mean(plan)) if plan_loss.on_held_out else plan
+
+
+def _cheapest_plan(loss: Loss, propose: Propose, plan_loss: PlanLoss | None, unit: type[Macs | Params]) -> Plan:
+    """Return the cheapest plan whose measured loss increase is within the bound.
+
+    The share of the dense cost is found by halving the interval between the cheapest network and the dense one eight
+    times.
     """
-    dense = plan_for(unit(1.0))
+    dense = _best_plan(unit(1.0), propose, plan_loss)
     network = dense.network.macs or dense.network.params
     cheapest = dense.pareto_points[0].cost if dense.pareto_points else dense.network
     low, high = (cheapest.macs or cheapest.params) / network, 1.0
     best = dense
-    if not _within(dense, nats):  # even what costs next to nothing by prediction
+    if not _is_within(dense, loss):  # the loss cannot even bear the rewrites that are expected to cost nothing
         for decision in dense.rewrites:
             best = best.edited(decision.path, skip="the loss cannot bear it")
         best = replace(best, measured_loss_increase=0.0)
     for _ in range(_HALVINGS if dense.pareto_points else 0):
         middle = (low + high) / 2
-        plan = plan_for(unit(middle))
-        if _within(plan, nats):
+        plan = _best_plan(unit(middle), propose, plan_loss)
+        if _is_within(plan, loss):
             best, high = plan, middle
         else:
             low = middle
     return best
 
 
-def _within(plan: Plan, nats: float) -> bool:
-    return plan.measured_loss_increase is not None and plan.measured_loss_increase <= nats
+def _is_within(plan: Plan, loss: Loss) -> bool:
+    return plan.measured_loss_increase is not None and plan.measured_loss_increase <= loss.nats
 
 
-def _check_alone(data: CalibrationData) -> None:
-    """Raise ArgumentError where several processes are to plan one network together, each by a clock of its own."""
-    together = data.held_out is not None or not isinstance(data.calibration, Statistics | None)
-    if together and rank_and_world_size()[1] > 1:
-        raise ArgumentError(
-            "each process measures times of its own, and would plan another network. Plan in one, from "
-            "fxfact.Statistics that all have calibrated, and load its plan in the others."
+def _plan_for_latency(
+    captured: Captured, draft: PlanDraft, allocator: BudgetAllocator, budget: Latency, plan_loss: PlanLoss | None
+) -> Plan:
+    """Return the plan for a budget of milliseconds; for one of MACs if the machine is too busy to measure times."""
+    fastest = best_inference_passes(captured, compiled=budget.compiled, timer=budget.timer)
+    model = MeasuredLatencyModel(captured.sites, fastest, compiled=budget.compiled, timer=budget.timer)
+    layers = replace(allocator, latency_model=model).layer_options(draft.candidates)  # measures every chain
+    model.save()
+    baseline = DenseBaseline(captured, model.passes, compiled=budget.compiled, timer=budget.timer)
+    network_ms = min(fastest.ms, baseline.milliseconds())  # at the speed at which the layers were measured
+    network = replace(draft.network, ms=network_ms)
+    if model.is_noisy:
+        share = min(1.0, budget.allowed(network) / network_ms)
+        warn_caller(
+            f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs "
+            "instead. Try again when it is idle."
         )
+        layers = allocator.layer_options(draft.candidates)
+        by_macs = PlanProposer(draft, layers, network, allocator.uses_statistics, model.passes)
+        return _best_plan(Macs(share), by_macs.propose, plan_loss)
+    proposer = PlanProposer(draft, layers, network, allocator.uses_statistics, model.passes)
+    latency_search = LatencySearch(captured, baseline, proposer.propose, network_ms)
+    return _best_plan(budget, latency_search.propose, plan_loss)
 
 
-def _check_likelihood(data: CalibrationData) -> None:
-    """Raise ArgumentError for one that nothing would be made of, CalibrationError for one that is none."""
+def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData) -> None:
+    """Raise ArgumentError or CalibrationError for arguments that would have no effect or cannot work together."""
+    if isinstance(strategy, FixedRanks) and data.held_out is not None:
+        raise ArgumentError("held_out is only used with budget=. Remove it, or pass a budget.")
     own = data.calibration.likelihood if isinstance(data.calibration, Statistics) else None
-    known = parse_likelihood(data.likelihood)
-    if known is not None and data.held_out is None and (data.calibration is None or own not in (None, known.name)):
+    likelihood = parse_likelihood(data.likelihood)
+    unused = data.calibration is None or own not in (None, getattr(likelihood, "name", None))
+    if likelihood is not None and data.held_out is None and unused:
         raise ArgumentError(
             f"likelihood={data.likelihood!r} says what outputs mean for batches, and there are none"
             + (f"; the statistics are of {own!r}. Calibrate again." if own else ": pass calibration.")
         )
+    has_batches = data.held_out is not None or not isinstance(data.calibration, Statistics | None)
+    has_latency = isinstance(strategy, BudgetAllocator) and isinstance(strategy.budget, Latency)
+    if has_latency and has_batches and rank_and_world_size()[1] > 1:
+        raise ArgumentError(
+            "each process measures times of its own, and would plan another network. Plan in one process, from "
+            "fxfact.Statistics that all processes have calibrated, and load its plan in the others."
+        )
 
 
-def _statistics(
-    captured: Captured, data: CalibrationData, budget: Budget | Loss | None
-) -> tuple[Statistics | None, PlanLoss | None]:
-    """The statistics, and what measures plans for a budget, if there is data to measure on: what is held out, or else
-    every fourth batch of what is learned from. Raises CalibrationError.
-    """
-    given, request = data.calibration, data.likelihood
-    if isinstance(given, Statistics) and request is None:
-        request = given.likelihood
-    kept, held_out = _batches(captured, data, budget)
-    seen = held_out
-    if budget is not None and isinstance(kept, list) and not held_out and not callable(request):
-        seen = split_held_out(kept)[1] if len(kept) > 1 else kept
-    original = DivergenceEvaluator(to_eval(alias_copy(captured.network)), seen, request) if seen else None
-    statistics = given if isinstance(given, Statistics) else None
-    if kept is not None:
-        statistics = collect_statistics(captured, kept, likelihood=request, progress=data.decomposing.progress)
-    if statistics is None or original is None:
-        return statistics, None
-    return statistics, PlanLoss(captured, statistics, original, data.decomposing, on_others=bool(held_out))
+@dataclass(frozen=True, eq=False)
+class _SplitBatches:
+    """The caller's batches by use.
 
-
-def _batches(
-    captured: Captured, data: CalibrationData, budget: Budget | Loss | None
-) -> tuple[Batches | None, list[ExampleInputs]]:
-    """Those to calibrate on, None where there are statistics or no data, a list for a budget; and those held out, by
-    the caller or for a bound on the loss.
+    Attributes:
+        learning: to collect statistics from. None if there are statistics, or no data.
+        measuring: to measure plans on. Empty if plans are not measured.
+        held_out: whether the batches to measure on are other ones than those to learn from.
     """
 
-    def listed(batches: Batches, name: str) -> list[ExampleInputs]:
-        return list(iter_batches(captured.network, batches, captured.example_inputs, name=name))
+    learning: Batches | None
+    measuring: Sequence[ExampleInputs]
+    held_out: bool
 
-    given, needed = data.calibration, isinstance(budget, Loss)
-    kept = None if isinstance(given, Statistics) else given
-    held_out = [] if data.held_out is None else listed(data.held_out, "held_out")
-    if kept is not None and budget is not None:
-        kept = listed(kept, "calibration")
-        if needed and not held_out:
-            kept, held_out = split_held_out(kept)
-    if held_out and given is None:
+
+def _split_batches(
+    captured: Captured, data: CalibrationData, *, has_budget: bool, needs_held_out: bool
+) -> _SplitBatches:
+    """Split the caller's batches into those to learn from and those to measure on.
+
+    Plans are measured on the batches that the caller held out. A bound on the loss needs some; without, every fourth
+    batch is held out for it. Other budgets measure on every fourth batch, and learn from it as well.
+    """
+    learning = None if isinstance(data.calibration, Statistics) else data.calibration
+    held_out = [] if data.held_out is None else _as_list(captured, data.held_out, "held_out")
+    if learning is not None and has_budget:
+        learning = _as_list(captured, learning, "calibration")
+        if needs_held_out and not held_out:
+            learning, held_out = split_held_out(learning)
+    if held_out and data.calibration is None:
         raise CalibrationError("held_out is only measured on: pass calibration, other batches to learn from, as well")
-    if needed and not held_out:
+    if needs_held_out and not held_out:
         raise CalibrationError(
             "a loss is measured on batches of its own: pass two or more as calibration, or fxfact.Statistics and "
             "held_out=batches"
         )
-    return kept, held_out
+    measuring = held_out
+    if has_budget and isinstance(learning, list) and not held_out and not callable(data.likelihood):
+        measuring = split_held_out(learning)[1] if len(learning) > 1 else learning
+    return _SplitBatches(learning, measuring, bool(held_out))
+
+
+def _as_list(captured: Captured, batches: Batches, name: str) -> list[ExampleInputs]:
+    return list(iter_batches(captured.network, batches, captured.example_inputs, name=name))
+
+
+def _likelihood(data: CalibrationData) -> object:
+    """Return the likelihood that the caller gave, else the one of the statistics."""
+    if data.likelihood is None and isinstance(data.calibration, Statistics):
+        return data.calibration.likelihood
+    return data.likelihood
+
+
+def _statistics(
+    captured: Captured, data: CalibrationData, batches: _SplitBatches, options: DecomposeOptions
+) -> Statistics | None:
+    statistics = data.calibration if isinstance(data.calibration, Statistics) else None
+    if batches.learning is not None:
+        likelihood, progress = data.likelihood, options.progress
+        statistics = collect_statistics(captured, batches.learning, likelihood=likelihood, progress=progress)
+    if statistics is not None:
+        statistics.check([site.path for site in captured.sites])
+    return statistics

@@ -9,6 +9,7 @@ from fxfact.utils.precision import full_precision, no_reduced_precision
 from fxfact.utils.progress import Progress, with_progress
 from fxfact.utils.pt2_safety import check_harmless
 from fxfact.utils.storage import StorageIndex, storage_of
+from fxfact.utils.timer import Timer
 from fxfact.utils.timing import (
     TICK,
     as_timing_errors,
@@ -24,6 +25,7 @@ __all__ = [
     "TICK",
     "Progress",
     "StorageIndex",
+    "Timer",
     "alias_copy",
     "as_json",
     "as_timing_errors",
