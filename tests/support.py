@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+import fxfact
+from fxfact.analysis.reference import composed_kernels, copy_as_module, prepare_original, with_kernels
 from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.factorizations import FACTORIZATIONS, CPFactorized, Factorization, Tucker
 from fxfact.factorizations.cp import CPMobilenet
@@ -80,6 +83,12 @@ def apart(expected: Tensor, found: Tensor) -> float:
     assert expected.shape == found.shape
     expected, found = expected.detach().double(), found.detach().double()
     return float((found - expected).norm() / expected.norm())
+
+
+def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.Module | ExportedProgram) -> nn.Module:
+    """A copy of the original with the kernels that the stages of the factorized network compose to."""
+    plan = fxfact.plan_of(factorized)
+    return with_kernels(prepare_original(original, plan), composed_kernels(copy_as_module(factorized), plan))
 
 
 def params_of(modules: Iterable[nn.Module]) -> int:

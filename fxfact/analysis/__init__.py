@@ -1,19 +1,20 @@
-"""Is a factorized network right, and what changed? Verification, inspection, reports."""
+"""Verification, inspection and reports of factorized networks."""
 
 from fxfact.analysis.dot import to_dot
 from fxfact.analysis.inspection import diff, inspect
-from fxfact.analysis.report_data import on_threads
+from fxfact.analysis.reference import prepare_original, stages_of, with_kernels
+from fxfact.analysis.report_data import format_threads
 from fxfact.analysis.reports import Report, report
-from fxfact.analysis.verification import Verification, check_rewrite, prepared, stages_of, verify, with_kernels
+from fxfact.analysis.verification import Verification, check_rewrite, verify
 
 __all__ = [
     "Report",
     "Verification",
     "check_rewrite",
     "diff",
+    "format_threads",
     "inspect",
-    "on_threads",
-    "prepared",
+    "prepare_original",
     "report",
     "stages_of",
     "to_dot",

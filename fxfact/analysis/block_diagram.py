@@ -1,4 +1,4 @@
-"""A network made blocks: from its graph, or from the modules of one that keeps its own Python."""
+"""Block diagrams of networks: from the graph, or from the modules of a network that keeps the model's own Python."""
 
 from __future__ import annotations
 
@@ -9,109 +9,112 @@ from typing import NamedTuple
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfact.analysis.report_data import Block, BlockDiagram, rank_shown
+from fxfact.analysis.report_data import Block, BlockDiagram, format_rank
 from fxfact.capture import Captured
 from fxfact.conv import ConvSite, Cost, chain_cost, is_conv, spec_of
 from fxfact.graph import GraphSite, macs_by_node, match
 from fxfact.passes import pass_history
 
-Chains = Mapping[str, str]
+ChainLabels = Mapping[str, str]
+"""Factorization and rank of every rewritten convolution, by path."""
 
 
-def build_block_diagram(captured: Captured, chains: Chains, original: Captured | None = None) -> BlockDiagram:
-    """The blocks of what was captured, of which the paths in ``chains`` are chains, with that said of them.
+def build_block_diagram(captured: Captured, chains: ChainLabels, original: Captured | None = None) -> BlockDiagram:
+    """Draw a captured network. Blocks at the paths in ``chains`` are chains with these labels.
 
-    Where there is no graph, the sizes are those that the ``original``'s convolutions have.
+    If there is no graph, the input sizes are those of the ``original``'s convolutions.
     """
     if isinstance(captured.network, fx.GraphModule):
-        return _Graph(captured.network, captured.samples, chains).flow()
-    known = original or captured
-    sites = {site.path: site for site in known.sites}
-    return BlockDiagram(blocks=tuple(_of_modules(captured.network, sites, known.samples, chains)), wired=False)
+        return _GraphDiagram(captured.network, captured.samples, chains).build()
+    reference = original or captured
+    sites = {site.path: site for site in reference.sites}
+    blocks = tuple(_module_blocks(captured.network, sites, reference.samples, chains))
+    return BlockDiagram(blocks=blocks, has_edges=False)
 
 
-def chains_of(network: nn.Module | ExportedProgram) -> Chains:
-    """What every convolution became that plans have rewritten in it, by path."""
-    rewrites = [decision for done in pass_history(network) for decision in done.plan.rewrites]
-    return {d.path: f"{d.factorization.name if d.factorization else ''} {rank_shown(d.rank)}" for d in rewrites}
+def chain_labels(network: nn.Module | ExportedProgram) -> ChainLabels:
+    """Return factorization and rank of every convolution that plans rewrote in a network."""
+    rewrites = [decision for record in pass_history(network) for decision in record.plan.rewrites]
+    return {d.path: f"{d.factorization.name if d.factorization else ''} {format_rank(d.rank)}" for d in rewrites}
 
 
-class _Drawn(NamedTuple):
-    """A block, the last of its nodes so far, and the path of the chain that it is, if it is one."""
+class _OpenBlock(NamedTuple):
+    """A block, the last of its nodes so far, and its path if it is a chain."""
 
     block: Block
-    last: fx.Node
-    path: str
+    last_node: fx.Node
+    chain_path: str
 
 
-class _Graph:
-    """The blocks of a graph, as its nodes are read one after the other."""
+class _GraphDiagram:
+    """Builds the block diagram of a graph, node by node."""
 
-    def __init__(self, graph_module: fx.GraphModule, samples: int, chains: Chains) -> None:
+    def __init__(self, graph_module: fx.GraphModule, samples: int, chains: ChainLabels) -> None:
         self._root, self._samples, self._chains = graph_module, samples, chains
         self._verdicts = match(graph_module).verdicts
         self._macs = macs_by_node(graph_module)
-        self._drawn: list[_Drawn] = []
+        self._blocks: list[_OpenBlock] = []
         self._block_of: dict[fx.Node, int] = {}
 
-    def flow(self) -> BlockDiagram:
-        """Read all nodes."""
+    def build(self) -> BlockDiagram:
+        """Read every node of the graph."""
         for node in self._root.graph.nodes:
             if node.op != "get_attr":
-                self._read(node)
-        return BlockDiagram(blocks=tuple(drawn.block for drawn in self._drawn), wired=True)
+                self._add(node)
+        return BlockDiagram(blocks=tuple(each.block for each in self._blocks), has_edges=True)
 
-    def _read(self, node: fx.Node) -> None:
+    def _add(self, node: fx.Node) -> None:
+        """Append a node to the block that it reads, or begin a new block."""
         inputs = tuple(dict.fromkeys(self._block_of[n] for n in node.all_input_nodes if n in self._block_of))
-        path = self._chain_of(node)
-        before = self._drawn[inputs[0]] if len(inputs) == 1 else None
-        if before is not None and list(before.last.users) == [node]:
-            old, grown = before.block, None
-            if path and before.path == path and not self._begins(node):
-                macs = (Cost(0, old.macs) + Cost(0, self._macs_of(node))).macs
-                grown = replace(old, stages=(*old.stages, self._name(node)), macs=macs)
-            elif self._goes_behind(node, old):
-                grown = replace(old, behind=(*old.behind, self._name(node)))
-            if grown is not None:
-                self._drawn[inputs[0]] = _Drawn(grown, node, before.path)
+        path = self._chain_path(node)
+        source = self._blocks[inputs[0]] if len(inputs) == 1 else None
+        if source is not None and list(source.last_node.users) == [node]:
+            block, extended = source.block, None
+            if path and source.chain_path == path and not self._is_first_stage(node):
+                macs = (Cost(0, block.macs) + Cost(0, self._macs_per_sample(node))).macs
+                extended = replace(block, stages=(*block.stages, self._node_text(node)), macs=macs)
+            elif self._may_follow(node, block):
+                extended = replace(block, followed_by=(*block.followed_by, self._node_text(node)))
+            if extended is not None:
+                self._blocks[inputs[0]] = _OpenBlock(extended, node, source.chain_path)
                 self._block_of[node] = inputs[0]
                 return
-        block = replace(self._block(node, path), inputs=inputs, macs=self._macs_of(node))
-        self._block_of[node] = len(self._drawn)
-        self._drawn.append(_Drawn(block, node, path))
+        block = replace(self._new_block(node, path), inputs=inputs, macs=self._macs_per_sample(node))
+        self._block_of[node] = len(self._blocks)
+        self._blocks.append(_OpenBlock(block, node, path))
 
-    def _block(self, node: fx.Node, path: str) -> Block:
-        """One that begins with this node."""
+    def _new_block(self, node: fx.Node, path: str) -> Block:
         verdict = self._verdicts[node]
         kind = {"placeholder": "input", "output": "output"}.get(node.op, "operation")
         if path:
-            return Block(kind="chain", label=path, detail=self._chains[path], stages=(self._name(node),))
+            return Block(kind="chain", label=path, detail=self._chains[path], stages=(self._node_text(node),))
         if isinstance(verdict, GraphSite):
             return Block(kind="convolution", label=verdict.path, detail=str(verdict.spec))
         if node.op == "call_module":
-            return Block(kind=kind, label=str(node.target), detail=self._name(node))
-        return Block(kind=kind, label=self._name(node))
+            return Block(kind=kind, label=str(node.target), detail=self._node_text(node))
+        return Block(kind=kind, label=self._node_text(node))
 
-    def _goes_behind(self, node: fx.Node, before: Block) -> bool:
-        plain = node.op != "output" and not isinstance(self._verdicts[node], GraphSite)
-        return plain and not self._macs.get(node) and before.kind != "input"
+    def _may_follow(self, node: fx.Node, block: Block) -> bool:
+        """Whether a node is drawn inside the block that it reads: it has no MACs, and the block is no input."""
+        is_plain = node.op != "output" and not isinstance(self._verdicts[node], GraphSite)
+        return is_plain and not self._macs.get(node) and block.kind != "input"
 
-    def _chain_of(self, node: fx.Node) -> str:
-        """The path of the rewritten convolution whose chain this node is a stage of, or nothing."""
+    def _chain_path(self, node: fx.Node) -> str:
+        """Return the path of the chain that a node is a stage of, or ''."""
         verdict = self._verdicts[node]
-        own = verdict.path if isinstance(verdict, GraphSite) else str(node.target) if node.op == "call_module" else ""
-        path, _, index = own.rpartition(".")
+        name = verdict.path if isinstance(verdict, GraphSite) else str(node.target) if node.op == "call_module" else ""
+        path, _, index = name.rpartition(".")
         return path if path in self._chains and index.isdecimal() else ""
 
-    def _begins(self, node: fx.Node) -> bool:
-        """Whether a chain's node calls its first stage: it is called again."""
-        return str(node.target).endswith(".0")
+    def _is_first_stage(self, node: fx.Node) -> bool:
+        return str(node.target).endswith(".0")  # the chain is called once more
 
-    def _macs_of(self, node: fx.Node) -> int | None:
-        known = self._macs.get(node)
-        return None if known is None else known // self._samples
+    def _macs_per_sample(self, node: fx.Node) -> int | None:
+        macs = self._macs.get(node)
+        return None if macs is None else macs // self._samples
 
-    def _name(self, node: fx.Node) -> str:
+    def _node_text(self, node: fx.Node) -> str:
+        """Return the convolution's sizes, the module's class or the function's name."""
         verdict = self._verdicts[node]
         if isinstance(verdict, GraphSite):
             return str(verdict.spec)
@@ -122,8 +125,10 @@ class _Graph:
         return str(node.target)
 
 
-def _of_modules(network: nn.Module, sites: Mapping[str, ConvSite], samples: int, chains: Chains) -> Iterator[Block]:
-    """Of a model that keeps its own Python, one for every module that has none inside, or is a chain."""
+def _module_blocks(
+    network: nn.Module, sites: Mapping[str, ConvSite], samples: int, chains: ChainLabels
+) -> Iterator[Block]:
+    """Yield one block for every chain and for every other module without children."""
     for path, module in network.named_modules():
         is_chain = path in chains
         if not is_chain and (path.rpartition(".")[0] in chains or list(module.children())):

@@ -1,8 +1,8 @@
-"""A graph, shown: every convolution in it, and what a rewrite changed."""
+"""Text views of a network: a table of its convolutions, and the difference of two graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import zip_longest
@@ -21,8 +21,18 @@ from fxfact.passes import PassRecord, pass_history
 
 @dataclass(frozen=True, kw_only=True)
 class ConvRow:
-    """One convolution as it stands in the graph. ``relative_error`` is ‖W − Ŵ‖_F / ‖W‖_F, None where unknown, or
-    where a stage was factorized once more.
+    """One convolution of a network.
+
+    Attributes:
+        path: Its name in the network.
+        origin: Sizes of the convolution that a plan rewrote, or '' if it was not rewritten.
+        factorization: Name of the factorization, or '-'.
+        rank: The factorization's rank.
+        stages: The convolutions that run in its place.
+        cost: Parameters and MACs of the stages, for one sample.
+        relative_error: ‖Ŵ − W‖_F / ‖W‖_F of the kernel, or None if it is unknown, as for a stage that was factorized
+            again.
+        remark: Why it cannot be rewritten.
     """
 
     path: str
@@ -37,14 +47,19 @@ class ConvRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What ``inspect`` found. ``print`` shows ``rows`` as a table, and ``nodes`` (name, verdict) where asked for."""
+    """The result of ``inspect``. ``print`` shows it as tables.
+
+    Attributes:
+        rows: The convolutions.
+        nodes: Name and verdict for every node of the graph: the convolution that it calls, or why it calls none.
+    """
 
     rows: tuple[ConvRow, ...]
     nodes: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         headers = ["path", "from", "factorization", "rank", "stages", "parameters", "MACs", "error", "remark"]
-        table = tabulate(map(_cells, self.rows), headers, disable_numparse=True, maxcolwidths=[None] * 8 + [60])
+        table = tabulate(map(_table_row, self.rows), headers, disable_numparse=True, maxcolwidths=[None] * 8 + [60])
         nodes = tabulate(self.nodes, ["node", "verdict"], disable_numparse=True)
         return f"{table}\n\n{nodes}" if self.nodes else table
 
@@ -52,51 +67,73 @@ class Inspection:
 def inspect(
     model: nn.Module | ExportedProgram, *, example_inputs: ExampleInputs | None = None, nodes: bool = False
 ) -> Inspection:
-    """Every convolution of a model, factorized or not: where it came from, rank, stages, cost, relative weight error.
+    """List every convolution of a network, factorized or not.
 
-    MACs need example_inputs, or a graph that has shapes. ``nodes`` adds, for every node of the graph, which convolution
-    it is or why none; a model that keeps its own Python has no graph, and so no nodes. Raises ArgumentTypeError,
-    CaptureError.
+    Args:
+        model: The network.
+        example_inputs: One call of the network, which gives the MACs. An ExportedProgram and a graph with recorded
+            shapes need none.
+        nodes: Whether to list the graph's nodes too. A network that keeps the model's own Python has no graph, and so
+            no nodes.
+
+    Returns:
+        Origin, factorization, rank, stages, cost and kernel error of every convolution.
+
+    Raises:
+        ArgumentTypeError: ``model`` is neither a module nor an ExportedProgram.
+        CaptureError: The network cannot be copied, or fails on ``example_inputs``.
     """
-    captured = looked_at(model, example_inputs)
-    history = {path: done for done in pass_history(model) for path in done.relative_error}
-    parts: dict[str, list[ConvSite | Skip]] = {}
+    captured = capture_for_display(model, example_inputs)
+    records = {path: record for record in pass_history(model) for path in record.relative_error}
+    items_by_path: dict[str, list[ConvSite | Skip]] = {}
     for item in captured.found:
         name = path_of(item)
-        whole = next((path for path in history if name.startswith(f"{path}.")), name)
-        parts.setdefault(whole, []).append(item)
-    again = {path: any(other.startswith(f"{path}.") for other in history) for path in parts}
-    rows = tuple(_row(path, items, history.get(path), captured, again[path]) for path, items in parts.items())
+        path = next((path for path in records if name.startswith(f"{path}.")), name)
+        items_by_path.setdefault(path, []).append(item)
+    rows = tuple(_conv_row(path, items, records, captured) for path, items in items_by_path.items())
     graph = captured.network if nodes and isinstance(captured.network, fx.GraphModule) else None
     verdicts = match(graph).verdicts if graph is not None else {}
-    return Inspection(rows=rows, nodes=tuple((node.name, _verdict(item)) for node, item in verdicts.items()))
+    return Inspection(rows=rows, nodes=tuple((node.name, _verdict_text(item)) for node, item in verdicts.items()))
 
 
 def diff(
     before: nn.Module | ExportedProgram, after: nn.Module | ExportedProgram, *, context: int = 2, width: int = 78
 ) -> str:
-    """Two graphs side by side, only what changed, with ``context`` lines around; each column ``width`` characters.
+    """Show the difference of two networks' graphs, side by side.
 
-    Where one of them has no graph, for it keeps its own Python, the modules of both are compared. ``-`` marks what is
-    only in ``before``, ``+`` what is only in ``after``. Empty where they are alike.
+    If one of the two has no graph, because it keeps the model's own Python, the modules of both are compared instead.
+
+    Args:
+        before: The first network, shown on the left.
+        after: The second network, shown on the right.
+        context: Number of equal lines to show around every change.
+        width: Number of characters of each column, at least 10.
+
+    Returns:
+        The changed lines: ``-`` marks those of ``before``, ``+`` those of ``after``. Empty if the graphs are equal.
+
+    Raises:
+        ArgumentError: ``context`` or ``width`` is too small.
+        ArgumentTypeError: A network is neither a module nor an ExportedProgram.
+        CaptureError: A network cannot be copied.
     """
     if width < 10 or context < 0:
         raise ArgumentError(f"width must be at least 10 and context at least 0, got {width}, {context}")
-    networks = [looked_at(before).network, looked_at(after).network]
+    networks = [capture_for_display(before).network, capture_for_display(after).network]
     graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
-    left, right = map(_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
+    left, right = map(_graph_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
     rows: list[str] = []
     for group in SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
         rows += ["⋯"] if rows else []
         for tag, i, j, k, m in group:
             marks = (" ", " ") if tag == "equal" else ("-", "+")
             pairs = zip_longest(left[i:j], right[k:m], fillvalue="")
-            rows += [f"{_cell(a, marks[0], width)} │ {_cell(b, marks[1], width)}".rstrip() for a, b in pairs]
+            rows += [f"{_column(a, marks[0], width)} │ {_column(b, marks[1], width)}".rstrip() for a, b in pairs]
     return "\n".join(rows)
 
 
-def looked_at(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> Captured:
-    """By its modules where it has no graph, even unseen: nothing is going to be rewritten."""
+def capture_for_display(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> Captured:
+    """Capture a network that is not going to be rewritten: by its modules if it has no graph, even without inputs."""
     try:
         return capture(model, example_inputs)
     except CaptureError:
@@ -105,17 +142,19 @@ def looked_at(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs 
         return capture(model, example_inputs, how="modules")
 
 
-def _row(
-    path: str, items: list[ConvSite | Skip], done: PassRecord | None, captured: Captured, rewritten_again: bool
+def _conv_row(
+    path: str, items: list[ConvSite | Skip], records: Mapping[str, PassRecord], captured: Captured
 ) -> ConvRow:
+    """Make one row of the sites and skips that are the convolution at a path, or the stages of its chain."""
+    record = records.get(path)
+    decision = record.plan[path] if record else None
     sites = [item for item in items if isinstance(item, ConvSite)]
     costs = [chain_cost([site.spec], site.input_sizes(captured.samples)) for site in sites]
-    decision = done.plan[path] if done else None
+    if not costs and decision:  # parts of a factorized module, which composes its kernel where the model reads it
+        costs = [chain_cost([stage], None) for stage in decision.stages]
     method = decision.factorization if decision else None
     rank = decision.rank if decision else None
-    if not costs and decision:  # parts of a stand-in, which composes its kernel where the model reads it
-        costs = [chain_cost([stage], None) for stage in decision.stages]
-    remarks: Iterable[str] = (item.reason for item in items if isinstance(item, Skip))
+    rewritten_again = any(other.startswith(f"{path}.") for other in records)
     return ConvRow(
         path=path,
         origin=str(decision.spec if decision else ""),
@@ -123,12 +162,12 @@ def _row(
         rank="" if rank is None else ",".join(map(str, rank)),
         stages=tuple(site.spec for site in sites) or (decision.stages if decision else ()),
         cost=sum(costs[1:], costs[0]) if costs else Cost(0, None),
-        relative_error=None if done is None or rewritten_again else done.relative_error[path],
-        remark="; ".join(remarks),
+        relative_error=None if record is None or rewritten_again else record.relative_error[path],
+        remark="; ".join(item.reason for item in items if isinstance(item, Skip)),
     )
 
 
-def _cells(row: ConvRow) -> list[str]:
+def _table_row(row: ConvRow) -> list[str]:
     macs = "" if row.cost.macs is None else f"{row.cost.macs:,}"
     error = "" if row.relative_error is None else f"{row.relative_error:.3g}"
     stages = "\n".join(map(str, row.stages))
@@ -136,30 +175,34 @@ def _cells(row: ConvRow) -> list[str]:
     return [row.path, row.origin, row.factorization, row.rank, stages, params, macs, error, row.remark]
 
 
-def _verdict(item: ConvSite | Skip) -> str:
+def _verdict_text(item: ConvSite | Skip) -> str:
     return f"{item.path}: {item.spec}" if isinstance(item, ConvSite) else item.reason
 
 
 def _module_lines(network: nn.Module) -> list[str]:
-    """One line a module that has none inside."""
+    """Return one line for every module without children."""
     leaves = [(path, module) for path, module in network.named_modules() if not list(module.children())]
-    return [f"{path}: {_name_of(module)}" for path, module in leaves]
+    return [f"{path}: {_module_text(module)}" for path, module in leaves]
 
 
-def _lines(graph_module: fx.GraphModule) -> list[str]:
-    """One line a node. What took a node's place is called by that node's name, so that its users read alike."""
+def _graph_lines(graph_module: fx.GraphModule) -> list[str]:
+    """Return one line for every node.
+
+    A node that replaced another is called by that node's name, so that the lines of its users do not change.
+    """
     names = {node: node.name for node in graph_module.graph.nodes}
-    names |= {node: name for name, node in _successors(graph_module).items()}
-    return [_line(graph_module, node, names) for node in graph_module.graph.nodes]
+    names |= {node: name for name, node in _replacements(graph_module).items()}
+    return [_node_line(graph_module, node, names) for node in graph_module.graph.nodes]
 
 
-def _successors(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """The last of the nodes that a pass of ours put in the place of another, by the name of that other."""
+def _replacements(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    """Return the last of the nodes with which a pass of fxfact replaced another, by the name of that other."""
     sources = [(node.meta.get("from_node"), node) for node in graph_module.graph.nodes]
     return {source[-1].name: node for source, node in sources if source and source[-1].pass_name.startswith("fxfact")}
 
 
-def _line(root: fx.GraphModule, node: fx.Node, names: dict[fx.Node, str]) -> str:
+def _node_line(root: fx.GraphModule, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    """Return a line such as ``y = conv(x): Conv2d(…)``; shorter than ``Node.format_node``, and with other names."""
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     values = [*node.args, *(f"{key}={value}" for key, value in node.kwargs.items())]
     arguments = ", ".join(str(fx.node.map_arg(value, lambda n: names[n])) for value in values).replace("'", "")
@@ -168,13 +211,14 @@ def _line(root: fx.GraphModule, node: fx.Node, names: dict[fx.Node, str]) -> str
     line = f"{names[node]} = {target}({arguments})"
     if node.op != "call_module":
         return line
-    return f"{line}: {_name_of(root.get_submodule(str(node.target)))}"
+    return f"{line}: {_module_text(root.get_submodule(str(node.target)))}"
 
 
-def _name_of(module: nn.Module) -> str:
+def _module_text(module: nn.Module) -> str:
+    """Return a convolution's sizes, or the class of another module."""
     layer = read_conv(module) if is_conv(module) else None
     return str(layer.spec) if isinstance(layer, ConvLayer) else type(module).__name__
 
 
-def _cell(text: str, mark: str, width: int) -> str:
+def _column(text: str, mark: str, width: int) -> str:
     return f"{mark if text else ' '} {shorten(text, width - 2, placeholder='…')}".ljust(width)

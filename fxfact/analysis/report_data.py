@@ -1,7 +1,8 @@
-"""What a report holds: values, from which text, JSON and pictures are made."""
+"""The data of a report, from which text, JSON and pictures are made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,16 +13,22 @@ from fxfact.conv import Cost, format_change
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A convolution, a chain, or another operation, with the operations ``behind`` that nothing but its output enters.
+    """One box of a block diagram: a convolution, a chain of convolutions, or another operation.
 
-    ``inputs`` are the numbers of the blocks that it reads. ``macs`` are for one sample, None where unknown; ``stages``
-    those of a chain, in order.
+    Attributes:
+        kind: 'input', 'convolution', 'chain', 'operation' or 'output'.
+        label: Name of the module, node or convolution.
+        detail: More about it, such as the convolution's sizes or the chain's rank.
+        followed_by: Operations drawn in the same box, because they alone read its output and nothing else.
+        inputs: Indices of the blocks that it reads.
+        macs: MACs for one sample, or None if unknown.
+        stages: The convolutions of a chain, in order.
     """
 
-    kind: str  # 'input', 'convolution', 'chain', 'operation', 'output'
+    kind: str
     label: str
     detail: str = ""
-    behind: tuple[str, ...] = ()
+    followed_by: tuple[str, ...] = ()
     inputs: tuple[int, ...] = ()
     macs: int | None = None
     stages: tuple[str, ...] = ()
@@ -29,23 +36,31 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDiagram:
-    """The blocks of a network in the order in which they run; not ``wired`` where the model keeps its own Python, whose
-    modules are in the order of their definition and whose wires are not known.
+    """The blocks of a network.
+
+    Attributes:
+        blocks: The blocks in the order of execution, or of definition if there are no edges.
+        has_edges: Whether the blocks' inputs are known. They are not if the network keeps the model's own Python.
     """
 
     blocks: tuple[Block, ...]
-    wired: bool
+    has_edges: bool
 
     @property
     def macs(self) -> int:
-        """Of all blocks."""
+        """The MACs of all blocks, for one sample."""
         return sum(block.macs or 0 for block in self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """The singular values of an unfolding of a kernel (of groups the root mean squares), over the largest, descending;
-    ``rank`` of them are kept.
+    """The singular values of one unfolding of a kernel.
+
+    Attributes:
+        name: Shape of the unfolding, such as '64×576'.
+        values: Singular values divided by the largest, descending; of a grouped convolution the root mean square over
+            the groups.
+        rank: How many of them the factorization keeps.
     """
 
     name: str
@@ -55,12 +70,27 @@ class Spectrum:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvReport:
-    """One convolution, and what became of it; ``reason`` says why nothing did.
+    """One convolution and its replacement. Every error is relative.
 
-    ``before`` and ``after`` are costs for one sample, ``milliseconds`` those of the convolution and of its chain on the
-    inputs' sizes, taking turns, ``activation_bytes`` the most that what they make takes at one time, beside the input,
-    None where there were no inputs. Errors are relative: of the kernel, and of the output on
-    the original's own input. ``predicted_loss_increase`` is by how much the loss was foreseen to grow, in nats.
+    Attributes:
+        path: Name of the convolution.
+        convolution: Its sizes as text.
+        factorization: Name of the factorization, or '' if the convolution was left dense.
+        rank: The factorization's rank.
+        stages: The convolutions of the chain as text.
+        before: Cost of the convolution for one sample.
+        after: Cost of its replacement for one sample.
+        milliseconds: Times of convolution and chain on random inputs of the example inputs' sizes, taking turns, or
+            None if the sizes are unknown.
+        activation_bytes: Peak memory of the activations of convolution and chain, without their input, or None if the
+            sizes are unknown.
+        kernel_error: Error of the composed kernel.
+        output_error: Error of the output on the input that the convolution gets in the original.
+        predicted_loss_increase: Predicted increase of the loss, in nats per sample (1 nat of KL divergence is
+            log₂ e = 1.44 bits).
+        reason: Why the convolution was left dense.
+        note: A remark on the rank.
+        spectra: Singular values of the unfoldings that the ranks belong to.
     """
 
     path: str
@@ -82,9 +112,24 @@ class ConvReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Two networks on some inputs: costs for one sample, milliseconds for the inputs, taking turns, on ``threads``, and
-    the most bytes that activations take at one time; errors as ``fxfact.verify`` measures them. ``refused`` says why
-    ways of capturing that reach more were not taken.
+    """Two networks compared on some inputs.
+
+    Attributes:
+        model: Class name of the original.
+        capture: How it was captured: 'trace', 'modules' or 'export'.
+        refused: Why other ways of capture were not taken.
+        before: Cost of the original for one sample.
+        after: Cost of the factorized network for one sample.
+        milliseconds: Times of both networks on the inputs, taking turns.
+        activation_bytes: Peak memory of the activations of both networks, without the inputs.
+        threads: Threads that PyTorch used for the times.
+        graph_error: ``Verification.graph``.
+        end_to_end_error: ``Verification.end_to_end``.
+        tolerance: ``Verification.tolerance``.
+        changed: ``Verification.changed``.
+        ok: ``Verification.ok``.
+        convolutions: One entry for every convolution of the original.
+        diagrams: Block diagrams of both networks.
     """
 
     model: str
@@ -97,62 +142,82 @@ class ReportData:
     threads: int
     graph_error: float
     end_to_end_error: float
+    tolerance: float
+    changed: tuple[str, ...]
     ok: bool
     convolutions: tuple[ConvReport, ...]
-    flows: tuple[BlockDiagram, BlockDiagram]
+    diagrams: tuple[BlockDiagram, BlockDiagram]
 
     def __str__(self) -> str:
         headers = ["path", "convolution", "became", "parameters", "MACs", "ms", "peak MB", "kernel", "output", "remark"]
-        rows = [_row(conv) for conv in self.convolutions]
+        rows = [_table_row(conv) for conv in self.convolutions]
         before, after = self.before, self.after
         pairs = [
             (before.params, after.params),
             (before.macs, after.macs),
             self.milliseconds,
-            megabytes(self.activation_bytes),
+            to_megabytes(self.activation_bytes),
         ]
-        whole = [format_change(*pair) for pair in pairs]
-        rows.append(["network", self.model, "", *whole, "", error(self.end_to_end_error), ""])
+        changes = [format_change(*pair) for pair in pairs]
+        rows.append(["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""])
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 9 + [50])
-        verdict = "right" if self.ok else "WRONG"
-        return f"{table}\n\ngraph {self.graph_error:.2e} ({verdict}); {on_threads(self.threads)}; errors are relative"
+        check = format_graph_check(self.graph_error, self.tolerance, self.changed)
+        return (
+            f"{table}\n\n{check}\n"
+            f"ms: {format_threads(self.threads)}; peak MB: activations; kernel, output: relative errors"
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: numbers, strings, lists and dicts."""
+        """Return plain data: numbers, strings, lists and dicts."""
         return {"format": "fxfact report", "version": 1, **asdict(self)}
 
 
-def on_threads(count: int) -> str:
-    """So many, in words."""
+def format_graph_check(error: float, tolerance: float, changed: Sequence[str]) -> str:
+    """Say what was verified on the example inputs, with what result."""
+    check = f"(relative error {error:.2e}, tolerance {tolerance:.0e})"
+    if error <= tolerance:
+        result = f"graph check passed: on these inputs, the network equals the original with the same kernels {check}"
+    else:
+        result = (
+            f"graph check FAILED: on these inputs, the network differs from the original with the same kernels {check}"
+        )
+    if not changed:
+        return result
+    names = ", ".join(changed)
+    return f"{result}\nchanged after factorization, and for this check taken from the factorized network: {names}"
+
+
+def format_threads(count: int) -> str:
+    """Return '1 thread', '2 threads' and so on."""
     return f"{count} thread" if count == 1 else f"{count} threads"
 
 
-def megabytes(found: tuple[int, int]) -> tuple[float, float]:
-    """Of bytes."""
-    before, after = found
+def to_megabytes(byte_counts: tuple[int, int]) -> tuple[float, float]:
+    """Convert a pair of bytes to megabytes."""
+    before, after = byte_counts
     return before / 1e6, after / 1e6
 
 
-def error(found: float | None) -> str:
-    """Three digits."""
-    return "" if found is None else f"{found:.3g}"
+def format_error(value: float | None) -> str:
+    """Return an error with three digits, or '' if it is unknown."""
+    return "" if value is None else f"{value:.3g}"
 
 
-def rank_shown(rank: tuple[int, ...] | None) -> str:
-    """The entries, parted by commas."""
+def format_rank(rank: tuple[int, ...] | None) -> str:
+    """Return the entries of a rank, separated by commas."""
     return ",".join(map(str, rank or ()))
 
 
-def _row(conv: ConvReport) -> list[str]:
+def _table_row(conv: ConvReport) -> list[str]:
     return [
         conv.path,
         conv.convolution,
-        f"{conv.factorization} {rank_shown(conv.rank)}".strip() or "-",
+        f"{conv.factorization} {format_rank(conv.rank)}".strip() or "-",
         format_change(conv.before.params, conv.after.params) if conv.convolution else "",
         format_change(conv.before.macs, conv.after.macs),
         "" if conv.milliseconds is None else format_change(*conv.milliseconds),
-        "" if conv.activation_bytes is None else format_change(*megabytes(conv.activation_bytes)),
-        error(conv.kernel_error),
-        error(conv.output_error),
+        "" if conv.activation_bytes is None else format_change(*to_megabytes(conv.activation_bytes)),
+        format_error(conv.kernel_error),
+        format_error(conv.output_error),
         conv.reason or conv.note,
     ]

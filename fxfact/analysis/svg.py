@@ -1,4 +1,4 @@
-"""Pictures, as SVG: a network's blocks and wires, a spectrum."""
+"""Pictures as SVG: a network's block diagram, and the spectrum of a kernel."""
 
 from __future__ import annotations
 
@@ -8,39 +8,48 @@ from typing import NamedTuple
 
 from fxfact.analysis.report_data import Block, BlockDiagram, Spectrum
 
-_ROW, _HEIGHT, _WIDTH, _LANE, _GAP, _SHARE = 27, 21, 360, 9, 14, 52
-_LONGEST = 26  # letters of a path
-_LETTER, _WIDEST = 6.4, 240  # of a stage
+# Pixels.
+_ROW = 27  # from one block to the next
+_HEIGHT = 21  # of a block
+_WIDTH = 360  # of a block
+_LANE = 9  # between two edges that run side by side
+_GAP = 14  # between stages
+_SHARE = 52  # column of the shares of the MACs
+_LETTER = 6.4  # width of a letter in a stage
+_MAX_STAGE_WIDTH = 240
+
+_MAX_LABEL_LETTERS = 26
 
 
 class Scale(NamedTuple):
-    """The MACs of a whole network, and of its largest block."""
+    """MACs of the whole network and of its largest block."""
 
     total: int
     largest: int
 
 
-def picture(flow: BlockDiagram, scale: Scale) -> str:
-    """One column of blocks, in order, coloured by their MACs; wires between blocks that are not neighbours go around on
-    the left, in lanes. The stages of a chain, to the right of it, are shown on a click.
+def draw_diagram(diagram: BlockDiagram, scale: Scale) -> str:
+    """Draw the blocks in one column, in order. The more MACs, the redder.
+
+    Edges between blocks that are not neighbours run on the left. A click on a chain shows its stages on the right.
     """
-    lanes = _lanes(flow)
+    lanes = _assign_lanes(diagram)
     left = _LANE * (max(lanes.values(), default=-1) + 1) + 8
-    most = max((sum(_wide(stage) + _GAP for stage in block.stages) for block in flow.blocks), default=0)
-    width, height = left + _WIDTH + _SHARE + most, len(flow.blocks) * _ROW + 8
+    stages_width = max((sum(_stage_width(stage) + _GAP for stage in b.stages) for b in diagram.blocks), default=0)
+    width, height = left + _WIDTH + _SHARE + stages_width, len(diagram.blocks) * _ROW + 8
     parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">']
     for (source, target), lane in lanes.items():
-        parts.append(_around(left, left - 6 - lane * _LANE, _middle(source), _middle(target)))
-    for number, block in enumerate(flow.blocks):
+        parts.append(_draw_side_edge(left, left - 6 - lane * _LANE, _middle(source), _middle(target)))
+    for number, block in enumerate(diagram.blocks):
         if number - 1 in block.inputs:
             x, y = left + _WIDTH / 2, _top(number)
-            parts.append(f'<path class="wire" d="M{x} {y - _ROW + _HEIGHT}V{y}"/>')
-        parts += _drawn(block, left, _top(number), scale)
+            parts.append(f'<path class="edge" d="M{x} {y - _ROW + _HEIGHT}V{y}"/>')
+        parts += _draw_block(block, left, _top(number), scale)
     return "".join([*parts, "</svg>"])
 
 
-def curve(spectrum: Spectrum) -> str:
-    """The singular values falling from left to right, what is kept filled, the rank marked."""
+def draw_spectrum(spectrum: Spectrum) -> str:
+    """Draw the singular values from left to right. The kept ones are filled, and a line marks the rank."""
     width, height, count = 120, 34, len(spectrum.values)
     step = width / max(count, 1)
     points = [(k * step, 2 + (height - 4) * (1 - value)) for k, value in enumerate(spectrum.values)]
@@ -48,53 +57,56 @@ def curve(spectrum: Spectrum) -> str:
     kept = [point for k, point in enumerate(points) if k < spectrum.rank]
     mark = (min(spectrum.rank, count) - 0.5) * step
     area = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(0, height), *kept, (kept[-1][0] if kept else 0, height)])
-    title = f"{spectrum.name}: {spectrum.rank} of {count} kept"
+    title = f"{spectrum.name}: {spectrum.rank} of {count} singular values kept"
     return (
-        f'<svg class="curve" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
+        f'<svg class="spectrum" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
         f'<title>{escape(title)}</title><polygon points="{area}"/><polyline points="{line}"/>'
         f'<path d="M{mark:.1f} 0V{height}"/></svg>'
     )
 
 
-def _lanes(flow: BlockDiagram) -> dict[tuple[int, int], int]:
-    """A lane for every wire that goes around others, the shorter the nearer; no two in a lane overlap."""
-    wires = [(source, number) for number, block in enumerate(flow.blocks) for source in block.inputs]
-    found: dict[tuple[int, int], int] = {}
-    taken: list[list[tuple[int, int]]] = []
-    for source, target in sorted((w for w in wires if w[1] - w[0] > 1), key=lambda w: w[1] - w[0]):
-        free = (k for k, lane in enumerate(taken) if all(target <= a or source >= b for a, b in lane))
-        lane = next(free, len(taken))
-        taken[lane:] = [[*(taken[lane] if lane < len(taken) else []), (source, target)], *taken[lane + 1 :]]
-        found[source, target] = lane
-    return found
+def _assign_lanes(diagram: BlockDiagram) -> dict[tuple[int, int], int]:
+    """Give every edge that skips blocks a lane, so that no two edges in a lane overlap. Short edges come first."""
+    edges = [(source, number) for number, block in enumerate(diagram.blocks) for source in block.inputs]
+    lane_of: dict[tuple[int, int], int] = {}
+    lanes: list[list[tuple[int, int]]] = []
+    for source, target in sorted((e for e in edges if e[1] - e[0] > 1), key=lambda e: e[1] - e[0]):
+        free = (k for k, lane in enumerate(lanes) if all(target <= a or source >= b for a, b in lane))
+        number = next(free, len(lanes))
+        if number == len(lanes):
+            lanes.append([])
+        lanes[number].append((source, target))
+        lane_of[source, target] = number
+    return lane_of
 
 
-def _drawn(block: Block, x: float, y: float, scale: Scale) -> Iterator[str]:
+def _draw_block(block: Block, x: float, y: float, scale: Scale) -> Iterator[str]:
     share = (block.macs or 0) / max(scale.total, 1)
-    words = " ".join(word for word in (block.detail, *(f"· {name}" for name in block.behind)) if word)
-    title = "\n".join([f"{block.label} {words}", *block.stages, f"{block.macs or 0:,} MACs, {share:.1%}"])
+    details = " ".join(word for word in (block.detail, *(f"· {name}" for name in block.followed_by)) if word)
+    title = "\n".join([f"{block.label} {details}", *block.stages, f"{block.macs or 0:,} MACs, {share:.1%}"])
     yield '<g class="chain">' if block.stages else "<g>"
     yield f"<title>{escape(title)}</title>"
     heat = round(70 * (block.macs or 0) / max(scale.largest, 1))
-    label = block.label if len(block.label) <= _LONGEST else f"…{block.label[1 - _LONGEST :]}"
-    text = f'<tspan class="label">{escape(label)}</tspan> {escape(words)}'
-    yield _box((x, y), _WIDTH, text, "folded" if block.stages else block.kind, heat)
+    is_long = len(block.label) > _MAX_LABEL_LETTERS
+    label = f"…{block.label[1 - _MAX_LABEL_LETTERS :]}" if is_long else block.label
+    text = f'<tspan class="label">{escape(label)}</tspan> {escape(details)}'
+    yield _draw_box((x, y), _WIDTH, text, "folded" if block.stages else block.kind, heat)
     if block.macs:
         yield f'<text x="{x + _WIDTH + 6}" y="{y + 15}">{share:.1%}</text>'
     if block.stages:
         yield '<g class="stages">'
         left = x + _WIDTH + _SHARE
         for stage in block.stages:
-            yield f'<path class="wire" d="M{left - _GAP} {y + _HEIGHT / 2}H{left}"/>'
-            yield _box((left, y), _wide(stage), escape(stage), "stage")
-            left += _wide(stage) + _GAP
+            yield f'<path class="edge" d="M{left - _GAP} {y + _HEIGHT / 2}H{left}"/>'
+            yield _draw_box((left, y), _stage_width(stage), escape(stage), "stage")
+            left += _stage_width(stage) + _GAP
         yield "</g>"
     yield "</g>"
 
 
-def _box(place: tuple[float, float], width: float, text: str, kind: str, heat: int = 0) -> str:
-    """With a text that is cut off where the box ends."""
-    x, y = place
+def _draw_box(position: tuple[float, float], width: float, text: str, kind: str, heat: int = 0) -> str:
+    """Draw a box, and cut its text off at the right edge."""
+    x, y = position
     style = f' style="--heat:{heat}%"' if heat else ""
     return (
         f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{_HEIGHT}" rx="4"{style}/>'
@@ -102,13 +114,12 @@ def _box(place: tuple[float, float], width: float, text: str, kind: str, heat: i
     )
 
 
-def _wide(stage: str) -> int:
-    """The width of a stage's box."""
-    return min(_WIDEST, round(14 + _LETTER * len(stage)))
+def _draw_side_edge(right: float, lane: float, above: float, below: float) -> str:
+    return f'<path class="edge" d="M{right} {above}H{lane + 4}q-4 0 -4 4V{below - 4}q0 4 4 4H{right}"/>'
 
 
-def _around(right: float, lane: float, above: float, below: float) -> str:
-    return f'<path class="wire" d="M{right} {above}H{lane + 4}q-4 0 -4 4V{below - 4}q0 4 4 4H{right}"/>'
+def _stage_width(stage: str) -> int:
+    return min(_MAX_STAGE_WIDTH, round(14 + _LETTER * len(stage)))
 
 
 def _top(number: int) -> float:

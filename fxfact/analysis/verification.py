@@ -1,4 +1,8 @@
-"""Graph and mathematics told apart: is a rewritten network what its own kernels say, and how near are these?"""
+"""Verification: two errors of a factorized network, told apart.
+
+The graph error is the difference from the original with the composed kernels put in. It is rounding if the rewrite is
+correct. The end-to-end error is the difference from the original itself. It is the cost of the approximation.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -14,30 +18,34 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model
-from fxfact.conv import compose_modules, looks_like_conv, to_torch
-from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, PlanError, VerificationError
-from fxfact.graph import get_tensor
-from fxfact.passes import capture_as_planned, last_plan, run_passes
-from fxfact.planning import Decision, Plan
-from fxfact.utils import (
-    StorageIndex,
-    alias_copy,
-    full_precision,
-    no_reduced_precision,
-    relative_error,
-    to_eval,
-    tolerance_for,
+from fxfact.analysis.reference import (
+    composed_kernels,
+    conv_weight,
+    copy_as_module,
+    prepare_original,
+    stages_of,
+    with_kernels,
 )
+from fxfact.analysis.report_data import format_graph_check
+from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model
+from fxfact.conv import looks_like_conv
+from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, VerificationError
+from fxfact.passes import last_plan
+from fxfact.planning import Plan
+from fxfact.utils import StorageIndex, alias_copy, full_precision, relative_error, to_eval, tolerance_for
 
-_ROUNDING = 0.01  # of what it may do to an output: to a tensor
+_TENSOR_SHARE = 0.01  # a tensor has changed if it differs by more than this share of an output's tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteErrors:
-    """One rewritten convolution: how far its kernel, and its output on the original's own input, are from the original.
+    """The errors of one rewritten convolution, relative to the original.
 
-    Both relative; ``output`` is None where the run did not show it.
+    Attributes:
+        path: Name of the convolution in the original.
+        weight: Error of the composed kernel, ‖Ŵ − W‖_F / ‖W‖_F.
+        output: Error of the output on the input that the convolution gets in the original, or None if the convolution
+            was not called.
     """
 
     path: str
@@ -47,14 +55,20 @@ class SiteErrors:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """How far a factorized network is from its original on some inputs, all errors relative: ‖found − expected‖ /
-    ‖expected‖.
+    """The errors of a factorized network on some inputs. ``print`` shows them as a table.
 
-    ``graph``: from the original with its kernels replaced by the composed ones, or of that original, where it is in
-    the form for inference, from itself; only rounding, if the rewrite is right.
-    ``end_to_end``: from the original itself, which is what the approximation costs. ``sites`` has the convolutions.
-    ``changed`` names other tensors that are not the original's any more, as after ``repair``, ``recover`` and training:
-    ``graph`` is with those of the network as well.
+    Every error is relative: ‖found − expected‖ / ‖expected‖, of the output tensor for which it is largest.
+
+    Attributes:
+        graph: Error against the reference, which is the original with its kernels replaced by the composed kernels of
+            the factorized network. It is rounding only if the rewrite is correct. If the plan folds weights or prepares
+            the network for inference, this also covers the difference between the original before and after that.
+        end_to_end: Error against the original itself. It is the cost of the approximation.
+        tolerance: Largest ``graph`` that counts as rounding: 1e-10 in double precision, 1e-4 in single precision and
+            5e-2 in half precision.
+        sites: Errors of every rewritten convolution.
+        changed: Names of other tensors that are not the original's any more, for example after ``refit``, ``distill``
+            or training. The reference takes them from the factorized network, so ``graph`` says nothing about them.
     """
 
     graph: float
@@ -65,7 +79,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether the network computes what its own kernels say, within rounding."""
+        """Whether the network computed the same as the reference on these inputs, up to rounding."""
         return self.graph <= self.tolerance
 
     def __str__(self) -> str:
@@ -74,12 +88,11 @@ class Verification:
             for site in self.sites
         ]
         table = tabulate(rows, ["convolution", "kernel", "output"], disable_numparse=True)
-        verdict = "right" if self.ok else f"WRONG: more than {self.tolerance:.0e}"
-        more = f"changed since, and taken from the network: {', '.join(self.changed)}\n" if self.changed else ""
         return (
-            f"{table}\n\ngraph {self.graph:.2e} ({verdict}), end to end {self.end_to_end:.2e}\n{more}"
-            "relative errors: of each kernel (large where data said that it does not matter), of its output on the "
-            "original's\nown input; of the graph from the original with the same kernels, and from the original itself"
+            f"{table}\n\n{format_graph_check(self.graph, self.tolerance, self.changed)}\n"
+            f"end to end: relative error {self.end_to_end:.2e} against the original\n"
+            "The table has relative errors. kernel: of the composed kernel; may be large if calibration data showed\n"
+            "that it matters little. output: of the convolution, on its input in the original."
         )
 
 
@@ -88,58 +101,31 @@ def verify(
     factorized: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs | None = None,
 ) -> Verification:
-    """Compare a factorized network with its original, in evaluation mode, on copies.
+    """Compare a factorized network with its original.
 
-    ``example_inputs`` may be left out where one of the two is an ExportedProgram, which brings its own. Raises
-    ArgumentError, ArgumentTypeError, PlanError where ``factorized`` was not made by a plan, CaptureError where one of
-    them does not run.
+    Runs copies of both in evaluation mode, with reduced-precision matrix products (TF32) off. Neither is changed.
+
+    Args:
+        original: The network that was factorized.
+        factorized: A network that fxfact made of ``original``. It may have been trained since.
+        example_inputs: One call of both networks: a tensor, a tuple of positional arguments, or a mapping of keyword
+            arguments. If one of the two is an ExportedProgram, its own example inputs are the default.
+
+    Returns:
+        The errors of every rewritten convolution, of the graph and end to end. See ``Verification``.
+
+    Raises:
+        ArgumentError: There are no example inputs.
+        ArgumentTypeError: A network is neither a module nor an ExportedProgram.
+        CaptureError: A network cannot be copied, or fails on these inputs.
+        PlanError: ``factorized`` was not made by a plan, was changed since, or was made of another model.
     """
     if example_inputs is None:
-        programs = [given for given in (original, factorized) if isinstance(given, ExportedProgram)]
+        programs = [network for network in (original, factorized) if isinstance(network, ExportedProgram)]
         if not programs:
-            raise ArgumentError("verify compares outputs: pass example_inputs, a call of the two networks")
+            raise ArgumentError("verify compares outputs: pass example_inputs, one call of the two networks")
         example_inputs = inputs_of(programs[0])
-    return _verified(original, factorized, example_inputs, trained=True)
-
-
-@full_precision()
-def _verified(
-    original: nn.Module | ExportedProgram,
-    factorized: nn.Module | ExportedProgram,
-    example_inputs: ExampleInputs,
-    *,
-    trained: bool,
-) -> Verification:
-    """``trained``: what else the network holds may have changed since it was made."""
-    for name, given in (("original", original), ("factorized", factorized)):
-        if not isinstance(given, nn.Module | ExportedProgram):
-            raise ArgumentTypeError(f"{name} must be a torch.nn.Module or ExportedProgram, got {type(given).__name__}")
-    plan, network = last_plan(factorized), plain_copy(factorized)
-    base, kernels = prepared(original, plan), _kernels(network, plan)
-    sites = _SiteErrors(base, kernels)
-    own = _run(plain_copy(original), example_inputs)
-    with sites:
-        prepared_itself = relative_error(own, _run(base, example_inputs))
-    reference = with_kernels(prepared(original, plan), kernels)
-    changed = _taken_over(reference, network, plan) if trained else ()
-    expected, found = _run(reference, example_inputs), _run(network, example_inputs)
-    return Verification(
-        graph=max(relative_error(expected, found), prepared_itself),
-        end_to_end=relative_error(own, found),
-        tolerance=tolerance_for([expected, *sites.outputs.values(), *kernels.values()]),
-        sites=sites.errors,
-        changed=changed,
-    )
-
-
-def with_composed_kernels(original: nn.Module | ExportedProgram, factorized: nn.Module | ExportedProgram) -> nn.Module:
-    """A copy of the original, keeping its own Python, with the kernel of every site that the last plan rewrote replaced
-    by what the stages in ``factorized`` compose to. Raises PlanError.
-
-    Of an ExportedProgram its module, and of weights that a graph computes the graph, are what the kernels are put into.
-    """
-    plan = last_plan(factorized)
-    return with_kernels(prepared(original, plan), _kernels(plain_copy(factorized), plan))
+    return _verify(original, factorized, example_inputs, may_be_trained=True)
 
 
 def check_rewrite(
@@ -147,30 +133,60 @@ def check_rewrite(
 ) -> None:
     """Raise VerificationError unless the network equals its original with the composed kernels on these inputs.
 
-    The tolerance is relative: 1e-10 in double, 1e-4 in single precision.
+    The relative tolerance is that of ``Verification``. No other tensor may differ from the original's.
     """
-    verified = _verified(original, factorized, example_inputs, trained=False)
+    verified = _verify(original, factorized, example_inputs, may_be_trained=False)
     if not verified.ok:
         raise VerificationError(
             f"the rewritten network differs from the original with the same kernels by {verified.graph:.2e} "
-            f"(relative), more than {verified.tolerance:.0e}: its graph is wrong. Either tracing lost some of the "
-            "model's Python (a branch on values), or this is a bug to report."
+            f"(relative), more than the tolerance {verified.tolerance:.0e}, so its graph is wrong. Either tracing lost "
+            "some of the model's Python (a branch on values), which capture='modules' keeps, or it is a bug to report."
         )
 
 
-class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Convolves a second time with the composed kernel wherever one of these weights is convolved with."""
+@full_precision()
+def _verify(
+    original: nn.Module | ExportedProgram,
+    factorized: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs,
+    *,
+    may_be_trained: bool,
+) -> Verification:
+    for name, network in (("original", original), ("factorized", factorized)):
+        if not isinstance(network, nn.Module | ExportedProgram):
+            found = type(network).__name__
+            raise ArgumentTypeError(f"{name} must be a torch.nn.Module or ExportedProgram, got {found}")
+    plan, rewritten = last_plan(factorized), copy_as_module(factorized)
+    prepared, kernels = prepare_original(original, plan), composed_kernels(rewritten, plan)
+    site_errors = _SiteErrorMode(prepared, kernels)
+    reference = with_kernels(alias_copy(prepared), kernels)  # copied before a run can change buffers
+    original_output = _run(copy_as_module(original), example_inputs)
+    with site_errors:
+        preparation_error = relative_error(original_output, _run(prepared, example_inputs))
+    changed = _adopt_changed_tensors(reference, rewritten, plan) if may_be_trained else ()
+    expected, found = _run(reference, example_inputs), _run(rewritten, example_inputs)
+    return Verification(
+        graph=max(relative_error(expected, found), preparation_error),
+        end_to_end=relative_error(original_output, found),
+        tolerance=tolerance_for([expected, *site_errors.conv_dtypes.values(), *kernels.values()]),
+        sites=site_errors.errors,
+        changed=changed,
+    )
 
-    supports_higher_order_operators = True  # which it does not look into
+
+class _SiteErrorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Repeats every convolution that uses one of the network's weights with the composed kernel, and compares."""
+
+    supports_higher_order_operators = True  # passed through unseen
 
     def __init__(self, network: nn.Module, kernels: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
-        self._weights = {path: _weight_of(network, path) for path in kernels}
+        self._weights = {path: conv_weight(network, path) for path in kernels}
         self._paths = StorageIndex(self._weights.items())
-        self._missed: dict[str, float] = defaultdict(float)
-        self._total: dict[str, float] = defaultdict(float)
-        self.outputs: dict[torch.dtype, Tensor] = {}  # an empty one for each precision of convolutions
+        self._squared_error: dict[str, float] = defaultdict(float)
+        self._squared_norm: dict[str, float] = defaultdict(float)
+        self.conv_dtypes: dict[torch.dtype, Tensor] = {}  # an empty tensor for each dtype that convolutions return
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -178,116 +194,52 @@ class _SiteErrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **(kwargs or {}))
         weight = args[1] if len(args) > 1 and looks_like_conv(func) else None
         if weight is not None:
-            self.outputs[output.dtype] = output.new_empty(0)
+            self.conv_dtypes[output.dtype] = output.new_empty(0)
         path = self._paths.name_of(weight) if isinstance(weight, Tensor) else None
         if path is not None and isinstance(weight, Tensor):
             other = func(args[0], self._kernels[path].to(weight.dtype), *args[2:], **(kwargs or {}))
-            self._missed[path] += float((other - output).double().square().sum())
-            self._total[path] += float(output.double().square().sum())
+            self._squared_error[path] += float((other - output).double().square().sum())
+            self._squared_norm[path] += float(output.double().square().sum())
         return output
 
     @property
     def errors(self) -> tuple[SiteErrors, ...]:
-        """Of every site."""
+        """The errors of every site."""
         found = []
         for path, kernel in self._kernels.items():
             weight = relative_error(self._weights[path], kernel)
-            total = self._total.get(path)
-            output = (self._missed[path] / total) ** 0.5 if total else None
+            total = self._squared_norm.get(path)
+            output = (self._squared_error[path] / total) ** 0.5 if total else None
             found.append(SiteErrors(path=path, weight=weight, output=output))
         return tuple(found)
 
 
-def prepared(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
-    """A copy of the original for what a plan made to be compared with: its computed weights folded and in the form for
-    inference, where the plan says so, but with all of its convolutions.
+def _adopt_changed_tensors(reference: nn.Module, factorized: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """Put the factorized network's biases, norms and other tensors into the reference, and return the changed names.
+
+    Kernels of rewritten convolutions are left out.
     """
-    if not (plan.fold_weights or plan.inference_passes or isinstance(original, ExportedProgram)):
-        return alias_copy(original)
-    kept = [name for name in plan.inference_passes if name not in {"merge_pointwise", "pointwise_linear", "onednn"}]
-    return run_passes(to_eval(capture_as_planned(original, plan).network), kept)
-
-
-def plain_copy(network: nn.Module | ExportedProgram) -> nn.Module:
-    """A private copy; of an exported program of its module."""
-    return alias_copy(network.module(check_guards=False) if isinstance(network, ExportedProgram) else network)
-
-
-def _kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """What the stages at every rewritten path compose to, read from the network; in PyTorch's layout."""
-    found = {}
-    with torch.no_grad():
-        for decision in plan.rewrites:
-            assert decision.spec is not None
-            stages = stages_of(network, decision)
-            with no_reduced_precision(cast(Tensor, stages[0].weight).device):
-                kernel = compose_modules(decision.stages, stages)
-            found[decision.path] = to_torch(decision.spec, kernel)
-    return found
-
-
-def stages_of(network: nn.Module, decision: Decision) -> list[nn.Module]:
-    """The modules that took a convolution's place. Raises PlanError where they are not those that the plan made."""
-    try:
-        children = network.get_submodule(decision.path).children()
-    except AttributeError as error:
-        raise PlanError(f"{decision.path}: the plan put a chain here, and the network has nothing") from error
-    stages = [stage for stage in children if isinstance(getattr(stage, "weight", None), Tensor)]
-    planned = [(spec, torch.empty(spec.weight_shape, device="meta")) for spec in decision.stages]
-    if [stage.weight.shape for stage in stages] != [to_torch(spec, weight).shape for spec, weight in planned]:
-        raise PlanError(
-            f"{decision.path}: the plan says {len(decision.stages)} stages, and they are not there any more as it made "
-            "them. fxfact.for_inference merges 1×1 convolutions: pass the network from before that."
-        )
-    return stages
-
-
-def _weight_name(network: nn.Module, path: str) -> str:
-    """Of the convolution at a path, which is the path itself where a bare parameter is convolved with."""
-    return path if get_tensor(network, path) is not None else f"{path}.weight"
-
-
-def _weight_of(network: nn.Module, path: str) -> Tensor:
-    weight = get_tensor(network, _weight_name(network, path))
-    if weight is None:
-        raise PlanError(f"{path}: the factorized network has a convolution here, the original has none")
-    return weight
-
-
-def with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module:
-    """The private copy given, these kernels, in PyTorch's layout, put in at these paths."""
-    for path, kernel in kernels.items():
-        owner, _, name = _weight_name(network, path).rpartition(".")
-        module = network.get_submodule(owner)
-        for store in (module._parameters, module._buffers, vars(module)):
-            store.pop(name, None)
-        module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
-    return network
-
-
-def _taken_over(reference: nn.Module, network: nn.Module, plan: Plan) -> tuple[str, ...]:
-    """Give the reference what the network holds otherwise, but for the kernels, such as biases and norms; the names."""
-    held: dict[str, Tensor | None] = dict(chain(network.named_parameters(), network.named_buffers()))
+    held: dict[str, Tensor | None] = dict(chain(factorized.named_parameters(), factorized.named_buffers()))
     for decision in plan.rewrites:
-        held[f"{decision.path}.bias"] = getattr(stages_of(network, decision)[-1], "bias", None)
+        held[f"{decision.path}.bias"] = getattr(stages_of(factorized, decision)[-1], "bias", None)
         held |= dict.fromkeys((decision.path, f"{decision.path}.weight"))
     changed = []
-    for place, module in reference.named_modules():
+    for prefix, module in reference.named_modules():
         for store in (module._parameters, module._buffers):
-            for name, own in store.items():
-                path = f"{place}.{name}".removeprefix(".")
-                other = held.get(path)
-                if other is not None and _differ(own, other):
+            for name, old in store.items():
+                path = f"{prefix}.{name}".removeprefix(".")
+                new = held.get(path)
+                if new is not None and _has_changed(old, new):
                     changed.append(path)
-                    store[name] = nn.Parameter(other, requires_grad=False) if store is module._parameters else other
+                    store[name] = nn.Parameter(new, requires_grad=False) if store is module._parameters else new
     return tuple(changed)
 
 
-def _differ(own: Tensor | None, other: Tensor) -> bool:
-    """By more than rounding, in numbers."""
-    if own is None or own.shape != other.shape or not (own.is_floating_point() or own.is_complex()):
+def _has_changed(old: Tensor | None, new: Tensor) -> bool:
+    """Whether two floating-point tensors of one shape differ by more than rounding."""
+    if old is None or old.shape != new.shape or not (old.is_floating_point() or old.is_complex()):
         return False
-    return relative_error(own, other) > tolerance_for(own) * _ROUNDING
+    return relative_error(old, new) > tolerance_for(old) * _TENSOR_SHARE
 
 
 def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:

@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import fxfact
 from benchmarks.networks import NETWORKS, data_folder
-from fxfact.analysis.verification import with_composed_kernels
 from fxfact.conv import ConvSpec
 from fxfact.factorizations import Factorization
 from fxfact.utils import relative_error
-from tests.support import ALL, EVERY_STAGE, by_name, params_of, quick
+from tests.support import ALL, EVERY_STAGE, by_name, params_of, quick, with_composed_kernels
 
 LARGE = ("resnet18", "resnet50", "resnet56", "squeezenet")
 factorizations = pytest.mark.parametrize("factorization", ALL, ids=by_name)

@@ -8,7 +8,7 @@ import fxfact
 from tests.support import Small, apart, params_of
 
 
-def test_inspect_shows_every_convolution(small: Small, image: Tensor) -> None:
+def test_inspect_lists_every_convolution(small: Small, image: Tensor) -> None:
     result = fxfact.factorize(small, "channel_svd", exclude="first")
     inspection = fxfact.inspect(result, example_inputs=image)
     first, second = inspection.rows
@@ -34,7 +34,7 @@ def test_inspect_shows_every_convolution(small: Small, image: Tensor) -> None:
     assert f"{second.relative_error:.3g}" in text
 
 
-def test_inspect_says_of_every_node_why_it_was_not_taken(small: Small) -> None:
+def test_inspect_gives_a_verdict_for_every_node(small: Small) -> None:
     shown = dict(fxfact.inspect(small, nodes=True).nodes)
     assert shown["first"].startswith("first: Conv2d")
     assert shown["norm"] == "BatchNorm2d is not a convolution"
@@ -43,7 +43,7 @@ def test_inspect_says_of_every_node_why_it_was_not_taken(small: Small) -> None:
     assert fxfact.inspect(small).nodes == ()
 
 
-def test_inspect_lists_what_cannot_be_rewritten() -> None:
+def test_inspect_says_why_a_convolution_cannot_be_rewritten() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -58,18 +58,18 @@ def test_inspect_lists_what_cannot_be_rewritten() -> None:
     assert "does not call" in remarks["unused"]
 
 
-def test_inspect_after_a_batch_counts_one_sample(small: Small, image: Tensor) -> None:
+def test_inspect_counts_the_macs_of_one_sample(small: Small, image: Tensor) -> None:
     result = fxfact.factorize(small, example_inputs=image)
     counted = [row.cost.macs for row in fxfact.inspect(result).rows]
     assert counted == [decision.after.macs for decision in fxfact.plan_of(result)]
 
 
-def test_a_stage_factorized_again_has_no_known_error(small: Small) -> None:
+def test_inspect_knows_no_error_of_a_stage_factorized_again(small: Small) -> None:
     twice = fxfact.factorize(fxfact.factorize(small), "spatial_svd", include="second.1")
     assert [row.relative_error is None for row in fxfact.inspect(twice).rows] == [False, True]
 
 
-def test_empty_weights_have_no_error(small: Small) -> None:
+def test_inspect_knows_no_error_of_empty_weights(small: Small) -> None:
     empty = fxfact.apply(fxfact.plan(small), small, weights="empty")
     assert [row.relative_error for row in fxfact.inspect(empty).rows] == [None, None]
 

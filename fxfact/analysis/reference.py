@@ -1,0 +1,94 @@
+"""The reference that a factorized network is compared with: the original with the composed kernels put in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fxfact.conv import compose_modules, to_torch
+from fxfact.errors import PlanError
+from fxfact.graph import get_tensor, weight_at
+from fxfact.passes import MergePointwise, OneDNN, PointwiseLinear, capture_as_planned, run_passes
+from fxfact.planning import Decision, Plan
+from fxfact.utils import alias_copy, no_reduced_precision, to_eval
+
+_REPLACES_CONVS = {MergePointwise.name, PointwiseLinear.name, OneDNN.name}
+
+
+def prepare_original(original: nn.Module | ExportedProgram, plan: Plan) -> nn.Module:
+    """Copy the original and give it the plan's form, with every convolution still in place.
+
+    Computed weights are folded and inference passes run if the plan says so.
+    """
+    if not (plan.fold_weights or plan.inference_passes or isinstance(original, ExportedProgram)):
+        return alias_copy(original)
+    pass_names = [name for name in plan.inference_passes if name not in _REPLACES_CONVS]
+    return run_passes(to_eval(capture_as_planned(original, plan).network), pass_names)
+
+
+def copy_as_module(network: nn.Module | ExportedProgram) -> nn.Module:
+    """Copy a network. An exported program is converted to its module."""
+    return alias_copy(network.module(check_guards=False) if isinstance(network, ExportedProgram) else network)
+
+
+def stages_of(network: nn.Module, decision: Decision) -> list[nn.Module]:
+    """Return the modules that replaced a convolution. Raises PlanError if they are not the ones that the plan made."""
+    try:
+        children = network.get_submodule(decision.path).children()
+    except AttributeError as error:
+        raise PlanError(
+            f"{decision.path}: the plan put a chain here, and the network has no module of this name. "
+            "Pass the network that the plan made."
+        ) from error
+    stages = [stage for stage in children if isinstance(getattr(stage, "weight", None), Tensor)]
+    planned = [(spec, torch.empty(spec.weight_shape, device="meta")) for spec in decision.stages]
+    if [stage.weight.shape for stage in stages] != [to_torch(spec, weight).shape for spec, weight in planned]:
+        raise PlanError(
+            f"{decision.path}: the plan made {len(decision.stages)} stages here, and the network has other modules. "
+            "fxfact.for_inference merges 1×1 convolutions: pass the network from before that."
+        )
+    return stages
+
+
+def composed_kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Compose the stages at every rewritten path into one dense kernel, in PyTorch's layout."""
+    kernels = {}
+    with torch.no_grad():
+        for decision in plan.rewrites:
+            assert decision.spec is not None
+            stages = stages_of(network, decision)
+            with no_reduced_precision(cast(Tensor, stages[0].weight).device):
+                kernel = compose_modules(decision.stages, stages)
+            kernels[decision.path] = to_torch(decision.spec, kernel)
+    return kernels
+
+
+def with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module:
+    """Replace the weights at these paths, in place, and return the network. Kernels are in PyTorch's layout."""
+    for path, kernel in kernels.items():
+        owner, _, name = _weight_name(network, path).rpartition(".")
+        module = network.get_submodule(owner)
+        for store in (module._parameters, module._buffers, vars(module)):
+            store.pop(name, None)
+        module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
+    return network
+
+
+def conv_weight(original: nn.Module, path: str) -> Tensor:
+    """Return the weight of the original's convolution at a path. Raises PlanError if there is none."""
+    weight = weight_at(original, path)
+    if weight is None:
+        raise PlanError(
+            f"{path}: the factorized network has a convolution here, the original has none. "
+            "Pass the model that was factorized."
+        )
+    return weight
+
+
+def _weight_name(network: nn.Module, path: str) -> str:
+    """Return the name of a convolution's weight: the path itself if a bare parameter is convolved with."""
+    return path if get_tensor(network, path) is not None else f"{path}.weight"
