@@ -112,7 +112,7 @@ class backend:  # noqa: N801 (it is called like a function)
         assert result is not None
         lowered, factors = lower(lifted, result.graph_module, [sites[d.path] for d in plan.rewrites])
         lowered.meta = {key: value for key, value in graph_module.meta.items() if key != "dynamo_compile_id"}
-        factor_inputs = [(lifted.places[sites[f.path].attributes[0]], plan[f.path], f.stage) for f in factors]
+        factor_inputs = [(lifted.input_index[sites[f.path].attributes[0]], plan[f.path], f.stage) for f in factors]
 
         def with_factors(inputs: Sequence[Any]) -> list[Any]:
             values = (_factors_of(inputs[index], decision)[stage] for index, decision, stage in factor_inputs)
@@ -128,7 +128,7 @@ class backend:  # noqa: N801 (it is called like a function)
 
 
 def _with_fake_factors(inputs: Sequence[Any], *, graph_inputs: Sequence[Any]) -> list[Any]:
-    """Make the factors after the graph's own inputs fake tensors. Dynamo cannot guard their sizes, so they are static."""
+    """Make the factors after the graph's own inputs fake. Their sizes are static, because Dynamo cannot guard them."""
     from torch._guards import detect_fake_mode  # noqa: PLC0415 (slow to import)
 
     fake_mode = detect_fake_mode(list(graph_inputs))

@@ -1,12 +1,19 @@
-"""Everything about torch.fx graphs, and nothing about decompositions."""
+"""Reads and rewrites torch.fx graphs. Knows convolutions, but no factorizations."""
 
 from fxfact.graph.base import GraphSite, get_tensor, weight_at
 from fxfact.graph.constant_fold import fold_computed_weights
 from fxfact.graph.fusion import fold_batch_norms, merge_pointwise
-from fxfact.graph.invariants import check_invariants
+from fxfact.graph.invariants import check_invariants, checked_match
 from fxfact.graph.lift import Factor, Lifted, lift, lower
 from fxfact.graph.match import Match, match
-from fxfact.graph.shape_prop import MacCounter, macs_by_node, record_macs, record_shapes, refresh_shapes
+from fxfact.graph.shape_prop import (
+    MacCounter,
+    macs_by_node,
+    preserve_state,
+    record_macs,
+    record_shapes,
+    refresh_shapes,
+)
 from fxfact.graph.splice import splice
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "MacCounter",
     "Match",
     "check_invariants",
+    "checked_match",
     "fold_batch_norms",
     "fold_computed_weights",
     "get_tensor",
@@ -24,6 +32,7 @@ __all__ = [
     "macs_by_node",
     "match",
     "merge_pointwise",
+    "preserve_state",
     "record_macs",
     "record_shapes",
     "refresh_shapes",

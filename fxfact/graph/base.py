@@ -1,4 +1,4 @@
-"""What the graph code hands around."""
+"""Helpers that read nodes and tensors of a graph module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from fxfact.conv import ConvCall, ConvSite, Sizes, read_call
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GraphSite(ConvSite):
-    """Where a convolution lives in a graph: every node that calls it.
+    """A convolution in a graph, with every node that calls it.
 
-    ``attributes`` names the tensors that a functional call reads from the module tree; empty for a module call.
+    Attributes:
+        nodes: the nodes that call the convolution, in the order of the graph.
+        attributes: dotted names of the weight and bias that a functional call reads. Empty for a module call.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -21,20 +23,21 @@ class GraphSite(ConvSite):
 
 
 def conv_call(node: fx.Node) -> ConvCall | None:
-    """The arguments of the convolution that this node calls by function; None where it calls another, or a module."""
+    """Return the arguments of a functional convolution call, or None for any other node."""
     return read_call(node.target, node.args, node.kwargs) if node.op == "call_function" else None
 
 
 def conv_input(call: fx.Node) -> fx.Node:
-    """What a convolution is called on: its first argument, which may be given as ``input=``."""
+    """Return the input of a convolution node: its first argument, or the keyword argument ``input``."""
     source = call.args[0] if call.args else call.kwargs["input"]
     assert isinstance(source, fx.Node)
     return source
 
 
 def shape_of(node: fx.Node) -> Sizes | None:
-    """The shape that the node's ``meta`` records (``val`` or ``tensor_meta``), if it does; of a symbolic size what the
-    example had, and nothing where a size depends on values.
+    """Return the shape that the node's ``meta`` records under ``val`` or ``tensor_meta``, if any.
+
+    A symbolic size becomes the size of the example. The result is None if a size depends on values.
     """
     recorded = node.meta.get("val", node.meta.get("tensor_meta"))
     shape = getattr(recorded, "shape", None)
@@ -43,13 +46,13 @@ def shape_of(node: fx.Node) -> Sizes | None:
 
 
 def weight_at(network: nn.Module, path: str) -> Tensor | None:
-    """The weight of the convolution at a path, which is the path itself where a bare tensor is convolved with."""
+    """Return the weight of the convolution at ``path``. The path may also name the weight tensor itself."""
     found = get_tensor(network, path)
     return get_tensor(network, f"{path}.weight") if found is None else found
 
 
 def get_tensor(root: nn.Module, target: str) -> Tensor | None:
-    """The parameter or buffer at a dotted path, or None where there is none."""
+    """Return the parameter or buffer at a dotted path, or None if there is none."""
     owner, _, name = target.rpartition(".")
     try:
         found = getattr(root.get_submodule(owner), name, None)
@@ -58,8 +61,8 @@ def get_tensor(root: nn.Module, target: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def held_by_called_module(root: fx.GraphModule, name: str) -> bool:
-    """Whether a module that is called holds the parameter or buffer at a dotted path."""
+def is_in_called_module(root: fx.GraphModule, name: str) -> bool:
+    """Return whether a module that the graph calls holds the parameter or buffer at a dotted path."""
     tensor = get_tensor(root, name)
     called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
     return any(held is tensor for module in called for held in (*module.parameters(), *module.buffers()))

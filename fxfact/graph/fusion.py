@@ -1,4 +1,4 @@
-"""Neighbours in a graph made one: a batch norm behind a convolution, a pointwise convolution behind another."""
+"""Merges neighbors in a graph: a batch norm into the convolution before it, and two pointwise convolutions."""
 
 from __future__ import annotations
 
@@ -19,18 +19,24 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batch_norms(graph_module: fx.GraphModule) -> int:
-    """Make batch norms in evaluation mode part of the convolutions before them, where nothing else reads these or
-    their weights; how many. It is for private copies; the caller recompiles.
+    """Fold batch norms in evaluation mode into the convolutions before them, in place.
 
-    W' = s W and b' = s (b − mean) + shift, where s = scale / √(variance + eps).
+    The new weight is W' = s W and the new bias b' = s (b − mean) + shift, with s = scale / √(variance + eps). A batch
+    norm stays if another node uses the output or the weight of the convolution. Recompile the graph module afterwards.
+
+    Args:
+        graph_module: a private copy of the network.
+
+    Returns:
+        The number of batch norms folded.
     """
-    pairs = list(_norms_behind_convs(graph_module))
+    pairs = list(_norms_after_convs(graph_module))
     for conv, norm in pairs:
         module: Any = copy_structure(graph_module.get_submodule(str(conv.target)))
         grad = module.weight.requires_grad
-        weight, bias = _normed(module, graph_module.get_submodule(str(norm.target)))
+        weight, bias = _folded_weights(module, graph_module.get_submodule(str(norm.target)))
         module.weight, module.bias = nn.Parameter(weight, requires_grad=grad), nn.Parameter(bias, requires_grad=grad)
-        _put(graph_module, str(conv.target), module)
+        _set_module(graph_module, str(conv.target), module)
         norm.replace_all_uses_with(conv)
         graph_module.graph.erase_node(norm)
     graph_module.delete_all_unused_submodules()
@@ -38,20 +44,26 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> int:
 
 
 def merge_pointwise(graph_module: fx.GraphModule) -> int:
-    """Make a 1×1 convolution behind another, with nothing between, one of both, where that is not dearer; how many. It
-    is for private copies; the caller recompiles.
+    """Merge a 1×1 convolution with the 1×1 convolution that directly follows it, in place.
 
-    W = W₂ W₁ and b = W₂ b₁ + b₂.
+    The merged weight is W = W₂ W₁ and the merged bias b = W₂ b₁ + b₂. Two convolutions stay if the merged one would
+    have more parameters. Recompile the graph module afterwards.
+
+    Args:
+        graph_module: a private copy of the network.
+
+    Returns:
+        The number of convolutions merged into another.
     """
     merged = 0
-    while pair := next(_pointwise_behind_pointwise(graph_module), None):
+    while pair := next(_pointwise_after_pointwise(graph_module), None):
         one, other = pair
-        first, second = (_layer(graph_module, node) for node in pair)
+        first, second = (_conv_layer(graph_module, node) for node in pair)
         assert first is not None
         assert second is not None
-        (module,) = write_conv(*_product(first, second))
+        (module,) = write_conv(*_merged_conv(first, second))
         module.train(graph_module.get_submodule(str(other.target)).training)
-        _put(graph_module, str(other.target), module)
+        _set_module(graph_module, str(other.target), module)
         other.replace_input_with(one, one.all_input_nodes[0])
         graph_module.graph.erase_node(one)
         merged += 1
@@ -59,45 +71,45 @@ def merge_pointwise(graph_module: fx.GraphModule) -> int:
     return merged
 
 
-def _norms_behind_convs(graph_module: fx.GraphModule) -> Iterator[_Pair]:
-    uses = _uses(graph_module)
+def _norms_after_convs(graph_module: fx.GraphModule) -> Iterator[_Pair]:
+    uses = _count_uses(graph_module)
     for norm in graph_module.graph.nodes:
-        module: Any = _module(graph_module, norm)
+        module: Any = _called_module(graph_module, norm)
         if type(module) not in _NORMS or "forward" in vars(module) or has_hooks(module):
             continue
         if module.training or module.running_mean is None or len(norm.args) != 1 or norm.kwargs:
             continue
         (conv,) = norm.all_input_nodes
-        layer, alone = _layer(graph_module, conv), uses[conv.target] == 1 and list(conv.users) == [norm]
+        layer, alone = _conv_layer(graph_module, conv), uses[conv.target] == 1 and list(conv.users) == [norm]
         if layer is not None and alone and _is_over_channels(module, layer.spec, conv):
             yield conv, norm
 
 
 def _is_over_channels(norm: Any, spec: ConvSpec, conv: fx.Node) -> bool:
-    """Whether what the norm takes for channels are the convolution's, as they are unless its map is unbatched."""
+    """Return whether the norm's channels are those of the convolution. They are not if the input has no batch axis."""
     shape = shape_of(conv)
     batched = shape is None or len(shape) == spec.order + 2
     return batched and type(norm) is _NORMS[spec.order - 1] and norm.num_features == spec.out_channels
 
 
-def _pointwise_behind_pointwise(graph_module: fx.GraphModule) -> Iterator[_Pair]:
-    uses = _uses(graph_module)
+def _pointwise_after_pointwise(graph_module: fx.GraphModule) -> Iterator[_Pair]:
+    uses = _count_uses(graph_module)
     for other in graph_module.graph.nodes:
-        second = _layer(graph_module, other)
+        second = _conv_layer(graph_module, other)
         if second is None or not _is_plain(second.spec):
             continue
         (one,) = other.all_input_nodes
-        first = _layer(graph_module, one)
+        first = _conv_layer(graph_module, one)
         if first is None or not _is_plain(first.spec) or list(one.users) != [other]:
             continue
         if first.spec.order != second.spec.order or first.spec.out_channels != second.spec.in_channels:
-            continue  # an unbatched map of the one is a batch of the other
-        spec = _product(first, second)[0]
+            continue  # one would read the channel axis of the other as the batch axis
+        spec = _merged_conv(first, second)[0]
         if uses[one.target] == uses[other.target] == 1 and spec.params <= first.spec.params + second.spec.params:
             yield one, other
 
 
-def _product(first: ConvLayer, second: ConvLayer) -> tuple[ConvSpec, Tensor, Tensor | None]:
+def _merged_conv(first: ConvLayer, second: ConvLayer) -> tuple[ConvSpec, Tensor, Tensor | None]:
     one, other = first.spec, second.spec
     strides = tuple(a * b for a, b in zip(one.stride, other.stride, strict=True))
     spec = replace(other, in_channels=one.in_channels, stride=strides, bias=one.bias or other.bias)
@@ -113,8 +125,8 @@ def _is_plain(spec: ConvSpec) -> bool:
     return set(spec.kernel_size) == {1} and not pads and spec.groups == 1 and not spec.transposed
 
 
-def _normed(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight, in PyTorch's layout, and bias."""
+def _folded_weights(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the weight, in PyTorch's layout, and the bias of a convolution with a batch norm folded into it."""
     layer = read_conv(conv)
     assert isinstance(layer, ConvLayer)
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -126,9 +138,9 @@ def _normed(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     return to_torch(layer.spec, weight).to(conv.weight), moved.to(conv.weight)
 
 
-def _layer(graph_module: fx.GraphModule, node: fx.Node) -> ConvLayer | None:
-    """Of a node that calls a convolution module and nothing else."""
-    module = _module(graph_module, node)
+def _conv_layer(graph_module: fx.GraphModule, node: fx.Node) -> ConvLayer | None:
+    """Return the convolution that a node calls with one input, or None for any other node."""
+    module = _called_module(graph_module, node)
     called_alone = len(node.all_input_nodes) == len(node.args) + len(node.kwargs) == 1
     if module is None or not is_conv(module) or not called_alone:
         return None
@@ -136,12 +148,12 @@ def _layer(graph_module: fx.GraphModule, node: fx.Node) -> ConvLayer | None:
     return layer if isinstance(layer, ConvLayer) else None
 
 
-def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def _called_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _uses(graph_module: fx.GraphModule) -> Counter[object]:
-    """How often every module is called, or a tensor of it read, under whatever name."""
+def _count_uses(graph_module: fx.GraphModule) -> Counter[object]:
+    """Count how often each module is called or its tensors are read, under any of its names."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
     reads = [str(node.target).rpartition(".")[0] for node in graph_module.graph.nodes if node.op == "get_attr"]
@@ -149,6 +161,6 @@ def _uses(graph_module: fx.GraphModule) -> Counter[object]:
     return Counter({path: by_module[id(modules[path])] for path in calls})
 
 
-def _put(graph_module: fx.GraphModule, path: str, module: nn.Module) -> None:
+def _set_module(graph_module: fx.GraphModule, path: str, module: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
     setattr(graph_module.get_submodule(owner), name, module)

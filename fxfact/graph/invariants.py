@@ -1,28 +1,56 @@
-"""What every pass may rely on in a graph, checked before and after each."""
+"""The invariants of a graph that every pass relies on, checked before and after each pass."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import fx
 
 from fxfact.errors import GraphError
-from fxfact.graph.base import conv_input, shape_of
-from fxfact.graph.match import match
+from fxfact.graph.base import GraphSite, conv_input, shape_of
+from fxfact.graph.match import Match, match
 
 
-def check_invariants(graph_module: fx.GraphModule, when: str) -> None:
-    """Raise GraphError, naming the first breach, unless
+def check_invariants(graph_module: fx.GraphModule, when: str, sites: Sequence[GraphSite] | None = None) -> None:
+    """Check that a pass can work on a graph.
 
-    - the graph is well formed, and every module and tensor it names is there (``Graph.lint``);
-    - the code that runs is the graph's own, not that of an earlier graph;
-    - a shape recorded behind a convolution is the one that it gives for the shape recorded before it.
+    The invariants are:
+
+    - The graph is well formed. Every module and tensor that it names exists (``Graph.lint``).
+    - The graph module was recompiled after the last change of the graph.
+    - If shapes are recorded, the output shape of a convolution follows from its input shape.
+
+    Args:
+        graph_module: the graph to check.
+        when: the occasion, for the error message, such as "after FactorizeConvs".
+        sites: the convolutions of the graph, if the caller knows them. By default the graph is matched to find them.
+
+    Raises:
+        GraphError: at the first violation.
     """
+    _check_well_formed(graph_module, when)
+    _check_shapes(match(graph_module).sites if sites is None else sites, when)
+
+
+def checked_match(graph_module: fx.GraphModule, when: str) -> Match:
+    """Check the invariants of a graph and return the match that the check needed. Raises GraphError."""
+    _check_well_formed(graph_module, when)
+    found = match(graph_module)
+    _check_shapes(found.sites, when)
+    return found
+
+
+def _check_well_formed(graph_module: fx.GraphModule, when: str) -> None:
     try:
         graph_module.graph.lint()
     except (RuntimeError, AttributeError) as error:
         raise GraphError(f"{when}: the graph is not well formed: {error}") from error
     if graph_module.graph.python_code("self").src != graph_module.code:
         raise GraphError(f"{when}: the graph was changed but not recompiled. Call graph_module.recompile().")
-    for site in match(graph_module).sites:
+
+
+def _check_shapes(sites: Sequence[GraphSite], when: str) -> None:
+    for site in sites:
         spec = site.spec
         for node in site.nodes:
             before, after = shape_of(conv_input(node)), shape_of(node)

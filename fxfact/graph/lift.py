@@ -1,4 +1,4 @@
-"""Graphs whose parameters are inputs, as Dynamo captures them: attributes for a rewrite, and behind it inputs again."""
+"""Turns parameters that are graph inputs, as Dynamo passes them, into attributes for a rewrite, and back."""
 
 from __future__ import annotations
 
@@ -19,33 +19,49 @@ _IN_SOURCE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 @dataclass(frozen=True, eq=False)
 class Lifted:
-    """A copy of a graph in which the parameters and buffers that convolutions read are attributes; ``places`` are those
-    of the inputs that they were, by name.
+    """A copy of a graph in which the parameters and buffers of convolutions are attributes instead of inputs.
+
+    Attributes:
+        graph_module: the copy.
+        input_index: for each attribute, by name, the index of the input that it was.
     """
 
     graph_module: fx.GraphModule
-    places: Mapping[str, int]
+    input_index: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A further input: the weight of a stage (counted among those that have one) of the convolution at ``path``."""
+    """An input that a rewrite adds: the weight of one stage of a factorized convolution.
+
+    Attributes:
+        path: the path of the convolution.
+        stage: the index of the stage among the stages that have a weight.
+    """
 
     path: str
     stage: int
 
 
 def lift(original: fx.GraphModule, values: Sequence[Any]) -> Lifted:
-    """``values`` are those of the placeholders. Shapes of what convolutions are called on are recorded."""
+    """Copy a graph and make the inputs that are weights or biases of convolutions attributes.
+
+    Args:
+        original: the graph that Dynamo captured. It is not changed.
+        values: one value for each placeholder.
+
+    Returns:
+        The copy, with shapes recorded at the inputs of convolutions.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(original.graph, copies))
     attributes = {
-        str(node.target): _at(original, str(node.target))
+        str(node.target): _module_or_tensor(original, str(node.target))
         for node in original.graph.nodes
         if node.op in ("get_attr", "call_module")
     }
-    places: dict[str, int] = {}
+    input_index: dict[str, int] = {}
     calls = [(node, call) for node in graph.nodes if (call := conv_call(node))]
     read = {node for _, call in calls for node in (call.weight, call.bias)}
     placeholders = [node for node in original.graph.nodes if node.op == "placeholder"]
@@ -55,19 +71,26 @@ def lift(original: fx.GraphModule, values: Sequence[Any]) -> Lifted:
         held = isinstance(value, nn.Parameter) or (path is not None and not isinstance(value, FakeTensor))
         if copies[old] in read and held:
             name = str(old.target) if path is None or path in attributes else path
-            places[name], attributes[name] = index, value
+            input_index[name], attributes[name] = index, value
             with graph.inserting_before(first):
                 copies[old].replace_all_uses_with(graph.get_attr(name))
     for node, _ in calls:
         value = conv_input(node).meta.get("example_value")
         if isinstance(value, FakeTensor):
             conv_input(node).meta["tensor_meta"] = _extract_tensor_metadata(value)
-    return Lifted(fx.GraphModule(attributes, graph), places)
+    return Lifted(fx.GraphModule(attributes, graph), input_index)
 
 
 def lower(lifted: Lifted, rewritten: fx.GraphModule, sites: Sequence[GraphSite]) -> tuple[fx.GraphModule, list[Factor]]:
-    """What became of a lifted graph, its ``sites`` rewritten, with its parameters as inputs again, and what the further
-    inputs behind those are.
+    """Make the parameters of a rewritten graph inputs again.
+
+    Args:
+        lifted: the graph before the rewrite.
+        rewritten: the graph after the rewrite.
+        sites: the convolutions that were rewritten.
+
+    Returns:
+        The graph module, and the inputs that follow those of the original graph.
     """
     graph = rewritten.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -80,12 +103,12 @@ def lower(lifted: Lifted, rewritten: fx.GraphModule, sites: Sequence[GraphSite])
                 last = graph.placeholder(f"fxfact_factor_{len(factors)}")
             factors.append(Factor(site.path, index))
             has_bias = module.bias is not None
-            bias = inputs[lifted.places[site.attributes[1]]] if has_bias else None
+            bias = inputs[lifted.input_index[site.attributes[1]]] if has_bias else None
             stages[f"{site.path}.{name}"] = (module, last, bias)
     for node in list(graph.nodes):
         node.meta.pop("tensor_meta", None)
-        if node.op == "get_attr" and node.target in lifted.places:
-            node.replace_all_uses_with(inputs[lifted.places[str(node.target)]])
+        if node.op == "get_attr" and node.target in lifted.input_index:
+            node.replace_all_uses_with(inputs[lifted.input_index[str(node.target)]])
             graph.erase_node(node)
         if node.op == "call_module" and node.target in stages:
             module, weight, bias = stages[str(node.target)]
@@ -99,14 +122,14 @@ def lower(lifted: Lifted, rewritten: fx.GraphModule, sites: Sequence[GraphSite])
 
 
 def _path_of(placeholder: fx.Node) -> str | None:
-    """Where the model holds the parameter or buffer, as Dynamo says; None of what it does not hold."""
+    """Return the path at which Dynamo found a parameter or buffer in the model, or None for any other input."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name: str | Callable[[], str] = getattr(source, "name", "")
     parts = _IN_SOURCE.findall(name() if callable(name) else name)
     return ".".join(parts) or None
 
 
-def _at(root: nn.Module, target: str) -> nn.Module | Tensor:
+def _module_or_tensor(root: nn.Module, target: str) -> nn.Module | Tensor:
     owner, _, name = target.rpartition(".")
     found: nn.Module | Tensor = getattr(root.get_submodule(owner), name)
     return found

@@ -1,4 +1,4 @@
-"""The only parser of convolution nodes: which nodes of a graph are convolutions, and why the others are not."""
+"""Finds the convolutions in a graph. No other module parses convolution nodes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ from fxfact.graph.base import GraphSite, conv_call, conv_input, get_tensor, shap
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """``verdicts`` says of every node which convolution it calls, or why none."""
+    """The convolutions of a graph.
+
+    Attributes:
+        verdicts: for every node the convolution that it calls, or a Skip that says why it calls none. Only a Skip that
+            is about a convolution has a subject.
+    """
 
     verdicts: Mapping[fx.Node, GraphSite | Skip]
 
     @property
     def found(self) -> tuple[GraphSite | Skip, ...]:
-        """Every convolution once, in the order of the graph: a site, or why it cannot be one."""
+        """Every convolution once, in the order of the graph: a site, or a Skip with the reason why it is none."""
         convs = {found.path if isinstance(found, GraphSite) else found: found for found in self.verdicts.values()}
         return tuple(found for found in convs.values() if isinstance(found, GraphSite) or found.subject)
 
@@ -43,16 +48,23 @@ class Match:
 
 
 def match(graph_module: fx.GraphModule) -> Match:
-    """Parse every node. A Skip with a subject is of a convolution, one without is of another node."""
+    """Find every convolution in a graph.
+
+    Args:
+        graph_module: the graph. Only its nodes, modules and tensors are read.
+
+    Returns:
+        A verdict for every node.
+    """
     verdicts = {node: _parse(graph_module, node) for node in graph_module.graph.nodes}
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node, verdict in verdicts.items():
         if isinstance(verdict, GraphSite):
             calls[verdict.path].append(node)
     for path, nodes in calls.items():
-        verdicts |= dict.fromkeys(nodes, _joined(path, nodes, verdicts))
-    while left := _read_elsewhere(graph_module, verdicts):  # leaving one alone makes it a reader of what it shares
-        verdicts |= left
+        verdicts |= dict.fromkeys(nodes, _merge_calls(path, nodes, verdicts))
+    while skipped := _read_elsewhere(graph_module, verdicts):  # a skipped convolution is a reader of what it shares
+        verdicts |= skipped
     for site in mark_tied(list(dict.fromkeys(v for v in verdicts.values() if isinstance(v, GraphSite)))):
         verdicts |= dict.fromkeys(site.nodes, site)
     return Match(verdicts)
@@ -64,12 +76,11 @@ def _parse(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
     if call := conv_call(node):
         return _parse_function(root, node, call)
     if node.op == "get_attr" and (inside := _convs_in_region(root, str(node.target))):
-        return Skip(f"a region of the graph that is run as a whole; inside it is {', '.join(inside)}", str(node.target))
+        reason = f"an operator runs this region of the graph as a whole; inside it is {', '.join(inside)}"
+        return Skip(reason, str(node.target))
     if node.op == "call_function" and looks_like_conv(node.target):
-        return Skip(
-            f"{getattr(node.target, '__name__', node.target)} is not a spelling of a convolution that fxfact knows",
-            node.name,
-        )
+        name = getattr(node.target, "__name__", node.target)
+        return Skip(f"{name} is a convolution that fxfact does not support", node.name)
     return Skip(f"{node.op} {node.target} is not a convolution")
 
 
@@ -130,7 +141,7 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
 
 
 def _convs_in_region(root: fx.GraphModule, target: str) -> list[str]:
-    """The convolutions in a graph that a higher-order operator runs, such as a part without gradients."""
+    """Return the convolutions in a graph that a higher-order operator runs, such as a part without gradients."""
     owner, _, name = target.rpartition(".")
     region = getattr(root.get_submodule(owner), name, None)
     if not isinstance(region, fx.GraphModule):
@@ -142,10 +153,10 @@ def _convs_in_region(root: fx.GraphModule, target: str) -> list[str]:
 
 
 def _path_of(root: fx.GraphModule, weight: str) -> str:
-    """The path of the module that owns the weight, if it seems to be there for this convolution; else the weight's."""
+    """Return the path of the module that owns the weight if it is a convolution module, otherwise the weight's path."""
     owner, _, name = weight.rpartition(".")
-    alone = owner and name == "weight" and not list(root.get_submodule(owner).children())
-    return owner if alone else weight
+    is_conv_module = owner and name == "weight" and not list(root.get_submodule(owner).children())
+    return owner if is_conv_module else weight
 
 
 def _input_shapes(nodes: list[fx.Node]) -> tuple[Sizes, ...] | None:
@@ -154,25 +165,25 @@ def _input_shapes(nodes: list[fx.Node]) -> tuple[Sizes, ...] | None:
 
 
 def _read_elsewhere(root: fx.GraphModule, verdicts: Mapping[fx.Node, GraphSite | Skip]) -> dict[fx.Node, Skip]:
-    """The sites whose weight or bias something reads that is no site itself: they must keep it."""
+    """Return a Skip for every site whose weight or bias is also read by a node that is no site."""
     readers = _readers(root, verdicts)
-    left: dict[fx.Node, Skip] = {}
+    skipped: dict[fx.Node, Skip] = {}
     kinds: dict[int, set[tuple[int, bool]]] = defaultdict(set)
     sites = {node: site for node, site in verdicts.items() if isinstance(site, GraphSite)}
     for site in sites.values():
         kinds[id(site.weight)].add((site.spec.groups, site.spec.transposed))
     for node, site in sites.items():
         if len(kinds[id(site.weight)]) > 1:
-            left[node] = Skip("its weight is used by calls with different settings", site.path)
+            skipped[node] = Skip("its weight is used by calls with different settings", site.path)
         else:
             bias = [] if site.attributes or site.bias is None else [site.bias]
             if others := set().union(*(readers[id(tensor)] for tensor in (site.weight, *bias))):
-                left[node] = Skip(f"its weight or bias is also read by {', '.join(sorted(others))}", site.path)
-    return left
+                skipped[node] = Skip(f"its weight or bias is also read by {', '.join(sorted(others))}", site.path)
+    return skipped
 
 
 def _readers(root: fx.GraphModule, verdicts: Mapping[fx.Node, GraphSite | Skip]) -> dict[int, set[str]]:
-    """For every tensor, by identity, the names of the nodes that read it other than as the weight of a site."""
+    """Map the id of every tensor to the names of the nodes that read it, except as the weight of a site."""
     readers: dict[int, set[str]] = defaultdict(set)
     for node in root.graph.nodes:
         if node.op == "call_module" and not isinstance(verdicts[node], GraphSite):
@@ -191,8 +202,8 @@ def _is_weight_of(user: fx.Node, node: fx.Node) -> bool:
     return call is not None and call.weight is node and call.input is not node and call.bias is not node
 
 
-def _joined(path: str, nodes: list[fx.Node], verdicts: Mapping[fx.Node, GraphSite | Skip]) -> GraphSite | Skip:
-    """One site for all calls of one convolution; a Skip where functional calls use one weight differently."""
+def _merge_calls(path: str, nodes: list[fx.Node], verdicts: Mapping[fx.Node, GraphSite | Skip]) -> GraphSite | Skip:
+    """Merge all calls of one convolution into one site, or a Skip if they use the weight with different settings."""
     calls = [verdict for node in nodes if isinstance(verdict := verdicts[node], GraphSite)]
     first = calls[0]
     if any(site.spec != first.spec or site.attributes != first.attributes for site in calls):
@@ -201,7 +212,7 @@ def _joined(path: str, nodes: list[fx.Node], verdicts: Mapping[fx.Node, GraphSit
 
 
 def _is_foreign_conv(module: nn.Module) -> bool:
-    """A scripted or quantized convolution, or another that torch.fx does not look into."""
+    """Return whether a leaf module is another kind of convolution, such as a scripted or quantized one."""
     name = str(module.original_name) if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
     return "Conv" in name and not list(module.children())
 

@@ -1,4 +1,4 @@
-"""Shapes in the nodes' meta: recorded on fake tensors, counted in MACs, and never stale behind a rewrite."""
+"""Records shapes in the meta of nodes, counts multiply-accumulates (MACs), and refreshes shapes after a rewrite."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fxfact.errors import CaptureError
 
 
 class MacCounter(FlopCounterMode):
-    """Counts the multiply-accumulates of whatever runs inside, in the whole.
+    """Counts the multiply-accumulates of everything that runs inside the context.
 
-    A forward may take gradients of its own (``torch.autograd.grad``). What would tell by which module is therefore left
-    out: it hooks every gradient, under which that fails. And the gradients of convolutions are not counted: chains save
-    on them as they do on the convolutions.
+    The count of ``FlopCounterMode`` by module is turned off. It registers hooks on gradients, and these fail in a model
+    whose forward calls ``torch.autograd.grad``. The gradients of convolutions are not counted, because a factorization
+    reduces them like the convolutions themselves.
     """
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker = _Whole()  # type: ignore[assignment]
+        self.mod_tracker = _NoModules()  # type: ignore[assignment]
         self.flop_registry.pop(torch.ops.aten.convolution_backward, None)
 
     def __enter__(self) -> MacCounter:
@@ -37,29 +37,38 @@ class MacCounter(FlopCounterMode):
 
     @property
     def macs(self) -> int:
-        """So far."""
+        """The multiply-accumulates so far."""
         return int(self.get_total_flops()) // 2
 
 
-class _Whole(contextlib.nullcontext[None]):
-    parents = ("Global",)  # FlopCounterMode's name for the whole
+class _NoModules(contextlib.nullcontext[None]):
+    parents = ("Global",)  # the name that FlopCounterMode gives to the whole model
 
 
 def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any], *, fake: bool = True) -> int:
-    """Record ``tensor_meta`` for these placeholder values in every node; returns the multiply-accumulates.
+    """Record ``tensor_meta`` in every node.
 
-    With ``fake`` nothing is computed: the values and the network become fake tensors; a network that decides by values
-    needs real ones. Raises CaptureError where the network cannot run on them.
+    Args:
+        graph_module: the graph module, which is run in evaluation mode. Its modes and buffers are restored.
+        values: one value for each placeholder.
+        fake: whether to run on fake tensors, which computes nothing. Pass False for a network whose control flow
+            depends on values.
+
+    Returns:
+        The number of multiply-accumulates.
+
+    Raises:
+        CaptureError: if the network does not run on these values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
-    own = [value.detach().clone() if isinstance(value, Tensor) and not fake else value for value in values]
+    inputs = [value.detach().clone() if isinstance(value, Tensor) and not fake else value for value in values]
     try:
-        with _quiet(), _kept(graph_module), torch.no_grad():
+        with _no_stderr(), preserve_state(graph_module), torch.no_grad():
             propagation = ShapeProp(graph_module, mode)
-            propagation.propagate(*own)
+            propagation.propagate(*inputs)
             with mode or contextlib.nullcontext(), MacCounter() as counter:
                 runnable = propagation.fake_module if mode else graph_module
-                fx.Interpreter(runnable).run(*(_fake(value, mode) for value in own))
+                fx.Interpreter(runnable).run(*(_to_fake(value, mode) for value in inputs))
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise CaptureError(
@@ -69,34 +78,35 @@ def record_shapes(graph_module: fx.GraphModule, values: Sequence[Any], *, fake: 
 
 
 def record_macs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """The multiply-accumulates on these arguments, counted on fake tensors: nothing is computed."""
+    """Count the multiply-accumulates on these arguments. The network runs on fake tensors, so nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = tree_map(lambda value: _fake(value, mode), (args, kwargs))
-    with torch.no_grad(), _kept(graph_module), mode, MacCounter() as counter:
+    fakes = tree_map(lambda value: _to_fake(value, mode), (args, kwargs))
+    with torch.no_grad(), preserve_state(graph_module), mode, MacCounter() as counter:
         graph_module(*fakes[0], **fakes[1])
     return counter.macs
 
 
 def macs_by_node(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
-    """The multiply-accumulates of every node, on the shapes that the placeholders record; none where these are not
-    enough to run on.
+    """Count the multiply-accumulates of every node on the shapes that the placeholders record.
+
+    The result is empty if the network does not run on the recorded shapes.
     """
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    counting = _Counting(graph_module)
+    interpreter = _MacInterpreter(graph_module)
     fakes = [node.meta.get("val") for node in placeholders]
     mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), FakeTensorMode())
     mode.allow_non_fake_inputs = True
     if any(value is None for value in fakes):
-        fakes = _as_recorded(graph_module, placeholders, mode)
-    with torch.no_grad(), _kept(graph_module), mode:
+        fakes = _recorded_values(graph_module, placeholders, mode)
+    with torch.no_grad(), preserve_state(graph_module), mode:
         try:
-            counting.run(*fakes, enable_io_processing=False)
-        except Exception:  # a graph may do anything on values that are none
+            interpreter.run(*fakes, enable_io_processing=False)
+        except Exception:  # a graph may raise anything if it gets None for a value that was not recorded
             return {}
-    return counting.macs
+    return interpreter.macs
 
 
-class _Counting(fx.Interpreter):
+class _MacInterpreter(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.macs: dict[fx.Node, int] = {}
@@ -109,51 +119,53 @@ class _Counting(fx.Interpreter):
 
 
 def refresh_shapes(graph_module: fx.GraphModule) -> None:
-    """Record anew what the placeholders have: ``tensor_meta``, ``val``, or both. A rewrite leaves its nodes without."""
+    """Record shapes in all nodes again, after a rewrite has inserted nodes without shapes.
+
+    The placeholders decide what is recorded: ``tensor_meta``, ``val``, both or nothing.
+    """
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if placeholders and all("tensor_meta" in node.meta for node in placeholders):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = _as_recorded(graph_module, placeholders, mode)
-        with (
-            _quiet(),
-            _kept(graph_module),
-            contextlib.suppress(RuntimeError),
-        ):  # one that decides by values keeps the shapes it has
+        fakes = _recorded_values(graph_module, placeholders, mode)
+        # A network whose control flow depends on values raises RuntimeError and keeps the shapes it has.
+        with _no_stderr(), preserve_state(graph_module), contextlib.suppress(RuntimeError):
             ShapeProp(graph_module, mode).propagate(*fakes)
     values = [node.meta.get("val") for node in placeholders]
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     if modes and all(value is not None for value in values):
         modes[0].allow_non_fake_inputs = True
-        with _kept(graph_module):
+        with preserve_state(graph_module):
             FakeTensorProp(graph_module, modes[0]).propagate_dont_convert_inputs(*values)
 
 
-def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
+def _to_fake(value: Any, mode: FakeTensorMode | None) -> Any:
     return mode.from_tensor(value) if mode and isinstance(value, Tensor) else value
 
 
-def _as_recorded(graph_module: fx.GraphModule, placeholders: Sequence[fx.Node], mode: FakeTensorMode) -> list[Any]:
-    """Fake values as the placeholders' ``tensor_meta`` describes them, where there is one."""
+def _recorded_values(graph_module: fx.GraphModule, placeholders: Sequence[fx.Node], mode: FakeTensorMode) -> list[Any]:
+    """Return fake values with the shapes that the placeholders' ``tensor_meta`` describes."""
     device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
     with mode:
-        return [_empty(node.meta.get("tensor_meta"), device) for node in placeholders]
+        return [_empty_like(node.meta.get("tensor_meta"), device) for node in placeholders]
 
 
-def _empty(recorded: Any, device: torch.device) -> Any:
-    """Tensors as recorded, within the containers that they were recorded in."""
+def _empty_like(recorded: Any, device: torch.device) -> Any:
+    """Return empty tensors as described, in the containers that hold the descriptions."""
     if isinstance(recorded, TensorMetadata):
         return torch.empty_strided(recorded.shape, recorded.stride, dtype=recorded.dtype, device=device)
     if isinstance(recorded, Mapping):
-        return {key: _empty(value, device) for key, value in recorded.items()}
+        return {key: _empty_like(value, device) for key, value in recorded.items()}
     if isinstance(recorded, list | tuple):
-        return type(recorded)(_empty(value, device) for value in recorded)
+        return type(recorded)(_empty_like(value, device) for value in recorded)
     return recorded
 
 
 @contextlib.contextmanager
-def _kept(graph_module: fx.GraphModule) -> Iterator[None]:
-    """In evaluation mode inside, for in training mode norms may refuse a single sample; and buffers as they were: in
-    place operators write to real ones, even where everything else is fake, though not to those that are expanded.
+def preserve_state(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Put a network in evaluation mode, and restore its modes and the values of its buffers at exit.
+
+    In training mode a batch norm may refuse a single sample. Buffers are restored because in-place operators write to
+    real buffers even if all other tensors are fake. Expanded buffers cannot be written to and are left out.
     """
     modes = {module: module.training for module in graph_module.modules()}
     values = {buffer: buffer.clone() for buffer in graph_module.buffers() if not _is_expanded(buffer)}
@@ -175,7 +187,7 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """ShapeProp prints the traceback of every error that it raises."""
+def _no_stderr() -> Iterator[None]:
+    """Silence ShapeProp, which prints the traceback of every error before it raises it."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
