@@ -1,4 +1,8 @@
-"""What was done to a network, as text that goes into its file."""
+"""Networks in files: written whole or not at all, and read without executing anything in them.
+
+A module is stored as its state dict, an ExportedProgram as a .pt2 archive. Both come with the plans that made the
+network, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,120 +26,166 @@ from fxfact.passes import PassRecord, pass_history, set_history
 from fxfact.planning import Plan
 from fxfact.utils import atomic_write, check_harmless, check_path, copy_with_shared
 
+_Path = str | os.PathLike[str]
+_FactorizationTypes = Sequence[type[Factorization]]
+
 _FORMAT = {"format": "fxfact network", "version": 1}
-Kinds = Sequence[type[Factorization]]
+_HISTORY_FILE = "fxfact.json"  # among the extra files of a .pt2 archive
 
 
-def history_to_text(history: Sequence[PassRecord]) -> str:
-    """JSON of every plan carried out, oldest first, with the errors of its kernels."""
-    done = [{"plan": one.plan.to_json(), "relative_error": dict(one.relative_error)} for one in history]
-    return json.dumps({**_FORMAT, "history": done})
+# Save and load
 
 
-def history_from_text(path: str | os.PathLike[str], text: object, kinds: Kinds) -> tuple[PassRecord, ...]:
-    """The inverse. Raises FileError."""
-    try:
-        data: Any = json.loads(text) if isinstance(text, str | bytes) else None
-        if not isinstance(data, Mapping) or {key: data.get(key) for key in _FORMAT} != _FORMAT:
-            raise FileError(f"expected {_FORMAT}, found {str(data)[:80]}")
-        return tuple(
-            PassRecord(Plan.from_json(one["plan"], factorizations=kinds), _errors(one["relative_error"]))
-            for one in data["history"]
-        )
-    except (ValueError, KeyError, TypeError, RecursionError, FxfactError) as error:
-        raise FileError(f"{path}: it does not say what was done to the network: {error}. Save it again.") from error
+def save(network: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Save a network and the plans that made it.
 
+    The file holds tensors and JSON, and nothing that could be executed. If the process is killed meanwhile, ``path``
+    has either the old file or the new one.
 
-def names_in(path: str | os.PathLike[str]) -> list[str]:
-    """What a zip archive holds, each name without the folder that all are in. Raises FileError for other files,
-    ArgumentTypeError.
+    Args:
+        network: A module, of which the state dict is saved, or an ExportedProgram, which is saved as a .pt2 archive
+            that ``torch.export.load`` reads as well.
+        path: The file to write. ``.pt2`` is for exported programs only.
+
+    Raises:
+        ArgumentTypeError: ``network`` is neither a module nor an ExportedProgram, or ``path`` is not a path.
+        FileError: The file cannot be written, or the state dict has values that are not tensors.
     """
+    check_path(path)
+    if isinstance(network, ExportedProgram):
+        _save_program(network, path)
+    elif isinstance(network, nn.Module):
+        if os.fspath(path).endswith(".pt2"):
+            raise FileError(f"{path}: .pt2 is for exported programs. Name it .pt, or export the network and save that.")
+        _save_state_dict(network, path)
+    else:
+        raise ArgumentTypeError(f"network must be a torch.nn.Module or ExportedProgram, got {type(network).__name__}")
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    factorizations: Sequence[type[Factorization]] = (),
+) -> Any:
+    """Load a network that ``save`` wrote.
+
+    Nothing in the file is executed: a file that holds pickled objects other than tensors, or a program that could run
+    code of the file, is refused. No kernel is decomposed again.
+
+    Args:
+        path: The file to read.
+        model: The model that was factorized, for a file that holds a state dict. It is not changed. Its weights do not
+            matter and may be on the meta device. Its training mode carries over.
+        factorizations: Your own factorization classes, if the saved plans use them.
+
+    Returns:
+        ``model`` with the same convolutions factorized and the saved weights, or the saved ExportedProgram.
+
+    Raises:
+        ArgumentTypeError: ``path`` is not a path, or ``model`` not a module.
+        FileError: The file cannot be read or is damaged, holds code, or holds another model's weights. The message
+            names the first differences.
+        PlanError: The saved plan does not fit ``model``.
+    """
+    if "archive_format" in _read_archive_names(path):
+        if model is not None:
+            raise FileError(f"{path}: an exported program needs no model. Call load(path).")
+        return _load_program(path, factorizations)
+    if model is None:
+        raise FileError(f"{path}: the file holds a state dict. Pass the model that was factorized: load(path, model).")
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return _load_state_dict(path, model, factorizations)
+
+
+def _read_archive_names(path: _Path) -> list[str]:
+    """Check a zip archive, and return the names of its members without the folder that they share."""
     check_path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged, names = archive.testzip(), archive.namelist()
     except FileNotFoundError as error:
         raise FileError(f"{path}: there is no such file") from error
-    except Exception as error:  # whatever the reader finds
-        raise FileError(f"{path}: this is no network that can be read, or not all of it: {error}") from error
+    except Exception as error:  # the reader raises many kinds
+        raise FileError(
+            f"{path}: no network can be read from this file: {error}. Pass a file that fxfact.save wrote, "
+            "and see that all of it is there."
+        ) from error
     if damaged is not None:
-        raise FileError(f"{path}: the file is damaged: {damaged} is not what was written")
+        raise FileError(f"{path}: the file is damaged: the checksum of {damaged} is wrong. Copy or save it again.")
     return [name.partition("/")[2] for name in names]
 
 
-def _errors(values: Any) -> dict[str, float | None]:
-    with error_context("relative_error"):
-        if not isinstance(values, Mapping) or not all(v is None or isinstance(v, int | float) for v in values.values()):
-            raise FileError(f"expected numbers by path, found {str(values)[:80]}")
-    return {str(path): None if value is None else float(value) for path, value in values.items()}
+# State dicts
 
 
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-def save_state(network: nn.Module, path: str | os.PathLike[str]) -> None:
-    """See ``save``."""
+def _save_state_dict(network: nn.Module, path: _Path) -> None:
     state = network.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise FileError(f"{path}: {name} of the state is a {type(value).__name__}; only tensors can be saved")
-    plain = {name: value.detach().contiguous() for name, value in state.items()}
+            raise FileError(
+                f"{path}: the state dict's {name} is a {type(value).__name__}, and only tensors can be saved. "
+                "Remove get_extra_state from its module."
+            )
+    tensors = {name: value.detach().contiguous() for name, value in state.items()}
     try:
         with atomic_write(path) as file:
-            torch.save({"fxfact": history_to_text(pass_history(network)), "state": plain}, file)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer makes the one of a full disk the other
+            torch.save({"fxfact": _history_to_text(pass_history(network)), "state": tensors}, file)
+    except (OSError, RuntimeError) as error:  # PyTorch raises RuntimeError if the disk is full
         raise FileError(f"{path}: the network cannot be written there: {error}") from error
 
 
-def load_state(path: str | os.PathLike[str], model: _Module, kinds: Kinds) -> _Module:
-    """See ``load``."""
+def _load_state_dict(path: _Path, model: nn.Module, factorizations: _FactorizationTypes) -> nn.Module:
+    """Factorize a copy of the model as the saved plans say, without decomposing, and load the saved tensors into it."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader finds
+    except Exception as error:  # the reader raises many kinds
+        first_line = str(error).splitlines()[0] if str(error) else ""
         raise FileError(
-            f"{path}: the file is damaged, or holds more than tensors, and is not read: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}"
+            f"{path}: the file was not loaded, because it is damaged or holds more than tensors: "
+            f"{type(error).__name__}: {first_line}"
         ) from error
     if not isinstance(data, Mapping) or not isinstance(data.get("state"), Mapping):
-        raise FileError(f"{path}: no network of fxfact.save's. (A plain state_dict goes into net.load_state_dict.)")
-    history = history_from_text(path, data.get("fxfact"), kinds)
-    network: nn.Module = model if history else copy_with_shared(model, set())
-    for done in history:
-        network = apply(done.plan, network, weights="empty")
-    own = network.state_dict(keep_vars=True)
-    theirs, ours = ({name: _shape(value) for name, value in each.items()} for each in (data["state"], own))
-    if theirs != ours:
-        different = first_differences("the file", theirs, "the model", ours)
-        raise FileError(f"{path}: the file is of another network. {different}. Pass the model it was.")
-    if any(tensor.is_meta for tensor in own.values()):
-        network.load_state_dict(_taking_place(data["state"], own), assign=True)
+        raise FileError(f"{path}: fxfact.save did not write this file. Load a plain state dict by load_state_dict.")
+    history = _history_from_text(path, data.get("fxfact"), factorizations)
+    network = model if history else copy_with_shared(model, set())
+    for record in history:
+        network = apply(record.plan, network, weights="empty")
+    own_state = network.state_dict(keep_vars=True)
+    saved, expected = ({name: _describe(value) for name, value in s.items()} for s in (data["state"], own_state))
+    if saved != expected:
+        differences = first_differences("the file", saved, "the model", expected)
+        raise FileError(f"{path}: the file holds another network. {differences}. Pass the model that was factorized.")
+    if any(tensor.is_meta for tensor in own_state.values()):
+        network.load_state_dict(_materialize(data["state"], own_state), assign=True)
     else:
         network.load_state_dict(dict(data["state"]))
     set_history(network, history)
-    return cast(_Module, network)
+    return network
 
 
-def _taking_place(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state in tensors that can replace a module's own, one where those are one."""
+def _materialize(state: Mapping[str, Tensor], own_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the saved tensors as parameters and buffers to assign; parameters that the module shares stay shared."""
     made: dict[int, Tensor] = {}
-    for name, old in own.items():
+    for name, old in own_state.items():
         new = nn.Parameter(state[name], old.requires_grad) if isinstance(old, nn.Parameter) else state[name]
         made.setdefault(id(old), new)
-    return {name: made[id(old)] for name, old in own.items()}
+    return {name: made[id(old)] for name, old in own_state.items()}
 
 
-def _shape(value: Any) -> str:
+def _describe(value: Any) -> str:
+    """Return dtype and shape of a state dict's value."""
     kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
     return f"{kind} {tuple(getattr(value, 'shape', ()))}"
 
 
-_EXTRA = "fxfact.json"
+# Programs
 
 
-def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
-    """See ``save``."""
+def _save_program(program: ExportedProgram, path: _Path) -> None:
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={_EXTRA: history_to_text(pass_history(program))})
+    torch.export.save(program, buffer, extra_files={_HISTORY_FILE: _history_to_text(pass_history(program))})
     try:
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
@@ -143,80 +193,74 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None
         raise FileError(f"{path}: the program cannot be written there: {error}") from error
 
 
-def load_program(path: str | os.PathLike[str], kinds: Kinds) -> ExportedProgram:
-    """See ``load``."""
+def _load_program(path: _Path, factorizations: _FactorizationTypes) -> ExportedProgram:
     check_harmless(path)
-    extra, reasons = {_EXTRA: ""}, _Reasons()
-    reader = logging.getLogger("torch.export")
-    reader.addFilter(reasons)
+    extra_files, errors = {_HISTORY_FILE: ""}, _ReaderErrors()
+    reader_log = logging.getLogger("torch.export")
+    reader_log.addFilter(errors)
     try:
-        program = torch.export.load(path, extra_files=extra)
-    except Exception as error:  # whatever the reader finds
-        raise FileError(f"{path}: PyTorch cannot read this program: {reasons.of(error)}") from error
+        program = torch.export.load(path, extra_files=extra_files)
+    except Exception as error:  # the reader raises many kinds
+        raise FileError(f"{path}: PyTorch cannot read this program: {errors.explain(error)}") from error
     finally:
-        reader.removeFilter(reasons)
-    if extra[_EXTRA]:
-        set_history(program.graph_module, history_from_text(path, extra[_EXTRA], kinds))
+        reader_log.removeFilter(errors)
+    if extra_files[_HISTORY_FILE]:
+        set_history(program.graph_module, _history_from_text(path, extra_files[_HISTORY_FILE], factorizations))
     return program
 
 
-class _Reasons(logging.Filter):
-    """Keeps what PyTorch's reader logs as its reasons, tracebacks and all, instead of printing it."""
+class _ReaderErrors(logging.Filter):
+    """Collects the errors that PyTorch's reader logs with tracebacks, instead of printing them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._found: list[str] = []
+        self._messages: list[str] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Take every record."""
-        self._found.append(str(record.exc_info[1]) if record.exc_info else record.getMessage())
+        """Keep the record's message, and drop the record."""
+        self._messages.append(str(record.exc_info[1]) if record.exc_info else record.getMessage())
         return False
 
-    def of(self, error: Exception) -> str:
-        """Why it failed, and the way out where there is one."""
-        text = " ".join([*self._found, str(error)])
+    def explain(self, error: Exception) -> str:
+        """Say why the reader failed, and the way out if it is known."""
+        text = " ".join([*self._messages, str(error)])
         if unknown := re.search(r"Deserializing (\S+) in pytree is not registered", text):
             package = unknown[1].rpartition(".")[0]
             return (
-                f"it takes or returns a {unknown[1]}, which is known only once its package is imported. Import "
-                f"{package} first (fxfact … --import {package}), or export a module that returns tensors."
+                f"its inputs or outputs have the type {unknown[1]}, which is unknown until its package is imported. "
+                f"Import {package} first (fxfact … --import {package}), or export a module that returns tensors."
             )
-        return f"{type(error).__name__}: {self._found[-1] if self._found else error}"
+        return f"{type(error).__name__}: {self._messages[-1] if self._messages else error}"
 
 
-def save(network: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> None:
-    """Write a network and the plans that made it: tensors and JSON, nothing that could be executed.
-
-    A module is written as its state, for ``load`` to put into the user's own model; an ExportedProgram as PyTorch's own
-    .pt2 archive, which ``torch.export.load`` reads as well. At ``path`` there is the old file or the new one, whenever
-    the process is killed. Raises ArgumentTypeError, FileError.
-    """
-    check_path(path)
-    if isinstance(network, ExportedProgram):
-        save_program(network, path)
-    elif isinstance(network, nn.Module):
-        if os.fspath(path).endswith(".pt2"):
-            raise FileError(f"{path}: .pt2 is for exported programs. Name it .pt, or export the network and save that.")
-        save_state(network, path)
-    else:
-        raise ArgumentTypeError(f"network must be a torch.nn.Module or ExportedProgram, got {type(network).__name__}")
+# History
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, factorizations: Kinds = ()) -> Any:
-    """What ``save`` wrote: ``model``, the network that it was made of, with the same convolutions factorized and the
-    same weights, nothing decomposed again; or the ExportedProgram, without a model.
+def _history_to_text(history: Sequence[PassRecord]) -> str:
+    """Return the plans that were applied, oldest first, with the errors of their kernels, as JSON."""
+    records = [{"plan": record.plan.to_json(), "relative_error": dict(record.relative_error)} for record in history]
+    return json.dumps({**_FORMAT, "history": records})
 
-    ``model`` is not changed. Its own weights do not matter, and may be on the meta device; its training mode does.
-    ``factorizations`` are classes of your own that the plans name. Nothing in the file is executed: pickles of anything
-    but tensors are refused. Raises FileError, which names the first differences where the file is of another model,
-    PlanError.
-    """
-    if "archive_format" in names_in(path):
-        if model is not None:
-            raise FileError(f"{path}: an exported program needs no model. Call load(path).")
-        return load_program(path, factorizations)
-    if model is None:
-        raise FileError(f"{path}: the file holds weights. Pass the model that they are of: load(path, model).")
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return load_state(path, model, factorizations)
+
+def _history_from_text(path: _Path, text: object, factorizations: _FactorizationTypes) -> tuple[PassRecord, ...]:
+    """Read what ``_history_to_text`` wrote. Raises FileError."""
+    try:
+        data: Any = json.loads(text) if isinstance(text, str | bytes) else None
+        if not isinstance(data, Mapping) or {key: data.get(key) for key in _FORMAT} != _FORMAT:
+            raise FileError(f"expected {_FORMAT}, found {str(data)[:80]}")
+        return tuple(
+            PassRecord(
+                Plan.from_json(record["plan"], factorizations=factorizations),
+                _parse_relative_errors(record["relative_error"]),
+            )
+            for record in data["history"]
+        )
+    except (ValueError, KeyError, TypeError, RecursionError, FxfactError) as error:
+        raise FileError(f"{path}: the plans that made the network cannot be read: {error}. Save it again.") from error
+
+
+def _parse_relative_errors(values: Any) -> dict[str, float | None]:
+    with error_context("relative_error"):
+        if not isinstance(values, Mapping) or not all(v is None or isinstance(v, int | float) for v in values.values()):
+            raise FileError(f"expected numbers by path, found {str(values)[:80]}")
+    return {str(path): None if value is None else float(value) for path, value in values.items()}

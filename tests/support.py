@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from fxfact.analysis.reference import composed_kernels, copy_as_module, prepare_
 from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.factorizations import FACTORIZATIONS, CPFactorized, Factorization, Tucker
 from fxfact.factorizations.cp import CPMobilenet
+from fxfact.utils import Timer
 
 ALL: list[Factorization] = [kind() for kind in FACTORIZATIONS]
 EVERY_STAGE: list[Factorization] = [replace(f, keep_full_sides=True) if isinstance(f, Tucker) else f for f in ALL]
@@ -120,8 +123,89 @@ def with_entries(archive: bytes, place: int, value: int) -> bytes:
     return b"PK\x01\x02".join([parts[0], *entries])
 
 
+def rewrite_archive(
+    path: Path, change: Callable[[str, bytes], bytes], added: Mapping[str, bytes] | None = None
+) -> None:
+    """Write a zip archive again with every member changed, and with members added to its folder."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    folder = next(iter(members)).partition("/")[0]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(name, data))
+        for name, data in (added or {}).items():
+            archive.writestr(f"{folder}/{name}", data)
+
+
 class Branching(Small):
     """Python that torch.fx cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() > 1e9 else x + 1)
+
+
+class ThreeConvs(nn.Module):
+    """Three convolutions, a batch norm after the first, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.second = nn.Conv2d(32, 48, 3, padding=1)
+        self.third = nn.Conv2d(48, 48, 3, padding=1)
+        self.head = nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(self.third(torch.relu(self.second(x))).mean((2, 3)))
+
+
+class BranchingThreeConvs(ThreeConvs):
+    """Python that torch.fx cannot trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.sum()) > -1e9 else -x)
+
+
+_Calls = Sequence[Callable[[], Any]]
+
+
+def millions_of_macs(call: Callable[[], Any]) -> float:
+    """The multiply-accumulates of a call in millions, plus 0.01 so that no call takes no time."""
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() / 2e6 + 0.01
+
+
+class FakeTimer(Timer):
+    """Returns made-up milliseconds, so that tests know them.
+
+    By default a million multiply-accumulates take a millisecond.
+
+    Args:
+        turns: returns the milliseconds of each call in each turn, for single layers and chains.
+        side_by_side: returns the milliseconds of each call, for whole networks. Default: those of ``turns``.
+
+    ``calls_timed`` lists how many calls were timed together each time.
+    """
+
+    def __init__(
+        self,
+        turns: Callable[[_Calls], list[list[float]]] | None = None,
+        side_by_side: Callable[[_Calls], list[float]] | None = None,
+    ) -> None:
+        self._turns, self._side_by_side = turns, side_by_side
+        self.calls_timed: list[int] = []
+
+    def turns(self, calls: _Calls, **options: Any) -> list[list[float]]:
+        self.calls_timed.append(len(calls))
+        return [[millions_of_macs(call)] * 3 for call in calls] if self._turns is None else self._turns(calls)
+
+    def graph_turns(self, calls: _Calls, device: torch.device, **options: Any) -> list[list[float]]:
+        return self.turns(calls)
+
+    def side_by_side(self, calls: _Calls, **options: Any) -> list[float]:
+        self.calls_timed.append(len(calls))
+        if self._side_by_side is not None:
+            return self._side_by_side(calls)
+        return [millions_of_macs(call) for call in calls]

@@ -1,4 +1,8 @@
-"""What of an exported program's archive PyTorch would execute when it is read, or run: only what belongs there may."""
+"""Checks that a .pt2 archive holds no code that PyTorch would execute when it reads or runs the program.
+
+Everything is forbidden that is not known to be harmless: archive members, expressions of sizes, operators, guards and
+names.
+"""
 
 from __future__ import annotations
 
@@ -20,134 +24,146 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from fxfact.errors import FileError
 
-_PAYLOADS = re.compile(r"data/(weights|constants)/[^/]+_config\.json")
-_PARTS = re.compile(
+_PAYLOAD_CONFIG = re.compile(r"data/(weights|constants)/[^/]+_config\.json")
+_MEMBER = re.compile(
     r"archive_format|archive_version|byteorder|\.data/[a-z_]+|models/[^/]+\.json|extra/.+|data/sample_inputs/[^/]+\.pt|"
-    rf"data/(weights|constants)/(weight_\d+|tensor_\d+)|{_PAYLOADS.pattern}"
+    rf"data/(weights|constants)/(weight_\d+|tensor_\d+)|{_PAYLOAD_CONFIG.pattern}"
 )
-_SYMBOL = r"'[a-z]+\d+'"  # within quotes, the only strings
-_TOKENS = re.compile(_SYMBOL + r"|[a-z]+=(?:True|False)|(?P<name>[A-Za-z]\w*)|\d+(?:\.\d+)?|[\s()+*/%,<>=&|~-]")
+_SYMBOL = r"'[a-z]+\d+'"  # the only strings in an expression
+_EXPRESSION_TOKEN = re.compile(
+    _SYMBOL + r"|[a-z]+=(?:True|False)|(?P<name>[A-Za-z]\w*)|\d+(?:\.\d+)?|[\s()+*/%,<>=&|~-]"
+)
 _GUARD = re.compile(
     r"(?:\bL(?:\['\w+'\]|\[\d+\])+|\.(?:size|stride|storage_offset)\(\)|\[\d+\]|\bmath\.[a-z]+\b|\b(?:and|or|not|min|max)\b"
     r"|[\d.]+|[\s()+*/%,<>=!-])*"
 )
-_FUNCTION = re.compile(r"(?:_operator|math)\.[a-z]\w*|torch\.sym_\w+|torch\._functorch\.predispatch\.\w+")
-_OWNERS = {"_operator": operator, "torch": torch, "math": math}  # by how a name begins
-_CALLING = ("call", "methodcaller", "attrgetter")  # of the operators on numbers, those that are of functions
+_SCALAR_FUNCTION = re.compile(r"(?:_operator|math)\.[a-z]\w*|torch\.sym_\w+|torch\._functorch\.predispatch\.\w+")
+_MODULE_OF_PREFIX = {"_operator": operator, "torch": torch, "math": math}  # as PyTorch's reader resolves a target
+_CALLS_ITS_ARGUMENT = ("call", "methodcaller", "attrgetter")  # functions of _operator that are not scalar functions
 
 
 def check_harmless(path: str | os.PathLike[str]) -> None:
-    """Raise FileError where reading the archive, or running what is read, could execute something of it.
+    """Raise FileError if reading this archive, or running the program that it holds, could execute code of the file.
 
-    PyTorch's reader takes full pickles for sample inputs and for weights that are said to be such, loads compiled
-    libraries and script objects, evaluates the expressions of symbolic sizes, calls whatever function of ``torch`` a
-    node names, and writes names into the code of the graph.
+    PyTorch's reader unpickles sample inputs, and weights that are marked as pickled. It loads compiled libraries and
+    script objects, evaluates the expressions of symbolic sizes, calls any function of ``torch`` that a node names, and
+    writes names into the code of the graph.
     """
     with zipfile.ZipFile(path) as archive:
-        names = {name: name.partition("/")[2] for name in archive.namelist()}
-        if len(names) != len(archive.namelist()):
-            raise FileError(f"{path}: it holds a part twice: not read")
-        for name, part in names.items():
-            if not _PARTS.fullmatch(part):
-                raise FileError(f"{path}: it holds {part}, which is no part of a plain exported program: not read")
-            if part.startswith("data/sample_inputs/"):
-                _check_tensors(path, part, archive.read(name))
-            if part.startswith("models/"):
-                for what, text in _unfit(_read(path, part, archive.read(name))):
-                    raise FileError(f"{path}: {text[:80]!r} in {part} is no {what}: not read")
-            if _PAYLOADS.fullmatch(part):
-                for pickled in _pickled(_read(path, part, archive.read(name))):
-                    inside = f"{name.rpartition('/')[0]}/{pickled}"
-                    _check_tensors(path, inside, archive.read(inside) if inside in names else b"")
+        members = {name: name.partition("/")[2] for name in archive.namelist()}  # without the folder that all share
+        if len(members) != len(archive.namelist()):
+            raise FileError(f"{path}: a member of the archive is there twice. The file was not read.")
+        for name, member in members.items():
+            if not _MEMBER.fullmatch(member):
+                raise FileError(
+                    f"{path}: the archive holds {member}, which is not part of a plain exported program. "
+                    "The file was not read."
+                )
+            if member.startswith("data/sample_inputs/"):
+                _check_only_tensors(path, member, archive.read(name))
+            if member.startswith("models/"):
+                for expected, text in _find_unsafe(_parse_json(path, member, archive.read(name))):
+                    raise FileError(f"{path}: {text[:80]!r} in {member} is not {expected}. The file was not read.")
+            if _PAYLOAD_CONFIG.fullmatch(member):
+                for payload in _pickled_payloads(_parse_json(path, member, archive.read(name))):
+                    payload_name = f"{name.rpartition('/')[0]}/{payload}"
+                    data = archive.read(payload_name) if payload_name in members else b""
+                    _check_only_tensors(path, payload_name, data)
 
 
-def _check_tensors(path: str | os.PathLike[str], part: str, data: bytes) -> None:
+def _check_only_tensors(path: str | os.PathLike[str], member: str, data: bytes) -> None:
     try:
         torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:
-        raise FileError(f"{path}: {part} holds more than tensors: not read") from error
+        raise FileError(f"{path}: {member} holds more than tensors. The file was not read.") from error
 
 
-def _read(path: str | os.PathLike[str], part: str, data: bytes) -> Any:
+def _parse_json(path: str | os.PathLike[str], member: str, data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: {part} is damaged: {error}") from error
+        raise FileError(f"{path}: {member} is damaged: {error}") from error
 
 
-def _pickled(data: Any) -> Iterator[str]:
-    """The names of the payloads that the reader would unpickle."""
-    if isinstance(data, dict):
-        if data.get("use_pickle"):
-            yield str(data.get("path_name"))
-        for value in data.values():
-            yield from _pickled(value)
+def _pickled_payloads(config: Any) -> Iterator[str]:
+    """Yield the names of the payloads that the reader would unpickle."""
+    if isinstance(config, dict):
+        if config.get("use_pickle"):
+            yield str(config.get("path_name"))
+        for value in config.values():
+            yield from _pickled_payloads(value)
 
 
-def _unfit(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """What stands where code is made of it and is not what belongs there, and what that would be."""
-    if key in _KINDS and not isinstance(data, list):
-        what, fits = _KINDS[key]
-        if not fits(str(data)):
-            yield what, str(data)
-    elif isinstance(data, dict):
-        for name, value in data.items():
-            yield from _unfit(value, name)
-    elif isinstance(data, list):
-        for value in data:
-            yield from _unfit(value, key)
+def _find_unsafe(model: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text of the model that becomes code and fails its check, after what was expected there."""
+    if key in _CHECKS and not isinstance(model, list):
+        expected, is_safe = _CHECKS[key]
+        if not is_safe(str(model)):
+            yield expected, str(model)
+    elif isinstance(model, dict):
+        for name, value in model.items():
+            yield from _find_unsafe(value, name)
+    elif isinstance(model, list):
+        for value in model:
+            yield from _find_unsafe(value, key)
 
 
 def _is_arithmetic(expression: str) -> bool:
-    """Whether it is made of symbols, numbers, operators, and SymPy's and PyTorch's functions of these."""
-    tokens = list(_TOKENS.finditer(expression))
+    """Whether an expression has only symbols, numbers, operators and functions of SymPy or of PyTorch's extension."""
+    tokens = list(_EXPRESSION_TOKEN.finditer(expression))
     names = [token["name"] for token in tokens if token["name"]]
     known = [getattr(sympy, name, None) or getattr(sympy_functions, name, None) for name in names]
     return all(isinstance(one, type | Boolean) for one in known) and "".join(token[0] for token in tokens) == expression
 
 
 def _is_operator(target: str) -> bool:
-    """Whether PyTorch's reader makes one of PyTorch's operators of it, or finds nothing."""
-    found: Any = next((owner for begin, owner in _OWNERS.items() if target.startswith(begin)), None)
+    """Whether PyTorch's reader resolves a node's target to an operator, or to nothing."""
+    found: Any = next((module for prefix, module in _MODULE_OF_PREFIX.items() if target.startswith(prefix)), None)
     names = target.split(".")[1:]
     for name in names:
         if not hasattr(found, name):
             return True
         found = getattr(found, name)
-    known = _FUNCTION.fullmatch(target) is not None and names[-1] not in _CALLING
-    return found is None or known or isinstance(found, OpOverload | HigherOrderOperator)
+    is_scalar_function = _SCALAR_FUNCTION.fullmatch(target) is not None and names[-1] not in _CALLS_ITS_ARGUMENT
+    return found is None or is_scalar_function or isinstance(found, OpOverload | HigherOrderOperator)
 
 
-def _is_name(text: str) -> bool:
+def _is_guard(text: str) -> bool:
+    """Whether a guard only compares sizes, strides and numbers."""
+    return _GUARD.fullmatch(text) is not None
+
+
+def _is_identifier(text: str) -> bool:
     return text == "" or text.isidentifier()
 
 
-def _is_path(text: str) -> bool:
+def _is_attribute_path(text: str) -> bool:
     return not any(character in text for character in '"\\\n\r')
 
 
-def _has_named_arguments(spec: str) -> bool:
-    """Whether, of how arguments are nested, the names of those that are passed by name are names."""
-    if spec == str(None):
+def _has_safe_keywords(in_spec: str) -> bool:
+    """Whether the keyword arguments in a serialized input structure have identifiers as names."""
+    if in_spec == str(None):
         return True
     try:
-        _, *by_name = json.loads(spec)[1]["children_spec"] or [None]
-        keys = [json.loads(each["context"]) for each in by_name[:1] if each["type"] == "builtins.dict"]
+        _, *keywords = json.loads(in_spec)[1]["children_spec"] or [None]
+        keys = [json.loads(each["context"]) for each in keywords[:1] if each["type"] == "builtins.dict"]
     except (ValueError, TypeError, KeyError, IndexError):
         return False
-    return all(isinstance(name, str) and _is_name(name) for names in keys for name in names)
+    return all(isinstance(name, str) and _is_identifier(name) for names in keys for name in names)
 
 
-_KINDS: dict[str, tuple[str, Callable[[str], bool]]] = {
-    "expr_str": ("size", _is_arithmetic),
-    "name": ("name", _is_name),
-    "as_name": ("name", _is_name),
-    "forward_arg_names": ("name", _is_name),
-    "in_spec": ("list of arguments", _has_named_arguments),
-    "parameter_name": ("path", _is_path),
-    "buffer_name": ("path", _is_path),
-    "tensor_constant_name": ("path", _is_path),
-    "target": ("operator", _is_operator),
-    "as_operator": ("operator", _is_operator),
-    "guards_code": ("guard", lambda text: _GUARD.fullmatch(text) is not None),
+_CHECKS: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "expr_str": ("a size", _is_arithmetic),
+    "name": ("a name", _is_identifier),
+    "as_name": ("a name", _is_identifier),
+    "forward_arg_names": ("a name", _is_identifier),
+    "in_spec": ("a list of arguments", _has_safe_keywords),
+    "parameter_name": ("a path", _is_attribute_path),
+    "buffer_name": ("a path", _is_attribute_path),
+    "tensor_constant_name": ("a path", _is_attribute_path),
+    "target": ("an operator", _is_operator),
+    "as_operator": ("an operator", _is_operator),
+    "guards_code": ("a guard", _is_guard),
 }
+"""The texts of a serialized model that become code, by key: what belongs there, and how to tell."""
