@@ -1,4 +1,4 @@
-"""The errors of fxfact. Each one says where, what was expected, what was found and the way out."""
+"""The errors of fxfact. Each message names the place, what was expected, what was found, and how to solve it."""
 
 from __future__ import annotations
 
@@ -8,51 +8,55 @@ from numbers import Integral
 
 
 class FxfactError(Exception):
-    """What every error of fxfact derives from."""
+    """Base class of all errors of fxfact."""
 
 
 class ArgumentError(FxfactError, ValueError):
-    """An argument has a value that the call cannot use."""
+    """An argument has an invalid value."""
 
 
 class ArgumentTypeError(FxfactError, TypeError):
-    """An argument has a type that the call cannot use."""
+    """An argument has an invalid type."""
 
 
 class SpecError(FxfactError, ValueError):
-    """The numbers do not describe a convolution, or tensors do not fit their description."""
+    """Values do not describe a convolution, or tensors do not fit the description of one."""
 
 
 class RankError(FxfactError, ValueError):
-    """A rank is not one that the factorization can have on this convolution."""
+    """A factorization cannot have this rank on this convolution."""
 
 
 class WeightError(FxfactError, ValueError):
-    """A weight holds no values that can be decomposed (NaN, Inf, meta device, not a float)."""
+    """A weight cannot be decomposed: it contains NaN or Inf, is on the meta device, or is not a float tensor."""
 
 
 class RefusedError(FxfactError, ValueError):
-    """A single convolution was asked to be factorized in a way that it cannot be."""
+    """A factorization was requested for a single convolution to which it does not apply."""
 
 
 class CaptureError(FxfactError, ValueError):
-    """A model has no graph that fxfact can rewrite."""
+    """A model cannot be captured: fxfact has no graph or modules of it that it can rewrite."""
 
 
 class PlanError(FxfactError, ValueError):
-    """A plan is damaged, or made for another model."""
+    """A plan is damaged, or was made for another model."""
 
 
 class GraphError(FxfactError, ValueError):
-    """A graph does not meet the contract that every pass relies on."""
+    """A graph violates an invariant that every pass relies on."""
 
 
 class CalibrationError(FxfactError, ValueError):
-    """Data, or statistics of data, from which nothing can be learnt about this model."""
+    """Calibration data or statistics cannot be used for this model."""
 
 
 class BudgetError(FxfactError, ValueError):
-    """A budget that no plan can meet; ``least`` is the least that one could, in its unit, where that is known."""
+    """No plan can meet the budget.
+
+    Attributes:
+        least: The smallest budget that a plan can meet, in the unit of the budget, or None if it is not known.
+    """
 
     def __init__(self, message: str, least: float | None = None) -> None:
         super().__init__(message)
@@ -60,28 +64,34 @@ class BudgetError(FxfactError, ValueError):
 
 
 class TimingError(FxfactError, RuntimeError):
-    """What was to be timed did not run."""
+    """A call that should be timed failed."""
 
 
 class FileError(FxfactError, ValueError):
-    """A file that cannot be written, is damaged, is of another network, or holds what could be executed."""
+    """A file cannot be written, is damaged, belongs to another network, or contains code."""
 
 
 class VerificationError(FxfactError, ValueError):
-    """A rewritten network does not compute what its own kernels say."""
+    """A rewritten network does not compute what its own kernels imply."""
 
 
 def check_int(name: str, number: object, least: int, most: int | None = None) -> int:
-    """A number that an argument gives as an int, which NumPy's integers become. Raises ArgumentError for others."""
+    """Return an argument as an int. NumPy's integers are converted.
+
+    Raises ArgumentError if ``number`` is not an integer, below ``least``, or above ``most``.
+    """
     value = int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
     if value is None or value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"within {least} and {most}"
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
         raise ArgumentError(f"{name} must be an int, {bounds}, got {number!r}")
     return value
 
 
 def first_differences(one: str, ones: Mapping[str, str], other: str, others: Mapping[str, str]) -> str:
-    """What two that should have the same have where, in words: the first three differences, and how many more."""
+    """Describe the first three differences between two mappings that should be equal, and count the others.
+
+    ``one`` and ``other`` name the owners of the mappings ``ones`` and ``others`` in the text.
+    """
     names = [name for name in {**ones, **others} if ones.get(name) != others.get(name)]
     lines = [f"{name}: {one} has {ones.get(name, 'nothing')}, {other} {others.get(name, 'nothing')}" for name in names]
     return "; ".join(lines[:3]) + (f" (and {len(lines) - 3} more)" if len(lines) > 3 else "")
@@ -89,7 +99,7 @@ def first_differences(one: str, ones: Mapping[str, str], other: str, others: Map
 
 @contextmanager
 def error_context(path: str) -> Iterator[None]:
-    """Name the place, in front of the message of any error of ours raised inside."""
+    """Put ``path`` in front of the message of any FxfactError that is raised inside."""
     try:
         yield
     except FxfactError as error:

@@ -1,15 +1,13 @@
-"""Convolutions as values: what one is, one with its numbers, and a chain of them that equals one.
+"""Convolutions as values (ConvSpec, ConvLayer, ConvChain), modules and functions; their costs and Fisher information.
 
-A chain is the only currency between the mathematics and the graph. Two laws hold it together:
-``run(chain, x) == run(ConvLayer(spec, compose(chain), bias), x)`` for the convolution ``spec`` that the chain was
-made for, and a chain computes nothing but ordinary convolutions, one after the other.
+Factorizations return a chain, and graphs and modules are rewritten with a chain. It only consists of ordinary
+convolutions that run one after another. If a chain was made for the convolution ``spec``, then ``run(chain, x)`` equals
+``run(ConvLayer(spec, compose(chain), chain.bias), x)``.
 """
 
 from fxfact.conv.chain import (
     ConvChain,
     ConvLayer,
-    chain_macs,
-    check_stages,
     compose,
     compose_weights,
     composed_spec,
@@ -19,20 +17,22 @@ from fxfact.conv.chain import (
     run_weight,
     to_torch,
 )
-from fxfact.conv.cost import Cost, chain_cost, format_amount, format_change
+from fxfact.conv.cost import Cost, format_amount, format_change
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
 from fxfact.conv.functional import ConvCall, differentiates_conv, looks_like_conv, read_call, write_call
 from fxfact.conv.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES, supports_onednn
-from fxfact.conv.module_swap import FactorizedModule, factorize_module, insert_base, torch_conv_class
+from fxfact.conv.module_swap import FactorizedModule, factorize_module
 from fxfact.conv.modules import (
     CHANNELS_LAST,
     TRANSPOSED_TYPES,
     compose_modules,
     computes_weight,
     has_hooks,
+    insert_base,
     is_conv,
     read_conv,
     spec_of,
+    torch_conv_class,
     why_state_unsupported,
     why_unsupported,
     why_weight_unsupported,
@@ -40,12 +40,11 @@ from fxfact.conv.modules import (
     write_conv,
 )
 from fxfact.conv.site import ConvSite, Skip, mark_tied, path_of
-from fxfact.conv.spec import PADDING_MODES, ConvSpec, Sizes, as_tuples, pad_amounts
+from fxfact.conv.spec import ConvSpec, Sizes, as_tuples, chain_cost, pad_amounts
 
 __all__ = [
     "CHANNELS_LAST",
     "ONEDNN_TYPES",
-    "PADDING_MODES",
     "PLAIN_TYPES",
     "POINTWISE_TYPES",
     "TRANSPOSED_TYPES",
@@ -63,8 +62,6 @@ __all__ = [
     "as_matrix",
     "as_tuples",
     "chain_cost",
-    "chain_macs",
-    "check_stages",
     "compose",
     "compose_modules",
     "compose_weights",

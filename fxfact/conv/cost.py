@@ -1,19 +1,19 @@
-"""What a convolution, or a network, costs."""
+"""Cost: the parameters, MACs and milliseconds of a convolution or a network, and how to print them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
-
-from fxfact.conv.chain import chain_macs
-from fxfact.conv.spec import ConvSpec, Sizes
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``params``: numbers stored. ``macs``: multiply-accumulates for one sample, None where sizes are unknown. ``ms``:
-    milliseconds of one call of the network, None where they were not measured.
+    """The cost of a convolution, a chain or a network.
+
+    Attributes:
+        params: Number of parameters.
+        macs: Multiply-accumulates (MACs) for one sample, or None if the spatial sizes are not known.
+        ms: Milliseconds of one call of the network, or None if they were not measured.
     """
 
     params: int
@@ -28,21 +28,13 @@ class Cost:
         return self + Cost(-other.params, _negative(other.macs), _negative(other.ms))
 
     def exceeds(self, other: Cost) -> bool:
-        """Whether this costs more, in parameters or (where both are known) in MACs."""
+        """Whether this has more parameters than ``other``, or more MACs if both are known."""
         more_macs = self.macs is not None and other.macs is not None and self.macs > other.macs
         return self.params > other.params or more_macs
 
 
-def chain_cost(stages: Sequence[ConvSpec], input_sizes: Sequence[Sizes] | None, *, tied: bool = False) -> Cost:
-    """Of stages run one after the other, once for every size in ``input_sizes`` (None: sizes unknown); of those that
-    are ``tied``, having the weights of others, only the biases are stored.
-    """
-    params = sum(spec.params if not tied else spec.out_channels for spec in stages if spec.bias or not tied)
-    return Cost(params, None if input_sizes is None else sum(chain_macs(stages, size) for size in input_sizes))
-
-
 def format_change(before: float | None, after: float | None) -> str:
-    """Two amounts and their ratio, or one where they are alike, or nothing where one is unknown."""
+    """Return "before → after (ratio)", one number if both are equal, or "" if one is not known."""
     if before is None or after is None:
         return ""
     if before == after:
@@ -51,7 +43,7 @@ def format_change(before: float | None, after: float | None) -> str:
 
 
 def format_amount(number: float) -> str:
-    """With thousands parted, or three digits of what is no whole number."""
+    """Return an int with thousands separators, a float with three digits."""
     return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
 
 

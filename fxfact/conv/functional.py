@@ -1,4 +1,4 @@
-"""How convolutions are spelled as functions: one entry for every function that is understood."""
+"""Convolutions as functions: reads calls of ``torch.conv2d`` and its relatives, and of their ATen operators."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.convolution, _aten.convolution.default), _ANY),
     onednn_conv3d: _CONV,
 }
-_LOOKS_LIKE_ONE = re.compile(r"conv(olution|_?transpose|_tbc|_depthwise|\dd)")
-_DIFFERENTIATES_ONE = re.compile(r"conv\w*_backward(\.|$)")
+_CONV_NAME = re.compile(r"conv(olution|_?transpose|_tbc|_depthwise|\dd)")
+_CONV_BACKWARD_NAME = re.compile(r"conv\w*_backward(\.|$)")
 
 
 @dataclass(frozen=True)
 class ConvCall:
-    """The arguments of a functional convolution: tensors, or what stands for them in a graph, and ``settings`` as
-    ``ConvSpec.parse`` names them, those left at their defaults missing.
+    """The arguments of a functional convolution.
+
+    Attributes:
+        input: The input: a tensor, or the node of a graph.
+        weight: The weight: a tensor, or the node of a graph.
+        bias: The bias: a tensor, the node of a graph, or None.
+        settings: The other arguments of the call, with the names that ``ConvSpec.parse`` uses.
+        transposed: Whether the convolution is transposed.
     """
 
     input: Any
@@ -44,7 +50,7 @@ class ConvCall:
     transposed: bool
 
     def spec_for(self, weight_shape: Sequence[int], *, bias: bool) -> ConvSpec:
-        """What the call computes with a weight of this shape, in PyTorch's layout. Raises SpecError."""
+        """Return the spec for a weight of this shape, in PyTorch's layout. Raises SpecError."""
         first, second, *kernel = weight_shape
         groups = self.settings.get("groups", 1)
         into, out = (first, second * groups) if self.transposed else (second * groups, first)
@@ -52,28 +58,31 @@ class ConvCall:
 
 
 def read_call(function: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ConvCall | None:
-    """The arguments of a call of a convolution; None where the function is another one."""
+    """Return the arguments of a call of a convolution, or None if the function is not a convolution."""
     names = _ARGUMENTS.get(function)
     if names is None:
         return None
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    source, weight, bias = (given.pop(name, None) for name in ("input", "weight", "bias"))
+    input, weight, bias = (given.pop(name, None) for name in ("input", "weight", "bias"))
     transposed = bool(given.pop("transposed", names is _TRANSPOSE))
-    return ConvCall(source, weight, bias, given, transposed)
+    return ConvCall(input, weight, bias, given, transposed)
 
 
 def write_call(module: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The function that an ``nn.Conv`` without a padding mode is, and its arguments behind input, weight and bias."""
+    """Return the function that an ``nn.Conv`` module calls, and its arguments after input, weight and bias.
+
+    The module must pad with zeros.
+    """
     names = _TRANSPOSE if module.transposed else _CONV
-    functions = [function for function, known in _ARGUMENTS.items() if known is names]
+    functions = [function for function, arguments in _ARGUMENTS.items() if arguments is names]
     return functions[len(module.kernel_size) - 1], tuple(getattr(module, name) for name in names[3:])
 
 
 def looks_like_conv(function: object) -> bool:
-    """Whether the name of a function says that it convolves."""
-    return bool(_LOOKS_LIKE_ONE.search(getattr(function, "__name__", ""))) and not differentiates_conv(function)
+    """Whether the name of a function is that of a convolution."""
+    return bool(_CONV_NAME.search(getattr(function, "__name__", ""))) and not differentiates_conv(function)
 
 
 def differentiates_conv(function: object) -> bool:
-    """Whether it is what autograd calls for a convolution, whose weight it reads as that does."""
-    return bool(_DIFFERENTIATES_ONE.search(getattr(function, "__name__", "")))
+    """Whether autograd calls this function for a convolution. Then it reads the weight as the convolution does."""
+    return bool(_CONV_BACKWARD_NAME.search(getattr(function, "__name__", "")))

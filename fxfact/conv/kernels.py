@@ -1,4 +1,4 @@
-"""Convolutions computed in another way than PyTorch would take: the same numbers, often sooner."""
+"""Convolution modules that PyTorch would compute differently: as matrix products, or by oneDNN. Often faster."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class _Linear(nn.Module):
-    """Beneath a convolution's class: its forward multiplies every place of the map by the weight."""
+    """Base of a pointwise convolution whose forward is a matrix product with channels last."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
+        """Return the output (batch, out, *size) for an input (batch, in, *size), or both without a batch."""
         weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
         channels = 1 - weight.ndim
         return functional.linear(input.movedim(channels, -1), weight.flatten(1), bias).movedim(-1, channels)
 
 
 class PointwiseConv1d(nn.Conv1d):
-    """A 1×1 ``nn.Conv1d`` without stride, padding or groups, computed as a matrix product, channels where they are."""
+    """A 1×1 ``nn.Conv1d`` without stride, padding or groups, computed as a matrix product without moving channels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, in, length) or (in, length) to (batch, out, length) or (out, length)."""
+        """Return the output (batch, out, length) for an input (batch, in, length), or both without a batch."""
         return pointwise_matmul(input, self.weight.flatten(1), self.bias)
 
 
 @fx.wrap
 def pointwise_matmul(input: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """``matrix`` (out, in) times maps (batch, in, length), or one (in, length), plus ``bias`` (out,)."""
+    """Return ``matrix`` (out, in) times ``input`` (batch, in, length) or (in, length), plus ``bias`` (out,)."""
     maps = input if input.ndim == 3 else input[None]
     matrices = matrix.expand(maps.shape[0], -1, -1)
     product = torch.bmm(matrices, maps) if bias is None else torch.baddbmm(bias[:, None], matrices, maps)
@@ -47,41 +47,43 @@ class PointwiseConv3d(_Linear, nn.Conv3d):
 
 
 class OneDNNConv3d(nn.Conv3d):
-    """An ``nn.Conv3d`` with zeros around it, computed by oneDNN on processors: PyTorch passes that over for single
-    samples with small maps, on which its own kernel can take ten times as long (``use_mkldnn`` in
-    aten/src/ATen/native/Convolution.cpp).
+    """An ``nn.Conv3d`` with zero padding that oneDNN computes on CPUs.
+
+    For single samples with small maps PyTorch chooses its own kernel instead (``use_mkldnn`` in
+    aten/src/ATen/native/Convolution.cpp), which can take ten times as long.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
-        named = isinstance(self.padding, str)  # 'same' or 'valid', whose numbers PyTorch keeps here
-        padding = tuple(self._reversed_padding_repeated_twice[::-2]) if named else self.padding
+        """Return the output (batch, out, *size) for an input (batch, in, *size), or both without a batch."""
+        is_named = isinstance(self.padding, str)  # 'same' or 'valid': PyTorch keeps the numbers in this attribute
+        padding = tuple(self._reversed_padding_repeated_twice[::-2]) if is_named else self.padding
         return onednn_conv3d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 @fx.wrap
 def onednn_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-    """A 3-D convolution, ``settings`` its stride, padding, dilation and groups; by PyTorch's own choice where oneDNN
-    cannot, and for whoever compiles or watches.
+    """Compute a 3-D convolution by oneDNN. ``settings`` are stride, padding, dilation and groups.
+
+    PyTorch chooses the kernel if oneDNN cannot compute it, under torch.compile, and if a mode intercepts operators.
     """
-    if torch.compiler.is_compiling() or _watched() or not _taken(input, weight):
+    if torch.compiler.is_compiling() or _is_intercepted() or not _fits_onednn(input, weight):
         return functional.conv3d(input, weight, bias, *settings)
     stride, padding, dilation, groups = settings
     return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, groups)
 
 
 def supports_onednn(tensor: Tensor) -> bool:
-    """Whether the tensor is of a kind that oneDNN computes with."""
+    """Whether oneDNN supports the device and dtype of the tensor."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch._C._has_mkldnn
 
 
-def _taken(input: Tensor, weight: Tensor) -> bool:
-    known = type(input) is Tensor and input.ndim == 5 and input.numel() > 0 and not torch.is_autocast_enabled("cpu")
-    return known and supports_onednn(input) and supports_onednn(weight)
+def _fits_onednn(input: Tensor, weight: Tensor) -> bool:
+    plain = type(input) is Tensor and input.ndim == 5 and input.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    return plain and supports_onednn(input) and supports_onednn(weight)
 
 
-def _watched() -> bool:
-    """Whether a mode sees what is called, or differentiates forward or maps, which oneDNN's operator cannot."""
+def _is_intercepted() -> bool:
+    """Whether a mode, forward-mode AD or torch.func intercepts operators. oneDNN's operator does not support them."""
     by_mode = _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack() > 0
     return by_mode or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 

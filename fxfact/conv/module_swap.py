@@ -1,7 +1,8 @@
-"""What takes a convolution's place where the model keeps its own Python: the chain, in the shape of the convolution.
+"""FactorizedModule: a convolution module, turned in place into a module that runs a chain of convolutions.
 
-A stand-in is still an instance of the convolution's class with all its attributes, for the sake of code that asks, and
-its stages are its children '0', '1', …, so that their names are those of a rewritten graph.
+It is for models that are not traced and keep their own Python code. A factorized module is still an instance of the
+convolution's class and has all its attributes, for code that reads them. Its stages are its children '0', '1', …, so
+they have the same names as in a rewritten graph.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from torch.overrides import TorchFunctionMode
 from fxfact.conv.chain import to_torch
 from fxfact.conv.functional import read_call
 from fxfact.conv.kernels import PLAIN_TYPES
-from fxfact.conv.modules import CONV_TYPES, TRANSPOSED_TYPES, compose_modules, is_conv
+from fxfact.conv.modules import compose_modules, insert_base, is_conv, torch_conv_class
 from fxfact.conv.spec import ConvSpec
 from fxfact.errors import ArgumentError
 
-_OF_STAGES = ("weight", "bias", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
+_READ_ONLY = ("weight", "bias", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
 
 
 class FactorizedModule(nn.Module):
-    """Runs its stages where the convolution would run: mixed in between PyTorch's class and a subclass of it."""
+    """Runs its stages instead of the convolution. This base is inserted between PyTorch's class and its subclass."""
 
     _dense: ConvSpec
     _specs: tuple[ConvSpec, ...]
 
     def forward(self, input: Tensor, output_size: object = None) -> Tensor:
-        """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
+        """Return the output (batch, out, *size) for an input (batch, in, *size), or both without a batch."""
         if output_size is not None:
             raise ArgumentError("a factorized transposed convolution takes no output_size. Exclude it from the plan.")
         for stage in self._modules.values():
@@ -41,20 +42,20 @@ class FactorizedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel in PyTorch's layout, composed at every access: writing to it changes nothing."""
+        """The dense kernel in PyTorch's layout. Every access composes it anew, so writing to it has no effect."""
         return to_torch(self._dense, compose_modules(self._specs, self._convs()))
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (out,), which the last stage holds."""
+        """The bias (out,) of the last stage."""
         bias: Tensor | None = self._convs()[-1].bias
         return bias
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OF_STAGES:
+        if name in _READ_ONLY:
             raise ArgumentError(
-                f"{name} of a factorized convolution is what its stages {', '.join(self._modules)} make of it. Set "
-                "theirs, or change the convolution before it is factorized."
+                f"{name} of a factorized convolution cannot be set: it follows from its stages "
+                f"{', '.join(self._modules)}. Set it on the stages, or change the convolution before you factorize it."
             )
         super().__setattr__(name, value)
 
@@ -63,44 +64,46 @@ class FactorizedModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         kind = next(base for base in type(self).__mro__ if not issubclass(base, FactorizedModule))
-        return _empty, (kind,), vars(self)
+        return _new_factorized, (kind,), vars(self)
 
 
-class _Inside(local):
-    """Of a thread: what stands for the kernels of the stand-ins whose forward it is in, by their ``id``."""
+class _ThreadState(local):
+    """The placeholder kernels of the factorized modules whose forward this thread runs, by their ``id``."""
 
     kernels: Mapping[int, Tensor] = MappingProxyType({})
 
 
-_INSIDE = _Inside()
+_THREAD = _ThreadState()
 
 
-class _OfSubclass(FactorizedModule):
-    """On top of a subclass whose forward calls the functional convolution with ``self.weight``: that runs the stages.
+class _FactorizedSubclass(FactorizedModule):
+    """Runs the stages when the forward of a subclass calls the functional convolution with ``self.weight``.
 
-    Meanwhile ``weight`` is a stand-in too, of the right shape but all NaN, so that another use of it cannot go unseen;
-    in each thread another.
+    During forward ``weight`` is a placeholder of the right shape, filled with NaN, so that any other use of it shows in
+    the output. Each thread has its own placeholder.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = self._convs()[0].weight
         shape = to_torch(self._dense, first.new_empty(()).expand(self._dense.weight_shape)).shape
-        kernel, before = first.new_full((), float("nan")).expand(shape), _INSIDE.kernels
-        _INSIDE.kernels = {**before, id(self): kernel}
+        kernel, before = first.new_full((), float("nan")).expand(shape), _THREAD.kernels
+        _THREAD.kernels = {**before, id(self): kernel}
         try:
-            with _Redirected(kernel, lambda input: FactorizedModule.forward(self, input)):
+            with _RedirectConv(kernel, lambda input: FactorizedModule.forward(self, input)):
                 return super().forward(*args, **kwargs)
         finally:
-            _INSIDE.kernels = before
+            _THREAD.kernels = before
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel, composed; within forward what stands for it."""
-        kernel: Tensor | None = _INSIDE.kernels.get(id(self))
+        """The dense kernel, or its placeholder during forward."""
+        kernel: Tensor | None = _THREAD.kernels.get(id(self))
         return FactorizedModule.weight.__get__(self) if kernel is None else kernel
 
 
-class _Redirected(TorchFunctionMode):
+class _RedirectConv(TorchFunctionMode):
+    """Calls ``run`` instead of a functional convolution with the weight ``kernel``."""
+
     def __init__(self, kernel: Tensor, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.kernel, self.run = kernel, run
@@ -113,12 +116,18 @@ class _Redirected(TorchFunctionMode):
 def factorize_module(
     module: nn.Module, dense: ConvSpec, specs: Sequence[ConvSpec], stages: Sequence[nn.Module]
 ) -> None:
-    """Turn a convolution, in place, into a stand-in for it that runs ``stages`` (the convolutions ``specs``).
+    """Turn a convolution module in place into a FactorizedModule that runs ``stages``.
 
-    In place, so that whatever refers to the module finds the stand-in. It is for private copies.
+    It works in place so that all references to the module stay valid. Call it on private copies only.
+
+    Args:
+        module: The convolution module.
+        dense: The spec of the convolution.
+        specs: The specs of the stages, without pad modules.
+        stages: The modules of the stages, as ``write_chain`` returns them.
     """
     kind: Any = type(module)
-    module.__class__ = _kind(kind)
+    module.__class__ = _factorized_class(kind)
     for name in ("weight", "bias"):
         module._parameters.pop(name, None)
     module._modules.clear()
@@ -127,31 +136,16 @@ def factorize_module(
         module.add_module(str(index), stage.train(module.training))
 
 
-def torch_conv_class(kind: type) -> type[nn.Module]:
-    """The class of PyTorch's that a class of convolutions derives from."""
-    return next(base for base in kind.__mro__ if base in CONV_TYPES + TRANSPOSED_TYPES)
-
-
-def insert_base(kind: type, addition: type, prefix: str) -> type:
-    """A class like ``kind`` whose ``super().forward`` reaches that of ``addition`` before that of PyTorch's class,
-    which stands for what computes the same as a matrix product.
-    """
-    base, kind = torch_conv_class(kind), PLAIN_TYPES.get(kind, kind)
-    body = {"__module__": addition.__module__}
-    added = type(f"{prefix}{base.__name__}", (addition, base), body)
-    return added if kind is base else type(f"{prefix}{kind.__name__}", (kind, added), body)
-
-
 @cache
-def _kind(kind: Any) -> Any:
-    below = insert_base(kind, FactorizedModule, "Factorized")
+def _factorized_class(kind: Any) -> Any:
+    base = insert_base(kind, FactorizedModule, "Factorized")
     if PLAIN_TYPES.get(kind, kind) is torch_conv_class(kind):
-        return below
-    return type(below.__name__, (_OfSubclass, below), {"__module__": __name__})
+        return base
+    return type(base.__name__, (_FactorizedSubclass, base), {"__module__": __name__})
 
 
-def _empty(kind: type) -> nn.Module:
-    """A stand-in without attributes yet, for copying and pickling."""
-    made = _kind(kind)
-    empty: nn.Module = made.__new__(made)
-    return empty
+def _new_factorized(kind: type) -> nn.Module:
+    """Return a factorized module without attributes, for copy and pickle."""
+    factorized = _factorized_class(kind)
+    module: nn.Module = factorized.__new__(factorized)
+    return module

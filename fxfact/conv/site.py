@@ -1,4 +1,4 @@
-"""The ordinary value that says why something is left as it is."""
+"""The sites of a network: convolutions that can be rewritten (ConvSite), and what is left as it is (Skip)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from fxfact.conv.spec import ConvSpec, Sizes
 
 @dataclass(frozen=True)
 class Skip:
-    """Why ``subject`` (the path of a convolution, or the name of a node) is left alone."""
+    """The reason why something is left as it is.
+
+    Attributes:
+        reason: The reason.
+        subject: The path of the convolution or the name of the node.
+    """
 
     reason: str
     subject: str = ""
@@ -25,11 +30,15 @@ Site = TypeVar("Site", bound="ConvSite")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ConvSite:
-    """A convolution that can be rewritten.
+    """A convolution of a network that can be rewritten.
 
-    ``weight`` (in PyTorch's layout) and ``bias`` are the tensors that the network holds. ``input_shapes`` has the shape
-    at every call, None where unknown. ``tied_to`` is the path of the first site that has the same weight, where that is
-    another one.
+    Attributes:
+        path: The path of the module, or of the weight's owner.
+        spec: The shapes and settings of the convolution.
+        weight: The weight that the network holds, in PyTorch's layout.
+        bias: The bias that the network holds, or None.
+        input_shapes: The shape of the input at every call, or None if the shapes are not known.
+        tied_to: The path of the first site with the same weight, or None if this is the first.
     """
 
     path: str
@@ -41,12 +50,15 @@ class ConvSite:
 
     @property
     def layer(self) -> ConvLayer:
-        """What it computes, on detached tensors."""
+        """The convolution with detached tensors."""
         weight = from_torch(self.spec, self.weight.detach())
         return ConvLayer(self.spec, weight, None if self.bias is None else self.bias.detach())
 
     def input_sizes(self, samples: int = 1) -> tuple[Sizes, ...] | None:
-        """The spatial size at every call, once per sample; None where unknown."""
+        """Return the spatial size at every call, once per sample, or None if the shapes are not known.
+
+        ``samples`` is the number of samples in the example inputs from which ``input_shapes`` was recorded.
+        """
         if self.input_shapes is None:
             return None
         order, sizes = self.spec.order, []
@@ -57,12 +69,12 @@ class ConvSite:
 
 
 def path_of(found: ConvSite | Skip) -> str:
-    """Where a convolution is, whether it can be rewritten or not."""
+    """Return the path of a convolution, whether it can be rewritten or not."""
     return found.path if isinstance(found, ConvSite) else found.subject
 
 
 def mark_tied(sites: Sequence[Site]) -> list[Site]:
-    """The sites, those marked whose weight another one before them has."""
+    """Return the sites with ``tied_to`` set on each one whose weight an earlier site has."""
     first: dict[int, str] = {}
     leaders = [first.setdefault(id(site.weight), site.path) for site in sites]
     return [

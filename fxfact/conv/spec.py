@@ -1,4 +1,4 @@
-"""What a convolution is, apart from its numbers."""
+"""The description of a convolution without its weights (ConvSpec), and the cost of a chain of convolutions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fxfact.conv.cost import Cost
 from fxfact.errors import SpecError
 
 Sizes = tuple[int, ...]
@@ -18,10 +19,26 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvSpec:
-    """Everything about a convolution except its numbers. Tuples have one entry per spatial axis (1, 2 or 3 axes).
+    """The shapes and settings of a convolution, without its weights.
 
-    ``padding`` is ``(before, after)`` per axis, so that an int, a tuple and ``'same'`` are one thing.
-    Raises SpecError where the numbers do not describe a convolution.
+    Tuples have one entry per spatial axis. There are 1, 2 or 3 spatial axes. ``parse`` accepts the shorter forms that
+    PyTorch accepts.
+
+    Attributes:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel_size: Kernel size per axis.
+        stride: Stride per axis.
+        padding: A pair ``(before, after)`` per axis, so that an int, a tuple and ``'same'`` have one representation.
+        dilation: Dilation per axis.
+        groups: Number of groups. It divides both numbers of channels.
+        padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+        transposed: Whether this is a transposed convolution.
+        output_padding: Additional output size per axis. Only transposed convolutions have it.
+        bias: Whether the convolution has a bias.
+
+    Raises:
+        SpecError: If the values do not describe a convolution.
     """
 
     in_channels: int
@@ -45,11 +62,14 @@ class ConvSpec:
         for name in ("stride", "padding", "dilation", "output_padding"):
             if len(getattr(self, name)) != order:
                 raise SpecError(f"{name}={getattr(self, name)} must have {order} entries, as kernel_size has")
-        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.padding):
-            raise SpecError(f"padding is a pair (before, after) for every axis, got {self.padding}")
+        least_padding, symmetric = min(self.output_padding), True
+        for pair in self.padding:
+            if not (isinstance(pair, tuple) and len(pair) == 2):
+                raise SpecError(f"padding must be a pair (before, after) for every axis, got {self.padding}")
+            least_padding, symmetric = min(least_padding, *pair), symmetric and pair[0] == pair[1]
         if min(self.kernel_size + self.stride + self.dilation + (self.in_channels, self.out_channels, self.groups)) < 1:
             raise SpecError(f"channels, groups, kernel_size, stride and dilation must be at least 1, got {self}")
-        if min(min(pair) for pair in self.padding) < 0 or min(self.output_padding) < 0:
+        if least_padding < 0:
             raise SpecError(f"padding must not be negative, got {self.padding}, {self.output_padding}")
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise SpecError(
@@ -59,13 +79,23 @@ class ConvSpec:
             raise SpecError(f"padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}")
         if any(self.output_padding) and not self.transposed:
             raise SpecError(f"only a transposed convolution has output_padding, got {self.output_padding}")
-        even = all(before == after for before, after in self.padding)
-        if self.transposed and (self.padding_mode != "zeros" or not even):
-            raise SpecError(f"a transposed convolution has symmetric zero padding only, got {self}")
+        if self.transposed and (self.padding_mode != "zeros" or not symmetric):
+            raise SpecError(f"a transposed convolution must have symmetric zero padding, got {self}")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ConvSpec:
-        """The inverse of ``vars``, also after JSON, which has lists for tuples. Raises SpecError, TypeError."""
+        """Return the spec whose ``vars`` are ``data``. They may come from JSON, which turns tuples into lists.
+
+        Args:
+            data: A mapping from attributes to their values.
+
+        Returns:
+            The spec.
+
+        Raises:
+            SpecError: If the values do not describe a convolution.
+            TypeError: If a value is missing, has the wrong type, or is not known.
+        """
         return cls(**{key: as_tuples(value) for key, value in data.items()})
 
     @classmethod
@@ -85,13 +115,31 @@ class ConvSpec:
         output_padding: int | Sequence[int] = 0,
         bias: bool = False,
     ) -> ConvSpec:
-        """From the spellings that PyTorch takes: ints, tuples and the paddings 'same' and 'valid'.
+        """Return the spec for arguments as ``torch.nn.Conv2d`` takes them.
 
-        ``order``, the number of spatial axes, is needed where kernel_size is an int.
+        Args:
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            kernel_size: An int, or one int per axis.
+            order: Number of spatial axes. It is required if ``kernel_size`` is an int.
+            stride: An int, or one int per axis.
+            padding: An int, one int per axis, ``'same'`` or ``'valid'``.
+            dilation: An int, or one int per axis.
+            groups: Number of groups.
+            padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+            transposed: Whether this is a transposed convolution.
+            output_padding: An int, or one int per axis.
+            bias: Whether the convolution has a bias.
+
+        Returns:
+            The spec.
+
+        Raises:
+            SpecError: If the values do not describe a convolution.
         """
         if order is None:
             if not isinstance(kernel_size, Sequence):
-                raise SpecError(f"kernel_size={kernel_size!r} says no number of axes: pass order=, or a tuple")
+                raise SpecError(f"kernel_size={kernel_size!r} does not tell the number of axes: pass a tuple or order=")
             order = len(kernel_size)
         if order not in (1, 2, 3):
             raise SpecError(f"order, the number of spatial axes, must be 1, 2 or 3, got {order!r}")
@@ -99,13 +147,13 @@ class ConvSpec:
         dilations = _per_axis("dilation", dilation, order)
         strides = _per_axis("stride", stride, order)
         return cls(
-            in_channels=_integer("in_channels", in_channels),
-            out_channels=_integer("out_channels", out_channels),
+            in_channels=_to_int("in_channels", in_channels),
+            out_channels=_to_int("out_channels", out_channels),
             kernel_size=kernel,
             stride=strides,
             padding=_parse_padding(padding, kernel, dilations, strides),
             dilation=dilations,
-            groups=_integer("groups", groups),
+            groups=_to_int("groups", groups),
             padding_mode=padding_mode,
             transposed=transposed,
             output_padding=_per_axis("output_padding", output_padding, order),
@@ -119,28 +167,37 @@ class ConvSpec:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it does nothing in space: then transposed or not is the same."""
+        """Whether kernel size and stride are 1 and there is no padding. Transposed or not is then the same."""
         idle = {*self.kernel_size, *self.stride} == {1} and not any(map(any, self.padding))
         return idle and not any(self.output_padding)
 
     @property
     def weight_shape(self) -> Sizes:
-        """(out, in / groups, *kernel), transposed or not."""
+        """The shape ``(out, in / groups, *kernel)``, for transposed convolutions too."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
     def params(self) -> int:
-        """Numbers in the weight and the bias."""
+        """The number of parameters: the weight and the bias."""
         return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
 
     @property
     def block(self) -> ConvSpec:
-        """The convolution of one group."""
+        """The convolution of one group. Without groups this is the spec itself."""
+        if self.groups == 1:
+            return self
         channels = self.in_channels // self.groups, self.out_channels // self.groups
         return replace(self, in_channels=channels[0], out_channels=channels[1], groups=1)
 
     def output_size(self, input_size: Sizes) -> Sizes:
-        """Spatial size behind this convolution, for the spatial size before it."""
+        """Return the spatial size of the output.
+
+        Args:
+            input_size: The spatial size of the input, one int per axis.
+
+        Returns:
+            The spatial size of the output, one int per axis.
+        """
         axes = zip(
             input_size, self.kernel_size, self.stride, self.padding, self.dilation, self.output_padding, strict=True
         )
@@ -149,47 +206,79 @@ class ConvSpec:
         return tuple((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes)
 
     def macs(self, input_size: Sizes) -> int:
-        """Multiply-accumulates for one sample of this spatial size; the bias is not counted."""
-        positions = input_size if self.transposed else self.output_size(input_size)
-        return math.prod(positions) * math.prod(self.weight_shape)
+        """Return the multiply-accumulates (MACs) for one sample.
+
+        Args:
+            input_size: The spatial size of the input, one int per axis.
+
+        Returns:
+            The number of MACs. The additions of the bias are not counted.
+        """
+        return chain_macs((self,), input_size)
 
     def __str__(self) -> str:
-        """Short and in the words of PyTorch, naming only what differs from the defaults."""
+        """A short form with the names that PyTorch uses. It leaves out what equals the default."""
         name = f"Conv{'Transpose' if self.transposed else ''}{self.order}d"
         parts = [f"{self.in_channels}→{self.out_channels}", "×".join(map(str, self.kernel_size))]
-        for key, neutral in (("stride", 1), ("dilation", 1), ("output_padding", 0)):
+        for key, default in (("stride", 1), ("dilation", 1), ("output_padding", 0)):
             value: Sizes = getattr(self, key)
-            if any(v != neutral for v in value):
-                parts.append(f"{key} {_short(value)}")
+            if any(v != default for v in value):
+                parts.append(f"{key} {_format_per_axis(value)}")
         if any(before or after for before, after in self.padding):
-            even = all(before == after for before, after in self.padding)
-            parts.append(f"padding {_short(tuple(p[0] for p in self.padding) if even else self.padding)}")
+            symmetric = all(before == after for before, after in self.padding)
+            shown = tuple(before for before, _ in self.padding) if symmetric else self.padding
+            parts.append(f"padding {_format_per_axis(shown)}")
         parts += [f"groups {self.groups}"] if self.groups > 1 else []
         parts += [self.padding_mode] if self.padding_mode != "zeros" else []
         return f"{name}({', '.join(parts)})"
 
 
+def chain_macs(stages: Sequence[ConvSpec], input_size: Sizes) -> int:
+    """Return the MACs of ``stages``, run one after another on one sample of this spatial size."""
+    total = 0
+    for spec in stages:
+        output_size = spec.output_size(input_size)
+        total += math.prod(input_size if spec.transposed else output_size) * math.prod(spec.weight_shape)
+        input_size = output_size
+    return total
+
+
+def chain_cost(stages: Sequence[ConvSpec], input_sizes: Sequence[Sizes] | None, *, tied: bool = False) -> Cost:
+    """Return the cost of ``stages`` that run one after another.
+
+    Args:
+        stages: The convolutions of the chain.
+        input_sizes: The spatial size of the input of every call, for one sample. The MACs of all calls add up. None
+            if the sizes are not known.
+        tied: Whether the chain shares the weights of another chain. Then only the biases count as parameters.
+    """
+    params = sum(spec.params if not tied else spec.out_channels for spec in stages if spec.bias or not tied)
+    return Cost(params, None if input_sizes is None else sum(chain_macs(stages, size) for size in input_sizes))
+
+
 def _per_axis(name: str, value: int | Sequence[int], order: int) -> Sizes:
     values = tuple(value) if isinstance(value, Sequence) else (value,)
-    values = values * order if len(values) == 1 else values
-    if len(values) != order:
+    if len(values) not in (1, order):
         raise SpecError(f"{name} must be an int or {order} ints, got {value!r}")
-    return tuple(_integer(name, v) for v in values)
+    ints = tuple(_to_int(name, v) for v in values)
+    return ints * order if len(ints) == 1 else ints
 
 
-def _integer(name: str, value: object) -> int:
+def _to_int(name: str, value: object) -> int:
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise SpecError(f"{name} must be made of ints, got {value!r}")
+        raise SpecError(f"{name} must consist of ints, got {value!r}")
     return int(value)
 
 
 def pad_amounts(padding: Sequence[tuple[int, int]]) -> list[int]:
-    """``padding`` by axis as ``torch.nn.functional.pad`` takes it: the last axis first."""
+    """Return ``padding`` in the order of ``torch.nn.functional.pad``, which begins with the last axis."""
     return [amount for pair in reversed(padding) for amount in pair]
 
 
 def same_padding(kernel: Sizes, dilation: Sizes) -> Padding:
-    """What keeps the size at stride 1; of an odd total PyTorch puts the larger half behind."""
+    """Return the padding that keeps the size at stride 1. PyTorch puts the larger half of an odd total at the end."""
     totals = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
     return tuple((total // 2, total - total // 2) for total in totals)
 
@@ -206,10 +295,10 @@ def _parse_padding(padding: int | str | Sequence[int], kernel: Sizes, dilation: 
     return tuple((p, p) for p in _per_axis("padding", padding, len(kernel)))
 
 
-def _short(values: tuple[object, ...]) -> str:
+def _format_per_axis(values: tuple[object, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else str(values).replace(" ", "")
 
 
 def as_tuples(value: Any) -> Any:
-    """Lists, as JSON has them, made tuples."""
+    """Return ``value`` with all lists, which JSON has instead of tuples, turned into tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value

@@ -70,10 +70,10 @@ def test_a_convolution_patched_on_its_own_is_left(kind: type[Two], patched: str,
         return 3 * F.conv2d(input, self.weight, self.bias, padding=1)
 
     setattr(model.c, patched, types.MethodType(thrice, model.c))
-    assert "replaced on this one module" in reasons(right(model, x))["c"]
+    assert "replaced on this instance" in reasons(right(model, x))["c"]
     assert "c" not in [d.path for d in fxfact.plan(kind(), capture="modules").edited("c", skip="-").rewrites]
     unseen = fxfact.plan(model, capture="modules")
-    assert "replaced on this one module" in unseen["c"].reason
+    assert "replaced on this instance" in unseen["c"].reason
 
 
 def test_what_a_copy_cannot_follow_is_refused(x: Tensor) -> None:
@@ -402,7 +402,7 @@ def test_careless_callers_get_errors_of_ours(x: Tensor) -> None:
     calls = [
         (ArgumentError, "shut down", lambda: fxfact.factorize(model, executor=executor)),
         (ArgumentTypeError, "iterable", lambda: fxfact.factorize(model, progress=lambda *_, **__: None)),
-        (ArgumentError, "pass on", lambda: fxfact.factorize(model, progress=lambda *_, **__: [])),
+        (ArgumentError, "yield every item", lambda: fxfact.factorize(model, progress=lambda *_, **__: [])),
         (ArgumentTypeError, "leaf_modules", lambda: fxfact.factorize(model, leaf_modules=3)),
         (ArgumentTypeError, "leaf_modules", lambda: fxfact.factorize(model, leaf_modules=[3])),
         (PlanError, "not a plan", lambda: fxfact.Plan.load(3)),
