@@ -1,4 +1,4 @@
-"""How much memory activations take."""
+"""The peak memory of activations."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-_reference: Any = StorageWeakRef  # which has no types
+_weak_reference: Any = StorageWeakRef  # has no type annotations
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that what a call makes takes at one time, its result included, without gradients. Scratch memory
-    inside of operations is not seen.
+    """Return the peak number of bytes of the tensors that ``call`` creates, including its result.
+
+    The call runs without gradients. Temporary memory inside an operator is not counted.
     """
-    account = _Account()
-    with torch.no_grad(), account:
+    tracker = _StorageTracker()
+    with torch.no_grad(), tracker:
         call()
-    return account.peak
+    return tracker.peak
 
 
-class _Account(TorchDispatchMode):
-    """Of the storages that operations make, as long as they live."""
+class _StorageTracker(TorchDispatchMode):
+    """Tracks the storages that operators create, as long as they are alive."""
 
-    supports_higher_order_operators = True  # which count as one operation
+    supports_higher_order_operators = True  # each counts as one operator
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -35,12 +36,12 @@ class _Account(TorchDispatchMode):
         self._live: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        self._live = {key: known for key, known in self._live.items() if not known[0].expired()}
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
         for storage in _storages(result):
-            if storage._cdata not in given:
-                self._live[storage._cdata] = (_reference(storage), storage.nbytes())
+            if storage._cdata not in inputs:
+                self._live[storage._cdata] = (_weak_reference(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return result
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writes files completely or not at all, and JSON without NaN."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from fxfact.errors import ArgumentTypeError
 
 
 def check_path(path: object) -> None:
-    """Raise ArgumentTypeError for what is no path."""
+    """Raise ArgumentTypeError if ``path`` is not a path."""
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path``, or of what it links to, when the block ends: all at once,
-    and only if nothing was raised. Whenever the process is killed, there is the old file or the new one. A device or a
-    pipe is written to. Raises OSError.
+    """Open a file that replaces ``path`` when the block ends without an error.
+
+    The file is replaced in one step: if the process is killed, either the old or the new file is there. If ``path`` is
+    a link, the file that it links to is replaced. Devices and pipes are written directly. Raises OSError.
     """
     kind = os.stat(path).st_mode if os.path.exists(path) else stat.S_IFREG
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(f"{path} is a folder")
-    if not stat.S_ISREG(kind):  # by its own name: what that links to may have none
+    if not stat.S_ISREG(kind):  # opened by its own name, since the target of a link like /dev/stdout may have no path
         with open(path, "wb") as device:
             yield device
         return
@@ -40,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, _mode(target))
+        os.chmod(name, _permissions(target))
         os.replace(name, target)
     except BaseException:
         with suppress(OSError):
@@ -49,13 +50,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def as_json(data: Any, *, indent: int | None = None) -> str:
-    """JSON, which has no NaN and no infinity: they become null."""
+    """Return ``data`` as JSON. NaN and infinity become null, since JSON does not have them."""
     finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
     return json.dumps(finite, indent=indent)
 
 
-def _mode(target: Path) -> int:
-    """Of the file that is replaced, else what a new one gets."""
+def _permissions(target: Path) -> int:
+    """Return the permissions of the file that is replaced, or those of a new file."""
     if target.exists():
         return target.stat().st_mode & 0o7777
     mask = os.umask(0)

@@ -1,4 +1,4 @@
-"""How far apart two outputs of a network are."""
+"""Compares the outputs of two networks."""
 
 from __future__ import annotations
 
@@ -14,76 +14,78 @@ _HALF_TOLERANCE = 5e-2
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Every tensor in what a network returned: in containers, and in the attributes of objects."""
-    waiting, seen = [output], set()
-    while waiting:
-        value = waiting.pop(0)
+    """Yield every tensor in the output of a network, also those in containers and in attributes of objects."""
+    queue, seen = [output], set()
+    while queue:
+        value = queue.pop(0)
         if isinstance(value, Tensor):
             yield value
         elif id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, Mapping):
-                waiting = [*value.values(), *waiting]
+                queue = [*value.values(), *queue]
             elif isinstance(value, list | tuple | set):
-                waiting = [*value, *waiting]
+                queue = [*value, *queue]
             elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-                waiting = [*vars(value).values(), *waiting]
+                queue = [*vars(value).values(), *queue]
 
 
 def relative_error(expected: Any, found: Any) -> float:
-    """‖found − expected‖ / ‖expected‖ of the floating-point tensor of two outputs for which it is largest; where there
-    are none, of any tensor.
+    """Return ‖found − expected‖ / ‖expected‖, the largest over all pairs of floating-point tensors of two outputs.
 
-    Infinite where the outputs differ in structure or shape, or hold no tensors. Inf and NaN must stand at the same
-    places.
+    If there are no floating-point tensors, all tensors are compared. The error is infinite if the outputs differ in
+    the number or the shapes of the tensors, contain no tensors, or have NaN or Inf at different positions.
     """
-    ours, theirs = _compared(expected), _compared(found)
-    if not ours or [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+    pairs = _tensors_to_compare(expected), _tensors_to_compare(found)
+    if not pairs[0] or [tensor.shape for tensor in pairs[0]] != [tensor.shape for tensor in pairs[1]]:
         return math.inf
-    return max(_error(_wide(one), _wide(other)) for one, other in zip(ours, theirs, strict=True))
+    return max(_relative_error(_widened(one), _widened(other)) for one, other in zip(*pairs, strict=True))
 
 
 def difference(expected: Any, found: Any, *, strictness: float) -> str:
-    """What tells two outputs of the same kernels apart: number, types, shapes, integers, or numbers by more than
-    ``strictness`` times ``tolerance_for``; empty where nothing does.
+    """Describe the first difference between the outputs of a model and of its copy, or return "" if there is none.
+
+    The number, dtypes and shapes of their tensors must be equal. The relative error of each tensor may be up to
+    ``strictness`` times ``tolerance_for``.
     """
-    ours, theirs = list(tensors_of(expected)), list(tensors_of(found))
-    if not ours:
+    tensors, others = list(tensors_of(expected)), list(tensors_of(found))
+    if not tensors:
         return "its output holds no tensors to compare"
-    kinds = [[(tensor.dtype, tuple(tensor.shape)) for tensor in tensors] for tensors in (ours, theirs)]
+    kinds = [[(tensor.dtype, tuple(tensor.shape)) for tensor in each] for each in (tensors, others)]
     if kinds[0] != kinds[1]:
-        return f"its output is {_shown(kinds[1])}, the model's {_shown(kinds[0])}"
-    for one, other in zip(ours, theirs, strict=True):
-        error = _error(_wide(one), _wide(other))
+        return f"its output is {_format_kinds(kinds[1])}, the model's {_format_kinds(kinds[0])}"
+    for one, other in zip(tensors, others, strict=True):
+        error = _relative_error(_widened(one), _widened(other))
         if not error <= strictness * tolerance_for(one):
             return f"its output differs from the model's by {error:.1e} (relative)"
     return ""
 
 
 def tolerance_for(output: Any) -> float:
-    """What rounding may do to this output, relative: 1e-10 in double, 1e-4 in single, 5e-2 in half precision."""
+    """Return the relative error that rounding may cause: 1e-10 in double, 1e-4 in single, 5e-2 in half precision."""
     dtypes = {t.dtype.to_real() for t in tensors_of(output) if t.is_floating_point() or t.is_complex()}
     return max((_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes), default=0.0)
 
 
-def _error(expected: Tensor, found: Tensor) -> float:
-    alike = (expected == found) | (expected.isnan() & found.isnan())
-    missed = float(torch.where(alike, 0.0, (found - expected).abs()).square().sum())
+def _relative_error(expected: Tensor, found: Tensor) -> float:
+    equal = (expected == found) | (expected.isnan() & found.isnan())
+    error = float(torch.where(equal, 0.0, (found - expected).abs()).square().sum())
     total = float(torch.where(expected.isfinite(), expected.abs(), 0.0).square().sum())
-    return math.inf if math.isnan(missed) else math.sqrt(missed / total if total else missed)
+    return math.inf if math.isnan(error) else math.sqrt(error / total if total else error)
 
 
-def _shown(kinds: list[Any]) -> str:
+def _format_kinds(kinds: list[Any]) -> str:
     return ", ".join(f"{str(dtype).removeprefix('torch.')} {shape}" for dtype, shape in kinds) or "without tensors"
 
 
-def _compared(output: Any) -> list[Tensor]:
+def _tensors_to_compare(output: Any) -> list[Tensor]:
     tensors = list(tensors_of(output))
     floats = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
     return floats or tensors
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _widened(tensor: Tensor) -> Tensor:
+    """Return a dense tensor in double precision."""
     plain = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
     plain = plain.to_dense() if plain.layout != torch.strided else plain
     return plain.to(torch.complex128 if plain.is_complex() else torch.float64)

@@ -1,4 +1,4 @@
-"""Jobs one after the other, or on an executor of the caller's: the same results, in the same order."""
+"""Runs jobs one after another, or on an executor of the caller. The results and their order are the same."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _Result = TypeVar("_Result")
 
 
 def check_executor(executor: object) -> None:
-    """Raises ArgumentTypeError for what is neither an executor nor None."""
+    """Raise ArgumentTypeError if ``executor`` is neither an executor nor None."""
     if executor is not None and not isinstance(executor, Executor):
         raise ArgumentTypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}")
 
 
 @contextmanager
 def processes(count: int) -> Iterator[Executor | None]:
-    """An executor of so many, of one thread each; none for one, which this process is."""
+    """Provide an executor with ``count`` processes of one thread each, or None for a count of 1."""
     if count == 1:
         yield None
         return
@@ -39,65 +39,67 @@ def processes(count: int) -> Iterator[Executor | None]:
 def ordered_map(
     function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]], executor: Executor | None
 ) -> Iterator[_Result]:
-    """``function(*job)`` for every job. No more are on their way than the executor may have workers, and whoever stops
-    before the end cancels those that have not begun; one that takes long keeps none of the others waiting. To other
-    processes go values, as bytes: by itself ``multiprocessing`` would move the tensors, which may be the caller's, into
-    shared memory. Raises ArgumentError where the executor takes no work, or a worker dies.
+    """Yield ``function(*job)`` for every job, in the order of the jobs.
+
+    At most as many jobs as the executor has workers are submitted and not done. A slow job does not delay the others.
+    If the caller stops early, jobs that have not started are cancelled. Processes get the jobs as bytes, because
+    ``multiprocessing`` would move their tensors, which may belong to the caller, into shared memory. Raises
+    ArgumentError if the executor accepts no jobs or a worker dies.
     """
     if executor is None:
         yield from (function(*job) for job in jobs)
         return
-    waiting: deque[Future[Any]] = deque()
-    apart = isinstance(executor, ProcessPoolExecutor)
+    pending: deque[Future[Any]] = deque()
+    pickled = isinstance(executor, ProcessPoolExecutor)
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     try:
         for job in jobs:
-            called = (_on_bytes, (_pickled((function, job)),)) if apart else (function, job)
-            waiting.append(_submitted(executor, *called))
-            while len(running := [future for future in waiting if not future.done()]) > workers:
+            call = (_run_pickled, (_pickle((function, job)),)) if pickled else (function, job)
+            pending.append(_submit(executor, *call))
+            while len(running := [future for future in pending if not future.done()]) > workers:
                 wait(running, return_when=FIRST_COMPLETED)
-            while waiting and waiting[0].done():
-                yield _result(waiting.popleft(), apart=apart)
-        while waiting:
-            yield _result(waiting.popleft(), apart=apart)
+            while pending and pending[0].done():
+                yield _result_of(pending.popleft(), pickled=pickled)
+        while pending:
+            yield _result_of(pending.popleft(), pickled=pickled)
     finally:
-        for future in waiting:
+        for future in pending:
             future.cancel()
 
 
-def _submitted(executor: Executor, function: Callable[..., Any], job: tuple[Any, ...]) -> Future[Any]:
+def _submit(executor: Executor, function: Callable[..., Any], job: tuple[Any, ...]) -> Future[Any]:
     try:
         return executor.submit(function, *job)
     except BrokenExecutor as error:
-        raise _died(error) from error
+        raise _worker_died(error) from error
     except RuntimeError as error:
-        raise ArgumentError(f"executor takes no work: {error}. Pass one that has not been shut down.") from error
+        raise ArgumentError(f"executor accepts no jobs: {error}. Pass one that has not been shut down.") from error
 
 
-def _result(future: Future[Any], *, apart: bool) -> Any:
+def _result_of(future: Future[Any], *, pickled: bool) -> Any:
     try:
-        return pickle.loads(future.result()) if apart else future.result()
+        return pickle.loads(future.result()) if pickled else future.result()
     except BrokenExecutor as error:
-        raise _died(error) from error
+        raise _worker_died(error) from error
 
 
-def _died(error: BrokenExecutor) -> ArgumentError:
-    return ArgumentError(f"executor: a worker died, perhaps of a lack of memory: {error} Pass one of fewer workers.")
+def _worker_died(error: BrokenExecutor) -> ArgumentError:
+    return ArgumentError(f"executor: a worker died, maybe out of memory: {error} Pass an executor with fewer workers.")
 
 
-def _on_bytes(pickled: bytes) -> bytes:
-    function, job = pickle.loads(pickled)
-    return _pickled(function(*job))
+def _run_pickled(call: bytes) -> bytes:
+    function, job = pickle.loads(call)
+    return _pickle(function(*job))
 
 
-def _pickled(value: object) -> bytes:
+def _pickle(value: object) -> bytes:
     file = io.BytesIO()
     _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
     return file.getvalue()
 
 
 class _Pickler(pickle.Pickler):
-    """Of a tensor that is part of a larger storage, only that part."""
+    """Pickles only the part of a storage that a tensor uses."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is Tensor and value.untyped_storage().nbytes() > value.nbytes:

@@ -1,4 +1,4 @@
-"""Copies of a model's structure, for work that must not touch the model."""
+"""Copies of a model for work that must not change the model, and metadata that copies keep."""
 
 from __future__ import annotations
 
@@ -13,90 +13,94 @@ from torch import Tensor, fx, nn
 
 from fxfact.errors import CaptureError
 
-_NOTED = "_fxfact"
-_PRESERVED = "_user_preserved_attributes"  # of a graph module's meta: copy.deepcopy keeps them
+_METADATA = "_fxfact"
+_PRESERVED = "_user_preserved_attributes"  # an entry of a graph module's meta that copy.deepcopy keeps
 
 
 def alias_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters are new objects on the model's own memory. Raises CaptureError.
+    """Return a deep copy whose parameters are new objects that share the memory of the model's parameters.
 
-    What is done to a parameter object (a new ``data``, a gradient) does not reach the model; writes to its memory do,
-    and a ParameterGuard forbids them.
+    Changes to a parameter object, such as a new ``data`` or a gradient, do not reach the model. In-place writes to its
+    values do; an OriginalTensorGuard forbids them. Raises CaptureError if the model cannot be copied.
     """
-    return _copied(model, {id(parameter): _alias(parameter) for parameter in model.parameters()})
+    return _deep_copy(model, {id(parameter): _alias(parameter) for parameter in model.parameters()})
 
 
 def copy_with_shared(module: nn.Module, shared: set[int]) -> nn.Module:
-    """A deep copy that keeps, and does not copy, the tensors whose ``id`` is in ``shared``. Raises CaptureError."""
-    return _copied(module, {id(tensor): tensor for tensor in _tensors(module) if id(tensor) in shared})
+    """Return a deep copy that shares the tensors whose ``id`` is in ``shared``. Raises CaptureError."""
+    return _deep_copy(module, {id(tensor): tensor for tensor in _tensors(module) if id(tensor) in shared})
 
 
 def copy_structure(module: nn.Module) -> nn.Module:
-    """``copy_sharing`` of all parameters: of a private copy another one."""
+    """Return a deep copy that shares all parameters. Raises CaptureError."""
     return copy_with_shared(module, set(map(id, module.parameters())))
 
 
 def to_eval(network: nn.Module) -> nn.Module:
-    """The network itself, put in evaluation mode, unless it is an exported program's module, whose mode is exported."""
+    """Set evaluation mode and return the network. The mode of an exported program's module is fixed and stays."""
     with suppress(NotImplementedError):
         network.eval()
     return network
 
 
 def get_metadata(network: nn.Module) -> Any:
-    """What was noted on a network, None where nothing was."""
-    return _preserved(network).get(_NOTED, getattr(network, _NOTED, None))
+    """Return the metadata of a network, or None if there is none."""
+    return _preserved_attributes(network).get(_METADATA, getattr(network, _METADATA, None))
 
 
-def set_metadata(network: nn.Module, what: Any) -> None:
-    """Note something on a network, which its copies and pickles keep; nothing for None."""
-    if what is None:
+def set_metadata(network: nn.Module, metadata: Any) -> None:
+    """Store metadata on a network. Its copies and pickles keep it. Nothing is stored for None."""
+    if metadata is None:
         return
     if isinstance(network, fx.GraphModule) and isinstance(network.meta, dict):
-        network.meta[_PRESERVED] = {**_preserved(network), _NOTED: what}
-    setattr(network, _NOTED, what)
+        network.meta[_PRESERVED] = {**_preserved_attributes(network), _METADATA: metadata}
+    setattr(network, _METADATA, metadata)
 
 
-def _preserved(network: nn.Module) -> Mapping[str, Any]:
-    """What copies of a graph module, and programs made of it, keep; ``meta`` may be a module of the model's own."""
-    meta = network.meta if isinstance(network, fx.GraphModule) and isinstance(network.meta, dict) else {}
-    kept: Mapping[str, Any] = meta.get(_PRESERVED, {})
-    return kept
+def _preserved_attributes(network: nn.Module) -> Mapping[str, Any]:
+    """Return the attributes that copies of a graph module, and programs exported from it, keep."""
+    is_graph = isinstance(network, fx.GraphModule) and isinstance(network.meta, dict)  # a submodule may be named meta
+    meta: Any = network.meta if is_graph else {}
+    preserved: Mapping[str, Any] = meta.get(_PRESERVED, {})
+    return preserved
 
 
 def _alias(parameter: Tensor) -> Tensor:
-    """A parameter of the same class on the same memory."""
-    held, grad = parameter.detach(), parameter.requires_grad
-    if type(held) is Tensor:  # of a parameter, or of a subclass of nn.Parameter, whose own constructor may ask for more
-        alias: Tensor = Tensor._make_subclass(cast(Any, type(parameter)), held, grad)
+    """Return a parameter of the same class that shares the memory."""
+    values, requires_grad = parameter.detach(), parameter.requires_grad
+    if type(values) is Tensor:  # the constructor of a subclass of nn.Parameter may need more arguments
+        alias: Tensor = Tensor._make_subclass(cast(Any, type(parameter)), values, requires_grad)
     else:
-        alias = nn.Parameter(held, requires_grad=grad)
+        alias = nn.Parameter(values, requires_grad=requires_grad)
     vars(alias).update(vars(parameter))
     return alias
 
 
-def _copied(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
-    """A tensor that is no leaf of autograd, such as the weight that a pruned module computed, is copied detached."""
-    own = {id(tensor): tensor for tensor in _tensors(module)}
-    values = {key: tensor.detach().clone() for key, tensor in own.items() if not tensor.is_leaf and key not in memo}
+def _deep_copy(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
+    """Return a deep copy, with the tensors of ``memo`` in place of those with these ids.
+
+    A tensor that is not a leaf of autograd, such as the weight that a pruned module computed, is copied detached.
+    """
+    tensors = {id(tensor): tensor for tensor in _tensors(module)}
+    detached = {k: tensor.detach().clone() for k, tensor in tensors.items() if not tensor.is_leaf and k not in memo}
     try:
-        with warnings.catch_warnings(), torch.no_grad():  # with gradients the tensors of scripted copies are no leaves
-            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of copying an exported program's module
-            made = copy.deepcopy(module, {**values, **memo})
+        with warnings.catch_warnings(), torch.no_grad():  # with gradients, tensors of a scripted copy are not leaves
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # from copying an exported program's module
+            copied = copy.deepcopy(module, {**detached, **memo})
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__} cannot be copied: {error}. Make it support copy.deepcopy."
         ) from error
-    for child, other in zip(module.modules(), made.modules(), strict=False):
+    for child, other in zip(module.modules(), copied.modules(), strict=False):
         if isinstance(child, torch.jit.ScriptModule):
             for one, two in zip(child.parameters(recurse=False), other.parameters(recurse=False), strict=True):
                 two.requires_grad_(one.requires_grad)
-    set_metadata(made, get_metadata(module))  # of a graph module that was pickled, copies do not keep it by themselves
-    return made
+    set_metadata(copied, get_metadata(module))  # deepcopy loses it if the graph module was pickled before
+    return copied
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and tensors that are plain attributes."""
+    """Yield parameters, buffers and tensors that are plain attributes."""
     for child in module.modules():
         yield from (tensor for tensor in (*child._parameters.values(), *child._buffers.values()) if tensor is not None)
         yield from (value for value in vars(child).values() if isinstance(value, Tensor))

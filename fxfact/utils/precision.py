@@ -1,4 +1,4 @@
-"""Single precision as it is written, while kernels are decomposed and networks compared: nothing rounds inside."""
+"""Turns off TF32, bfloat16 and autocast while kernels are decomposed and networks are compared."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ import torch
 
 
 class _Settings:
-    """Those of all backends; whoever comes first changes them, and whoever leaves last puts them back."""
+    """The precision settings of all backends, which all threads share.
+
+    The first thread that enters changes them. The last thread that leaves restores them.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._inside = Lock(), 0
+        self._lock, self._users = Lock(), 0
         self._before: list[str] = []
 
     def enter(self) -> None:
         with self._lock:
-            if not self._inside:
+            if not self._users:
                 self._before = [setting.fp32_precision for setting in self._all()]
                 self._set(["ieee"] * len(self._before))
-            self._inside += 1
+            self._users += 1
 
     def leave(self) -> None:
         with self._lock:
-            self._inside -= 1
-            if not self._inside:
+            self._users -= 1
+            if not self._users:
                 self._set(self._before)
 
     def _set(self, precisions: list[str]) -> None:
@@ -45,8 +48,9 @@ _SETTINGS = _Settings()
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products and convolutions of single precision in single precision, not in TF32 or bfloat16 as settings of PyTorch
-    may have it, which are those of all threads: they come back when the last one leaves.
+    """Compute float32 matrix products and convolutions in float32, even if PyTorch is set to use TF32 or bfloat16.
+
+    The settings apply to all threads. They are restored when the last thread leaves the block.
     """
     _SETTINGS.enter()
     try:
@@ -57,6 +61,6 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def no_reduced_precision(device: torch.device) -> Iterator[None]:
-    """``full_precision``, and no autocast."""
+    """Enter ``full_precision``, and disable autocast for the device."""
     with torch.autocast(device.type, enabled=False), full_precision():
         yield

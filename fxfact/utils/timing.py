@@ -1,4 +1,4 @@
-"""How long calls take, side by side: they take turns, so that what else the machine does falls on all alike."""
+"""Measures how long calls take. The calls take turns, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import timer as device_timer  # waits for what a device was given
+from torch.utils.benchmark import timer as device_timer  # waits until the device is done
 
 from fxfact.errors import TimingError
 
 _Call = Callable[[], Any]
-TICK = 1e3 * time.get_clock_info("perf_counter").resolution  # milliseconds
-_TURN, _FEWEST = 0.01, 3  # seconds of one call's turn, where the number of runs is not given; turns, whatever the bound
-_GRAPH, _MOST = 0.002, 20  # seconds of the runs in a graph, when launched one by one; how many at most
+TICK = 1e3 * time.get_clock_info("perf_counter").resolution  # milliseconds: the shortest time that can be measured
+_SECONDS_PER_TURN = 0.01  # of one call, if the number of runs is not given
+_MIN_TURNS = 3
+_SECONDS_PER_GRAPH = 0.002  # of the runs that a CUDA graph holds, if they are launched one by one
+_MAX_RUNS_PER_GRAPH = 20
 
 
 def random_numbers(shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers to time with, the same for each shape; PyTorch's own generator stays where it is."""
+    """Return standard normal numbers, always the same ones for a shape. PyTorch's default generator is not used."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
@@ -35,38 +37,50 @@ def milliseconds(
     warm: int = 1,
     within: float = math.inf,
 ) -> list[list[float]]:
-    """Of each call the mean of ``number`` runs (None: of as many as take a hundredth of a second), after ``warm`` that
-    do not count, none where one takes as long as that, ``repeats`` times, fewer where that would take more than
-    ``within`` seconds; without gradients. Raises TimingError where a call fails.
+    """Measure calls that take turns, without gradients.
+
+    Args:
+        calls: The calls to measure.
+        repeats: The number of turns of each call.
+        number: The number of runs in a turn, or None for as many as take a hundredth of a second.
+        warm: The number of runs before each turn that are not measured. Calls that take longer than a hundredth of a
+            second do not need them.
+        within: Seconds for all turns together. If they would take longer, there are fewer turns, but at least three.
+
+    Returns:
+        For each call the milliseconds of one run, averaged over each turn.
+
+    Raises:
+        TimingError: If a call fails.
     """
     with torch.no_grad(), as_timing_errors():
         clock = _clock()
         timers = [timeit.Timer(call, timer=clock) for call in calls]
-        seconds = [min(timer.repeat(_FEWEST, 1)) for timer in timers]
-        runs = [number or max(1, round(_TURN / max(each, 1e-7))) for each in seconds]
-        before = [warm if each < _TURN else 0 for each in seconds]
-        round_of_all = sum((w + n) * each for w, n, each in zip(before, runs, seconds, strict=True))
-        repeats = int(max(_FEWEST, min(repeats, within / round_of_all))) if round_of_all else repeats
-        turns = [[_mean(*of) for of in zip(timers, before, runs, strict=True)] for _ in range(repeats)]
+        seconds = [min(timer.repeat(_MIN_TURNS, 1)) for timer in timers]
+        runs = [number or max(1, round(_SECONDS_PER_TURN / max(each, 1e-7))) for each in seconds]
+        warmups = [warm if each < _SECONDS_PER_TURN else 0 for each in seconds]
+        seconds_per_turn = sum((w + n) * each for w, n, each in zip(warmups, runs, seconds, strict=True))
+        repeats = int(max(_MIN_TURNS, min(repeats, within / seconds_per_turn))) if seconds_per_turn else repeats
+        turns = [[_measure_turn(*each) for each in zip(timers, warmups, runs, strict=True)] for _ in range(repeats)]
     return [[turn[k] for turn in turns] for k in range(len(calls))]
 
 
 def _clock() -> Callable[[], float]:
-    """Of seconds, which waits for what devices were given: of several for all that hold something."""
+    """Return a clock in seconds that waits until the devices are done. Of several, it waits for those in use."""
     devices = range(torch.accelerator.device_count())
     if len(devices) < 2:
         return device_timer
     used = [device for device in devices if torch.accelerator.memory_reserved(device)]
 
-    def now() -> float:
+    def synchronized_time() -> float:
         for device in used:
             torch.accelerator.synchronize(device)
         return time.perf_counter()
 
-    return now
+    return synchronized_time
 
 
-def _mean(timer: timeit.Timer, warm: int, number: int) -> float:
+def _measure_turn(timer: timeit.Timer, warm: int, number: int) -> float:
     timer.timeit(warm)
     return max(TICK, 1e3 * timer.timeit(number) / number)
 
@@ -74,21 +88,23 @@ def _mean(timer: timeit.Timer, warm: int, number: int) -> float:
 def milliseconds_of_graphs(
     calls: Sequence[_Call], device: torch.device, *, repeats: int = 7, within: float = math.inf
 ) -> list[list[float]]:
-    """``milliseconds`` of calls as CUDA graphs, which is what PyTorch's compiler makes of a network: no launch takes
-    time. A graph holds as many runs of a call as take some thousandths of a second, for its own launch does.
+    """Measure calls as CUDA graphs, in which kernel launches take no time. See ``milliseconds``.
+
+    ``torch.compile`` can turn a network into CUDA graphs. A graph holds several runs of a call, two milliseconds long
+    or more, because launching the graph takes time too.
     """
-    seconds = [min(times) / 1e3 for times in milliseconds(calls, repeats=1, number=_FEWEST)]
-    runs = [min(_MOST, max(_FEWEST, round(_GRAPH / each))) for each in seconds]
+    seconds = [min(times) / 1e3 for times in milliseconds(calls, repeats=1, number=_MIN_TURNS)]
+    runs = [min(_MAX_RUNS_PER_GRAPH, max(_MIN_TURNS, round(_SECONDS_PER_GRAPH / each))) for each in seconds]
     with torch.no_grad(), torch.cuda.device(device), as_timing_errors():
-        memory = torch.cuda.graph_pool_handle()  # of all: what one computes, the next overwrites
-        graphs = [_recorded(call, n, memory) for call, n in zip(calls, runs, strict=True)]
+        pool = torch.cuda.graph_pool_handle()  # all graphs share it: each overwrites the results of the one before
+        graphs = [_record_graph(call, n, pool) for call, n in zip(calls, runs, strict=True)]
     turns = milliseconds([graph.replay for graph in graphs], repeats=repeats, number=1, within=within)
     return [[ms / n for ms in times] for times, n in zip(turns, runs, strict=True)]
 
 
-def _recorded(call: _Call, runs: int, memory: Any) -> torch.cuda.CUDAGraph:
+def _record_graph(call: _Call, runs: int, pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
+    with torch.cuda.graph(graph, pool=pool):
         for _ in range(runs):
             call()
     return graph
@@ -96,26 +112,28 @@ def _recorded(call: _Call, runs: int, memory: Any) -> torch.cuda.CUDAGraph:
 
 @contextmanager
 def as_timing_errors() -> Iterator[None]:
-    """Raise TimingError where something fails to run inside."""
+    """Raise TimingError for a RuntimeError inside."""
     try:
         yield
-    except RuntimeError as error:  # of a device that is lost or full, among others
+    except RuntimeError as error:  # for example if a device is lost or out of memory
         raise TimingError(
-            f"what was to be timed did not run: {type(error).__name__}: {error}. Nothing was changed. See that the "
-            "model runs on these inputs, and that its device is there and has memory to spare."
+            f"a timed call did not run: {type(error).__name__}: {error}. Nothing was changed. Check that the model "
+            "runs on these inputs, and that its device is available and has free memory."
         ) from error
 
 
 def compared(turns: Sequence[Sequence[float]]) -> list[float]:
-    """Of ``milliseconds``: the first call's at its fastest, and those of the others by the median, over the turns, of
-    their ratio to it: where others use the machine too, both are slower in the same turns, while the minimum of one may
-    be of a quiet moment and that of the other not.
+    """Summarize the result of ``milliseconds`` by one number for each call.
+
+    The first call counts with its fastest turn. Each other call counts with that time multiplied by the median, over
+    the turns, of its ratio to the first call. Load on the machine slows down both calls in the same turn, so the ratios
+    are reliable. Minima are not: one call may have had a quiet moment that the other did not have.
     """
     first, *others = turns
-    least = min(first)
-    return [least, *(least * median(ms / own for ms, own in zip(each, first, strict=True)) for each in others)]
+    fastest = min(first)
+    return [fastest, *(fastest * median(ms / base for ms, base in zip(each, first, strict=True)) for each in others)]
 
 
 def side_by_side(calls: Sequence[_Call], *, repeats: int = 9, within: float = math.inf) -> list[float]:
-    """``compared`` of as many turns."""
+    """Return one number of milliseconds for each call, comparable with the others. See ``compared``."""
     return compared(milliseconds(calls, repeats=repeats, within=within))

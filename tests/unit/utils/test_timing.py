@@ -35,7 +35,7 @@ def test_calls_take_turns(number: int, warm: int) -> None:
 
 
 def test_long_calls_are_not_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_TURN", 0.0)
+    monkeypatch.setattr(timing, "_SECONDS_PER_TURN", 0.0)
     ran: list[int] = []
     milliseconds([partial(ran.append, 0)], repeats=4, number=1, warm=2)
     assert len(ran) == 3 + 4
