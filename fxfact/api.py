@@ -348,11 +348,15 @@ def _parse_strategy(
         )
     if rank is not None:
         raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
-    every = [kind() for kind in FACTORIZATIONS]
-    every += [SpatialSVD(last_axes_first=True)] if isinstance(budget, Latency) else []
+    if factorization is None:
+        every = [kind() for kind in FACTORIZATIONS]
+        every += [SpatialSVD(last_axes_first=True)] if isinstance(budget, Latency) else []
+        factorizations = ByPath(tuple(every), {})
+    else:
+        factorizations = ByPath.parse(factorization, parse_factorizations)
     return BudgetAllocator(
         budget=budget if isinstance(budget, Budget) else Macs(1.0),
-        factorizations=ByPath.parse(every if factorization is None else factorization, parse_factorizations),
+        factorizations=factorizations,
         multiple=1 if multiple_of is None else multiple_of,
         error_curves=ErrorCurveCache() if error_curves is None else error_curves,
         progress=options.progress,

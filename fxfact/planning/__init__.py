@@ -8,8 +8,17 @@ from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.pareto import ParetoFront
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
-from fxfact.planning.requested import ByPath, FactorizationRequest, FixedRanks, parse_factorizations
-from fxfact.planning.strategy import Allocation, Candidate, Choice, LatencyModel, Layout, ParetoPoint, RankStrategy
+from fxfact.planning.requested import FactorizationRequest, FixedRanks, parse_factorizations
+from fxfact.planning.strategy import (
+    Allocation,
+    ByPath,
+    Candidate,
+    Choice,
+    LatencyModel,
+    Layout,
+    ParetoPoint,
+    RankStrategy,
+)
 
 __all__ = [
     "VBMF",

@@ -16,8 +16,7 @@ from fxfact.planning.budgets import Budget
 from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curve, interpolate
 from fxfact.planning.hardware_ranks import chain_latencies, hardware_friendly, multiples
 from fxfact.planning.knapsack import Class, Knapsack
-from fxfact.planning.requested import ByPath
-from fxfact.planning.strategy import Allocation, Candidate, Choice, LatencyModel, ParetoPoint, RankStrategy
+from fxfact.planning.strategy import Allocation, ByPath, Candidate, Choice, LatencyModel, ParetoPoint, RankStrategy
 from fxfact.utils import TICK, Progress, ordered_map, with_progress
 
 _MAX_RANKS = 40  # candidates of one factorization

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Generic, TypeVar, final
+from typing import final
 
 from fxfact.calibration import Statistics
 from fxfact.conv import ConvSpec, Cost, Skip
@@ -20,47 +18,9 @@ from fxfact.factorizations import (
     resolve_rank,
 )
 from fxfact.planning.rank_rules import RankRule
-from fxfact.planning.strategy import Allocation, Candidate, Choice, RankStrategy
+from fxfact.planning.strategy import Allocation, ByPath, Candidate, Choice, RankStrategy
 
-T = TypeVar("T")
 FactorizationRequest = str | Factorization | Sequence[str | Factorization]
-
-
-@final
-@dataclass(frozen=True)
-class ByPath(Generic[T]):
-    """One value for every path, or values by path or glob. The exact path wins, then the first glob that fits."""
-
-    everywhere: T | None
-    by_pattern: Mapping[str, T]
-
-    @classmethod
-    def parse(cls, request: object, parse: Callable[[object], T]) -> ByPath[T]:
-        """Parse a value, or a mapping from path or glob to values, with ``parse`` for each value."""
-        if not isinstance(request, Mapping):
-            return cls(parse(request), {})
-        parsed = {}
-        for pattern, value in request.items():
-            with error_context(str(pattern)):
-                parsed[str(pattern)] = parse(value)
-        return cls(None, parsed)
-
-    def get(self, path: str) -> tuple[T | None, bool]:
-        """Return the value for a path, or None if there is none, and whether the exact path was given."""
-        if path in self.by_pattern:
-            return self.by_pattern[path], True
-        matching = (value for pattern, value in self.by_pattern.items() if fnmatchcase(path, pattern))
-        return next(matching, self.everywhere), False
-
-    def check(self, paths: Sequence[str], argument: str) -> None:
-        """Raise ArgumentError for a pattern that fits no path."""
-        for pattern in self.by_pattern:
-            if not any(path == pattern or fnmatchcase(path, pattern) for path in paths):
-                near = difflib.get_close_matches(pattern, paths, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ArgumentError(
-                    f"{argument}: nothing to factorize at {pattern!r}.{hint} There are: {_format_paths(paths)}."
-                )
 
 
 @final
@@ -159,7 +119,3 @@ def _round_down(factorization: Factorization, spec: ConvSpec, rank: Rank, multip
     pairs = zip(rank, factorization.max_rank(spec), strict=True)
     rounded = tuple(r if r == full else r // multiple * multiple for r, full in pairs)
     return factorization.clip(spec, rounded) if all(rounded) else None
-
-
-def _format_paths(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "") if paths else "none at all"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar, final
 
 import torch
 
 from fxfact.conv import ConvLayer, ConvSpec, Cost, Sizes, Skip, chain_cost
+from fxfact.errors import ArgumentError, error_context
 from fxfact.factorizations import Factorization, Rank, check_weight
 
+T = TypeVar("T")
 Layout = Callable[[ConvSpec], tuple[ConvSpec, ...]]  # returns the stages that replace a convolution
 
 
@@ -104,6 +108,43 @@ class Allocation:
     pareto_points: tuple[ParetoPoint, ...] = ()
 
 
+@final
+@dataclass(frozen=True)
+class ByPath(Generic[T]):
+    """One value for every path, or values by path or glob. The exact path wins, then the first glob that fits."""
+
+    everywhere: T | None
+    by_pattern: Mapping[str, T]
+
+    @classmethod
+    def parse(cls, request: object, parse: Callable[[object], T]) -> ByPath[T]:
+        """Parse a value, or a mapping from path or glob to values, with ``parse`` for each value."""
+        if not isinstance(request, Mapping):
+            return cls(parse(request), {})
+        parsed = {}
+        for pattern, value in request.items():
+            with error_context(str(pattern)):
+                parsed[str(pattern)] = parse(value)
+        return cls(None, parsed)
+
+    def get(self, path: str) -> tuple[T | None, bool]:
+        """Return the value for a path, or None if there is none, and whether the exact path was given."""
+        if path in self.by_pattern:
+            return self.by_pattern[path], True
+        matching = (value for pattern, value in self.by_pattern.items() if fnmatchcase(path, pattern))
+        return next(matching, self.everywhere), False
+
+    def check(self, paths: Sequence[str], argument: str) -> None:
+        """Raise ArgumentError for a pattern that fits no path."""
+        for pattern in self.by_pattern:
+            if not any(path == pattern or fnmatchcase(path, pattern) for path in paths):
+                near = difflib.get_close_matches(pattern, paths, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ArgumentError(
+                    f"{argument}: nothing to factorize at {pattern!r}.{hint} There are: {_format_paths(paths)}."
+                )
+
+
 class LatencyModel(Protocol):
     """How long convolutions, and the chains that could replace them, take in one network."""
 
@@ -130,3 +171,7 @@ class RankStrategy(ABC):
     def uses_statistics(self) -> bool:
         """Whether the ranks assume that chains are fitted in the Fisher metric of calibration statistics."""
         return False
+
+
+def _format_paths(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "") if paths else "none at all"
