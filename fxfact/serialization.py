@@ -43,8 +43,8 @@ def save(network: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> 
     has either the old file or the new one.
 
     Args:
-        network: A module, of which the state dict is saved, or an ExportedProgram, which is saved as a .pt2 archive
-            that ``torch.export.load`` reads as well.
+        network: A module, whose state dict is saved, or an ExportedProgram, which is saved as a .pt2 archive that
+            ``torch.export.load`` reads as well.
         path: The file to write. ``.pt2`` is for exported programs only.
 
     Raises:
