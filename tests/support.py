@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,22 @@ def rewrite_archive(
             archive.writestr(name, change(name, data))
         for name, data in (added or {}).items():
             archive.writestr(f"{folder}/{name}", data)
+
+
+class Classifier(nn.Module):
+    """A plain, a grouped and a transposed convolution, a norm, and logits over four classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.grouped = nn.Conv2d(12, 16, 3, stride=2, groups=2)
+        self.up = nn.ConvTranspose2d(16, 8, 3, stride=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.up(torch.relu(self.grouped(x)))).mean((2, 3)))
 
 
 class Branching(Small):

@@ -3,4 +3,4 @@
 from fxfact.search.inference import fall_back_if_slower, for_inference
 from fxfact.search.search import CalibrationData, search
 
-__all__ = ["CalibrationData", "SearchScope", "fall_back_if_slower", "for_inference", "search"]
+__all__ = ["CalibrationData", "fall_back_if_slower", "for_inference", "search"]
