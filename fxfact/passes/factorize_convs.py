@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfact.calibration import Statistics
 from fxfact.errors import ArgumentTypeError
-from fxfact.graph import check_invariants, match, refresh_shapes, splice, weight_at
+from fxfact.graph import GraphSite, check_invariants, checked_match, refresh_shapes, splice, weight_at
 from fxfact.passes.decomposition import DecomposeOptions, Decomposition, planned_chains
 from fxfact.passes.history import PassRecord, add_record, log_pass, pass_history
 from fxfact.planning import Plan
@@ -46,7 +46,7 @@ class FactorizeConvs(PassBase):
         self._statistics, self._known = statistics, known
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Check the graph before the pass.
+        """Check that the graph is well formed. ``call`` checks the recorded shapes of its convolutions.
 
         Args:
             graph_module: the graph module.
@@ -54,7 +54,7 @@ class FactorizeConvs(PassBase):
         Raises:
             GraphError: if a pass cannot work on the graph.
         """
-        check_invariants(graph_module, f"before {type(self).__name__}")
+        check_invariants(graph_module, self._occasion("before"), sites=())
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Apply the plan to a copy.
@@ -80,18 +80,23 @@ class FactorizeConvs(PassBase):
             copied = copy_with_shared(graph_module, {id(weight) for weight in weights if weight is not None})
             assert isinstance(copied, fx.GraphModule)
             result = copied
-        sites = {site.path: site for site in match(result).sites}
+        sites = {site.path: site for site in checked_match(result, self._occasion("before")).sites}
         self._plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()})
         if not self._plan.rewrites:
             return PassResult(graph_module, False)
-        errors = {}
+        errors: dict[str, float | None] = {}
+        stages: list[GraphSite] = []
         chains = planned_chains(self._plan, sites, self._options, statistics=self._statistics, known=self._known)
         for chain in chains:
-            splice(result, sites[chain.path], chain.stages, pass_name=f"fxfact.{type(self).__name__}")
+            stages += splice(result, sites[chain.path], chain.stages, pass_name=f"fxfact.{type(self).__name__}")
             errors[chain.path] = chain.relative_error
         result.recompile()
         refresh_shapes(result)
         add_record(result, PassRecord(self._plan, errors))
-        check_invariants(result, f"after {type(self).__name__}")
+        dense = [site for path, site in sites.items() if path not in errors]
+        check_invariants(result, self._occasion("after"), sites=[*dense, *stages])
         log_pass(type(self).__name__, self._plan, result)
         return PassResult(result, True)
+
+    def _occasion(self, when: str) -> str:
+        return f"{when} {type(self).__name__}"
