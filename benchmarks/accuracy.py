@@ -1,14 +1,14 @@
-"""What a budget costs every trained network at its task: ranks by what the loss can bear, against the classic rules.
+"""Accuracy of every trained network under a budget: fxfact, compared with the classic rank rules.
 
     python -m benchmarks.accuracy                                          # all networks: many hours on two cores
     python -m benchmarks.accuracy --networks resnet20 --seeds 0 --samples 2048 --units macs           # ten minutes
-    python -m benchmarks.accuracy --networks resnet20 --budgets 0.5 0.35 --units macs --recover 300
+    python -m benchmarks.accuracy --networks resnet20 --budgets 0.5 0.35 --units macs --distill 300
 
-No labels, no fine-tuning; the samples calibrated on are not those tested. ``difference`` is from the dense network, on
-the same samples, with its paired standard error; ``KL`` the mean divergence from it, in nats for one sample; both mean
-and, over seeds, deviation. ``behind`` is by how many paired standard errors ours is behind a rule on the same samples
-(at most 2 is asked; negative: ahead), the worst seed. VBMF has no budget: it is listed at its own cost, and ours at the
-same. Needs the trained weights and data sets (FXFACT_DATA).
+No labels and no fine-tuning. The calibration samples are not tested. ``difference`` is the difference from the dense
+network on the same samples, with its paired standard error. ``KL`` is the mean divergence from the dense network, in
+nats for one sample. Both are means over the seeds, with their deviation. ``behind`` says by how many paired standard
+errors fxfact is worse than a rule on the same samples, for the worst seed (negative: better). VBMF has no budget, so it
+is listed at its own cost, and fxfact at the same cost. Needs the trained weights and data sets (FXFACT_DATA).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from fxfact.errors import BudgetError
 from fxfact.planning.rank_rules import VBMF, Energy
 
 UNITS = {"macs": fxfact.Macs, "params": fxfact.Params}
-OURS = ("ours", "ours, repaired", "ours, recovered")
+OURS = ("ours", "ours, refitted", "ours, distilled")
 
 
 @dataclass
 class Row:
-    """One network on all tests: scores and divergences by sample."""
+    """The scores and divergences of one network for every test sample."""
 
     network: str
     unit: str
@@ -56,7 +56,7 @@ class Row:
 
 
 class Measured:
-    """The dense network on its tests, and how others do there."""
+    """Measures scores and divergences of networks on the tests of a dense one."""
 
     def __init__(self, task: Task, network: nn.Module, most: int | None) -> None:
         tests = task.tests()
@@ -76,10 +76,9 @@ class Measured:
 
 
 def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
-    """The data-aware rule that looks at inputs only: ‖(W − Ŵ) C^½‖² / ‖W C^½‖², every convolution counted alike.
+    """Return statistics for the rule that only considers inputs: ‖(W − Ŵ) C^½‖² / ‖W C^½‖².
 
-    Of a transposed convolution the inputs are the moment of the rows, and it is the patches of its output that count
-    alike.
+    Every convolution counts equally. C is the moment of its input patches, for a transposed one that of its inputs.
     """
     moments = {}
     for path, metric in statistics.moments.items():
@@ -89,11 +88,11 @@ def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
         weight = model.get_submodule(path).weight.detach()
         whole = plain.loss_increase(spec, from_torch(spec, weight))
         moments[path] = KroneckerFisher(metric.input, KroneckerMoment((eye / max(whole, 1e-30),)))
-    return replace(statistics, moments=moments, samples=sys.maxsize, shrinkage=0.0, curves={})
+    return replace(statistics, moments=moments, samples=sys.maxsize, shrinkage=0.0)
 
 
 def within(model: nn.Module, example: Tensor, budget: Any, rank_at: Callable[[float], object]) -> fxfact.Plan | None:
-    """The largest Tucker plan under a budget of those whose ranks grow with a number in 0 … 1, found by halving."""
+    """Return the largest Tucker plan within a budget, by bisecting the argument of ``rank_at`` in 0 … 1."""
     low, high, best = 0.0, 1.0, None
     for _ in range(7):
         middle = (low + high) / 2
@@ -106,7 +105,7 @@ def within(model: nn.Module, example: Tensor, budget: Any, rank_at: Callable[[fl
 
 
 class Trial:
-    """One network under all budgets and rules."""
+    """Measures one network under all budgets and rules."""
 
     def __init__(self, name: str, given: argparse.Namespace) -> None:
         self._name, self._given, self._task = name, given, TASKS[name]
@@ -117,9 +116,10 @@ class Trial:
         self._network = self._vbmf.network
         budgets = [UNITS[unit](share) for unit in given.units for share in given.budgets]
         self._budgets = [*budgets, fxfact.Macs(at_most=self._vbmf.after.macs)] if given.vbmf else budgets
+        self._curves = fxfact.ErrorCurveCache()
 
     def classic(self) -> Iterator[Row]:
-        """By the kernels alone, Tucker throughout."""
+        """Yield rows for the rules that only look at kernels, with Tucker for all layers."""
         if self._given.vbmf:
             yield self._measured(self._budgets[-1], "VBMF", *self._applied(self._vbmf))
         rules: dict[str, Callable[[float], object]] = {"uniform": lambda x: x, "energy": Energy}
@@ -130,14 +130,12 @@ class Trial:
                     yield self._measured(budget, rule, *self._applied(plan))
 
     def on_data(self, samples: int, seed: int) -> Iterator[Row]:
-        """By what data say: the inputs alone, and ours."""
+        """Yield rows for the rules that use data: the inputs alone, and fxfact."""
         task, batches = self._task, self._task.batches(samples, seed)
         known: dict[str, Any] = {"samples": sum(map(len, batches)), "seed": seed}
         ours = fxfact.calibrate(self._model, batches, likelihood=task.likelihood, seed=seed)
-        inputs, seen = (
-            inputs_alone(ours, self._model),
-            split_held_out(batches)[1],
-        )  # what ``factorize`` compares plans on
+        inputs = inputs_alone(ours, self._model)
+        seen = split_held_out(batches)[1]  # the batches on which ``factorize`` compares plans
         for budget in self._budgets:
             for rule, statistics, compared in (("inputs", inputs, None), ("ours", ours, seen)):
                 started = time.perf_counter()
@@ -152,16 +150,21 @@ class Trial:
 
     def _better(self, budget: Any, small: nn.Module, batches: Any, known: dict[str, Any]) -> Iterator[Row]:
         options: dict[str, Any] = {"likelihood": self._task.likelihood, "seed": known["seed"]}
-        repaired, repair = fxfact.refit(small, self._model, batches, **options)
-        yield replace(self._measured(budget, "ours, repaired", repaired, repair.seconds), **known)
-        if self._given.recover:
-            best, recovery = fxfact.distill(
-                repaired, self._model, batches, steps=10**6, seconds=self._given.recover, **options
+        refitted, refit = fxfact.refit(small, self._model, batches, **options)
+        yield replace(self._measured(budget, "ours, refitted", refitted, refit.seconds), **known)
+        if self._given.distill:
+            best, distillation = fxfact.distill(
+                refitted, self._model, batches, steps=10**6, seconds=self._given.distill, **options
             )
-            yield replace(self._measured(budget, "ours, recovered", best, recovery.seconds), **known)
+            yield replace(self._measured(budget, "ours, distilled", best, distillation.seconds), **known)
 
     def _chosen(self, budget: Any, statistics: Statistics, compared: Any) -> fxfact.Plan | None:
-        options: dict[str, Any] = {"calibration": statistics, "held_out": compared, "example_inputs": self._example}
+        options: dict[str, Any] = {
+            "calibration": statistics,
+            "held_out": compared,
+            "example_inputs": self._example,
+            "error_curves": self._curves,
+        }
         try:
             return fxfact.plan(self._model, self._given.factorizations, budget=budget, **options)
         except BudgetError:
@@ -180,7 +183,7 @@ class Trial:
 
 
 def summary(rows: list[Row], dense: Tensor) -> list[dict[str, Any]]:
-    """A line for every budget, calibration and rule, over the seeds."""
+    """Return a line for every budget, number of samples and rule, averaged over the seeds."""
     lines: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         lines.setdefault((row.unit, row.share, row.samples, row.rule), []).append(row)
@@ -201,7 +204,7 @@ def summary(rows: list[Row], dense: Tensor) -> list[dict[str, Any]]:
 
 
 def _comparable(row: Row, mine: Row) -> bool:
-    """Whether both saw the same data, or the one none."""
+    """Return whether both rows used the same data, or the first one used none."""
     return row.seed is None or (row.seed, row.samples) == (mine.seed, mine.samples)
 
 
@@ -221,14 +224,14 @@ def _spread(values: list[float]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.35, 0.2], help="shares")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.35, 0.2], help="as shares")
     parser.add_argument("--units", nargs="+", choices=list(UNITS), default=list(UNITS))
-    parser.add_argument("--samples", type=int, nargs="+", default=[512, 2048], help="to calibrate on")
+    parser.add_argument("--samples", type=int, nargs="+", default=[512, 2048], help="numbers of calibration samples")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--factorizations", nargs="+", default=None, help="default: all, mixed")
-    parser.add_argument("--vbmf", action=argparse.BooleanOptionalAction, default=True, help="also at VBMF's size")
-    parser.add_argument("--recover", type=float, default=0, help="seconds of distillation")
-    parser.add_argument("--tests", type=int, default=None, help="batches to test on; default: all")
+    parser.add_argument("--factorizations", nargs="+", default=None, help="default: all of them")
+    parser.add_argument("--vbmf", action=argparse.BooleanOptionalAction, default=True, help="also at VBMF's cost")
+    parser.add_argument("--distill", type=float, default=0, help="seconds of distillation")
+    parser.add_argument("--tests", type=int, default=None, help="number of test batches; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", default="accuracy", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
@@ -240,7 +243,7 @@ def main() -> None:
         for samples, seed in itertools.product(given.samples, given.seeds):
             rows += trial.on_data(samples, seed)
             tables[name] = {"dense": float(dense.mean()), "tests": len(dense), "rows": summary(rows, dense)}
-            save(given.save, tables)  # after every seed: what takes hours may be stopped
+            save(given.save, tables)  # after every seed, because a run takes hours and may be stopped
         show(f"{name}: {TASKS[name].unit}, dense {dense.mean():.2f} on {len(dense)} tests", tables[name]["rows"], ".4g")
 
 

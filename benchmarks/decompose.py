@@ -1,15 +1,15 @@
-"""How fast, how near and how lean: our decompositions against TensorLy's, on the 3×3 layers of ResNet-18 and ResNet-50.
+"""Time, error and memory of decompositions, compared with TensorLy, on the 3×3 layers of ResNet-18 and ResNet-50.
 
     python -m benchmarks.decompose            # about 6 minutes on two cores
     python -m benchmarks.decompose --quick    # layers of up to 128 channels
 
-Tucker-2 at half the parameters against ``tensorly.decomposition.partial_tucker`` (its defaults); CP over
-(out, in, 3, 3) at a tenth of the parameters against ``parafac`` (its default start), both given 10 sweeps, and ours
-stopped as soon as it is as near; where ``tensorly-torch`` is installed, also its ``FactorizedConv.from_conv`` (CP only
-up to 128 channels, for it takes a minute at 256). The kernels are random, as the networks' initial ones. Times are
-medians of turns taken in one process; whole-network figures are sums over the layers by their counts, not measured as
-a whole. Memory is the peak of the resident set above what was resident before, in a process that returns freed memory
-at once (Linux).
+Tucker-2 at half of the parameters is compared with ``tensorly.decomposition.partial_tucker`` (its defaults). CP of
+(out, in, 3, 3) at a tenth of the parameters is compared with ``parafac`` (its default start). Both run 10 sweeps, and
+ours also until it is as accurate. If ``tensorly-torch`` is installed, its ``FactorizedConv.from_conv`` is measured as
+well (CP only up to 128 channels, because it takes a minute at 256). The kernels are random, like the initial ones of
+the networks. Times are medians of turns in one process. Times of whole networks are sums over the layers by their
+counts, not measured as a whole. Memory is the peak of the resident set above what was resident before, in a process
+that returns freed memory at once (Linux).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Shape = tuple[int, int]
 
 
 def layer_counts(network: str) -> Counter[Shape]:
-    """(out, in) of every 3×3 convolution, with how often it occurs."""
+    """Return (out, in) of every 3×3 convolution, with the number of its occurrences."""
     plan = fxfact.plan(NETWORKS[network].load())
     specs = [decision.spec for decision in plan if decision.spec and decision.spec.kernel_size == (3, 3)]
     return Counter((spec.out_channels, spec.in_channels) for spec in specs)
@@ -59,7 +59,7 @@ def kernel_of(shape: Shape) -> ConvLayer:
 
 @dataclass(frozen=True)
 class Method:
-    """``decompose`` is what is timed; ``kernel`` gives, from its result, the dense kernel that it stands for."""
+    """``decompose`` is timed. ``kernel`` returns the dense kernel that equals its result."""
 
     decompose: Callable[[], Any]
     kernel: Callable[[Any], Tensor]
@@ -82,7 +82,7 @@ def tucker_methods(layer: ConvLayer) -> dict[str, Method]:
 
 
 def cp_methods(layer: ConvLayer) -> dict[str, Method]:
-    """Ours and TensorLy's, both with the same number of sweeps."""
+    """Return our CP and TensorLy's, with the same number of sweeps."""
     rank = cp_rank(layer)
     methods = {
         "ours": our_cp(layer, SWEEPS),
@@ -94,7 +94,7 @@ def cp_methods(layer: ConvLayer) -> dict[str, Method]:
 
 
 def from_conv(layer: ConvLayer, factorization: str, rank: object) -> dict[str, Method]:
-    """TensorLy-Torch's layer, where it is installed."""
+    """Return TensorLy-Torch's layer, if it is installed."""
     try:
         tltorch = importlib.import_module("tltorch")
     except ImportError:
@@ -120,19 +120,19 @@ def our_cp(layer: ConvLayer, sweeps: int) -> Method:
     return Method(lambda: method.decompose(layer, (cp_rank(layer),)), compose)
 
 
-def until_as_near(layer: ConvLayer, goal: float) -> Method:
-    """Our CP with the fewest sweeps that reach the goal."""
+def until_as_accurate(layer: ConvLayer, goal: float) -> Method:
+    """Return our CP with the fewest sweeps that reach an error."""
     methods = (our_cp(layer, sweeps) for sweeps in range(1, 201))
     return next(method for method in methods if method.error(layer) <= goal)
 
 
 def measure(kind: str, layer: ConvLayer, repeats: int) -> list[dict[str, Any]]:
-    """A row for every method on one layer."""
+    """Return a row for every method on one layer."""
     methods = tucker_methods(layer) if kind == "tucker" else cp_methods(layer)
     errors = {name: method.error(layer) for name, method in methods.items()}
     if kind == "cp":
-        methods["ours, as near"] = until_as_near(layer, errors["tensorly"])
-        errors["ours, as near"] = methods["ours, as near"].error(layer)
+        methods["ours, as accurate"] = until_as_accurate(layer, errors["tensorly"])
+        errors["ours, as accurate"] = methods["ours, as accurate"].error(layer)
     seconds = in_turns({name: method.decompose for name, method in methods.items()}, repeats)
     shape = f"{layer.spec.out_channels}×{layer.spec.in_channels}×3×3"
     base = median(seconds["tensorly"])
@@ -149,7 +149,7 @@ def measure(kind: str, layer: ConvLayer, repeats: int) -> list[dict[str, Any]]:
 
 
 def peak_memory(shapes: list[Shape]) -> list[dict[str, Any]]:
-    """Measured in a process of its own, whose allocator gives back what is freed."""
+    """Return the rows of ``memory_rows``, measured in a process whose allocator returns freed memory at once."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.decompose", "--memory-of", json.dumps(shapes)]
     root = Path(__file__).parents[1]
@@ -158,7 +158,7 @@ def peak_memory(shapes: list[Shape]) -> list[dict[str, Any]]:
 
 
 def memory_rows(shapes: list[Shape]) -> list[dict[str, Any]]:
-    """For every layer and method, the peak above the memory in use before, in kernels of that layer."""
+    """Return, for every layer and method, the peak above the memory in use before, in kernels of that layer."""
     rows = []
     small = kernel_of((32, 32))
     for method in (*tucker_methods(small).values(), *cp_methods(small).values()):
@@ -177,7 +177,7 @@ def memory_rows(shapes: list[Shape]) -> list[dict[str, Any]]:
 
 
 def peak_during(call: Callable[[], object]) -> int:
-    """Bytes. Linux: writing 5 to clear_refs resets the peak of the resident set."""
+    """Return bytes. On Linux, writing 5 to clear_refs resets the peak of the resident set."""
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     call()
@@ -190,7 +190,7 @@ def resident(field: str) -> int:
 
 
 def network_row(network: str, kind: str, rows: list[dict[str, Any]], counts: Counter[Shape]) -> dict[str, Any]:
-    """Seconds for a whole network, extrapolated by layer counts; errors are root mean squares by kernel norm."""
+    """Return the seconds of a network, extrapolated by layer counts, and its error, weighted by kernel norms."""
     sums: dict[str, float] = {}
     squares: dict[str, float] = {}
     norms = 0.0
@@ -202,9 +202,9 @@ def network_row(network: str, kind: str, rows: list[dict[str, Any]], counts: Cou
                 sums[row["method"]] = sums.get(row["method"], 0.0) + count * row["seconds"]
                 squares[row["method"]] = squares.get(row["method"], 0.0) + norm * row["relative error"] ** 2
     result: dict[str, Any] = {"network": network, "kind": kind}
-    for name in ("tensorly", "ours", *(["ours, as near"] if kind == "cp" else [])):
+    for name in ("tensorly", "ours", *(["ours, as accurate"] if kind == "cp" else [])):
         result |= {f"{name}: s": sums[name], f"{name}: error": (squares[name] / norms) ** 0.5}
-    fastest = "ours, as near" if kind == "cp" else "ours"
+    fastest = "ours, as accurate" if kind == "cp" else "ours"
     return result | {"faster": sums["tensorly"] / sums["ours"], f"faster ({fastest})": sums["tensorly"] / sums[fastest]}
 
 

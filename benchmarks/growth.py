@@ -1,9 +1,9 @@
-"""Seconds of planning by MACs without data, and of the whole transformation, over ever deeper ResNets at 224².
+"""Seconds of planning by MACs without data, and of the whole transformation, for ever deeper ResNets at 224².
 
     python -m benchmarks.growth
 
-Random weights: they change nothing. ``ms a layer``: of planning, by convolution, which stays about the
-same if nothing grows faster than the number of layers does.
+The weights are random, which changes nothing. ``ms a layer`` is the planning time for one convolution. It stays about
+the same if nothing grows faster than the number of layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEPTHS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", choices=list(DEPTHS), default=list(DEPTHS))
-    parser.add_argument("--budget", type=float, default=0.5, help="share of the MACs")
+    parser.add_argument("--budget", type=float, default=0.5, help="as a share of the MACs")
     given = parser.parse_args()
     x, rows = torch.randn(1, 3, 224, 224), []
     for depth in given.depths:

@@ -1,16 +1,17 @@
-"""How much faster networks become: the dense network in its fastest form against fxfact's, and against other ways.
+"""Speed of networks in their fastest forms: dense, from fxfact, and from other methods.
 
     python -m benchmarks.latency                                                # hours on two cores
     python -m benchmarks.latency --networks resnet18 --batches 1 --threads 1    # some minutes
     python -m benchmarks.latency --networks resnet18 --batches 1 --compiled     # inductor with freezing as well
     python -m benchmarks.latency --networks resnet18 --batches 256 --compiled --device cuda --dtype bfloat16
 
-Random weights, no data: the times do not depend on them. All take turns; ``faster`` is the median, over the turns, of
-the fastest dense form's time over that of the fastest form here; ``±`` the larger of the two spreads (half the range
-between the quartiles, relative); ``fastest`` the ratio of minima; ``efficiency`` is ``faster`` over ``fewer MACs``;
-``foreseen`` the planned share of the dense time over the measured one; ``loss`` the sum of the squares of the kernels'
-relative errors. Uniform: the same factorization and fraction everywhere, at the MACs that the budget of milliseconds
-came to. TensorLy-Torch's layers are measured where it is installed (pip install --no-deps tensorly-torch).
+Weights are random and there is no data, because times do not depend on them. All networks run in turns. ``faster`` is
+the median over the turns of the dense network's time divided by that of the network, each in its fastest form; ``±`` is
+the larger of the two spreads (half of the interquartile range, relative); ``fastest`` is the ratio of the minima;
+``efficiency`` is ``faster`` divided by ``fewer MACs``; ``predicted`` is the planned share of the dense time divided by
+the measured one; ``loss`` is the sum of the squared relative errors of the kernels. Uniform rules use one factorization
+and one fraction for all layers, at the MACs of fxfact's result. TensorLy-Torch's layers are measured if it is installed
+(pip install --no-deps tensorly-torch).
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from benchmarks.report import save, show
 from benchmarks.untrained import TIMED
 from fxfact.utils import milliseconds
 
-_THEIRS = "TensorLy-Torch"
-_WARM = 3  # calls, of which CUDA graphs are made
+_TENSORLY_TORCH = "TensorLy-Torch"
+_WARM_UP = 3  # calls before CUDA graphs are recorded
 
 
-class Contest:
-    """One network at one batch size: its forms, and those of what replaces it."""
+class Comparison:
+    """One network at one batch size: the forms of the dense network and of its replacements."""
 
     def __init__(self, name: str, batch: int, given: argparse.Namespace) -> None:
         self._given = given
@@ -49,7 +50,7 @@ class Contest:
         self.facts: dict[str, dict[str, Any]] = {"dense": {}}
 
     def add(self, rule: str, network: nn.Module, plan: fxfact.Plan | None, seconds: float) -> None:
-        """A network to be timed; the plan knows its cost."""
+        """Add a network to be timed. Its plan has its cost."""
         self.forms[rule] = [network] if plan is not None and plan.inference_passes else self._forms(network)
         if self._given.compiled:
             self.forms[rule] = self._compiled(self.forms[rule])
@@ -59,11 +60,11 @@ class Contest:
             assert plan.after.macs
             facts |= {"fewer MACs": plan.network.macs / plan.after.macs, "loss": _loss(network)}
             if plan.after.ms is not None and plan.network.ms is not None:
-                facts |= {"foreseen": plan.after.ms / plan.network.ms}
+                facts |= {"predicted": plan.after.ms / plan.network.ms}
         self.facts[rule] = facts
 
     def rows(self) -> list[dict[str, Any]]:
-        """Everything timed, taking turns."""
+        """Time all networks in turns, and return a row for each rule."""
         names = [(rule, network) for rule, networks in self.forms.items() for network in networks]
         calls: list[Callable[[], object]] = [partial(network, self.x) for _, network in names]
         times = milliseconds(calls, repeats=self._given.repeats)
@@ -76,11 +77,11 @@ class Contest:
             facts = self.facts[rule]
             faster = median(d / o for d, o in zip(dense, own, strict=True))
             fastest = min(dense) / min(own)
-            fewer, foreseen = facts.get("fewer MACs"), facts.get("foreseen")
+            fewer, predicted = facts.get("fewer MACs"), facts.get("predicted")
             rows.append({
                 "rule": rule, "ms": median(own), "faster": faster, "±": max(_spread(dense), _spread(own)),
                 "fastest": fastest, "fewer MACs": fewer, "efficiency": faster / fewer if fewer else None,
-                "foreseen": foreseen * faster if foreseen else None, "loss": facts.get("loss"),
+                "predicted": predicted * faster if predicted else None, "loss": facts.get("loss"),
                 "s": facts.get("s"),
             })  # fmt: skip
         return rows
@@ -91,15 +92,15 @@ class Contest:
         return self._compiled(forms) if self._given.compiled and network is self.model else forms
 
     def _compiled(self, forms: list[nn.Module]) -> list[nn.Module]:
-        """With inductor as well: weights frozen; called from Python and from C++, or as CUDA graphs."""
-        torch._dynamo.config.recompile_limit = 1000  # every network is compiled once, however many share their classes
+        """Add forms compiled by inductor with frozen weights: called from Python and C++, or as CUDA graphs."""
+        torch._dynamo.config.recompile_limit = 1000  # every network is compiled once, and many share their classes
         on_cpu = self._given.device == "cpu"
         ways = [{"cpp_wrapper": False}, {"cpp_wrapper": True}] if on_cpu else [{"triton.cudagraphs": True}]
         made: list[Any] = []
         for way in ways:
             made.append(torch.compile(copy.deepcopy(forms[-1]), dynamic=False))
             with torch.no_grad(), torch._inductor.config.patch({"freezing": True, **way}):
-                for _ in range(_WARM):
+                for _ in range(_WARM_UP):
                     made[-1](self.x)
         return [*forms, *made]
 
@@ -114,23 +115,24 @@ def _spread(times: list[float]) -> float:
     return (high - low) / 2 / median(times)
 
 
-def _uniform(contest: Contest, rule: str, macs: int, multiple_of: int) -> tuple[nn.Module, fxfact.Plan] | None:
-    """The largest fraction, everywhere, that is within these MACs."""
+def _uniform(comparison: Comparison, rule: str, macs: int, multiple_of: int) -> tuple[nn.Module, fxfact.Plan] | None:
+    """Return the network and plan of the largest uniform fraction within these MACs."""
     low, high, best = 0.0, 1.0, None
     for _ in range(7):
         middle = (low + high) / 2
-        asked: dict[str, Any] = {"rank": middle, "multiple_of": multiple_of, "example_inputs": contest.x}
-        plan = fxfact.plan(contest.model, [rule, "pointwise_svd"], **asked)
+        asked: dict[str, Any] = {"rank": middle, "multiple_of": multiple_of, "example_inputs": comparison.x}
+        plan = fxfact.plan(comparison.model, [rule, "pointwise_svd"], **asked)
         if plan.after.macs is not None and plan.after.macs <= macs:
             low, best = middle, plan
         else:
             high = middle
-    return None if best is None else (fxfact.apply(best, contest.model), best)
+    return None if best is None else (fxfact.apply(best, comparison.model), best)
 
 
 def _tensorly(plan: fxfact.Plan, model: nn.Module) -> nn.Module | None:
-    """TensorLy-Torch's layers in the same places, with the same ranks, where the plan has Tucker; it has none for
-    transposed convolutions.
+    """Return the model with TensorLy-Torch's layers, with the same ranks, wherever the plan has Tucker.
+
+    TensorLy-Torch has no transposed layers, so these convolutions stay dense.
     """
     try:
         from tltorch import FactorizedConv  # noqa: PLC0415 (an extra of the benchmark)
@@ -151,36 +153,38 @@ def _tensorly(plan: fxfact.Plan, model: nn.Module) -> nn.Module | None:
     return network.eval()
 
 
-def compete(name: str, batch: int, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of a network at a batch size."""
-    contest, refused = Contest(name, batch, given), []
+def compare(name: str, batch: int, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return all rows of a network at a batch size."""
+    comparison, refused = Comparison(name, batch, given), []
     for share in given.shares:
         try:
-            _enter(contest, share, given)
+            _add_all(comparison, share, given)
         except fxfact.FxfactError as error:
             refused.append({"rule": f"fxfact at {share}", "refused": str(error)})
-    return [*contest.rows(), *refused]
+    return [*comparison.rows(), *refused]
 
 
-def _enter(contest: Contest, share: float, given: argparse.Namespace) -> None:
-    """All that competes at a budget."""
+def _add_all(comparison: Comparison, share: float, given: argparse.Namespace) -> None:
+    """Add all networks for one budget."""
     started = time.perf_counter()
     budget = fxfact.Latency(share, compiled=given.compiled)
-    small = fxfact.factorize(contest.model, given.factorizations, budget=budget, example_inputs=contest.x)
+    small = fxfact.factorize(comparison.model, given.factorizations, budget=budget, example_inputs=comparison.x)
     plan = fxfact.plan_of(small)
-    contest.add(f"fxfact at {share}", small, plan, time.perf_counter() - started)
+    comparison.add(f"fxfact at {share}", small, plan, time.perf_counter() - started)
     assert plan.after.macs is not None
     for rule in given.rules:
         started = time.perf_counter()
-        if (found := _uniform(contest, rule, plan.after.macs, given.multiple_of)) is not None:
-            contest.add(f"uniform {rule} at {share}", *found, time.perf_counter() - started)
-            if rule == "tucker" and (theirs := _tensorly(found[1], contest.model)) is not None:
-                contest.add(f"{_THEIRS} at {share}", theirs, None, 0.0)
+        if (found := _uniform(comparison, rule, plan.after.macs, given.multiple_of)) is not None:
+            comparison.add(f"uniform {rule} at {share}", *found, time.perf_counter() - started)
+            if rule == "tucker" and (theirs := _tensorly(found[1], comparison.model)) is not None:
+                comparison.add(f"{_TENSORLY_TORCH} at {share}", theirs, None, 0.0)
 
 
 def summary(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
-    """Over all tables: how often something came out slower than dense, the worst foresight, and how much faster the
-    same Tucker ranks are as plain convolutions than as TensorLy-Torch's layers (geometric mean).
+    """Summarize all tables.
+
+    Returns how often a network of fxfact is slower than the dense one, the worst prediction, and by how much the same
+    Tucker ranks are faster as plain convolutions than as TensorLy-Torch's layers (geometric mean).
     """
     own = [row for rows in tables.values() for row in rows if row["rule"].startswith("fxfact") and "ms" in row]
     slower = [row for row in own if row["faster"] < 1 - row["±"]]
@@ -188,13 +192,13 @@ def summary(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
     for rows in tables.values():
         ms = {row["rule"]: row.get("ms") for row in rows}
         for rule, theirs in ms.items():
-            if rule.startswith(_THEIRS) and (ours := ms.get(rule.replace(_THEIRS, "uniform tucker"))):
+            if rule.startswith(_TENSORLY_TORCH) and (ours := ms.get(rule.replace(_TENSORLY_TORCH, "uniform tucker"))):
                 ratios.append(theirs / ours)
     return {
         "networks and budgets": len(own),
         "slower than dense": len(slower),
         "least faster": min((row["faster"] for row in own), default=None),
-        "worst foresight": max((abs(row["foreseen"] - 1) for row in own if row["foreseen"]), default=None),
+        "worst prediction": max((abs(row["predicted"] - 1) for row in own if row["predicted"]), default=None),
         "same ranks, over TensorLy-Torch": geometric_mean(ratios) if ratios else None,
     }
 
@@ -204,14 +208,16 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(TIMED), default=list(TIMED))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5, 0.4], help="budgets, of the dense time")
-    parser.add_argument("--rules", nargs="*", default=["tucker", "cp"], help="uniform ones, at the same MACs")
-    parser.add_argument("--multiple-of", type=int, default=1, help="what ranks of the uniform ones are multiples of")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.7, 0.5, 0.4], help="budgets, as shares of the dense time"
+    )
+    parser.add_argument("--rules", nargs="*", default=["tucker", "cp"], help="uniform rules, at the same MACs")
+    parser.add_argument("--multiple-of", type=int, default=1, help="rank multiple of the uniform rules")
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--compiled", action="store_true", help="inductor with freezing as a further form")
+    parser.add_argument("--compiled", action="store_true", help="add inductor with freezing as a form")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--factorizations", nargs="+", default=None, help="default: all, mixed")
+    parser.add_argument("--factorizations", nargs="+", default=None, help="default: all of them")
     parser.add_argument("--save", default="latency", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
     tables: dict[str, Any] = {}
@@ -221,7 +227,7 @@ def main() -> None:
             for batch in given.batches:
                 on = f"{threads} threads" if given.device == "cpu" else f"{given.device}, {given.dtype}"
                 title = f"{name}, batch {batch}, {on}"
-                tables[title] = compete(name, batch, given)
+                tables[title] = compare(name, batch, given)
                 show(title, tables[title])
                 save(given.save, {**tables, "summary": [summary(tables)]}, given.device)
     show("all", [summary(tables)])

@@ -1,11 +1,11 @@
-"""Memory and time of factorizing a convolutional U-Net with a billion parameters, against the bound that is promised.
+"""Memory and time of factorizing a convolutional U-Net with a billion parameters, compared with the promised bound.
 
     python -m benchmarks.memory                        # about five minutes and 12 GB on two cores; Linux
     python -m benchmarks.memory --factorization cp --channels 64 128 256 256
 
-The network is a diffusers UNet2DModel with random weights (the extra [zoo]). Beyond the original, which stays as it is,
-factorizing may take the result's own size, eight times the largest kernel, and a tenth more. The peak is the kernel's
-own count of resident pages (VmHWM), set back before the call.
+The network is a diffusers UNet2DModel with random weights (the extra [zoo]). Besides the original, which is not
+changed, factorizing may take the size of the result, eight times the largest kernel, and a tenth more. The peak is the
+kernel's own count of resident pages (VmHWM), which is reset before the call.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def build(channels: list[int]) -> nn.Module:
 
 
 def resident(name: str) -> int:
-    """Bytes: 'VmRSS' now, 'VmHWM' at the peak."""
+    """Return resident bytes: 'VmRSS' now, 'VmHWM' at the peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def forget_the_peak() -> None:
+def reset_peak() -> None:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -61,8 +61,8 @@ def measure(channels: list[int], factorization: str, rank: float) -> dict[str, A
     largest = max(conv.weight.numel() * conv.weight.element_size() for conv in convs)
     inputs = (torch.randn(1, 4, 16, 16), torch.tensor([10]))
     with torch.no_grad():
-        model(*inputs)  # what the libraries keep of a first run is not ours
-    forget_the_peak()
+        model(*inputs)  # libraries allocate memory in a first run
+    reset_peak()
     before, started = resident("VmRSS"), time.perf_counter()
     result = fxfact.factorize(model, [factorization, "pointwise_svd"], rank=rank, example_inputs=inputs)
     seconds, peak = time.perf_counter() - started, resident("VmHWM") - before

@@ -1,7 +1,7 @@
-"""The networks that fxfact is measured on: their definitions, trained weights, and what they are good for.
+"""The networks that the benchmarks measure: definitions and trained weights.
 
-The trained ones read weights from the folder named by FXFACT_DATA (or ``../shared/data``), whose README says where they
-come from; ResNet-18 and ResNet-50 (He et al. 2016) have random weights.
+The trained networks read their weights from the folder FXFACT_DATA (or ``../shared/data``), whose README says where
+they come from. ResNet-18 and ResNet-50 (He et al. 2016) have random weights.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 
 def data_folder() -> Path | None:
-    """Where the trained weights and data sets are, None where they are not."""
+    """Return the folder of trained weights and data sets, or None if it does not exist."""
     folder = Path(os.environ.get("FXFACT_DATA", Path(__file__).parents[2] / "shared" / "data"))
     return folder if (folder / "weights").is_dir() else None
 
 
 class CifarBlock(nn.Module):
-    """Two 3×3 convolutions around a parameter-free shortcut ("option A")."""
+    """Two 3×3 convolutions with a shortcut that has no parameters ("option A")."""
 
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def _stage(block: Callable[[int, int, int], nn.Module], into: int, out: int, blo
 
 
 class WideResNet8(nn.Module):
-    """MLPerf Tiny's image classifier, batch norms folded; strided convolutions padded as TensorFlow does."""
+    """MLPerf Tiny's image classifier with folded batch norms. Strided convolutions are padded as in TensorFlow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class WideResNet8(nn.Module):
 
 
 class Fire(nn.Module):
-    """SqueezeNet's module: squeeze, then two expansions side by side."""
+    """SqueezeNet's module: a squeeze convolution, then two expansions in parallel."""
 
     def __init__(self, into: int, squeeze: int, expand: int) -> None:
         super().__init__()
@@ -120,11 +120,10 @@ class SqueezeNet(nn.Module):
 
 
 class DnCNN(nn.Module):
-    """Denoiser of 17 layers (Zhang et al. 2017); its output is the noise."""
+    """A denoiser of 17 layers (Zhang et al. 2017). Its output is the noise."""
 
     def __init__(self) -> None:
         super().__init__()
-
         inner = [layer for _ in range(15) for layer in (_conv(2, 64, 64, 3), nn.BatchNorm2d(64), nn.ReLU())]
         self.dncnn = nn.Sequential(_conv(2, 1, 64, 3), nn.ReLU(), *inner, _conv(2, 64, 1, 3))
 
@@ -133,7 +132,7 @@ class DnCNN(nn.Module):
 
 
 class LapBlock(nn.Module):
-    """LapSRN's feature extraction for one doubling of the size."""
+    """LapSRN's feature extraction for doubling the size once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +145,7 @@ class LapBlock(nn.Module):
 
 
 class LapSRN(nn.Module):
-    """Laplacian pyramid super-resolution ×4 (Lai et al. 2017); returns the ×2 and the ×4 image."""
+    """Laplacian pyramid super-resolution ×4 (Lai et al. 2017). Returns the ×2 and the ×4 image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +216,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet-50's block, the stride on the 3×3."""
+    """ResNet-50's block, with the stride on the 3×3 convolution."""
 
     expansion = 4
 
@@ -243,7 +242,7 @@ def _shortcut(into: int, out: int, stride: int) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """ImageNet ResNet, with torchvision's names."""
+    """A ResNet for ImageNet, with torchvision's names."""
 
     def __init__(self, block: type[BasicBlock] | type[Bottleneck], blocks: tuple[int, ...]) -> None:
         super().__init__()
@@ -267,14 +266,14 @@ class ResNet(nn.Module):
 
 @dataclass(frozen=True)
 class Network:
-    """How to build a network, the shape of one input, and the name of its trained weights, if it has any."""
+    """A network: how to build it, the shape of one input, and the name of its trained weights, if it has any."""
 
     build: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
     weights: str | None = None
 
     def load(self) -> nn.Module:
-        """In evaluation mode: trained, or random under a fixed seed where there are no weights."""
+        """Build the network in evaluation mode, trained, or with random weights of a fixed seed if there are none."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = self.build()

@@ -1,10 +1,10 @@
-"""What the graph costs: a factorized network against the same stages hand-written as ``nn.Sequential``.
+"""Overhead of the graph: a factorized network compared with the same stages written by hand as ``nn.Sequential``.
 
     python -m benchmarks.overhead             # about a minute on two cores
 
 For every factorization: the largest and the smallest 3×3 layer of ResNet-18 at its input size for 224² images, and the
 whole of ResNet-18, where each convolution of the module tree is replaced by an ``nn.Sequential`` of the stages. Both
-take turns in one process; the ratio is that of the medians, with that of the minima beside it.
+run in turns in one process. The ratio is that of the medians, with that of the minima beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYERS = {"64→64 at 56²": (64, 64, 56), "512→512 at 7²": (512, 512, 7)}
 
 
 def by_hand(model: nn.Module, factorized: nn.Module) -> nn.Module:
-    """The model with the stages in its own modules: no graph."""
+    """Return the model with the stages in its own modules, without a graph."""
     result = copy.deepcopy(model)
     for decision in fxfact.plan_of(factorized).rewrites:
         parent, _, name = decision.path.rpartition(".")
@@ -53,7 +53,7 @@ def compare(name: str, model: nn.Module, x: Tensor, factorization: Factorization
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=500, help="for a layer; a quarter of it for the network")
+    parser.add_argument("--repeats", type=int, default=500, help="turns for a layer; a quarter of them for the network")
     given = parser.parse_args()
     rows = []
     for kind in FACTORIZATIONS:

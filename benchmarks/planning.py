@@ -1,11 +1,11 @@
-"""Seconds and memory of calibrating a network and of planning it under a budget, from the beginning and again.
+"""Seconds and memory of calibrating a network and of planning it under a budget, at first and again.
 
     python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: over half an hour
     python -m benchmarks.planning --factorizations cp channel_svd  # some of the factorizations
-    python -m benchmarks.planning --workers 2                      # errors and kernels on as many processes
+    python -m benchmarks.planning --workers 2                      # errors and kernels in two processes
 
-Random weights and images: neither changes what it takes. The peak is the kernel's own count of resident pages (VmHWM)
-beyond what the model and the images take, for each step. Linux.
+Weights and images are random, which changes neither time nor memory. The peak of each step is the kernel's own count of
+resident pages (VmHWM) above what the model and the images take (Linux).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import fxfact
-from benchmarks.memory import forget_the_peak, resident
+from benchmarks.memory import reset_peak, resident
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from fxfact.utils import processes
@@ -29,9 +29,9 @@ def main() -> None:
     parser.add_argument("--network", choices=["resnet18", "resnet50"], default="resnet18")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--budget", type=float, default=0.5, help="share of the MACs")
+    parser.add_argument("--budget", type=float, default=0.5, help="as a share of the MACs")
     parser.add_argument("--factorizations", nargs="+", default=None, help="default: all")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each; default: this one")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes, each with one thread; default: none")
     given = parser.parse_args()
     torch.manual_seed(0)
     model = NETWORKS[given.network].build().eval()
@@ -40,7 +40,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def measured(step: str, run: Callable[[], Any]) -> Any:
-        forget_the_peak()
+        reset_peak()
         before, started = resident("VmRSS"), time.perf_counter()
         result = run()
         rows.append({"step": step, "s": time.perf_counter() - started, "peak GB": (resident("VmHWM") - before) / 1e9})
@@ -51,9 +51,12 @@ def main() -> None:
 
     with processes(given.workers) as executor:
         options: dict[str, Any] = {"executor": executor}
+        curves = fxfact.ErrorCurveCache()
 
         def plan() -> fxfact.Plan:
-            return fxfact.plan(model, given.factorizations, calibration=statistics, **known, **options)
+            return fxfact.plan(
+                model, given.factorizations, calibration=statistics, error_curves=curves, **known, **options
+            )
 
         measured("plan", plan)
         found = measured("plan again", plan)

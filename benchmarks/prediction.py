@@ -1,11 +1,11 @@
-"""The predicted increase of the loss against the measured one, over convolutions, factorizations and ranks.
+"""The predicted loss increase compared with the measured one, over convolutions, factorizations and ranks.
 
     python -m benchmarks.prediction                       # all networks: half an hour on two cores
     python -m benchmarks.prediction --networks resnet20 --plot scatter.png
 
-One convolution at a time is replaced by a factorized one; measured is the mean KL divergence from the dense network on
-samples that were not calibrated on. Printed are Spearman's rank correlation and by what factor the loss grows more than
-predicted (median, and the quarters around it). Needs the trained weights and data sets (FXFACT_DATA).
+One convolution at a time is factorized. Its measured increase is the mean KL divergence from the dense network, on
+samples that were not used for calibration. Printed are Spearman's rank correlation, and the ratio of the measured to
+the predicted increase (median and quartiles). Needs the trained weights and data sets (FXFACT_DATA).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fxfact.utils import alias_copy
 
 
 def pairs_of(model: nn.Module, statistics: Statistics, measure: Measured, count: int) -> list[dict[str, Any]]:
-    """Predicted and measured nats for ``count`` rewrites, spread over convolutions, factorizations and ranks."""
+    """Return predicted and measured nats of ``count`` rewrites, with random factorizations and ranks."""
     draw, found = np.random.default_rng(0), []
     layers = {path: read_conv(model.get_submodule(path)) for path in statistics.moments}
     while len(found) < count:
@@ -59,11 +59,11 @@ def spearman(first: list[float], second: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--pairs", type=int, default=100, help="of a convolution and a rank, for each network")
-    parser.add_argument("--samples", type=int, default=2048, help="to calibrate on")
-    parser.add_argument("--tests", type=int, default=2, help="batches to test on (250 samples of CIFAR-10)")
+    parser.add_argument("--pairs", type=int, default=100, help="number of rewrites for each network")
+    parser.add_argument("--samples", type=int, default=2048, help="number of calibration samples")
+    parser.add_argument("--tests", type=int, default=2, help="number of test batches (250 samples each for CIFAR-10)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--plot", help="a picture of the scatter, for which matplotlib is needed")
+    parser.add_argument("--plot", help="write a scatter plot to this file (needs matplotlib: the extra [plot])")
     parser.add_argument("--save", default="prediction", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -75,17 +75,17 @@ def main() -> None:
         predicted, measured = ([max(pair[key], 1e-12) for pair in found] for key in ("predicted", "measured"))
         low, middle, high = np.quantile(np.array(measured) / predicted, [0.25, 0.5, 0.75])
         rows.append({"network": name, "pairs": len(found), "rank correlation": spearman(predicted, measured),
-                     "measured / predicted": middle, "lower quarter": low, "upper quarter": high})  # fmt: skip
+                     "measured / predicted": middle, "lower quartile": low, "upper quartile": high})  # fmt: skip
         print(rows[-1], flush=True)
         scatter[name] = found
         save(given.save, {"rows": rows, "scatter": scatter})
-    show("predicted against measured increase of the loss", rows)
+    show("measured loss increase, compared with the predicted one", rows)
     if given.plot:
         plot(scatter, given.plot)
 
 
 def plot(scatter: dict[str, list[dict[str, Any]]], path: str) -> None:
-    from matplotlib.figure import Figure  # noqa: PLC0415 (only for pictures)
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
     figure = Figure(figsize=(12, 12), layout="constrained")
     columns = int(np.ceil(len(scatter) ** 0.5))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns taken in one process, a table printed, JSON beside it."""
+"""Helpers of the benchmarks: timing in turns, printing a table, saving JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call, each called once before, then taking turns, there and back."""
+    """Return the seconds of every call. They warm up once, then take turns, in reverse order every second turn."""
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -41,9 +41,9 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], floatfmt: str = ".3g") -
 
 
 def save(name: str, content: Mapping[str, Any], device: str = "cpu") -> None:
-    """Write ``results/<name>.json`` with a description of the machine."""
-    described = {**describe_machine(torch.device(device)), "cores": os.cpu_count(), "python": platform.python_version()}
+    """Write ``results/<name>.json``, with a description of the machine."""
+    machine = {**describe_machine(torch.device(device)), "cores": os.cpu_count(), "python": platform.python_version()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": described, **content}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"machine": machine, **content}, indent=1) + "\n", encoding="utf-8")
     print(f"\n{path}")

@@ -1,12 +1,12 @@
-"""What bounds the speed-up on this machine: every convolution and every stage of its chain against the roofline.
+"""The limit of the speed-up on this machine: every convolution and every stage of its chain on the roofline.
 
     python -m benchmarks.roofline --network resnet18 --batch 1 --threads 2 --share 0.45      # a minute or two
 
 Convolutions run as the compiler runs them with frozen weights. ``peak`` is the best rate of any convolution here,
-``bandwidth`` that of reading memory that no cache holds. A stage's ``bound`` is the larger of MACs over peak and of the
-bytes of weights, input and output over bandwidth (Williams, Waterman and Patterson 2009); ``of the bound`` is the bound
-over the measured time. ``faster, all at the peak`` is the speed-up of the network if every stage took its bound and
-everything else what it takes in the dense network, where nothing is slower than that.
+``bandwidth`` that of reading memory that no cache holds. The ``bound`` of a stage is the larger of MACs divided by the
+peak, and of the bytes of weights, input and output divided by the bandwidth (Williams, Waterman and Patterson 2009).
+``of the bound`` is the bound divided by the measured time. ``faster, all at the peak`` is the speed-up of the network
+if every stage took as long as its bound, and everything else as long as in the dense network.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from fxfact.conv import ConvSpec, Sizes, write_conv
 from fxfact.search.packed_convs import pack_chain
 from fxfact.utils import milliseconds
 
-_FAR = 256 * 2**20  # bytes, more than caches hold
+_UNCACHED = 256 * 2**20  # bytes, more than any cache holds
 
 
 def stages_of(plan: fxfact.Plan, *, dense: bool) -> Iterator[tuple[str, ConvSpec, Sizes]]:
-    """Where, what, and the spatial size that enters it."""
+    """Yield the path of every convolution, its spec (or those of its stages), and the spatial size of the input."""
     for decision in plan:
         assert decision.spec is not None
         for entering in decision.input_sizes or ():
@@ -41,7 +41,7 @@ def stages_of(plan: fxfact.Plan, *, dense: bool) -> Iterator[tuple[str, ConvSpec
 
 
 def measured(found: list[tuple[str, ConvSpec, Sizes]], batch: int) -> list[float]:
-    """Milliseconds of each stage alone, all taking turns."""
+    """Return the milliseconds of each stage alone, measured in turns."""
     calls = []
     for _, spec, size in found:
         x = torch.randn(batch, spec.in_channels, *size).contiguous(memory_format=torch.channels_last)
@@ -52,7 +52,7 @@ def measured(found: list[tuple[str, ConvSpec, Sizes]], batch: int) -> list[float
 
 
 def work(spec: ConvSpec, size: Sizes, batch: int) -> tuple[int, int]:
-    """MACs, and bytes moved at the least."""
+    """Return the MACs, and the least number of bytes to move."""
     shapes = [(batch, spec.in_channels, *size), (batch, spec.out_channels, *spec.output_size(size)), spec.weight_shape]
     return batch * spec.macs(size), 4 * sum(torch.Size(shape).numel() for shape in shapes)
 
@@ -63,15 +63,15 @@ def main() -> None:
     parser.add_argument("--network", choices=images, default="resnet18")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--share", type=float, default=0.45, help="budget, of the dense time")
+    parser.add_argument("--share", type=float, default=0.45, help="budget, as a share of the dense time")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     name = given.network
     model = TIMED[name].build().eval()
     x = torch.randn(given.batch, *TIMED[name].input_shape)
     plan = fxfact.plan(model, budget=fxfact.Latency(given.share, compiled=True), example_inputs=x)
-    far = torch.randn(_FAR // 4)
-    bandwidth = _FAR / min(milliseconds([far.sum])[0])  # bytes in a millisecond
+    uncached = torch.randn(_UNCACHED // 4)
+    bandwidth = _UNCACHED / min(milliseconds([uncached.sum])[0])  # bytes in a millisecond
     dense, chains = (list(stages_of(plan, dense=kind)) for kind in (True, False))
     times = measured([*dense, *chains], given.batch)
     amounts = [work(spec, size, given.batch) for _, spec, size in [*dense, *chains]]
@@ -95,11 +95,11 @@ def main() -> None:
     total = {
         "peak, GMAC/s": peak / 1e6, "bandwidth, GB/s": bandwidth / 1e6, "dense ms": plan.network.ms,
         "of it convolutions": ms["dense"], "fewer MACs": plan.network.macs / plan.after.macs,
-        "faster, foreseen": plan.network.ms / plan.after.ms,
+        "faster, predicted": plan.network.ms / plan.after.ms,
         "faster, stages as measured": plan.network.ms / (rest + ms["chain"]),
         "faster, all at the peak": plan.network.ms / (rest + bounds["chain"]),
     }  # fmt: skip
-    show("in the whole", [total], ".3g")
+    show("whole network", [total], ".3g")
     save(f"roofline-{name}", {"stages": rows, "whole": [total]})
 
 

@@ -1,6 +1,7 @@
-"""What the trained networks were trained for: data to test on, one figure that says how well, and data to calibrate on.
+"""The tasks of the trained networks: test data, a score, and unlabelled data for calibration.
 
-The figures of the dense networks are those of the data's own README; a test holds our definitions against them.
+The scores of the dense networks are those of the data's README. tests/unit/test_benchmarks.py compares our definitions
+with them.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from torch import Tensor, nn
 from benchmarks.networks import data_folder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_PATCH = 64  # pixels a side of a patch to calibrate on
+_PATCH = 64  # pixels on each side of a calibration patch
 
 
 @dataclass(frozen=True)
 class Tests:
-    """Batches to test on, and ``score``: of a batch's number and its output the scores of its samples (n,)."""
+    """Test batches, and ``score``, which maps the number of a batch and its output to the scores (n,)."""
 
     batches: Sequence[Tensor]
     score: Callable[[int, Any], Tensor]
 
     def run(self, network: nn.Module) -> Iterator[tuple[Any, Tensor]]:
-        """The output and the scores of every batch."""
+        """Yield the output and the scores of every batch."""
         for number, batch in enumerate(self.batches):
             with torch.inference_mode():
                 output = network(batch)
@@ -39,9 +40,15 @@ class Tests:
 
 @dataclass(frozen=True)
 class Task:
-    """``tests`` are all samples to test on, ``calibration`` unlabelled others; where ``shared``, the tests at even
-    places, so that only those at odd ones stay. ``dense`` is the figure, in ``unit``, of the trained network
-    on all tests.
+    """What a network was trained for.
+
+    Attributes:
+        tests: the test samples.
+        calibration: unlabelled samples that are not tested.
+        unit: the unit of the score.
+        dense: the score of the trained dense network on all tests.
+        likelihood: what the output means, as for ``fxfact.calibrate``.
+        shared: whether the calibration samples are the tests with even numbers, so that only the odd ones are tested.
     """
 
     tests: Callable[[], Tests]
@@ -51,12 +58,12 @@ class Task:
     likelihood: str = "categorical"
     shared: bool = False
 
-    def figure(self, network: nn.Module) -> float:
-        """The mean score of all samples."""
+    def score(self, network: nn.Module) -> float:
+        """Return the mean score of a network over all tests."""
         return float(torch.cat([scores for _, scores in self.tests().run(network)]).double().mean())
 
     def batches(self, count: int, seed: int, size: int = 64) -> tuple[Tensor, ...]:
-        """That many samples to calibrate on, drawn without replacement."""
+        """Return ``count`` calibration samples, drawn without replacement, in batches of ``size``."""
         samples = self.calibration()
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         return samples[order[:count]].split(size)
@@ -65,24 +72,24 @@ class Task:
 def arrays(name: str) -> Any:
     folder: Path | None = data_folder()
     if folder is None:
-        raise FileNotFoundError("the data sets are not here: set FXFACT_DATA to their folder")
+        raise FileNotFoundError("the data sets are missing: set FXFACT_DATA to their folder")
     return np.load(folder / f"{name}.npz")
 
 
 def classified(inputs: Tensor, labels: Tensor, size: int = 250) -> Tests:
-    """100 for a right class, 0 for a wrong one."""
+    """Return tests that score 100 for a correct class and 0 for a wrong one."""
     parts = labels.split(size)
     return Tests(inputs.split(size), lambda number, output: 100.0 * (output.argmax(1) == parts[number]))
 
 
 def psnr(found: Tensor, truth: Tensor, peak: float) -> Tensor:
-    """In dB, of one image, as (1,)."""
+    """Return the peak signal-to-noise ratio of one image in dB, as (1,)."""
     return 10 * torch.log10(peak**2 / (found - truth).square().mean())[None]
 
 
 @cache
 def cifar10(name: str, *, normalised: bool) -> tuple[Tensor, Tensor]:
-    """Images and labels of a part of CIFAR-10."""
+    """Return images and labels of a part of CIFAR-10."""
     data = arrays(name)
     x = torch.from_numpy(data["x"]).float()
     if normalised:
@@ -111,7 +118,7 @@ def denoising() -> Tests:
 
 @cache
 def noisy_patches() -> Tensor:
-    """Of the luma of Set5, every 32 pixels, with noise of the same deviation."""
+    """Return patches of the luma of Set5, one every 32 pixels, with noise of the same deviation as the tests."""
     names = _set5()
     clean = torch.cat([_patches(torch.from_numpy(arrays("set5")[f"{name}_hr_y"])[None, None] / 255) for name in names])
     return clean + 25 / 255 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
@@ -131,7 +138,7 @@ def super_resolution() -> Tests:
 
 @cache
 def small_patches() -> Tensor:
-    """Of Set12, reduced four times in size."""
+    """Return patches of Set12 at a quarter of its size."""
     images = arrays("set12")
     clean = [torch.from_numpy(images[name]).float()[None, None] / 255 for name in sorted(images.files)]
     reduced = [F.interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1) for x in clean]
@@ -143,7 +150,7 @@ def _set5() -> list[str]:
 
 
 def _patches(image: Tensor, size: int = _PATCH) -> Tensor:
-    """(count, 1, size, size), overlapping by half."""
+    """Return patches (count, 1, size, size) that overlap by half."""
     return F.unfold(image, size, stride=size // 2).transpose(1, 2).reshape(-1, 1, size, size)
 
 
@@ -156,7 +163,7 @@ def fashion(part: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def scaled(name: str, part: str, peak: float) -> tuple[Tensor, Tensor]:
-    """Samples of one channel, divided by ``peak``, and labels."""
+    """Return samples with one channel, divided by ``peak``, and labels."""
     data = arrays(name)
     return torch.from_numpy(data[f"{part}_x"]).float()[:, None] / peak, torch.from_numpy(data[f"{part}_y"])
 

@@ -1,4 +1,4 @@
-"""Networks for timing, with random weights: what people run beside ResNets."""
+"""Networks with random weights, for timing: architectures that are used beside ResNets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from benchmarks.networks import NETWORKS, Network
 
+# Widths; 0 is a pooling.
 _VGG = {11: (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0),
         16: (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)}  # fmt: skip
 
 
 def vgg(depth: int) -> nn.Module:
-    """The features of VGG-11 and VGG-16; 0 is a pooling."""
+    """Return the features of VGG-11 or VGG-16."""
     layers: list[nn.Module] = []
     into = 3
     for width in _VGG[depth]:
@@ -25,7 +26,7 @@ def vgg(depth: int) -> nn.Module:
 
 
 class UNet(nn.Module):
-    """Two convolutions at each of the widths, down and up again, in two or three dimensions."""
+    """A U-Net in two or three dimensions, with two convolutions at each width."""
 
     def __init__(self, order: int, into: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -58,8 +59,9 @@ class UNet(nn.Module):
 
 
 class Vocoder(nn.Module):
-    """From a mel spectrogram to a waveform, in the manner of HiFi-GAN: transposed convolutions, each followed by
-    residual dilated ones.
+    """A vocoder from mel spectrograms to waveforms, similar to HiFi-GAN.
+
+    Every transposed convolution is followed by residual dilated convolutions.
     """
 
     def __init__(self, width: int = 256) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import Executor
 from functools import partial
@@ -32,13 +33,13 @@ from fxfact.cli.inputs import (
 from fxfact.cli.output import plan_summary, print_progress, print_result, print_text
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
-from fxfact.planning import Latency, Loss, Macs, Params, Plan
+from fxfact.planning import ErrorCurveCache, Latency, Loss, Macs, Params, Plan
 from fxfact.serialization import save
 from fxfact.utils import compared, milliseconds, processes, relative_error
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss"),
-    *("factorization", "multiple_of", "include", "exclude", "fold_weights"),
+    *("factorization", "multiple_of", "include", "exclude", "fold_weights", "error_curves"),
 )
 
 
@@ -70,6 +71,7 @@ def plan(args: Arguments) -> int:
         raise ArgumentError("--keep-statistics writes the statistics of data. Pass --calibration as well.")
     check_output(args.output, *input_files(args))
     check_output(args.keep_statistics, args.output, args.model, args.weights, args.calibration)
+    check_output(args.error_curves, args.output, args.keep_statistics, *input_files(args))
     loaded = load_described_model(args)
     with processes(args.workers) as executor:
         options = _plan_options(args, loaded, executor)
@@ -78,6 +80,7 @@ def plan(args: Arguments) -> int:
         made = api.plan(loaded.model, args.factorization, **options)
     if args.keep_statistics:
         options["calibration"].save(args.keep_statistics)
+    _save_error_curves(args, options)
     if args.output:
         made.save(args.output)
     print_result(args, made, {"plan": made.to_json(), **plan_summary(made)})
@@ -97,8 +100,10 @@ def compress(args: Arguments) -> int:
             statistics = _collect(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
         else:
-            network = api.factorize(loaded.model, args.factorization, **_plan_options(args, loaded, executor))
+            options = _plan_options(args, loaded, executor)
+            network = api.factorize(loaded.model, args.factorization, **options)
             made = api.plan_of(network)
+            _save_error_curves(args, options)
     if loaded.inputs is not None and made.rewrites:
         analysis.check_rewrite(loaded.model, network, loaded.inputs)
     if as_program and not isinstance(network, ExportedProgram):
@@ -201,6 +206,8 @@ def _plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | Non
             "With --statistics, --calibration only measures a plan for a budget. Pass a budget such as --macs 0.5, or "
             "remove --calibration."
         )
+    if args.error_curves and not budgets:
+        raise ArgumentError("--error-curves is only used with a budget. Pass one, such as --macs 0.5, or remove it.")
     data, held_out = _read_data(args, loaded, held_out=args.loss is not None)
     return {
         "rank": args.rank,
@@ -213,6 +220,7 @@ def _plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | Non
         "calibration": data,
         "held_out": held_out or None,
         "likelihood": args.likelihood,
+        "error_curves": _load_error_curves(args),
         "executor": executor,
         "progress": args.progress,
     }
@@ -248,11 +256,24 @@ def _read_data(
     return split_held_out(batches) if held_out and batches else (batches or None, [])
 
 
+def _load_error_curves(args: Arguments) -> ErrorCurveCache | None:
+    """Return the curves of the file that --error-curves names, or an empty cache if it does not exist yet."""
+    if args.error_curves is None:
+        return None
+    return ErrorCurveCache.load(args.error_curves) if os.path.exists(args.error_curves) else ErrorCurveCache()
+
+
+def _save_error_curves(args: Arguments, options: dict[str, Any]) -> None:
+    if args.error_curves is not None:
+        options["error_curves"].save(args.error_curves)
+
+
 def _check_compress(args: Arguments) -> None:
     """Raise ArgumentError or FileError for arguments that contradict each other, before anything is loaded."""
     if not args.output.endswith((".pt2", ".pt")):
         raise ArgumentError(f"-o must be NAME.pt2 (a program) or NAME.pt (weights), got {args.output}.")
-    check_output(args.output, args.plan, *input_files(args))
+    check_output(args.output, args.plan, args.error_curves, *input_files(args))
+    check_output(args.error_curves, args.plan, *input_files(args))
     if not args.plan:
         return
     if decided := [name for name in _DECIDED_BY_PLAN if getattr(args, name) is not None]:

@@ -259,6 +259,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--likelihood", choices=["categorical", "gaussian"], help="what the output is: logits of classes, or numbers"
     )
     group.add_argument("--statistics", metavar="FILE", help="statistics that an earlier plan --keep-statistics wrote")
+    group.add_argument(
+        "--error-curves",
+        metavar="FILE",
+        help="a cache of the error curves of a budget. The file is read if it exists, and then updated. Further plans "
+        "from the same statistics take seconds",
+    )
 
 
 def _add_computation(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
-"""Real networks × factorizations: everything that a factorized network owes its user, at once.
+"""Every factorization on real networks: exact graphs, ranks, copies, compilation, export and training.
 
-The trained networks need weights from FXFACT_DATA (or ``../shared/data``); where those are absent they are skipped.
+The trained networks need weights from FXFACT_DATA (or ``../shared/data``). Without them they are skipped.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ from fxfact.factorizations import Factorization
 from fxfact.utils import relative_error
 from tests.support import ALL, EVERY_STAGE, by_name, params_of, quick, with_composed_kernels
 
-LARGE = ("resnet18", "resnet50", "resnet56", "squeezenet")
+pytestmark = pytest.mark.integration
+
 factorizations = pytest.mark.parametrize("factorization", ALL, ids=by_name)
-networks = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in NETWORKS]
-)
+networks = pytest.mark.parametrize("name", list(NETWORKS))
 
 
-def load(name: str) -> tuple[nn.Module, Tensor]:
+def load_network(name: str) -> tuple[nn.Module, Tensor]:
     network = NETWORKS[name]
     if network.weights and data_folder() is None:
-        pytest.skip("trained weights are not here: set FXFACT_DATA to their folder")
+        pytest.skip("trained weights are missing: set FXFACT_DATA to their folder")
     return network.load(), torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0))
 
 
 @networks
 @factorizations
-def test_everything_at_half_the_parameters(name: str, factorization: Factorization) -> None:
-    model, x = load(name)
+def test_network_at_half_the_parameters_keeps_every_promise(name: str, factorization: Factorization) -> None:
+    model, x = load_network(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = fxfact.factorize(model, quick(factorization), rank=0.5, example_inputs=x, verify=True)
     plan = fxfact.plan_of(result)
@@ -54,11 +53,11 @@ def test_everything_at_half_the_parameters(name: str, factorization: Factorizati
     with torch.no_grad():
         assert relative_error(found, again.eval()(x)) == 0
     check_compiled_and_exported(result, x, found)
-    check_a_step_lowers_the_loss(result, x)
+    check_one_step_lowers_the_loss(result, x)
 
 
 def check_rank(decision: fxfact.Decision, result: nn.Module) -> None:
-    """At most half of the parameters, and over half at the next higher rank."""
+    """The chain has at most half of the parameters, and more than half at the next higher rank."""
     method, spec = decision.factorization, decision.spec
     assert method is not None
     assert spec is not None
@@ -76,8 +75,8 @@ def check_compiled_and_exported(result: nn.Module, x: Tensor, found: object) -> 
         assert relative_error(found, torch.export.export(result, (x,)).module()(x)) < 1e-5
 
 
-def check_a_step_lowers_the_loss(result: nn.Module, x: Tensor) -> None:
-    """One step of gradient descent, short enough for its first-order promise to hold."""
+def check_one_step_lowers_the_loss(result: nn.Module, x: Tensor) -> None:
+    """One step of gradient descent lowers the loss. The step is short, so that the first-order term dominates."""
 
     def loss() -> Tensor:
         return sum((y.square().mean() for y in tree_leaves(tuned(x))), torch.zeros(()))
@@ -94,24 +93,23 @@ def check_a_step_lowers_the_loss(result: nn.Module, x: Tensor) -> None:
 
 @networks
 @pytest.mark.parametrize("factorization", EVERY_STAGE, ids=by_name)
-def test_at_full_rank_the_network_is_the_original(name: str, factorization: Factorization) -> None:
-    model, x = load(name)
-    chosen = fxfact.plan(model, factorization, rank=10**6, allow_growth=True, include=small_enough)
+def test_network_at_full_rank_equals_the_original(name: str, factorization: Factorization) -> None:
+    model, x = load_network(name)
+    chosen = fxfact.plan(model, factorization, rank=10**6, allow_growth=True, include=is_narrow)
     result = fxfact.apply(chosen, model)
     with torch.no_grad():
         assert relative_error(model(x), result(x)) < 1e-4
     assert all(len(decision.stages) > 1 for decision in chosen.rewrites)
 
 
-def small_enough(path: str, spec: ConvSpec) -> bool:
-    """Full rank of CP and TT is many times the channels: on wide layers that is gigabytes, and proves nothing new."""
+def is_narrow(path: str, spec: ConvSpec) -> bool:
+    """Leave out wide layers, where the full rank of CP and TT takes gigabytes and tests nothing new."""
     return max(spec.in_channels, spec.out_channels) <= 128
 
 
-@pytest.mark.slow
 @factorizations
 def test_inductor_compiles_every_factorization(factorization: Factorization) -> None:
-    model, x = load("wide_resnet8")
+    model, x = load_network("wide_resnet8")
     result = fxfact.factorize(model, [quick(factorization), "pointwise_svd"], rank=0.5, example_inputs=x)
     torch._dynamo.reset()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The networks that the benchmarks measure are the ones that their data describes."""
+"""The networks of the benchmarks are those that their data describes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from benchmarks.tasks import TASKS
 QUICK = ("fashion_cnn", "fsdd_conv1d", "adrenal_conv3d", "lapsrn")
 
 
-@pytest.mark.skipif(data_folder() is None, reason="data sets are not here: set FXFACT_DATA to their folder")
+@pytest.mark.skipif(data_folder() is None, reason="data sets are missing: set FXFACT_DATA to their folder")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TASKS]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.integration]) for name in TASKS]
 )
-def test_the_dense_network_reaches_its_published_figure(name: str) -> None:
+def test_dense_network_reaches_its_published_score(name: str) -> None:
     task = TASKS[name]
-    assert task.figure(NETWORKS[name].load()) == pytest.approx(task.dense, abs=0.06 if "%" in task.unit else 0.002)
+    assert task.score(NETWORKS[name].load()) == pytest.approx(task.dense, abs=0.06 if "%" in task.unit else 0.002)
 
 
 def test_resnets_have_their_known_number_of_parameters() -> None:

@@ -148,6 +148,21 @@ def test_plan_is_made_kept_and_applied(workspace: Path, capsys: pytest.CaptureFi
     assert 0 < bound["measured_loss_increase"] <= 1e-4
 
 
+def test_error_curves_are_reused_by_later_plans(
+    workspace: Path, run_json: RunJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--factorization", "tucker", "--error-curves", "curves.json"]
+    kept = ["--calibration", "data.npy", "--keep-statistics", "kept.npz"]
+    run_json("plan", "net.pt2", *data, "--macs", "0.5", *kept)
+    before = Path("curves.json").read_bytes()
+    assert len(fxfact.ErrorCurveCache.load("curves.json")) == 2
+    monkeypatch.setattr("fxfact.planning.allocation.error_curve", lambda *args: pytest.fail("a curve was computed"))
+    found = run_json("plan", "net.pt2", *data, "--macs", "0.6", "--statistics", "kept.npz")
+    assert found["after"]["macs"] <= 0.6 * found["before"]["macs"]
+    run_json("compress", "net.pt2", "-o", "s.pt2", *data, "--macs", "0.7", "--statistics", "kept.npz")
+    assert Path("curves.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("budget", [fxfact.Macs(0.5), fxfact.Loss(1e-4), None], ids=str)
 def test_compress_writes_what_factorize_returns(workspace: Path, run_json: RunJson, budget: Any) -> None:
     size = {"Macs": ["--macs", "0.5"], "Loss": ["--loss", "1e-4"]}.get(type(budget).__name__, ["--rank", "0.4"])

@@ -1,12 +1,12 @@
-"""How much of what a budget cost comes back by repairs and by a short distillation, without labels.
+"""How much of the accuracy that a budget cost refitting and a short distillation bring back, without labels.
 
-    python -m benchmarks.recovery                                              # half an hour on two cores
-    python -m benchmarks.recovery --shares 0.321 --seconds 900 --samples 7994  # beside the record of ALDS
+    python -m benchmarks.distillation                                              # half an hour on two cores
+    python -m benchmarks.distillation --shares 0.321 --seconds 900 --samples 7994  # to compare with ALDS
 
-Ranks are chosen on the samples that are learned from, not those tested. With random flips and shifts by up to four
-pixels for images, and mixup, since the networks were trained on these samples. ALDS (Liebenwein et al. 2021) reports
-for ResNet-20 on CIFAR-10 67.9 % fewer MACs at 0.47 points less, retrained in full on all 50,000 images with their
-labels. Needs the trained weights and data sets (FXFACT_DATA).
+The ranks are chosen on the samples that are learned from, not on those tested. Images are flipped and shifted at random
+by up to four pixels, and mixed (mixup), because the networks were trained on these samples. For ResNet-20 on CIFAR-10,
+ALDS (Liebenwein et al. 2021) reports 67.9 % fewer MACs at 0.47 points less, after complete retraining on all 50,000
+images with their labels. Needs the trained weights and data sets (FXFACT_DATA).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.report import save, show
 from benchmarks.tasks import TASKS
 
 
-def moved(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Each mirrored or not, and shifted by up to four pixels either way, zeros coming in."""
+def flip_and_shift(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Flip each image at random, and shift it by up to four pixels in both directions, filling with zeros."""
     count, _, height, width = images.shape
     mirror = torch.rand(count, generator=draw) < 0.5
     images = torch.where(mirror[:, None, None, None], images.flip(3), images)
@@ -47,20 +47,20 @@ def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str
     small = fxfact.factorize(model, budget=fxfact.Macs(share), calibration=batches, example_inputs=example, **options)
     plan = fxfact.plan_of(small)
     options["seed"] = given.seed
-    repaired, repair = fxfact.refit(small, model, batches, **options)
+    refitted, refit = fxfact.refit(small, model, batches, **options)
     augment = (
-        partial(moved, draw=torch.Generator().manual_seed(given.seed))
+        partial(flip_and_shift, draw=torch.Generator().manual_seed(given.seed))
         if given.augment and batches[0].ndim == 4
         else None
     )
-    recovered, recovery = fxfact.distill(
-        repaired, model, batches, steps=10**6, seconds=given.seconds, lr=given.lr, augment=augment, patience=10**6,
+    distilled, distillation = fxfact.distill(
+        refitted, model, batches, steps=10**6, seconds=given.seconds, lr=given.lr, augment=augment, patience=10**6,
         mixup=given.mixup, **options,
     )  # fmt: skip
     states: list[tuple[str, nn.Module, float, int]] = [
         ("ours", small, 0.0, 0),
-        ("repaired", repaired, repair.seconds, 0),
-        ("recovered", recovered, recovery.seconds, recovery.steps),
+        ("refitted", refitted, refit.seconds, 0),
+        ("distilled", distilled, distillation.seconds, distillation.steps),
     ]
     found = []
     for what, network, seconds, steps in states:
@@ -80,17 +80,17 @@ def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(TASKS), default=["resnet20"])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35], help="of the MACs")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35], help="budgets, as shares of the MACs")
     parser.add_argument("--seconds", type=float, default=300, help="of distillation")
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--mixup", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", default="recovery", help="the name of the JSON file in benchmarks/results")
+    parser.add_argument("--save", default="distillation", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
     rows = [row for name in given.networks for share in given.shares for row in rows_of(name, share, given)]
-    show("recovered without labels", rows, ".4g")
+    show("refitted and distilled without labels", rows, ".4g")
     save(given.save, {"seconds": given.seconds, "samples": given.samples, "rows": rows})
 
 

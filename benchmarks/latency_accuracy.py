@@ -1,12 +1,13 @@
-"""What a budget of milliseconds costs trained networks at their tasks: ours, and uniform Tucker that measures as fast.
+"""Accuracy of trained networks under a budget of milliseconds: fxfact, compared with uniform Tucker at the same speed.
 
-    python -m benchmarks.clocked                                     # all networks: hours on two cores
-    python -m benchmarks.clocked --networks resnet20 --shares 0.6    # some minutes
+    python -m benchmarks.latency_accuracy                                     # all networks: hours on two cores
+    python -m benchmarks.latency_accuracy --networks resnet20 --shares 0.6    # some minutes
 
-``faster`` is the time of the dense network in its fastest form over that of the result in its own, taking turns.
-Uniform Tucker has the largest fraction everywhere that measures at least as fast as ours, found by halving. No labels,
-no fine-tuning; ``difference`` is from the dense network on the same samples, ``±`` its paired standard error, ``KL``
-the mean divergence from it, in nats for one sample. Needs the trained weights and data sets (FXFACT_DATA).
+``faster`` is the time of the dense network divided by that of the result, both in their fastest forms, measured in
+turns. Uniform Tucker uses the largest fraction that measures at least as fast as fxfact, found by bisection. No labels
+and no fine-tuning. ``difference`` is the difference from the dense network on the same samples, ``±`` its paired
+standard error, and ``KL`` the mean divergence from it, in nats for one sample. Needs the trained weights and data sets
+(FXFACT_DATA).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task
 from fxfact.utils import side_by_side
 
-_HALVINGS = 6
+_BISECTIONS = 6
 
 
-class Race:
-    """One trained network, timed on a batch of what it is calibrated on."""
+class Comparison:
+    """Measures one trained network. It is timed on a batch of its calibration samples."""
 
     def __init__(self, name: str, given: argparse.Namespace) -> None:
         self._task: Task = TASKS[name]
@@ -41,7 +42,7 @@ class Race:
         self._dense = fxfact.for_inference(self._model, self._x)
 
     def rows(self, share: float) -> list[dict[str, Any]]:
-        """Ours and uniform Tucker."""
+        """Return a row for fxfact and one for uniform Tucker."""
         ours = fxfact.factorize(
             self._model,
             budget=fxfact.Latency(share),
@@ -52,7 +53,7 @@ class Race:
         aim = self._faster(ours)
         found = [self._row(f"ours at {share}", ours, aim)]
         low, high, best = 0.0, 1.0, None
-        for _ in range(_HALVINGS):
+        for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             tucker = fxfact.factorize(self._model, "tucker", rank=middle, example_inputs=self._x)
             network = fxfact.for_inference(tucker, self._x)
@@ -82,22 +83,24 @@ class Race:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6], help="budgets, of the dense time")
-    parser.add_argument("--samples", type=int, default=512, help="to calibrate on")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.8, 0.6], help="budgets, as shares of the dense time"
+    )
+    parser.add_argument("--samples", type=int, default=512, help="number of calibration samples")
     parser.add_argument("--batch", type=int, default=32, help="samples in a call")
-    parser.add_argument("--tests", type=int, default=None, help="batches to test on; default: all")
+    parser.add_argument("--tests", type=int, default=None, help="number of test batches; default: all")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--save", default="clocked", help="the name of the JSON file in benchmarks/results")
+    parser.add_argument("--save", default="latency_accuracy", help="the name of the JSON file in benchmarks/results")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     tables: dict[str, list[dict[str, Any]]] = {}
     for name in given.networks:
-        race = Race(name, given)
+        comparison = Comparison(name, given)
         tables[name] = []
         for share in given.shares:
             try:
-                tables[name] += race.rows(share)
+                tables[name] += comparison.rows(share)
             except fxfact.FxfactError as error:
                 tables[name].append({"rule": f"ours at {share}", "refused": str(error)})
             save(given.save, tables)
