@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from torch.utils import _pytree
 import fxfact
 from fxfact.errors import ArgumentTypeError, FileError, FxfactError, PlanError
 from fxfact.factorizations import Tucker
-from fxfact.utils import Timer
-from tests.support import rewrite_archive
+from tests.support import FakeTimer, rewrite_archive
 
 
 class Net(nn.Module):
@@ -271,19 +269,10 @@ def test_load_says_which_package_a_program_needs(tmp_path: Path, capfd: pytest.C
     assert "Traceback" not in capfd.readouterr().err
 
 
-class _EvenTimer(Timer):
-    """Finds every call equally fast."""
-
-    def turns(self, calls: Sequence[Callable[[], Any]], **options: Any) -> list[list[float]]:
-        for call in calls:
-            call()
-        return [[1.0] for _ in calls]
-
-
 def test_load_repeats_inference_passes_and_a_second_factorization(x: Tensor, tmp_path: Path) -> None:
     swapped = fxfact.factorize(net(), "tucker", rank=0.5, example_inputs=x, capture="modules")
     again = fxfact.factorize(swapped, "channel_svd", rank=0.5, example_inputs=x, allow_growth=True)
-    for network in (again, *(fxfact.for_inference(each, x, timer=_EvenTimer()) for each in (swapped, again))):
+    for network in (again, *(fxfact.for_inference(each, x, timer=FakeTimer()) for each in (swapped, again))):
         fxfact.save(network, tmp_path / "small.pt")
         loaded = fxfact.load(tmp_path / "small.pt", net(1))
         assert torch.equal(loaded(x), network(x))
