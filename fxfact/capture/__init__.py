@@ -1,4 +1,4 @@
-"""A model becomes rewritable: traced, by its modules, or exported. Each is compared with the model."""
+"""Makes models ready for rewriting: as a traced graph, by their modules, or as an exported program."""
 
 from fxfact.capture.base import (
     Arguments,

@@ -1,4 +1,4 @@
-"""What every frontend of the capture ladder takes and gives, and how a model is looked at without touching it."""
+"""The result of a capture, and helpers that run a model without changing it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fxfact.errors import CaptureError
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Frontend = Literal["trace", "modules", "export"]
-_ONE_AT_A_TIME = RLock()
+_RNG_LOCK = RLock()
 
 
 class Arguments(NamedTuple):
-    """Example inputs that are both positional and keyword arguments."""
+    """Example inputs with both positional and keyword arguments."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -34,14 +34,25 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Captured:
-    """A ``model`` (the name of its class) made ready for rewriting: its structure is a private copy, its parameters
-    still the model's own memory.
+    """A model that is ready for rewriting.
 
-    ``frontend``: 'trace', ``network`` is a graph of the whole model; 'modules', it is the model itself, keeping its own
-    Python; 'export', it is the graph of ``program``. ``found`` has every convolution, in the order of the calls.
-    ``macs`` is the whole network's for one sample, None without example inputs. ``fold_weights`` and
-    ``leaf_modules`` are what was asked for. ``compared``: with the model, on ``example_inputs``. ``refused`` says why higher
-    frontends, or those that reach fewer convolutions, were not taken.
+    The network is a private copy of the model's structure. Its parameters use the model's memory.
+
+    Attributes:
+        frontend: how the model was captured. 'trace': ``network`` is a graph of the whole model. 'modules':
+            ``network`` is a copy of the model with its own Python code. 'export': ``network`` is the graph of
+            ``program``.
+        model: the name of the model's class.
+        network: the private copy.
+        found: every convolution, in the order of the calls, or a Skip that says why it cannot be rewritten.
+        macs: the multiply-accumulates of the whole network for one sample. None without example inputs.
+        samples: the number of samples in the example inputs.
+        program: the exported program, if the model is one.
+        fold_weights: whether computed weights were folded into parameters.
+        leaf_modules: globs on the paths of modules that were not traced into.
+        compared: whether the network was compared with the model on ``example_inputs``.
+        example_inputs: the example inputs, if any.
+        refused: why other front ends were not used.
     """
 
     frontend: Frontend
@@ -64,7 +75,10 @@ class Captured:
 
 
 def arguments_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: a tuple is the former, a mapping the latter, a tensor one argument."""
+    """Return positional and keyword arguments.
+
+    A tuple or list has the positional arguments, a mapping the keyword arguments. A tensor is the only argument.
+    """
     if isinstance(example_inputs, Arguments):
         return tuple(example_inputs.args), dict(example_inputs.kwargs)
     if isinstance(example_inputs, Mapping):
@@ -73,22 +87,25 @@ def arguments_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
 
 
 def check_arguments(model: nn.Module, example_inputs: ExampleInputs) -> inspect.BoundArguments:
-    """The arguments bound to the names of ``model.forward``, defaults included. Raises CaptureError."""
+    """Bind the example inputs to the parameters of ``model.forward``, with defaults. Raises CaptureError."""
     args, kwargs = arguments_of(example_inputs)
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise CaptureError(
-            f"example_inputs do not fit {type(model).__name__}.forward: {error}. A tuple is the arguments, a dict the "
-            "keyword arguments, a tensor one argument."
+            f"example_inputs do not fit {type(model).__name__}.forward: {error}. Pass a tuple of positional arguments, "
+            "a dict of keyword arguments, or a tensor as the only argument."
         ) from error
     bound.apply_defaults()
     return bound
 
 
 def samples_of(example_inputs: Any, sites: Sequence[ConvSite] = ()) -> int:
-    """How many samples the inputs (tensors, or what records their shapes) have: the first size of the first of them,
-    unless a convolution sees no batch.
+    """Return the number of samples in the inputs: the first size of the first tensor.
+
+    Args:
+        example_inputs: tensors, or records of their shapes, in containers.
+        sites: the convolutions. If one of them is called on a single sample without a batch axis, the result is 1.
     """
     batched = all(len(shape) == site.spec.order + 2 for site in sites for shape in site.input_shapes or ())
     sizes = [int(shape[0]) for shape in _shapes(example_inputs) if shape]
@@ -96,7 +113,10 @@ def samples_of(example_inputs: Any, sites: Sequence[ConvSite] = ()) -> int:
 
 
 def random_like(example_inputs: Any) -> Any:
-    """Other inputs of the same shapes: numbers with the same mean and deviation, integers and flags reordered."""
+    """Return random inputs of the same shapes.
+
+    Floating-point tensors get normal numbers with the same mean and standard deviation. Other tensors are shuffled.
+    """
     random_state = torch.Generator().manual_seed(1)
 
     def draw(value: Any) -> Any:
@@ -112,12 +132,12 @@ def random_like(example_inputs: Any) -> Any:
 
 
 def copy_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``arguments_of`` copies, which a model may write to."""
-    return arguments_of(tree_map(_copied, example_inputs))
+    """Return positional and keyword arguments that are copies, so that a model may write to them."""
+    return arguments_of(tree_map(_copy_value, example_inputs))
 
 
 def run_model(forward: Callable[..., Any], example_inputs: ExampleInputs) -> Any:
-    """The output on copies of the inputs, without gradients; whatever is random is drawn alike in every run."""
+    """Return the output on copies of the inputs, without gradients. Every run uses the same random numbers."""
     args, kwargs = copy_arguments(example_inputs)
     with torch.no_grad(), seeded_rng():
         return forward(*args, **kwargs)
@@ -125,10 +145,11 @@ def run_model(forward: Callable[..., Any], example_inputs: ExampleInputs) -> Any
 
 @contextmanager
 def seeded_rng(seed: int = 0) -> Iterator[None]:
-    """Torch's, NumPy's and Python's own generators at this seed inside, and as they were outside. They are those of all
-    threads: one at a time.
+    """Seed the global generators of PyTorch, NumPy and Python, and restore their states at exit.
+
+    All threads share these generators, so only one thread at a time is inside.
     """
-    with _ONE_AT_A_TIME:
+    with _RNG_LOCK:
         states = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng():
@@ -142,28 +163,28 @@ def seeded_rng(seed: int = 0) -> Iterator[None]:
 
 
 def rng_states() -> tuple[Any, ...]:
-    """Where those generators stand."""
-    _, keys, place, *_ = cast(tuple[Any, ...], np.random.get_state())
-    return torch.get_rng_state().tolist(), keys.tolist(), place, random.getstate()
+    """Return the states of the three global generators, to compare them."""
+    _, keys, position, *_ = cast(tuple[Any, ...], np.random.get_state())
+    return torch.get_rng_state().tolist(), keys.tolist(), position, random.getstate()
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
+    """Return the first line of an error's message, or the name of its type if it has none."""
     text = str(error.__cause__ or error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _copied(value: Any) -> Any:
+def _copy_value(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     try:
-        return copy.deepcopy(value)  # it may hold tensors that forward writes to
+        return copy.deepcopy(value)  # an object may hold tensors that forward writes to
     except Exception:
         return value
 
 
 def _shapes(values: Any) -> Iterator[tuple[int, ...]]:
-    """Of every tensor, or what describes one, in containers."""
+    """Iterate over the shapes of all tensors, or records of tensors, in containers."""
     if hasattr(values, "shape"):
         yield tuple(values.shape)
     elif isinstance(values, Mapping | list | tuple):

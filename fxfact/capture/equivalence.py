@@ -1,70 +1,145 @@
-"""What a capture is compared with: the model itself, run on its example inputs and on others drawn alike."""
+"""Compares a captured network with the model, on the example inputs and on random inputs like them."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxfact.capture.base import ExampleInputs, check_arguments, random_like, reason_of, run_model
 from fxfact.capture.guards import OriginalTensorGuard, ParameterGuard
+from fxfact.capture.private_copy import PrivateCopy
 from fxfact.capture.recorder import ModuleRecord, record_modules
+from fxfact.conv import has_hooks
 from fxfact.errors import CaptureError
-from fxfact.utils import alias_copy, copy_structure, difference, to_eval
+from fxfact.graph import preserve_state
+from fxfact.utils import copy_structure, difference, to_eval
 
-_SAME = 0.1  # of what rounding may do to other kernels: here they are the same, and so are the operators
+_STRICTNESS = 0.1  # the share of the usual tolerance: a captured network runs the same operators as the model
 
 
 @dataclass(frozen=True, eq=False)
 class EquivalenceCheck:
-    """What the model itself gives on the example inputs and, where it runs on them, on others drawn alike."""
+    """The outputs of the model that a captured network must reproduce.
+
+    Attributes:
+        model: the model itself, which is not run.
+        runs: pairs of inputs and outputs: the example inputs, and random ones if the model runs on them.
+    """
 
     model: nn.Module
     runs: tuple[tuple[ExampleInputs, Any], ...]
-    observed: ModuleRecord
 
     @classmethod
-    def of(cls, model: nn.Module, own: nn.Module, example_inputs: ExampleInputs) -> EquivalenceCheck:
-        """``own`` is a copy with what is to be folded folded. Raises CaptureError where the model does not run on its
-        example inputs, or not twice alike.
+    def of(cls, model: nn.Module, copies: PrivateCopy, example_inputs: ExampleInputs) -> EquivalenceCheck:
+        """Run a private copy of the model in evaluation mode.
+
+        Args:
+            model: the model.
+            copies: private copies of the model.
+            example_inputs: the inputs to run on.
+
+        Raises:
+            CaptureError: if the model does not run on its example inputs, changes a parameter, or returns no tensors.
         """
         check_arguments(model, example_inputs)
-        plain, watched = to_eval(alias_copy(model)), copy_structure(own)
-        try:
-            with OriginalTensorGuard(model):
-                observed = record_modules(watched, example_inputs)
-            runs = [(example_inputs, _run(plain, example_inputs, model))]
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(
-                f"{type(model).__name__} fails on example_inputs: {reason_of(error)}. Pass inputs that it accepts."
-            ) from error
-        if reason := difference(runs[0][1], observed.output, strictness=_SAME):
-            raise CaptureError(
-                f"two runs of {type(model).__name__} from one seed are not alike: {reason}. Make it deterministic, and "
-                "return tensors; or pass no example_inputs."
-            )
-        other = random_like(example_inputs)
-        with contextlib.suppress(Exception):  # drawn inputs need not be ones that the model takes
-            runs.append((other, _run(plain, other, model)))
-        return cls(model, tuple(runs), observed)
+        network, name = copies.get(), type(model).__name__
+        with _evaluation_mode(network), _explain_failure(name):
+            guard = ParameterGuard(network)
+            with guard, OriginalTensorGuard(model):
+                output = run_model(network, example_inputs)
+            guard.check()
+            if reason := difference(output, output, strictness=_STRICTNESS):
+                raise CaptureError(f"{name} cannot be compared: {reason}. Return tensors, or pass no example_inputs.")
+            runs = [(example_inputs, output)]
+            random_inputs = random_like(example_inputs)
+            with contextlib.suppress(Exception):  # the model need not accept random inputs
+                runs.append((random_inputs, _run(network, random_inputs, model)))
+        return cls(model, tuple(runs))
 
-    def objection(self, candidate: nn.Module) -> str:
-        """Why the candidate does not compute the same; empty where it does."""
-        candidate.eval()
+    def mismatch(self, network: nn.Module) -> str:
+        """Say why a network does not compute what the model computes, or return "" if it does.
+
+        The network is put in evaluation mode and stays in it.
+        """
+        to_eval(network)
         for inputs, expected in self.runs:
             try:
-                found = _run(candidate, inputs, self.model)
+                found = _run(network, inputs, self.model)
             except Exception as error:
                 return f"it fails where the model does not: {reason_of(error)}"
-            if reason := difference(expected, found, strictness=_SAME):
+            if reason := difference(expected, found, strictness=_STRICTNESS):
                 return reason
         return ""
+
+    def graph_mismatch(self, graph_module: fx.GraphModule) -> str:
+        """Say why a graph module does not compute what the model computes, or return "" if it does.
+
+        The graph module stays as it is. It is copied if its modules may keep a state of their own.
+        """
+        calls = [node for node in graph_module.graph.nodes if node.op == "call_module"]
+        parts = [part for node in calls for part in graph_module.get_submodule(str(node.target)).modules()]
+        if not all(type(part).__module__.startswith("torch.nn") and not has_hooks(part) for part in parts):
+            return self.mismatch(copy_structure(graph_module))
+        with preserve_state(graph_module):
+            return self.mismatch(graph_module)
+
+    def record(self, network: nn.Module) -> ModuleRecord:
+        """Run a private copy again and record the calls of its convolutions.
+
+        Args:
+            network: the copy, which cannot be used again.
+
+        Raises:
+            CaptureError: if the second run differs from the first.
+        """
+        name = type(self.model).__name__
+        with _explain_failure(name), OriginalTensorGuard(self.model):
+            record = record_modules(network, self.runs[0][0])
+        self._check_repeated(record.output)
+        return record
+
+    def check_deterministic(self, network: nn.Module) -> None:
+        """Run a private copy again. Raises CaptureError if the second run differs from the first."""
+        with _explain_failure(type(self.model).__name__):
+            self._check_repeated(_run(to_eval(network), self.runs[0][0], self.model))
+
+    def _check_repeated(self, output: Any) -> None:
+        if reason := difference(self.runs[0][1], output, strictness=_STRICTNESS):
+            raise CaptureError(
+                f"two runs of {type(self.model).__name__} from one seed are not alike: {reason}. Make it "
+                "deterministic, or pass no example_inputs."
+            )
 
 
 def _run(network: nn.Module, example_inputs: ExampleInputs, model: nn.Module) -> Any:
     with ParameterGuard(network), OriginalTensorGuard(model):
         return run_model(network, example_inputs)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode, and restore the modes of its modules at exit."""
+    modes = {module: module.training for module in network.modules()}
+    to_eval(network)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _explain_failure(name: str) -> Iterator[None]:
+    """Turn an error of the model into a CaptureError that says on what it failed."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{name} fails on example_inputs: {reason_of(error)}. Pass inputs that it accepts."
+        ) from error

@@ -1,4 +1,4 @@
-"""The third frontend: an ExportedProgram in, an ExportedProgram out."""
+"""The front end 'export': captures an exported program, and exports the rewritten program again."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ from torch.utils._pytree import tree_unflatten
 
 from fxfact.capture.base import Arguments, Captured, reason_of, samples_of
 from fxfact.errors import CaptureError
-from fxfact.graph import check_invariants, fold_computed_weights, match, record_macs
+from fxfact.graph import checked_match, fold_computed_weights, record_macs
 from fxfact.utils import alias_copy
 
 
 def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Captured:
-    """The convolutions of an exported program. Raises CaptureError where it has no example inputs any more."""
+    """Capture an exported program.
+
+    Args:
+        program: the program.
+        fold_weights: whether to fold weights that the graph computes from parameters.
+
+    Raises:
+        CaptureError: if the program has lost its example inputs.
+    """
     graph_module = alias_copy(program.module(check_guards=False))
     assert isinstance(graph_module, fx.GraphModule)
     if fold_weights:
         fold_computed_weights(graph_module)
     graph_module.recompile()
-    check_invariants(graph_module, "behind the capture of an ExportedProgram")
-    found = match(graph_module)
+    found = checked_match(graph_module, "after the capture of an ExportedProgram")
     inputs = inputs_of(program)
     samples = samples_of(inputs, found.sites)
     return Captured(
@@ -34,7 +41,7 @@ def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) ->
         model=type(program).__name__,
         network=graph_module,
         found=found.found,
-        macs=_macs(graph_module, inputs, samples),
+        macs=_count_macs(graph_module, inputs, samples),
         samples=samples,
         program=program,
         example_inputs=inputs,
@@ -43,19 +50,27 @@ def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) ->
 
 
 def reexport(program: ExportedProgram, graph_module: fx.GraphModule) -> ExportedProgram:
-    """Export a rewritten ``program.module()`` with the program's dynamic shapes and names. Raises CaptureError."""
+    """Export a rewritten ``program.module()`` with the dynamic shapes and output names of the program.
+
+    Args:
+        program: the original program.
+        graph_module: its rewritten module.
+
+    Raises:
+        CaptureError: if ``torch.export.export`` fails.
+    """
     args, kwargs = inputs_of(program)
     shapes = _dynamic_shapes(program)
     try:
-        again = torch.export.export(graph_module, args, kwargs, dynamic_shapes=shapes)
+        exported = torch.export.export(graph_module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise CaptureError(f"the rewritten program cannot be exported again: {reason_of(error)}") from error
-    _name_outputs(again, program.graph_signature.user_outputs)
-    return again
+    _name_outputs(exported, program.graph_signature.user_outputs)
+    return exported
 
 
 def _name_outputs(program: ExportedProgram, names: Sequence[Any]) -> None:
-    """Call the nodes that are the program's outputs by these names, and others that have them something else."""
+    """Give the output nodes these names. Other nodes that have such a name get a new one."""
     signature = program.graph_signature
     for name, now in zip(names, signature.user_outputs, strict=True):
         nodes = {node.name: node for node in program.graph.nodes}
@@ -69,8 +84,8 @@ def _name_outputs(program: ExportedProgram, names: Sequence[Any]) -> None:
     program.graph_module.recompile()
 
 
-def _macs(graph_module: fx.GraphModule, inputs: Arguments, samples: int) -> int | None:
-    """None where they cannot be counted without computing."""
+def _count_macs(graph_module: fx.GraphModule, inputs: Arguments, samples: int) -> int | None:
+    """Return the MACs of one sample, or None if the network does not run on fake tensors."""
     try:
         return record_macs(graph_module, *inputs) // samples
     except Exception:
@@ -78,15 +93,15 @@ def _macs(graph_module: fx.GraphModule, inputs: Arguments, samples: int) -> int 
 
 
 def inputs_of(program: ExportedProgram) -> Arguments:
-    """What the program was exported with. Raises CaptureError where it has that no more."""
+    """Return the inputs that the program was exported with. Raises CaptureError if it has lost them."""
     if program.example_inputs is None:
-        raise CaptureError("the ExportedProgram has no example_inputs any more, which running it needs. Set them.")
+        raise CaptureError("the ExportedProgram has no example_inputs to run it on. Set program.example_inputs.")
     args, kwargs = program.example_inputs
     return Arguments(tuple(args), dict(kwargs))
 
 
 def _dynamic_shapes(program: ExportedProgram) -> Any:
-    """What ``torch.export.export`` needs to be told for the same sizes to stay symbolic, in the same ranges."""
+    """Return the ``dynamic_shapes`` that keep the same sizes symbolic, with the same ranges."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     names = [
         spec.arg.name if hasattr(spec.arg, "name") else None
@@ -108,7 +123,7 @@ def _dims_of(value: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any
 
 
 def _dim(size: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
-    """A named dimension for a symbol, a·symbol + b for one derived from it; any other is for the export to find."""
+    """Return the Dim of a symbolic size: a symbol, or a·symbol + b. Any other expression is left to the export."""
     expression = size.node.expr
     if len(expression.free_symbols) != 1:
         return Dim.AUTO
@@ -119,8 +134,8 @@ def _dim(size: Any, ranges: Mapping[Any, Any], dims: dict[str, Any]) -> Any:
     name = str(symbol)
     if name not in dims:
         bounds = ranges.get(symbol)
-        found = {} if bounds is None else {"min": str(bounds.lower), "max": str(bounds.upper)}
-        limits = {key: int(value) for key, value in found.items() if value.isdigit()}  # the others are infinite
+        given = {} if bounds is None else {"min": str(bounds.lower), "max": str(bounds.upper)}
+        limits = {key: int(value) for key, value in given.items() if value.isdigit()}  # other bounds are infinite
         dims[name] = Dim(name, **limits)
     derived = dims[name] if factor == 1 else int(factor) * dims[name]
     return derived if offset == 0 else derived + int(offset)

@@ -1,7 +1,7 @@
-"""Weights that are computed from other parameters become parameters themselves, where the caller agrees to it.
+"""Turns weights that are computed from other parameters into parameters.
 
-A convolution under weight normalization, spectral normalization or pruning has no weight to decompose, but its value in
-evaluation mode is a constant. Folding is for a private copy of a model: it takes that value and drops what computed it.
+A convolution with weight normalization, spectral normalization or pruning has no weight that can be decomposed. But in
+evaluation mode the value of its weight is constant.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ _SOURCES = ("_g", "_v", "_u", "_orig", "_mask")
 
 
 def fold_parametrizations(network: nn.Module) -> None:
-    """Give every convolution whose tensors are computed by ``torch.nn.utils`` the values it has in evaluation mode.
+    """Replace every computed weight of a convolution by a parameter with its value in evaluation mode, in place.
 
-    Parametrizations (``parametrize``, and so its ``weight_norm``, ``spectral_norm`` and ``orthogonal``), the older
-    hooks ``weight_norm`` and ``spectral_norm``, and ``prune``. The tensors they were computed from are dropped, not
-    written to.
+    This covers ``torch.nn.utils``: parametrizations, with ``weight_norm``, ``spectral_norm`` and ``orthogonal`` among
+    them, the older hooks ``weight_norm`` and ``spectral_norm``, and ``prune``. The tensors that the weight was computed
+    from are removed from the modules. Their memory is not written to.
+
+    Args:
+        network: a private copy of a model.
     """
     for module in list(network.modules()):
         if is_conv(module) and computes_weight(module):
@@ -39,16 +42,16 @@ def fold_parametrizations(network: nn.Module) -> None:
 
 
 def _fold_parametrizations(module: nn.Module) -> None:
-    """By hand: ``remove_parametrizations`` takes the property off a class that copies of the module share."""
+    """Fold parametrizations. ``remove_parametrizations`` would change a class that copies of the module share."""
     if not hasattr(module, "parametrizations"):
         return
     parametrizations = cast(nn.ModuleDict, module.parametrizations)
     values = {name: getattr(module, name).detach().clone() for name in parametrizations}
-    sources = {name: list(computing.parameters()) for name, computing in parametrizations.items()}
+    sources = {name: list(parametrization.parameters()) for name, parametrization in parametrizations.items()}
     module.__class__ = type(module).__bases__[0]
     del module.parametrizations
     for name, value in values.items():
-        _install(module, name, value, sources[name])
+        _set_parameter(module, name, value, sources[name])
 
 
 def _fold_hooks(module: nn.Module) -> None:
@@ -61,28 +64,28 @@ def _fold_hooks(module: nn.Module) -> None:
             continue
         hook(module, ())
         value = getattr(module, name).detach().clone()
-        held = [f"{name}{suffix}" for suffix in _SOURCES]
-        sources = [tensor for tensor in map(module._parameters.get, held) if tensor is not None]
-        for source in (name, *held):
+        source_names = [f"{name}{suffix}" for suffix in _SOURCES]
+        sources = [tensor for tensor in map(module._parameters.get, source_names) if tensor is not None]
+        for source in (name, *source_names):
             for store in (module._parameters, module._buffers, vars(module)):
                 store.pop(source, None)
         del module._forward_pre_hooks[key]
-        _install(module, name, value, sources)
+        _set_parameter(module, name, value, sources)
 
 
 def _drop_state_dict_hooks(module: nn.Module) -> None:
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-        for key, own in list(hooks.items()):
-            if _belongs_to_computing(getattr(own, "hook", own)):
+        for key, hook in list(hooks.items()):
+            if _is_of_computed_weight(getattr(hook, "hook", hook)):
                 del hooks[key]
 
 
-def _belongs_to_computing(hook: object) -> bool:
-    """Whether a hook on the state_dict is there for what computed a weight."""
+def _is_of_computed_weight(hook: object) -> bool:
+    """Return whether a state_dict hook was registered for a computed weight."""
     name = getattr(hook, "__name__", type(hook).__name__)
     return name.startswith(("SpectralNorm", "_weight_norm_compat"))
 
 
-def _install(module: nn.Module, name: str, value: Tensor, sources: list[nn.Parameter]) -> None:
+def _set_parameter(module: nn.Module, name: str, value: Tensor, sources: list[nn.Parameter]) -> None:
     trainable = any(source.requires_grad for source in sources)
     module.register_parameter(name, nn.Parameter(value, requires_grad=trainable))

@@ -1,4 +1,4 @@
-"""What watches a private copy while the model's own Python runs on the model's memory."""
+"""Guards that protect the model's tensors while its Python code runs on a private copy."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from fxfact.utils import storage_of
 
 
 class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises CaptureError, before it happens, where anything inside writes to a parameter of ``network``."""
+    """Raises CaptureError before an operator writes to a parameter.
 
-    supports_higher_order_operators = True  # the branches of torch.cond and its like, which write to nothing
+    Args:
+        network: a private copy of the model. Its parameters use the model's memory.
+    """
+
+    supports_higher_order_operators = True  # such as torch.cond, which write to nothing themselves
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._network = network
-        self._held = _held(network)
-        self._names = {storage: name for name, (_, storage) in self._held.items() if storage is not None}
+        self._before = _parameter_identities(network)
+        self._names = {storage: name for name, (_, storage) in self._before.items() if storage is not None}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -34,28 +38,28 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for index, name in _written_arguments(func):
             for tensor in tree_leaves(args[index] if index < len(args) else kwargs.get(name)):
                 if isinstance(tensor, Tensor) and (storage := storage_of(tensor)) in self._names:
-                    raise _changed(self._names[storage])
+                    raise _changed_error(self._names[storage])
         return func(*args, **kwargs)
 
     def check(self) -> None:
-        """Raise CaptureError where a parameter is another object, or has other memory, than at the beginning."""
-        now = _held(self._network)
-        for name in self._held | now:
-            if self._held.get(name) != now.get(name):
-                raise _changed(name)
+        """Raise CaptureError if a parameter was replaced, or was given other memory."""
+        now = _parameter_identities(self._network)
+        for name in self._before | now:
+            if self._before.get(name) != now.get(name):
+                raise _changed_error(name)
 
 
-def _held(network: nn.Module) -> dict[str, tuple[int, int | None]]:
+def _parameter_identities(network: nn.Module) -> dict[str, tuple[int, int | None]]:
     return {name: (id(tensor), storage_of(tensor)) for name, tensor in network.named_parameters()}
 
 
-def _changed(name: str) -> CaptureError:
-    return CaptureError(f"{name}: forward changes this parameter, which a factorized network would no longer do.")
+def _changed_error(name: str) -> CaptureError:
+    return CaptureError(f"{name}: forward changes this parameter, which a factorized network could not do.")
 
 
 @cache
 def _written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operator writes to."""
+    """Return the positions and names of the arguments that an operator writes to."""
     if isinstance(func, HigherOrderOperator):
         return ()
     arguments = enumerate(func._schema.arguments)  # type: ignore[attr-defined]
@@ -63,10 +67,13 @@ def _written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
 
 
 class OriginalTensorGuard(TorchFunctionMode):
-    """Raises CaptureError, before it happens, where anything inside uses a tensor of ``model`` itself.
+    """Raises CaptureError before an operator uses a tensor object of the model itself.
 
-    A copy shares the memory of parameters, not the tensors; who finds the tensors themselves has kept them, or their
-    modules, where copying does not follow: in a closure, or in a method replaced on one object.
+    A private copy has tensor objects of its own. Code that still reaches those of the model has kept them where copies
+    do not follow: in a closure, or in a method replaced on one object.
+
+    Args:
+        model: the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,7 +82,7 @@ class OriginalTensorGuard(TorchFunctionMode):
         self._names = {id(tensor): name for name, tensor in named}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        values = () if func is Tensor.__deepcopy__ else tree_leaves((args, kwargs))  # its memo holds everything
+        values = () if func is Tensor.__deepcopy__ else tree_leaves((args, kwargs))  # the memo of a copy has all
         for value in values:
             if isinstance(value, Tensor) and id(value) in self._names:
                 raise CaptureError(

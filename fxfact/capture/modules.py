@@ -1,4 +1,4 @@
-"""The second frontend: the model keeps its own Python, and its convolution modules are replaced where they stand."""
+"""The front end 'modules': the model keeps its Python code, and its convolution modules are replaced in place."""
 
 from __future__ import annotations
 
@@ -28,18 +28,22 @@ from fxfact.utils import copy_structure
 def capture_modules(
     own: nn.Module,
     example_inputs: ExampleInputs | None,
-    observed: ModuleRecord | None,
+    record: ModuleRecord | None,
     trusted: Collection[str] | None = None,
 ) -> Captured:
-    """The convolution modules of a private copy that stand-ins can replace, and why not the others.
+    """Find the convolution modules that a FactorizedModule can replace, and the reason why it cannot replace others.
 
-    What was observed in a run tells which are called, on what shapes, and whether their weights are used otherwise.
-    Without it a subclass of PyTorch's convolutions is left alone, for its forward may be another, unless ``trusted``,
-    from such a run before, names all paths that may be replaced, in the order of their calls.
+    Args:
+        own: a private copy of the model, which becomes the network of the result.
+        example_inputs: the inputs, which are only counted.
+        record: the record of a run. It tells which convolutions are called, on which shapes, and how their weights are
+            used.
+        trusted: without a record, the paths that may be replaced, in the order of their calls. By default a subclass of
+            a convolution of PyTorch is skipped, because its forward may compute something else.
     """
     convs = {path: m for path, m in own.named_modules() if is_conv(m) and not isinstance(m, FactorizedModule)}
-    order = [path for path in (observed.calls if observed else trusted or ()) if path in convs]
-    found = {path: _parse(path, convs[path], observed, trusted) for path in dict.fromkeys([*order, *convs])}
+    order = [path for path in (record.calls if record else trusted or ()) if path in convs]
+    found = {path: _parse(path, convs[path], record, trusted) for path in dict.fromkeys([*order, *convs])}
     found |= {skip.subject: skip for skip in _held_by_others(own, found)}
     sites = mark_tied([item for item in found.values() if isinstance(item, ConvSite)])
     found |= {site.path: site for site in sites}
@@ -48,14 +52,17 @@ def capture_modules(
         frontend="modules",
         model=type(own).__name__,
         network=own,
-        found=(*found.values(), *(observed.by_function if observed else ())),
-        macs=observed.macs // samples if observed else None,
+        found=(*found.values(), *(record.by_function if record else ())),
+        macs=record.macs // samples if record else None,
         samples=samples,
     )
 
 
 def dense_replacements(captured: Captured, sites: Sequence[ConvSite]) -> nn.Module:
-    """A copy in which these sites' stand-ins run the convolution itself: it must compute what the model computes."""
+    """Return a copy in which every site is a FactorizedModule with the convolution as its only stage.
+
+    The copy must compute what the model computes.
+    """
     result = copy_structure(captured.network)
     for site in sites:
         module = result.get_submodule(site.path)
@@ -65,38 +72,40 @@ def dense_replacements(captured: Captured, sites: Sequence[ConvSite]) -> nn.Modu
 
 
 def _parse(
-    path: str, module: nn.Module, observed: ModuleRecord | None, trusted: Collection[str] | None
+    path: str, module: nn.Module, record: ModuleRecord | None, trusted: Collection[str] | None
 ) -> ConvSite | Skip:
-    if reason := _refusal(path, module, observed, trusted):
+    if reason := _why_not_replaceable(path, module, record, trusted):
         return Skip(reason, path)
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-    shapes = tuple(observed.calls[path].shapes) if observed else None
+    shapes = tuple(record.calls[path].shapes) if record else None
     return ConvSite(path=path, spec=spec_of(module), weight=weight, bias=bias, input_shapes=shapes)
 
 
-def _refusal(path: str, module: nn.Module, observed: ModuleRecord | None, trusted: Collection[str] | None) -> str:
-    """Why a stand-in cannot take the module's place; empty where it can."""
+def _why_not_replaceable(
+    path: str, module: nn.Module, record: ModuleRecord | None, trusted: Collection[str] | None
+) -> str:
+    """Say why a FactorizedModule cannot replace the module, or return "" if it can."""
     if trusted is not None and path not in trusted:
         return "the plan leaves it"
     if reason := why_state_unsupported(module):
         return reason
     if list(module.children()):
-        return "it has modules of its own, which a stand-in would displace"
-    if observed is not None:
-        calls = observed.calls.get(path, ConvCalls())
-        return "; ".join(calls.against) if calls.shapes or calls.against else "forward does not call it"
+        return "it has modules of its own, which a replacement would not have"
+    if record is not None:
+        calls = record.calls.get(path, ConvCalls())
+        return "; ".join(calls.obstacles) if calls.shapes or calls.obstacles else "forward does not call it"
     kind = type(module)
     known = trusted is not None or kind is torch_conv_class(kind)
     return "" if known else f"{kind.__name__} may compute more than a convolution: pass example_inputs to find out"
 
 
 def _held_by_others(own: nn.Module, found: dict[str, ConvSite | Skip]) -> list[Skip]:
-    """The sites whose weight is also held by a module that will keep it, or by a convolution of another kind."""
+    """Return a Skip for every site that shares its weight with a skipped module or with another kind of convolution."""
     holders: dict[int, list[str]] = defaultdict(list)
     for name, parameter in own.named_parameters(remove_duplicate=False):
         holders[id(parameter)].append(name.rpartition(".")[0])
     paths = {id(module): path for path, module in own.named_modules()}  # a module shared between paths counts once
-    left: dict[str, Skip] = {}
+    skipped: dict[str, Skip] = {}
     sites = [item for item in found.values() if isinstance(item, ConvSite)]
     for site in sites:
         owners = dict.fromkeys(paths[id(own.get_submodule(name))] for name in holders[id(site.weight)])
@@ -106,5 +115,5 @@ def _held_by_others(own: nn.Module, found: dict[str, ConvSite | Skip]) -> list[S
             keeper = next(
                 (o for o in owners if not isinstance(found.get(o), ConvSite)), "a convolution of another kind"
             )
-            left[site.path] = Skip(f"its weight is also held by {keeper}", site.path)
-    return list(left.values())
+            skipped[site.path] = Skip(f"its weight is also held by {keeper}", site.path)
+    return list(skipped.values())

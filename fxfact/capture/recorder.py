@@ -1,4 +1,4 @@
-"""One run of the model's own Python: what comes out, and what happens to every convolution on the way."""
+"""Runs a model and records the calls of its convolutions and other uses of their weights."""
 
 from __future__ import annotations
 
@@ -37,17 +37,26 @@ from fxfact.utils import StorageIndex
 
 @dataclass
 class ConvCalls:
-    """What happened to one convolution module: the shapes it ran on, and what keeps it from being replaced."""
+    """The calls of one convolution module.
+
+    Attributes:
+        shapes: the input shape of every call.
+        obstacles: reasons why the module cannot be replaced, as the keys of a dict, which keeps their order.
+    """
 
     shapes: list[Sizes] = field(default_factory=list)
-    against: dict[str, None] = field(default_factory=dict)
+    obstacles: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleRecord:
-    """``calls`` by the path of every convolution module, in the order of the calls, those never called left out.
+    """The record of one run.
 
-    ``by_function`` has the convolutions that are no modules. ``macs`` is the whole run's.
+    Attributes:
+        output: the output of the model.
+        macs: the multiply-accumulates of the run.
+        calls: for each convolution module that was called or used, by path, its calls. The order is that of the calls.
+        by_function: the convolutions that are functional calls and not modules.
     """
 
     output: Any
@@ -57,24 +66,38 @@ class ModuleRecord:
 
 
 def record_modules(network: nn.Module, example_inputs: ExampleInputs) -> ModuleRecord:
-    """Run a private copy, in evaluation mode. Raises CaptureError where forward changes a parameter.
+    """Run a private copy of a model in evaluation mode and record its convolutions.
 
-    What the model itself raises comes through. The copy is spent: its convolutions are of watching classes afterwards.
+    Args:
+        network: the copy. It cannot be used again, because its convolutions change their classes.
+        example_inputs: the inputs to run on.
+
+    Raises:
+        CaptureError: if forward changes a parameter. Errors of the model are not caught.
     """
     network.eval()
-    log = _Log(network)
-    with MacCounter() as counter, _Reads(network, log) as guard, _FunctionCalls(log):
+    log = _Recording(network)
+    with MacCounter() as counter, _OperatorRecorder(network, log) as guard, _FunctionRecorder(log):
         output = run_model(network, example_inputs)
     guard.check()
     for value in tree_leaves(output):
         if isinstance(value, Tensor) and (path := log.paths.name_of(value)) is not None:
-            log.calls[path].against["its weight is also in what forward returns"] = None
+            log.calls[path].obstacles["its weight is also an output of forward"] = None
     return ModuleRecord(output, counter.macs, dict(log.calls), tuple(log.by_function))
 
 
-class _Log:
-    """Who is running: ``modules`` are the paths of the modules called, ``inside`` those of the convolutions being
-    computed, the first of those that share a weight.
+class _Recording:
+    """What was recorded so far.
+
+    Attributes:
+        calls: the calls of each convolution module, by path.
+        by_function: the functional convolutions, as the keys of a dict.
+        modules: the paths of the modules that are running, outermost first.
+        inside: the paths of the convolutions that are being computed. Of several with one weight, the first path.
+        convs: the convolution modules, by path.
+        paths: finds the path of a convolution by the memory of its weight.
+        specs: the specs of the convolutions before the run.
+        parameters: finds the name of a parameter by its memory.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -83,7 +106,7 @@ class _Log:
         self.modules: list[str] = []
         self.inside: list[str | None] = []
         self.convs: dict[str, nn.Module] = {}
-        self.paths = StorageIndex()  # of the weights
+        self.paths = StorageIndex()
         self.specs: dict[str, ConvSpec] = {}
         self.parameters = StorageIndex(network.named_parameters())
         for path, module in network.named_modules():
@@ -102,7 +125,7 @@ class _Log:
 
     @contextlib.contextmanager
     def computing(self, path: str, input: Any) -> Iterator[None]:
-        """While a convolution is computed as PyTorch's own class would compute it."""
+        """Record a call of a convolution that computes what PyTorch's class does. The call is inside the context."""
         self.calls[path].shapes.append(tuple(input.shape))
         weight = self.convs[path]._parameters.get("weight")
         self.inside.append(None if weight is None else self.paths.name_of(weight))
@@ -119,28 +142,28 @@ class _Log:
 
     @property
     def where(self) -> str:
-        """The path of the module that runs."""
+        """The path of the module that is running."""
         return self.modules[-1] if self.modules else ""
 
 
 class _Probe(nn.Module):
-    """Beneath a convolution's class: its forward is reached where PyTorch's own would be."""
+    """A base class that is inserted between a convolution's class and PyTorch's. Its forward records the call."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         log, path = vars(self)["_probe"]
         if args or any(value is not None for value in kwargs.values()):
-            log.calls[path].against["it is called with other arguments than one input"] = None
+            log.calls[path].obstacles["it is called with other arguments than one input"] = None
         if spec_of(self) != log.specs.get(path):
-            log.calls[path].against["its attributes are changed while the model runs"] = None
+            log.calls[path].obstacles["its attributes are changed while the model runs"] = None
         with log.computing(path, input):
             output: Tensor = super().forward(input, *args, **kwargs)
             return output
 
 
-class _FunctionCalls(TorchFunctionMode):
-    """Sees a subclass of a convolution call the functional one, as PyTorch's own class would, on its own weight."""
+class _FunctionRecorder(TorchFunctionMode):
+    """Records functional convolutions that a module calls with its own weight, as PyTorch's class does."""
 
-    def __init__(self, log: _Log) -> None:
+    def __init__(self, log: _Recording) -> None:
         super().__init__()
         self._log = log
 
@@ -150,14 +173,14 @@ class _FunctionCalls(TorchFunctionMode):
         module = log.convs.get(log.where)
         if call is None or module is None or log.inside or call.weight is not module._parameters.get("weight"):
             return func(*args, **kwargs)
-        if not _as_described(module, call):
-            log.calls[log.where].against["its forward convolves in another way than its attributes say"] = None
+        if not _matches_attributes(module, call):
+            log.calls[log.where].obstacles["its forward convolves in another way than its attributes say"] = None
         with log.computing(log.where, call.input):
             return func(*args, **kwargs)
 
 
-def _as_described(module: nn.Module, call: ConvCall) -> bool:
-    """Whether a functional call computes what the attributes of the module describe."""
+def _matches_attributes(module: nn.Module, call: ConvCall) -> bool:
+    """Return whether a functional call computes what the attributes of the module describe."""
     try:
         same_bias = call.bias is module._parameters.get("bias")
         return same_bias and spec_of(module) == call.spec_for(call.weight.shape, bias=call.bias is not None)
@@ -165,10 +188,10 @@ def _as_described(module: nn.Module, call: ConvCall) -> bool:
         return False
 
 
-class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
-    """Sees operators read the weight of a convolution that is not being computed, and convolve without a module."""
+class _OperatorRecorder(ParameterGuard):  # type: ignore[no-untyped-call]
+    """Records operators that read the weight of a convolution outside its call, and convolutions without a module."""
 
-    def __init__(self, network: nn.Module, log: _Log) -> None:
+    def __init__(self, network: nn.Module, log: _Recording) -> None:
         super().__init__(network)
         self._log = log
 
@@ -186,13 +209,13 @@ class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
         log = self._log
         path = log.paths.name_of(tensor) if isinstance(tensor, Tensor) else None
         if path is not None and path not in log.inside:
-            log.calls[path].against[f"its weight is also read by {reader} in {log.where or 'forward'}"] = None
+            log.calls[path].obstacles[f"its weight is also read by {reader} in {log.where or 'forward'}"] = None
 
     def _convolved(self, args: tuple[Any, ...]) -> None:
         log = self._log
         weight = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
         if log.where in log.convs:
-            log.calls[log.where].against["its forward computes its weight, or more than one convolution"] = None
+            log.calls[log.where].obstacles["its forward computes its weight, or more than one convolution"] = None
             return
         name, path = (None if weight is None else known.name_of(weight) for known in (log.parameters, log.paths))
         subject = name or f"{log.where}.forward".lstrip(".")
@@ -200,7 +223,7 @@ class _Reads(ParameterGuard):  # type: ignore[no-untyped-call]
         if path is None:
             log.by_function[Skip(f"called as a function{how}, which only a graph can rewrite", subject)] = None
         else:
-            log.calls[path].against[f"its weight is also used in {log.where or 'forward'}"] = None
+            log.calls[path].obstacles[f"its weight is also used in {log.where or 'forward'}"] = None
 
 
 def _is_view(func: Any) -> bool:

@@ -1,63 +1,57 @@
-"""The first frontend: torch.fx traces the whole model into a graph, and what tracing would lose is looked for."""
+"""The front end 'trace': torch.fx traces the whole model into a graph. Checks that the graph loses nothing."""
 
 from __future__ import annotations
 
 import inspect
-import operator
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from fnmatch import fnmatchcase
-from itertools import product
-from threading import RLock, get_ident
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from fxfact.capture.base import Captured, ExampleInputs, check_arguments, reason_of, rng_states, samples_of, seeded_rng
+from fxfact.capture.base import Captured, ExampleInputs, check_arguments, reason_of, samples_of, seeded_rng
 from fxfact.capture.guards import ParameterGuard
-from fxfact.capture.torch_context import autocast_everywhere, context_change, current_context
-from fxfact.capture.trace_checks import (
-    buffers_of,
-    check_attributes,
-    check_hooks,
-    check_methods,
-    check_overwritten,
-    conv_attributes,
-    is_constant,
-)
-from fxfact.conv import PLAIN_TYPES, Skip, is_conv
+from fxfact.capture.private_copy import PrivateCopy
+from fxfact.capture.trace_checks import ContextReads, is_constant
+from fxfact.capture.tracer import Trace, TraceSettings, trace
+from fxfact.conv import Skip, is_conv
 from fxfact.errors import CaptureError
-from fxfact.graph import check_invariants, fold_computed_weights, get_tensor, match, record_shapes
-from fxfact.utils import alias_copy, difference, get_metadata, set_metadata
-
-_ONE_AT_A_TIME = RLock()  # for torch.fx undoes what it replaced as if nobody else had replaced it since
+from fxfact.graph import checked_match, fold_computed_weights, get_tensor, record_shapes
+from fxfact.utils import difference, get_metadata, set_metadata
 
 
 def capture_graph(
-    own: nn.Module,
+    copies: PrivateCopy,
     example_inputs: ExampleInputs | None,
     *,
     fold_weights: bool = False,
     leaf_modules: Sequence[str] = (),
 ) -> Captured:
-    """Capture a private copy of a model as a graph. A GraphModule, whose graph says what it does, is taken as it is.
+    """Capture a model as a graph. The graph of a GraphModule is taken as it is.
 
-    ``example_inputs`` give the graph its shapes; nothing is computed on them, unless a leaf decides by values.
-    ``leaf_modules`` are globs on the paths of modules that are not looked into. Raises CaptureError where torch.fx cannot
-    trace the model, or where its graph would not do what the model does: hooks, what forward changes in modules,
-    gradients and autocast that it turns on or off, and what depends on the training mode or on optional arguments would
-    be lost.
+    Args:
+        copies: private copies of the model.
+        example_inputs: inputs that give the graph its shapes. They are not computed with, unless the control flow of a
+            leaf module depends on values.
+        fold_weights: whether to fold weights that the graph computes from parameters.
+        leaf_modules: globs on the paths of modules that are not traced into.
+
+    Raises:
+        CaptureError: if torch.fx cannot trace the model, or if the graph would lose something: hooks, attributes that
+            forward sets, gradients or autocast that it turns on or off, or a dependence on the training mode or on
+            optional arguments.
     """
-    name = type(own).__name__
+    own = copies.get()
+    name, modes = type(own).__name__, {module.training for module in own.modules()}
     if isinstance(own, fx.GraphModule):
         traced = own
     else:
-        again = alias_copy(own)  # before tracing leaves its constants there
-        traced = _traced(own, name, leaf_modules)
+        reads = ContextReads()
+        first = trace(own, leaf_modules, reads)
+        _check_settings(copies, first, modes, leaf_modules, reads)
+        _check_optional_arguments(copies, first, leaf_modules, reads)
+        traced = _graph_module(first, name)
         set_metadata(traced, get_metadata(own))
-        _check_again(own, traced, again, leaf_modules)
+    copies.discard()  # the graph module keeps its leaf modules
     known = dict(own.named_modules())
     for path, module in traced.named_modules():
         module.training = known[path].training if path in known else own.training
@@ -66,8 +60,7 @@ def capture_graph(
     total = None
     if example_inputs is not None:
         total = _record_shapes(traced, _placeholder_values(traced, own, example_inputs))
-    check_invariants(traced, f"behind the capture of {name}")
-    found = match(traced)
+    found = checked_match(traced, f"after the capture of {name}")
     samples = samples_of(_recorded_inputs(traced) if example_inputs is None else example_inputs, found.sites)
     return Captured(
         frontend="trace",
@@ -79,168 +72,92 @@ def capture_graph(
     )
 
 
-class _Value(fx.Proxy):
-    tracer: _Tracer
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in ("tracer", "node") and not name.startswith("_"):
-            raise CaptureError(f"forward sets the attribute {name!r} of a tensor, which a traced graph would not do")
-        object.__setattr__(self, name, value)
-
-
-def _in_place(name: str) -> Callable[[_Value, Any], Any]:
-    def method(self: _Value, other: Any) -> Any:
-        result = getattr(operator, name)(self, other)
-        self.tracer.overwritten[self.node] = result.node
-        return result
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift"):
-    setattr(_Value, f"__i{_name.rstrip('_')}__", _in_place(_name))
-
-
-class _Tracer(fx.Tracer):
-    """Records stack traces; what torch.fx cannot look into stays whole, and so recognisable.
-
-    While it traces, torch.fx has replaced how modules are called, and their attributes read, for every thread: other
-    threads get what they would without.
-    """
-
-    record_stack_traces = True
-
-    def __init__(self, leaf_modules: Sequence[str] = ()) -> None:  # torch.fx makes one of its own to unpickle a graph
-        super().__init__()
-        self._leaves, self._thread = leaf_modules, get_ident()
-        self._surroundings = current_context()
-        self.overwritten: dict[fx.Node, fx.Node] = {}  # by ``+=`` and its like, which a graph records as ``+``
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        asked = any(fnmatchcase(qualified_name, pattern) for pattern in self._leaves)
-        opaque = isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations")
-        return asked or opaque or type(module) in PLAIN_TYPES or super().is_leaf_module(module, qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return super().call_module(m, forward, args, kwargs) if self._is_mine() else forward(*args, **kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_mine() else attr_val
-
-    def create_arg(self, a: Any) -> Any:
-        if (
-            isinstance(a, dict | list)
-            and type(a) not in (dict, list, OrderedDict)
-            and "torch.fx" not in type(a).__module__
-        ):
-            raise CaptureError(f"forward makes a {type(a).__name__}, which a traced graph would make a plain container")
-        return super().create_arg(a)
-
-    def _is_mine(self) -> bool:
-        return get_ident() == self._thread
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        if now := context_change(self._surroundings):
-            raise CaptureError(f"forward {now}, which a traced graph would not do")
-        return _Value(node, self)
-
-
-def _traced(
-    own: nn.Module,
-    name: str,
-    leaf_modules: Sequence[str],
-    *,
-    seed: int = 1,
-    gradients: bool = True,
-    autocast: bool = False,
-    given: dict[str, Any] | None = None,
-) -> fx.GraphModule:
-    """``given`` are values that arguments are bound to."""
-    check_methods(own)
-    buffers, convs = buffers_of(own), conv_attributes(own)
-    around = autocast_everywhere() if autocast else nullcontext()
-    with torch.set_grad_enabled(gradients), around, ParameterGuard(own) as guard, seeded_rng(seed):
-        tracer, undrawn = _Tracer(leaf_modules), rng_states()
-        try:
-            with _ONE_AT_A_TIME:
-                graph = tracer.trace(own, concrete_args=given)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(f"torch.fx cannot trace forward: {reason_of(error)}") from error
-        if rng_states() != undrawn:
-            raise CaptureError("forward draws random numbers that a traced graph would freeze")
-    guard.check()
-    check_hooks(tracer, own)
-    check_attributes(own, buffers, convs)
-    check_overwritten(graph, tracer.overwritten)
-    for node in graph.nodes:
-        if isinstance(node.type, str):  # a postponed annotation, which torch.fx cannot pickle
-            node.type = None
+def _graph_module(traced: Trace, name: str) -> fx.GraphModule:
     try:
-        return fx.GraphModule(own, graph, name)
+        return fx.GraphModule(traced.root, traced.graph, name)
     except Exception as error:
         raise CaptureError(f"torch.fx cannot make a module of the graph: {reason_of(error)}") from error
 
 
-def _check_again(own: nn.Module, traced: fx.GraphModule, again: nn.Module, leaf_modules: Sequence[str]) -> None:
-    """Trace copies in both modes, with gradients and without, under autocast, from another seed, and without arguments
-    that may be left out; raise CaptureError where that makes a difference.
+def _check_settings(
+    copies: PrivateCopy, first: Trace, modes: Collection[bool], leaf_modules: Sequence[str], reads: ContextReads
+) -> None:
+    """Trace again with other settings, and raise CaptureError if the graph differs.
+
+    If forward does not ask whether gradients or autocast are on, only the training mode can make a difference. Then one
+    trace in the other mode is enough. It changes the other settings too, in case that ``reads`` has missed a question.
+    Otherwise every combination of training mode and gradients is traced, and autocast.
     """
-    for training, gradients in product((True, False), repeat=2):
-        if gradients and all(module.training == training for module in own.modules()):
-            continue  # which the first was
-        other = alias_copy(again)
-        for module in other.modules():
-            module.training = training
-        how = f"training={training}, {'with' if gradients else 'without'} gradients"
+
+    def mismatch(settings: TraceSettings) -> str:
         try:
-            second = _traced(other, "", leaf_modules, seed=2, gradients=gradients)
+            second = trace(copies.get(), leaf_modules, reads, settings)
         except CaptureError as error:
-            raise CaptureError(f"traced with {how}, it fails: {error}") from error
-        if second.code != traced.code:
-            raise CaptureError("forward depends on self.training or torch.is_grad_enabled(): a graph would freeze them")
-        if not _same_constants(traced, second):
-            raise CaptureError("forward makes a tensor anew in every call, which a traced graph would freeze")
-    if _traced(alias_copy(again), "", leaf_modules, autocast=True).code != traced.code:
-        raise CaptureError("forward depends on torch.is_autocast_enabled(): a graph would freeze it")
-    signature = inspect.signature(own.forward).parameters.values()
+            return f"traced with {settings}, it fails: {error}"
+        if second.code != first.code:
+            return f"forward depends on {_switches(settings)}, which tracing would freeze"
+        if not (settings.autocast and reads.found) and not _same_constants(first, second):
+            return "forward creates a tensor whose values differ between calls. Tracing would freeze it"
+        return ""
+
+    changed = [TraceSettings(not mode, gradients=False, autocast=True, seed=2) for mode in modes]
+    reason = "" if reads.found else next(filter(None, map(mismatch, changed)), "")
+    if reads.found:
+        pairs = [(mode, gradients) for mode in (True, False) for gradients in (True, False)]
+        others = [TraceSettings(*pair, seed=2) for pair in pairs if not (pair[1] and modes == {pair[0]})]
+        reason = next(filter(None, map(mismatch, [*others, TraceSettings(autocast=True)])), "")
+    if reason:
+        raise CaptureError(reason)
+
+
+def _switches(settings: TraceSettings) -> str:
+    """Say which settings differ from those of the first trace."""
+    modes = "" if settings.training is None else "self.training or torch.is_grad_enabled()"
+    return " or ".join(filter(None, [modes, "torch.is_autocast_enabled()" if settings.autocast else ""]))
+
+
+def _check_optional_arguments(
+    copies: PrivateCopy, first: Trace, leaf_modules: Sequence[str], reads: ContextReads
+) -> None:
+    """Trace again without optional arguments, and raise CaptureError if the graph differs."""
+    signature = inspect.signature(first.root.forward).parameters.values()
     optional = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
-    if optional and _operations(traced) != _operations(_traced(alias_copy(again), "", leaf_modules, given=optional)):
-        raise CaptureError(
-            f"forward depends on whether {', '.join(optional)} is given, which a traced graph would freeze"
-        )
+    if not optional:
+        return
+    second = trace(copies.get(), leaf_modules, reads, TraceSettings(), optional)
+    if _operations(first.graph) != _operations(second.graph):
+        raise CaptureError(f"forward depends on whether {', '.join(optional)} is given, which tracing would freeze")
 
 
-def _same_constants(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+def _same_constants(one: Trace, other: Trace) -> bool:
     names = [str(node.target) for node in one.graph.nodes if is_constant(node)]
-    pairs = [(get_tensor(one, name), get_tensor(other, name)) for name in names]
+    pairs = [(get_tensor(one.root, name), get_tensor(other.root, name)) for name in names]
     return all(a is not None and b is not None and difference(a, b, strictness=0.0) == "" for a, b in pairs)
 
 
-def _operations(graph_module: fx.GraphModule) -> list[tuple[str, str]]:
-    """What the graph does, apart from its arguments and from what torch.fx asserts of those bound to a value."""
-    nodes = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
+def _operations(graph: fx.Graph) -> list[tuple[str, str]]:
+    """Return the operations of a graph without arguments, and without the assertions on arguments with a value."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     names = [(node.op, getattr(node.target, "__name__", str(node.target))) for node in nodes]
     return [pair for pair in names if pair[1] not in ("_assert_is_none", "_assert", "eq")]
 
 
 def _placeholder_values(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:
-    """The values for the graph's placeholders, in their order. Raises CaptureError where the inputs do not fit."""
+    """Return the values for the placeholders, in order. Raises CaptureError if the inputs do not fit."""
     bound = check_arguments(model, example_inputs)
     values: list[Any] = []
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
             name = str(node.target).lstrip("*")
             if name not in bound.arguments:
-                raise CaptureError(f"the graph takes its arguments apart, and {name} is none of them")
+                raise CaptureError(f"the graph takes its arguments apart: its input {name} is no argument of forward")
             value = bound.arguments[name]
             values += value if str(node.target).startswith("*") else [value]
     return values
 
 
 def _record_shapes(traced: fx.GraphModule, values: list[Any]) -> int:
-    """Without computing anything, unless a leaf decides by values."""
+    """Record shapes without computing anything, unless the control flow of a leaf module depends on values."""
     try:
         return record_shapes(traced, values)
     except CaptureError:
@@ -254,7 +171,8 @@ def _recorded_inputs(graph_module: fx.GraphModule) -> list[Any]:
 
 
 def _unreached(model: nn.Module, traced: fx.GraphModule, folded: Sequence[str]) -> tuple[Skip, ...]:
-    owners = {name.rpartition(".")[0] for name in folded}  # their own weights are gone, what was made of them is not
+    """Return a Skip for every convolution of the model that the graph does not use."""
+    owners = {name.rpartition(".")[0] for name in folded}  # the graph uses the folded weight instead of theirs
     reached = set(map(id, traced.modules())) | set(map(id, traced.parameters()))
     return tuple(
         Skip("forward does not call it", name)
