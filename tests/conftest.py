@@ -12,7 +12,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks and tests.support
 from fxfact.conv import ConvSpec
-from tests.support import SPECS, Small
+from tests.support import SPECS, Classifier, Small
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: their threads would compete
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -36,3 +36,16 @@ def small() -> Small:
 @pytest.fixture
 def image() -> Tensor:
     return torch.randn(3, 4, 10, 10, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Classifier().eval()
+
+
+@pytest.fixture
+def color_images() -> Tensor:
+    """24 samples for ``classifier``."""
+    return torch.randn(24, 3, 9, 9, generator=torch.Generator().manual_seed(0))

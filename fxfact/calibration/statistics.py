@@ -7,7 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment
 from fxfact.errors import CalibrationError
 from fxfact.utils import atomic_write
 
-_FORMAT = {"format": "fxfact statistics", "version": 3}
+_FORMAT = {"format": "fxfact statistics", "version": 4}
 _DAMPING = 1e-3
 
 
@@ -41,7 +41,6 @@ class Statistics:
     shrinkage: float
     specs: Mapping[str, ConvSpec]
     moments: Mapping[str, KroneckerFisher]
-    curves: dict[str, dict[str, list[tuple[tuple[int, ...], float]]]] = field(default_factory=dict)
 
     def metric(self, path: str, spec: ConvSpec) -> KroneckerFisher | None:
         """Return what errors of a convolution's weight cost, for a plan.
@@ -121,7 +120,6 @@ class Statistics:
             "likelihood": self.likelihood,
             "shrinkage": self.shrinkage,
             "specs": {name: vars(spec) for name, spec in self.specs.items()},
-            "curves": self.curves,
         }
         arrays = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
         for name, metric in self.moments.items():
@@ -154,7 +152,7 @@ class Statistics:
                 header = json.loads(file["header"].tobytes())
             if {key: header[key] for key in _FORMAT} != _FORMAT:
                 raise CalibrationError(
-                    f"{path}: expected {_FORMAT}, got {header['format']!r}, version {header['version']}"
+                    f"{path}: expected {_FORMAT}, got {header['format']!r}, version {header['version']}. Recalibrate."
                 )
             return cls(
                 samples=header["samples"],
@@ -162,10 +160,6 @@ class Statistics:
                 shrinkage=header["shrinkage"],
                 specs={name: ConvSpec.from_json(spec) for name, spec in header["specs"].items()},
                 moments={name: _moments(name, arrays) for name in header["specs"]},
-                curves={
-                    name: {kind: [(tuple(rank), nats) for rank, nats in curve] for kind, curve in curves.items()}
-                    for name, curves in header["curves"].items()
-                },
             )
         except CalibrationError:
             raise
