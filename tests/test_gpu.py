@@ -120,14 +120,14 @@ def test_the_same_seed_gives_the_same_network_bit_by_bit(small: Small, data: Ten
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-def test_a_network_is_repaired_and_recovered(small: Small, data: Tensor) -> None:
+def test_network_is_refitted_and_distilled(small: Small, data: Tensor) -> None:
     model = small.to(GPU)
     made = fxfact.factorize(model, budget=fxfact.Macs(0.5), calibration=data.split(16))
-    repaired, told = fxfact.refit(made, model, data.split(16))
-    assert told.after <= told.before
-    recovered, learned = fxfact.distill(repaired, model, data.split(16), steps=20)
+    refitted, report = fxfact.refit(made, model, data.split(16))
+    assert report.after <= report.before
+    trained, learned = fxfact.distill(refitted, model, data.split(16), steps=20)
     assert learned.after <= learned.before
-    assert all(tensor.device.type == "cuda" for tensor in recovered.state_dict().values())
+    assert all(tensor.device.type == "cuda" for tensor in trained.state_dict().values())
 
 
 def test_files_come_back_on_the_model_s_device(small: Small, image: Tensor, tmp_path: Path) -> None:

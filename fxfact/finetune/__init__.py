@@ -1,4 +1,4 @@
-"""A factorized network brought nearer to its original, without labels: in closed form, or by training."""
+"""Brings a factorized network closer to its original, without labels: refit (closed form) and distill (training)."""
 
 from fxfact.finetune.distill import DistillResult, distill
 from fxfact.finetune.refit import RefitResult, refit

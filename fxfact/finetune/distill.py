@@ -1,4 +1,4 @@
-"""A short recovery without labels: the factorized network learns from its original what it did on the same data."""
+"""Trains a factorized network without labels: it learns the outputs and features of its original."""
 
 from __future__ import annotations
 
@@ -22,16 +22,25 @@ from fxfact.utils import Progress, warn_caller, with_progress
 
 _Network = TypeVar("_Network", bound=nn.Module)
 Augment = Callable[[Tensor], Tensor]
+_WARMUP_STEPS = 20
+_MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult(FinetuneResult):
-    """What ``recover`` did, in how many ``steps``."""
+    """What ``fxfact.distill`` did.
+
+    Attributes:
+        before: The mean KL divergence from the original on the held-out batches before training, in nats per sample.
+        after: The same for the returned network.
+        seconds: How long it took.
+        steps: The number of training steps.
+    """
 
     steps: int
 
-    def _done(self) -> str:
-        return f"{self.steps} steps"
+    def _work_done(self) -> str:
+        return f"{self.steps} step{'' if self.steps == 1 else 's'}"
 
 
 @torch.inference_mode(False)
@@ -52,177 +61,218 @@ def distill(
     seed: int = 0,
     progress: Progress = False,
 ) -> tuple[_Network, DistillResult]:
-    """A trained copy of a factorized network, and what the training did. The networks given are not changed.
+    """Train a factorized network to behave like its original, without labels.
 
-    Distillation (Hinton, Vinyals and Dean 2015) on ``batches``, without labels: the copy is to give what the original
-    gives, at the output (of logits at temperature 4) and behind every rewritten convolution that is a module of the
-    original (relative squares, after Romero et al. 2015). AdamW, its rate ``lr`` falling along a cosine over ``steps``,
-    or sooner, over ``seconds``; in evaluation mode, so that batch norms stay what they are. Every fourth batch is held
-    out and looked at after every pass over the others, ten times at least; the best state is what comes back, and
-    ``patience`` looks without a gain end it. ``augment`` is called on the floating-point tensors of a training batch
-    (random flips, shifts); the original sees the same. With ``mixup`` the samples of these tensors are drawn towards
-    each other (Zhang et al. 2018), and what is held out is looked at in both ways: for an original that was trained on
-    these very samples, of which it says little but their labels. Without an end by ``seconds``, and with an ``augment``
-    that is, deterministic by ``seed``. Batches, ``example_inputs``, ``likelihood`` and ``progress`` are as for
-    ``fxfact.plan``. Of several processes each works alone, as in ``refit``.
-    Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
+    This is distillation (Hinton, Vinyals and Dean 2015). The loss compares the outputs (logits at temperature 4), and
+    the features after every rewritten convolution that is a module of the original, by their relative squared
+    difference (after Romero et al. 2015). The optimizer is AdamW with a cosine schedule. Both networks run in
+    evaluation mode, so batch norms keep their statistics.
+
+    Every fourth batch is held out. The divergence there is measured after every pass over the other batches, and at
+    least ten times. The best state is returned.
+
+    The result is deterministic, unless ``seconds`` ends the training or ``augment`` is random. With
+    ``torch.distributed``, each process works alone on its own batches, as in ``fxfact.refit``.
+
+    Args:
+        factorized: A network that a plan made. It is not changed.
+        original: The network that the plan was made for. It is not changed.
+        batches: Unlabelled data, at least two batches, as for ``fxfact.plan``.
+        steps: The number of training steps, one batch each.
+        seconds: Ends the training after this time. The learning rate then falls accordingly faster.
+        lr: The largest learning rate.
+        augment: Called on each floating-point tensor of a training batch, for example to flip or shift images. The
+            original gets the same tensors.
+        mixup: Whether to replace each sample by a random mixture with another one of its batch (Zhang et al. 2018). Use
+            it if ``batches`` are the samples that the original was trained on, because its outputs for them say little
+            more than their labels. The divergence is then measured on held-out batches and on mixtures of them.
+        example_inputs: Arguments of the model, as for ``fxfact.plan``.
+        likelihood: How to read the output, as for ``fxfact.plan``.
+        patience: Ends the training after this many measurements without improvement.
+        seed: Draws the order of batches and the mixtures.
+        progress: True for tqdm's progress bar, or a callable with tqdm's signature.
+
+    Returns:
+        The trained copy of ``factorized``, and a report with the divergence before and after.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot be used, or the network has no parameters that can be
+            trained.
+        ArgumentTypeError: A network is not a ``torch.nn.Module``.
+        CalibrationError: The batches do not fit the network, or outputs cannot be compared.
+        CaptureError: A copy of ``factorized`` would lose hooks.
+        PlanError: ``factorized`` was not made by a plan, or the plan was made for another network.
     """
-    steps, patience, seed = (
-        check_int("steps", steps, 1),
-        check_int("patience", patience, 1),
-        check_int("seed", seed, 0, MAX_SEED),
-    )
+    steps, patience = check_int("steps", steps, 1), check_int("patience", patience, 1)
+    seed = check_int("seed", seed, 0, MAX_SEED)
     for name, number in (("seconds", seconds), ("lr", lr)):
         if not isinstance(number, Real) or not number > 0 or (name == "lr" and math.isinf(number)):
             raise ArgumentError(f"{name} must be a positive number, got {number!r}")
     mix = _Mixup(seed) if mixup else None
-    pair = TeacherStudent(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood, also=mix)
-    trained = _trainable(pair.factorized)
+    networks = TeacherStudent(
+        factorized,
+        original,
+        batches,
+        example_inputs=example_inputs,
+        likelihood=likelihood,
+        augment_held_out=mix,
+    )
+    trained = _trainable_parameters(networks.factorized)
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
-    best = _Best(pair.factorized, pair.divergence())
-    looks = max(1, min(steps // 10, len(pair.batches)))
+    best = _BestState(networks.factorized, networks.divergence())
+    interval = max(1, min(steps // 10, len(networks.batches)))  # steps between measurements
     order, started, before = torch.Generator().manual_seed(seed), time.perf_counter(), best.divergence
     step = 0
-    with _Distillation(pair) as distillation:
+    with _DistillationLoss(networks) as loss:
         for step in with_progress(range(1, steps + 1), steps, "distilling", progress):
-            share = max(step / steps, (time.perf_counter() - started) / seconds)
+            done = max(step / steps, (time.perf_counter() - started) / seconds)
             for group in optimizer.param_groups:
-                group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, share))) * min(1.0, step / 20)
-            number = int(torch.randint(len(pair.batches), (), generator=order, device="cpu"))
-            batch = _augmented(pair.batches[number], augment)
+                group["lr"] = _learning_rate(lr, step, done)
+            number = int(torch.randint(len(networks.batches), (), generator=order, device="cpu"))
+            batch = _augmented(networks.batches[number], augment)
             optimizer.zero_grad()
-            torch.autograd.backward(distillation.loss(mix(batch) if mix else batch))
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.autograd.backward(loss(mix(batch) if mix else batch))
+            nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
             optimizer.step()
-            last = share >= 1.0 or step == steps
-            if last or step % looks == 0:
-                best.look(pair.divergence())
-            if last or best.since >= patience:
+            is_last = done >= 1.0 or step == steps
+            if is_last or step % interval == 0:
+                best.update(networks.divergence())
+            if is_last or best.measurements_since >= patience:
                 break
-    if not math.isfinite(best.latest):
-        warn_caller(
-            "in training the network became NaN or Inf on the held-out batches; what was best before comes back. "
-            "Lower lr, or see whether augment gives NaN.",
-        )
     best.restore()
-    taken = DistillResult(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
-    return cast(_Network, pair.finished()), taken
+    result = DistillResult(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
+    return cast(_Network, networks.restore_modes()), result
 
 
-def _trainable(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require gradients. Raises ArgumentError for none, and for half precision."""
+def _learning_rate(lr: float, step: int, done: float) -> float:
+    """Return the learning rate after a share ``done`` of the training: linear warm-up, then a cosine."""
+    return lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done))) * min(1.0, step / _WARMUP_STEPS)
+
+
+def _trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require gradients. Raises ArgumentError for none, and for half precision."""
     found = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not found or any(parameter.dtype == torch.float16 for parameter in found):
         raise ArgumentError(
-            "distill trains the parameters that require gradients, in float32, float64 or bfloat16; the network has "
-            f"{'float16 ones' if found else 'none'}. Convert it with .float(), or set requires_grad."
+            "distill trains the parameters that require gradients, in float32, float64 or bfloat16, but the network "
+            f"has {'float16 ones' if found else 'none'}. Convert it with .float(), or set requires_grad."
         )
     return found
 
 
-class _Distillation:
-    """What a pair computes behind every rewritten convolution, kept while it lasts."""
+class _DistillationLoss:
+    """The distillation loss of a batch. While it is entered, it records the features of both networks."""
 
-    def __init__(self, pair: TeacherStudent) -> None:
-        self._pair = pair
-        self._features: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    def __init__(self, networks: TeacherStudent) -> None:
+        self._networks = networks
+        self._features: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})  # of the original, of the factorized
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> _Distillation:
-        for path, conv in self._pair.rewritten.items():
-            for module, features in zip((conv, self._pair.last_stage(path)), self._features, strict=True):
-                self._handles.append(module.register_forward_hook(_keeping(features, path)))
+    def __enter__(self) -> _DistillationLoss:
+        for path, conv in self._networks.rewritten.items():
+            modules = (conv, self._networks.last_stage(path))
+            for module, features in zip(modules, self._features, strict=True):
+                self._handles.append(module.register_forward_hook(_feature_hook(features, path)))
         return self
 
     def __exit__(self, *raised: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def loss(self, batch: ExampleInputs) -> Tensor:
-        """To be minimised: distance of the outputs, and the mean of the features' relative squares. Raises
-        ArgumentError where it has no gradient.
+    def __call__(self, batch: ExampleInputs) -> Tensor:
+        """Return the loss between the outputs, plus the mean loss between features.
+
+        Raises ArgumentError if the loss has no gradient.
         """
         for features in self._features:
             features.clear()
-        distance = self._pair.distances(batch).mean()
-        both = self._features[0].keys() & self._features[1].keys()  # what was called, in both
-        squares = [_relative(*(features[path] for features in self._features)) for path in sorted(both)]
-        loss = distance + torch.stack(squares).mean() if squares else distance
+        output_loss = self._networks.training_losses(batch).mean()
+        paths = sorted(self._features[0].keys() & self._features[1].keys())
+        feature_losses = [_relative_square(*(features[path] for features in self._features)) for path in paths]
+        loss = output_loss + torch.stack(feature_losses).mean() if feature_losses else output_loss
         if not loss.requires_grad:
             raise ArgumentError(
-                "distill: no gradient leads from the output to the parameters: forward runs without gradients, or "
-                "detaches its output. Take that out, or use refit, which needs none."
+                "distill: no gradient flows from the output to the parameters, because forward() runs without "
+                "gradients or detaches its output. Remove that, or use refit, which needs no gradients."
             )
         return loss
 
 
 @dataclass
-class _Best:
-    """The best state so far, and how many looks ago that was."""
+class _BestState:
+    """The best parameters so far, and the number of measurements since then."""
 
     network: nn.Module
     divergence: float
-    since: int = 0
+    measurements_since: int = 0
     latest: float = 0.0
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.state = self._now()
+        self.state = self._current_state()
 
-    def look(self, divergence: float) -> None:
-        """Keep the present state if it is better."""
+    def update(self, divergence: float) -> None:
+        """Keep the current parameters if their divergence is the best so far."""
         self.latest = divergence
         if divergence < self.divergence:
-            self.divergence, self.state, self.since = divergence, self._now(), 0
+            self.divergence, self.state, self.measurements_since = divergence, self._current_state(), 0
         else:
-            self.since += 1
+            self.measurements_since += 1
 
     def restore(self) -> None:
-        """Put the best state back."""
+        """Put the best parameters back. Warn if the latest ones gave NaN or Inf."""
+        if not math.isfinite(self.latest):
+            warn_caller(
+                "the network became NaN or Inf on the held-out batches during training. The best state before that is "
+                "returned. Lower lr, or check whether augment returns NaN."
+            )
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(self.state[name])
         self.network.zero_grad()
 
-    def _now(self) -> dict[str, Tensor]:
+    def _current_state(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
 
 
-def _keeping(features: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        features[path] = output.clone()  # which what comes next may write to
+def _feature_hook(features: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, Any], None]:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        features[path] = output.clone()  # the next operation may write to the output
 
-    return keep
+    return record
 
 
-def _relative(wanted: Tensor, given: Tensor) -> Tensor:
-    wanted, given = wanted.float(), given.float()
-    square = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
-    return (given - wanted).square().mean() / square
+def _relative_square(expected: Tensor, found: Tensor) -> Tensor:
+    """Return ‖found − expected‖² / ‖expected‖²."""
+    expected, found = expected.float(), found.float()
+    square = expected.square().mean().clamp_min(torch.finfo(expected.dtype).tiny)
+    return (found - expected).square().mean() / square
 
 
 def _augmented(batch: ExampleInputs, augment: Augment | None) -> ExampleInputs:
+    """Return the batch with ``augment`` applied to copies of its floating-point tensors."""
+
     def changed(value: Tensor) -> Tensor:
         try:
             return augment(value.clone()) if augment else value
         except Exception as error:
             raise ArgumentError(f"augment fails on a tensor {tuple(value.shape)} of a batch: {error!r}") from error
 
-    return _with_floats(batch, changed)
+    return _map_float_tensors(batch, changed)
 
 
 class _Mixup:
-    """Draws every sample of a batch towards another one of it, by a share between 0 and 1."""
+    """Mixes every sample of a batch with another one of the batch, by a random share between 0 and 1."""
 
     def __init__(self, seed: int) -> None:
-        self._draw = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, batch: ExampleInputs) -> ExampleInputs:
         sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
         if not sizes:
             return batch
-        drawn: Any = {"generator": self._draw, "device": "cpu"}
-        shares, others = torch.rand(sizes[0], **drawn), torch.randperm(sizes[0], **drawn)
+        options: Any = {"generator": self._generator, "device": "cpu"}
+        shares, others = torch.rand(sizes[0], **options), torch.randperm(sizes[0], **options)
 
         def mixed(value: Tensor) -> Tensor:
             if value.shape[:1] != shares.shape:
@@ -230,11 +280,11 @@ class _Mixup:
             by_sample = shares.to(value).reshape(-1, *[1] * (value.ndim - 1))
             return torch.lerp(value, value[others.to(value.device)], by_sample)
 
-        return _with_floats(batch, mixed)
+        return _map_float_tensors(batch, mixed)
 
 
-def _with_floats(batch: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
-    """A batch with its floating-point tensors changed."""
+def _map_float_tensors(batch: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
+    """Return the batch with a function applied to its floating-point tensors."""
 
     def changed(value: Any) -> Any:
         return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value

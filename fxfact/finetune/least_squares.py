@@ -1,4 +1,4 @@
-"""A stage solved for: what brings its output near to what is wanted, by means and second moments alone."""
+"""Solves for the last stage of a chain by damped least squares, from sums over the data alone."""
 
 from __future__ import annotations
 
@@ -10,75 +10,91 @@ from math import inf
 import torch
 from torch import Tensor
 
-_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, inf)  # of the diagonal; with the last the matrix stays
+_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, inf)  # relative to the diagonal; infinite damping keeps the matrix
 
 
 @dataclass(frozen=True, eq=False)
 class LeastSquaresStats:
-    """Sums over ``count`` rows of what a stage sees (groups, seen), of what is wanted behind it (groups, out) and its
-    squares, and of the products of the one with itself and with the other, in double precision.
+    """Sums over rows of a stage's inputs x and of the targets y for its output, in double precision.
+
+    Attributes:
+        count: The number of rows.
+        inputs: Σ x, of shape (groups, in).
+        targets: Σ y, of shape (groups, out).
+        target_squares: Σ y², of shape (groups, out).
+        input_products: Σ x xᵀ, of shape (groups, in, in).
+        cross_products: Σ y xᵀ, of shape (groups, out, in).
     """
 
     count: int
-    seen: Tensor
-    wanted: Tensor
-    squares: Tensor
-    square: Tensor
-    product: Tensor
+    inputs: Tensor
+    targets: Tensor
+    target_squares: Tensor
+    input_products: Tensor
+    cross_products: Tensor
 
     @classmethod
-    def of(cls, seen: Tensor, wanted: Tensor) -> LeastSquaresStats:
-        """Of rows (groups, count, seen) and (groups, count, out)."""
-        x, y = seen.double(), wanted.double()
+    def of(cls, inputs: Tensor, targets: Tensor) -> LeastSquaresStats:
+        """Sum over the rows of ``inputs`` (groups, count, in) and ``targets`` (groups, count, out)."""
+        x, y = inputs.double(), targets.double()
         return cls(x.shape[1], x.sum(dim=1), y.sum(dim=1), y.square().sum(dim=1), x.mT @ x, y.mT @ x)
 
     def __add__(self, other: LeastSquaresStats) -> LeastSquaresStats:
-        tensors = ("seen", "wanted", "squares", "square", "product")
+        tensors = ("inputs", "targets", "target_squares", "input_products", "cross_products")
         sums = (getattr(self, name) + getattr(other, name) for name in tensors)
         return LeastSquaresStats(self.count + other.count, *sums)
 
-    def offset(self, matrix: Tensor) -> Tensor:
-        """The bias (groups, out) with which a matrix (groups, out, seen) gives the mean that is wanted."""
-        return (self.wanted - (matrix @ self.seen[..., None])[..., 0]) / self.count
+    def mean_bias(self, matrix: Tensor) -> Tensor:
+        """Return the bias (groups, out) that makes the mean output equal the mean target, for a matrix."""
+        return (self.targets - (matrix @ self.inputs[..., None])[..., 0]) / self.count
 
-    def missed(self, matrix: Tensor, bias: Tensor) -> float:
-        """The part of the variance that a matrix and a bias leave over, summed over all outputs; of those that hardly
-        vary, of a hundredth of what is usual.
+    def relative_residual(self, matrix: Tensor, bias: Tensor) -> float:
+        """Return Σ (y − matrix x − bias)² / variance of y, summed over all outputs.
+
+        A hundredth of the mean variance is added to the variances, for outputs that hardly vary.
         """
-        given = matrix @ self.seen[..., None]
-        linear = (matrix @ self.square - 2 * self.product).mul(matrix).sum(dim=2) + self.squares
-        rest = linear + 2 * bias * (given[..., 0] - self.wanted) + self.count * bias.square()
-        variance = self.squares - self.wanted.square() / self.count
-        return float((rest / (variance + 0.01 * variance.mean() + 1e-300)).sum())
+        mean = matrix @ self.inputs[..., None]
+        linear = (matrix @ self.input_products - 2 * self.cross_products).mul(matrix).sum(dim=2) + self.target_squares
+        residual = linear + 2 * bias * (mean[..., 0] - self.targets) + self.count * bias.square()
+        variance = self.target_squares - self.targets.square() / self.count
+        return float((residual / (variance + 0.01 * variance.mean() + 1e-300)).sum())
 
 
 def solve_last_stage(
     matrix: Tensor, bias: Tensor, halves: Sequence[LeastSquaresStats], *, last_stages: bool, means: bool
 ) -> tuple[Tensor, Tensor]:
-    """A matrix (groups, out, seen) and a bias (groups, out) near the least squares for all that was seen.
+    """Return a matrix and a bias that fit the data, damped by two-fold cross-validation.
 
-    Where ``last_stages``, the matrix is damped towards the one that is; where ``means``, the bias may meet the mean. Of all
-    that, what brings either half nearest to what is wanted there when it is solved for by the other; with one alone,
-    which nothing can be held against, the first: the least damped, with the mean met.
+    The candidates are the least-squares solutions for several dampings towards the present matrix, with the present
+    bias and with the bias that matches the mean. The one is chosen that, solved on either half, fits the other half
+    best, and it is solved on both halves. With one half alone, the least damped candidate is chosen.
+
+    Args:
+        matrix: The present matrix (groups, out, in).
+        bias: The present bias (groups, out).
+        halves: The statistics of one or two halves of the data.
+        last_stages: Whether the matrix may change.
+        means: Whether the bias may change.
     """
     options = list(product(_DAMPINGS if last_stages else [inf], [None, bias] if means else [bias]))
-    pairs = [(one, other) for one in halves for other in halves if one is not other]
+    folds = [(one, other) for one in halves for other in halves if one is not other]
 
-    def missed(option: tuple[float, Tensor | None]) -> float:
-        return sum(other.missed(*_damped(matrix, one, *option)) for one, other in pairs)
+    def validation_error(option: tuple[float, Tensor | None]) -> float:
+        return sum(other.relative_residual(*_solve(matrix, one, *option)) for one, other in folds)
 
-    return _damped(matrix, sum(halves[1:], halves[0]), *min(options, key=missed))
+    return _solve(matrix, sum(halves[1:], halves[0]), *min(options, key=validation_error))
 
 
-def _damped(matrix: Tensor, found: LeastSquaresStats, damping: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The least squares, about a given bias or with the one that meets the mean."""
-    seen, about = found.seen / found.count, found.wanted / found.count if bias is None else bias
-    own = seen if bias is None else torch.zeros_like(seen)
-    square = found.square / found.count - own[:, :, None] * own[:, None]
-    moved = found.product / found.count - about[:, :, None] * seen[:, None]
+def _solve(matrix: Tensor, stats: LeastSquaresStats, damping: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the damped least-squares solution for a fixed bias, or with the bias that matches the mean (None)."""
+    mean = stats.inputs / stats.count
+    center = stats.targets / stats.count if bias is None else bias
+    shift = mean if bias is None else torch.zeros_like(mean)
+    square = stats.input_products / stats.count - shift[:, :, None] * shift[:, None]
+    cross = stats.cross_products / stats.count - center[:, :, None] * mean[:, None]
     if damping < inf:
         scale = square.diagonal(dim1=1, dim2=2)
         ridge = torch.diag_embed(damping * (scale + scale.mean(dim=1, keepdim=True)) + 1e-30)
-        step = torch.linalg.solve(square + ridge, moved - matrix @ square, left=False)
+        step = torch.linalg.solve(square + ridge, cross - matrix @ square, left=False)
         matrix = matrix + step if bool(step.isfinite().all()) else matrix
-    return matrix, found.offset(matrix) if bias is None else bias
+    return matrix, stats.mean_bias(matrix) if bias is None else bias

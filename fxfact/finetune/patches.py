@@ -1,4 +1,4 @@
-"""What is looked at of maps: some positions of every sample, and what a convolution takes at them."""
+"""Takes inputs and outputs of a convolution at a few random positions of every sample."""
 
 from __future__ import annotations
 
@@ -13,57 +13,65 @@ from torch import Tensor, nn
 from fxfact.calibration import Window
 from fxfact.conv import ConvSpec, pad_amounts, padded, spec_of
 
-_POSITIONS = 32  # of a sample that are looked at
-PART = 8  # samples whose patches are held at once
+_POSITIONS = 32  # for each sample
+SAMPLES_AT_ONCE = 8  # whose patches are in memory
 
 
 def iter_patches(stage: nn.Module, maps: Tensor, seed: int) -> Iterator[Tensor]:
-    """What a stage's weight is multiplied with, at the positions looked at, a part of the samples after the other: rows
-    (samples, positions, in · kernel), channels first.
+    """Yield the input patches of a stage at random positions of its output, a few samples at a time.
+
+    A patch times the stage's weight (plus the bias) is the output at that position. The patches have the shape
+    (samples, positions, in · kernel), with channels first.
     """
     spec = spec_of(stage)
     batch = maps if maps.ndim == spec.order + 2 else maps[None]
-    fractions = _fractions(len(batch), seed)
-    for part, places in zip(torch.split(batch, PART), torch.split(fractions, PART), strict=True):
-        rows = _gathered(_patches(spec, part), spec.order, places)
+    fractions = _random_fractions(len(batch), seed)
+    parts = zip(torch.split(batch, SAMPLES_AT_ONCE), torch.split(fractions, SAMPLES_AT_ONCE), strict=True)
+    for part, places in parts:
+        rows = _gather_positions(_patch_view(spec, part), spec.order, places)
         yield (rows.flip(*range(3, rows.ndim)) if spec.transposed else rows).flatten(2)
 
 
-def _patches(spec: ConvSpec, maps: Tensor) -> Tensor:
-    """A view (samples, channels, *positions, *kernel) of what a convolution takes of every channel for each position of
-    its output; of a transposed one, which convolves maps that are spread by its stride, with the kernel mirrored.
+def at_positions(maps: Tensor, order: int, seed: int) -> Tensor:
+    """Copy maps (samples, channels, *size), or those of one sample, at the positions that ``iter_patches`` takes.
+
+    Returns rows (samples, positions, channels).
     """
-    around = _spread(spec, maps) if spec.transposed else padded(spec, maps)
+    batch = maps if maps.ndim == order + 2 else maps[None]
+    return _gather_positions(batch, order, _random_fractions(len(batch), seed)).flatten(2)
+
+
+def _patch_view(spec: ConvSpec, maps: Tensor) -> Tensor:
+    """Return the patch for every position of the output, as a view (samples, channels, *positions, *kernel).
+
+    A transposed convolution convolves the input, with zeros inserted, with the mirrored kernel.
+    """
+    surrounded = _insert_zeros(spec, maps) if spec.transposed else padded(spec, maps)
     stride = (1,) * spec.order if spec.transposed else spec.stride
-    return Window(spec.kernel_size, stride, (0,) * spec.order, spec.dilation).patches(around)
+    return Window(spec.kernel_size, stride, (0,) * spec.order, spec.dilation).patches(surrounded)
 
 
-def _spread(spec: ConvSpec, maps: Tensor) -> Tensor:
-    """Maps, their positions apart by a transposed convolution's stride, within zeros as wide as its kernel reaches."""
+def _insert_zeros(spec: ConvSpec, maps: Tensor) -> Tensor:
+    """Insert zeros between positions, as many as a transposed convolution's stride says, and around the maps."""
     sizes = [(size - 1) * step + 1 for size, step in zip(maps.shape[2:], spec.stride, strict=True)]
     spread = maps.new_zeros(*maps.shape[:2], *sizes)
-    apart: tuple[Any, ...] = tuple(slice(None, None, step) for step in spec.stride)
-    spread[(..., *apart)] = maps
+    places: tuple[Any, ...] = tuple(slice(None, None, step) for step in spec.stride)
+    spread[(..., *places)] = maps
     reach = [gap * (size - 1) for size, gap in zip(spec.kernel_size, spec.dilation, strict=True)]
     ends = zip(reach, spec.padding, spec.output_padding, strict=True)
     return F.pad(spread, pad_amounts([(r - first, r - last + extra) for r, (first, last), extra in ends]))
 
 
-def at_positions(maps: Tensor, order: int, seed: int) -> Tensor:
-    """The maps (samples, channels, *size), or of one sample, at the positions looked at: a copy of their own."""
-    batch = maps if maps.ndim == order + 2 else maps[None]
-    return _gathered(batch, order, _fractions(len(batch), seed)).flatten(2)
+def _random_fractions(samples: int, seed: int) -> Tensor:
+    """Return numbers in [0, 1) of shape (samples, positions), each of which picks a position."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(samples, _POSITIONS, dtype=torch.float64, generator=generator, device="cpu")
 
 
-def _fractions(samples: int, seed: int) -> Tensor:
-    """Of all positions, 0 … 1."""
-    drawn = torch.Generator().manual_seed(seed)
-    return torch.rand(samples, _POSITIONS, dtype=torch.float64, generator=drawn, device="cpu")
+def _gather_positions(maps: Tensor, order: int, fractions: Tensor) -> Tensor:
+    """Copy maps (samples, channels, *size, …) at the given fractions of their positions.
 
-
-def _gathered(maps: Tensor, order: int, fractions: Tensor) -> Tensor:
-    """A copy (samples, positions, channels, …) of maps (samples, channels, *size, …) at those fractions of their
-    positions; at all, where there are no more.
+    All positions are taken if there are no more than ``_POSITIONS``. Returns (samples, positions, channels, …).
     """
     sizes = maps.shape[2 : 2 + order]
     available = prod(sizes)

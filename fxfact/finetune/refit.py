@@ -1,9 +1,9 @@
-"""Repairs in closed form: every chain is made to give what its convolution gave, on the inputs that it really gets.
+"""Refits the chains of a factorized network in closed form, from its beginning to its end.
 
-From the beginning of the factorized network to its end: the last stage of a chain is refit by least squares, and what
-is left of a difference in the mean goes into its bias, or into the mean of the batch norm behind it. (A projection has
-a smaller variance than what it projects, and rightly so: that of a batch norm stays. Estimated anew, it would scale
-signal and error up.)
+Each chain should return the output of its original convolution, on the inputs that it gets in the factorized network.
+The last stage of the chain is refitted by least squares. The remaining difference in the mean goes into its bias, or
+into the running mean of the batch norm that follows. The running variance stays: a low-rank output has a smaller
+variance than the original output, and a new estimate of it would amplify signal and error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxfact.capture import ExampleInputs
 from fxfact.conv import from_torch, spec_of, to_torch
 from fxfact.errors import ArgumentError, check_int
 from fxfact.finetune.least_squares import LeastSquaresStats, solve_last_stage
-from fxfact.finetune.patches import PART, at_positions, iter_patches
+from fxfact.finetune.patches import SAMPLES_AT_ONCE, at_positions, iter_patches
 from fxfact.finetune.resumable_run import ResumableRun
 from fxfact.finetune.teacher_student import FinetuneResult, TeacherStudent
 from fxfact.utils import Progress, copy_with_shared, with_progress
@@ -33,12 +33,20 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class RefitResult(FinetuneResult):
-    """What ``repair`` did, and the ``paths`` of the chains that were changed."""
+    """What ``fxfact.refit`` did.
+
+    Attributes:
+        before: The mean KL divergence from the original on the held-out batches before refitting, in nats per sample.
+        after: The same after refitting.
+        seconds: How long it took.
+        paths: The paths of the chains that were changed.
+    """
 
     paths: tuple[str, ...]
 
-    def _done(self) -> str:
-        return f"{len(self.paths)} chains repaired"
+    def _work_done(self) -> str:
+        count = len(self.paths)
+        return f"{count} chain{'' if count == 1 else 's'} refitted"
 
 
 @torch.inference_mode(False)
@@ -55,28 +63,49 @@ def refit(
     seed: int = 0,
     progress: Progress = False,
 ) -> tuple[_Network, RefitResult]:
-    """A copy of a factorized network that is nearer to its original, and what was done. Neither is changed.
+    """Refit a factorized network to its original, in closed form, without labels and without gradients.
 
-    ``last_stages``: the last stage of every chain is solved for, by least squares; ``means``: biases, or the running means of
-    batch norms that follow convolutions without, take up what is left of a difference in the mean. Both go as far as
-    either half of the samples gains by what the other says. No labels, no gradients: one run of the original over the
-    batches and one of the factorized network, in which all of them go from chain to chain; where it is no graph, or
-    what they hold between two chains has no room, for every chain one up to it. Every fourth batch is held out, to
-    measure on; a network that came out farther from the original there, by more than may be chance, is given back as it
-    was. Convolutions that are no modules, and those that share their weights, stay as they are. Memory: the outputs of
-    all convolutions at 32 positions of every sample, and 1 GiB for those runs. ``seed`` draws the positions; batches,
-    ``example_inputs``, ``likelihood`` and ``progress`` are as for ``fxfact.plan``. Of several processes each works
-    alone, on its own batches: let one do it, and send the others what it made.
-    Raises ArgumentError, ArgumentTypeError, CalibrationError, PlanError.
+    From the first chain to the last, the last stage is refitted by least squares to the output of the original
+    convolution, and a remaining difference in the mean is corrected. Both are damped by two-fold cross-validation, so a
+    few dozen samples are enough. Every fourth batch is held out for measuring. If the network got worse there, by more
+    than two standard errors, an unchanged copy is returned.
+
+    Convolutions that are no modules, and convolutions that share their weights, are not refitted. The original runs
+    once over the batches. The factorized network runs once as well if it is a graph module and the intermediate values
+    of all batches fit into 1 GiB; otherwise it runs up to each chain. In addition, the outputs of all convolutions are
+    stored at 32 positions of every sample. With ``torch.distributed``, each process works alone on its own batches:
+    refit in one process and send the result to the others.
+
+    Args:
+        factorized: A network that a plan made. It is not changed.
+        original: The network that the plan was made for. It is not changed.
+        batches: Unlabelled data, at least two batches, as for ``fxfact.plan``.
+        last_stages: Whether to refit the last stages' weights.
+        means: Whether to correct means, in biases or in the running means of batch norms that follow a convolution
+            without bias.
+        example_inputs: Arguments of the model, as for ``fxfact.plan``.
+        likelihood: How to read the output, as for ``fxfact.plan``.
+        seed: Draws the positions at which outputs are compared.
+        progress: True for tqdm's progress bar, or a callable with tqdm's signature.
+
+    Returns:
+        The refitted copy of ``factorized``, and a report with the divergence before and after.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot be used.
+        ArgumentTypeError: A network is not a ``torch.nn.Module``.
+        CalibrationError: The batches do not fit the network, or outputs cannot be compared.
+        CaptureError: A copy of ``factorized`` would lose hooks.
+        PlanError: ``factorized`` was not made by a plan, or the plan was made for another network.
     """
     if not last_stages and not means:
         raise ArgumentError("refit has nothing to do: pass last_stages=True or means=True")
     seed = check_int("seed", seed, 0, MAX_SEED)
     started = time.perf_counter()
-    pair = TeacherStudent(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
-    before = pair.divergences()
-    paths = _repaired(pair, seed, progress, last_stages=last_stages, means=means)
-    after, result = pair.divergences(), cast(_Network, pair.finished())
+    networks = TeacherStudent(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
+    before = networks.divergences()
+    paths = _refit_chains(networks, seed, progress, last_stages=last_stages, means=means)
+    after, result = networks.divergences(), cast(_Network, networks.restore_modes())
     ends = [mean_and_error(values)[0] for values in (before, after)]
     if significantly_negative(before - after) or not math.isfinite(ends[1]):
         result, ends, paths = cast(_Network, copy_with_shared(factorized, set())), ends[:1] * 2, ()
@@ -84,112 +113,121 @@ def refit(
     return result, RefitResult(before=ends[0], after=ends[1], paths=paths, seconds=seconds)
 
 
-def _repaired(
-    pair: TeacherStudent, seed: int, progress: Progress, *, last_stages: bool, means: bool
+def _refit_chains(
+    networks: TeacherStudent, seed: int, progress: Progress, *, last_stages: bool, means: bool
 ) -> tuple[str, ...]:
-    """The paths of the chains that were changed."""
-    sites, paths, walk = _sites(pair, seed), list[str](), ResumableRun(pair.factorized, pair.batches)
-    for site in with_progress(sites, len(sites), "repairing", progress):
-        found = _observed(pair, walk, site, seed)
-        if found and _mend(pair, site, found, last_stages=last_stages, means=means):
-            paths.append(site.path)
+    """Refit one chain after the other, and return the paths of those that changed."""
+    targets, run = record_targets(networks, seed), ResumableRun(networks.factorized, networks.batches)
+    paths: list[str] = []
+    for target in with_progress(targets, len(targets), "refitting", progress):
+        halves = _collect_stats(networks, run, target, seed)
+        if halves and _update_last_stage(networks, target, halves, last_stages=last_stages, means=means):
+            paths.append(target.path)
     return tuple(paths)
 
 
 @dataclass
-class _Site:
-    """A rewritten convolution of the original. ``wanted`` is its output at the positions looked at, of every batch call
-    by call, each (samples, positions, out); ``norm`` the path of a batch norm that takes its output and no other.
+class RefitTarget:
+    """The output of an original convolution, which its chain should return.
+
+    ``outputs`` has, for every batch and every call, the output at some positions: (samples, positions, out).
+    ``norm`` is the path of the batch norm whose only input is the convolution's output, if there is one.
     """
 
     path: str
-    wanted: list[list[Tensor]] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
     norm: str | None = None
 
 
-def _sites(pair: TeacherStudent, seed: int) -> list[_Site]:
-    """In the order in which a run of the original reaches them."""
-    ties = {path for d in pair.plan if d.tied_to for path in (d.path, d.tied_to)}
-    convs = {m: _Site(p) for p, m in pair.rewritten.items() if p not in ties}
-    norms: dict[nn.Module, str] = {m: name for name, m in pair.original.named_modules() if isinstance(m, _BatchNorm)}
-    reached: dict[str, _Site] = {}
-    latest: list[tuple[_Site, weakref.ref[Tensor], int]] = []
-    taken: dict[str, set[str | None]] = {}  # by every norm, from which sites
+def record_targets(networks: TeacherStudent, seed: int) -> list[RefitTarget]:
+    """Run the original, and return the targets in the order in which the run reaches the convolutions."""
+    tied = {path for d in networks.plan if d.tied_to for path in (d.path, d.tied_to)}
+    convs = {module: RefitTarget(path) for path, module in networks.rewritten.items() if path not in tied}
+    norms: dict[nn.Module, str] = {
+        module: name for name, module in networks.original.named_modules() if isinstance(module, _BatchNorm)
+    }
+    reached: dict[str, RefitTarget] = {}
+    latest: list[tuple[RefitTarget, weakref.ref[Tensor], int]] = []  # outputs, and how often they were written to
+    sources: dict[str, set[str | None]] = {}  # of each norm's inputs: paths of convolutions, None for others
 
-    def behind(module: nn.Module, args: Any, output: Tensor) -> None:
-        site = reached.setdefault(convs[module].path, convs[module])
-        latest.append((site, weakref.ref(output), _version(output)))
-        calls = site.wanted[-1]
-        own_seed = _seed(seed, len(site.wanted) - 1, len(calls))
-        calls.append(at_positions(output, spec_of(module).order, own_seed))
+    def after_conv(module: nn.Module, args: Any, output: Tensor) -> None:
+        target = reached.setdefault(convs[module].path, convs[module])
+        latest.append((target, weakref.ref(output), _write_count(output)))
+        calls = target.outputs[-1]
+        position_seed = _position_seed(seed, len(target.outputs) - 1, len(calls))
+        calls.append(at_positions(output, spec_of(module).order, position_seed))
 
-    def before(module: nn.Module, args: Any) -> None:
-        own = [site.path for site, output, version in latest if args and _is(args[0], output(), version)]
-        taken.setdefault(norms[module], set()).update(own or [None])
+    def before_norm(module: nn.Module, args: Any) -> None:
+        paths = [target.path for target, output, count in latest if args and _is_unchanged(args[0], output(), count)]
+        sources.setdefault(norms[module], set()).update(paths or [None])
 
-    handles = [module.register_forward_hook(behind) for module in convs]
-    handles += [module.register_forward_pre_hook(before) for module in norms]
-    for batch in pair.batches:
-        for site in convs.values():
-            site.wanted.append([])
-        run_batch(pair.original, batch)
+    handles = [module.register_forward_hook(after_conv) for module in convs]
+    handles += [module.register_forward_pre_hook(before_norm) for module in norms]
+    for batch in networks.batches:
+        for target in convs.values():
+            target.outputs.append([])
+        run_batch(networks.original, batch)
         latest.clear()
     for handle in handles:
         handle.remove()
-    for norm, paths in taken.items():
+    for norm, paths in sources.items():
         if len(paths) == 1 and (path := paths.pop()):
             reached[path].norm = norm
     return list(reached.values())
 
 
-def _is(tensor: Any, output: Tensor | None, version: int) -> bool:
-    """Whether a tensor is that output, not written to since."""
-    return tensor is output and tensor is not None and _version(tensor) == version
+def _is_unchanged(tensor: Any, output: Tensor | None, count: int) -> bool:
+    """Return whether a tensor is the output that was written to ``count`` times, and no more since."""
+    return tensor is output and tensor is not None and _write_count(tensor) == count
 
 
-def _version(tensor: Tensor) -> int:
-    """How often it was written to, which a tensor of inference mode does not tell."""
+def _write_count(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, which tensors of inference mode do not know."""
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _seed(seed: int, batch: int, call: int) -> int:
-    """Of the positions looked at in a call."""
+def _position_seed(seed: int, batch: int, call: int) -> int:
+    """Return the seed for the positions of one call of a convolution."""
     return (seed << 40) + (batch << 20) + call
 
 
-def _observed(pair: TeacherStudent, walk: ResumableRun, site: _Site, seed: int) -> list[LeastSquaresStats] | None:
-    """The moments of one site in the factorized network as it is by now, of two halves of the samples, or of all where
-    they are few; none where it is given none, None where that calls it less often.
+def _collect_stats(
+    networks: TeacherStudent, run: ResumableRun, target: RefitTarget, seed: int
+) -> list[LeastSquaresStats] | None:
+    """Return the statistics of a chain's last stage in the factorized network, for two halves of the samples.
+
+    There is one half if there are few samples, and none if no input is given. Returns None if the factorized network
+    calls the chain less often than the original calls the convolution.
     """
-    stage = pair.last_stage(site.path)
-    groups, parts = spec_of(stage).groups, list[LeastSquaresStats]()
+    stage = networks.last_stage(target.path)
+    groups, halves = spec_of(stage).groups, list[LeastSquaresStats]()
     number = call = 0
 
     def on_input(maps: Tensor) -> bool:
         nonlocal call
-        wanted = torch.split(site.wanted[number][call], PART)
-        for rows in zip(iter_patches(stage, maps, _seed(seed, number, call)), wanted, strict=True):
+        outputs = torch.split(target.outputs[number][call], SAMPLES_AT_ONCE)
+        for rows in zip(iter_patches(stage, maps, _position_seed(seed, number, call)), outputs, strict=True):
             x, y = (part.reshape(-1, groups, part.shape[-1] // groups).movedim(1, 0) for part in rows)
             if x.shape[1]:
-                parts.append(LeastSquaresStats.of(x, y))
-            if len(parts) > 2:
-                parts[:] = [parts[1], parts[0] + parts[2]]
+                halves.append(LeastSquaresStats.of(x, y))
+            if len(halves) > 2:
+                halves[:] = [halves[1], halves[0] + halves[2]]
         call += 1
-        return call == len(site.wanted[number])
+        return call == len(target.outputs[number])
 
-    for number, wanted in enumerate(site.wanted):
+    for number, outputs in enumerate(target.outputs):
         call = 0
-        if wanted and not walk.run_until(number, stage, on_input):
+        if outputs and not run.run_until(number, stage, on_input):
             return None
-    return parts
+    return halves
 
 
-def _mend(
-    pair: TeacherStudent, site: _Site, halves: list[LeastSquaresStats], *, last_stages: bool, means: bool
+def _update_last_stage(
+    networks: TeacherStudent, target: RefitTarget, halves: list[LeastSquaresStats], *, last_stages: bool, means: bool
 ) -> bool:
-    """Give the last stage of a site a new weight, and its mean to what stands for a bias; whether anything is new."""
-    stage: Any = pair.last_stage(site.path)
-    norm: Any = pair.factorized.get_submodule(site.norm) if site.norm else None
+    """Refit the last stage's weight, and its bias or the batch norm's running mean. Return whether anything changed."""
+    stage: Any = networks.last_stage(target.path)
+    norm: Any = networks.factorized.get_submodule(target.norm) if target.norm else None
     mean = stage.bias if norm is None or stage.bias is not None else norm.running_mean
     spec = spec_of(stage)
     weight = from_torch(spec, stage.weight)

@@ -1,4 +1,4 @@
-"""Runs of a network over batches that stop at a module, and go on from there once all of them have come to it."""
+"""Runs a network over batches up to a module, and resumes the runs from there."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from fxfact.calibration import batch_call
 from fxfact.capture import ExampleInputs
 
-_ROOM = 1 << 30  # bytes for what stopped runs still need
-_LASTING = {  # what changes how all runs go on
+_MAX_BYTES = 1 << 30  # for the values that stopped runs still need
+_CONTEXT_CALLS = {  # each of them changes how the rest of the run computes
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
     torch._C._set_grad_enabled,
@@ -24,87 +24,93 @@ _LASTING = {  # what changes how all runs go on
 
 
 class _StopRun(BaseException):
-    """The run may end here. (No Exception: graph modules print those.)"""
+    """Raised to end a run. It is no Exception, because graph modules print exceptions."""
 
 
 class _Checkpoint(NamedTuple):
-    """The node before which a run was stopped, by its number, the values that it still needs, and their bytes."""
+    """A stopped run: the number of the node before which it stopped, the values still needed, and their bytes."""
 
-    place: int
+    node_number: int
     values: dict[fx.Node, Any]
     size: int
 
 
 class ResumableRun:
-    """The runs of one network. Of a graph they go on from where they stopped, as far as there is room for what they
-    need; all others begin anew. Weights may be changed in between, of modules that are called from there on.
+    """Runs of one network over fixed batches, each of which can be stopped at a module and resumed later.
+
+    Runs of a graph module are resumed while the values that they need fit into 1 GiB. All others start again from the
+    beginning. Between runs you may change the weights of modules that are called from there on.
     """
 
     def __init__(self, network: nn.Module, batches: Sequence[ExampleInputs]) -> None:
         self._network, self._batches = network, batches
-        self._graph = _Graph(network) if isinstance(network, fx.GraphModule) and _can_pause(network) else None
-        self._stops: dict[int, _Checkpoint] = {}
+        self._graph = _NodeRunner(network) if isinstance(network, fx.GraphModule) and _can_resume(network) else None
+        self._checkpoints: dict[int, _Checkpoint] = {}
 
     def run_until(self, number: int, module: nn.Module, on_input: Callable[[Tensor], bool]) -> bool:
-        """Run a batch, and ``on_input`` what ``module`` is given at every call, until that says that it has seen enough;
-        whether it did. Raises CalibrationError.
+        """Run batch ``number`` and pass every input of ``module`` to ``on_input``, until that returns True.
+
+        Returns whether ``on_input`` returned True. Raises CalibrationError.
         """
 
-        def before(module: nn.Module, args: Any) -> None:
+        def before_call(module: nn.Module, args: Any) -> None:
             if on_input(args[0]):
                 raise _StopRun
 
-        handle = module.register_forward_pre_hook(before)
+        handle = module.register_forward_pre_hook(before_call)
         try:
             with batch_call(self._network, self._batches[number]) as (args, kwargs):
-                if self._graph is None or module not in self._graph.places:
+                if self._graph is None or module not in self._graph.call_number:
                     self._network(*args, **kwargs)
                 else:
-                    self._go_on(self._graph, number, module, self._graph.values(args, kwargs))
+                    self._resume(self._graph, number, module, self._graph.placeholder_values(args, kwargs))
         except _StopRun:
             return True
         finally:
             handle.remove()
         return False
 
-    def _go_on(self, graph: _Graph, number: int, module: nn.Module, given: dict[fx.Node, Any]) -> None:
-        stop = self._stops.pop(number, None)
-        if stop is None or stop.place > graph.places[module]:
-            stop = _Checkpoint(0, given, 0)
-        seeded, place = _random_states(), stop.place
+    def _resume(self, graph: _NodeRunner, number: int, module: nn.Module, inputs: dict[fx.Node, Any]) -> None:
+        """Run from the checkpoint of a batch, or from the beginning if the checkpoint is after the module."""
+        checkpoint = self._checkpoints.pop(number, None)
+        if checkpoint is None or checkpoint.node_number > graph.call_number[module]:
+            checkpoint = _Checkpoint(0, inputs, 0)
+        random_states, k = _random_states(), checkpoint.node_number
         try:
-            for place in range(stop.place, len(graph.nodes)):
-                graph.run(graph.nodes[place], stop.values)
+            for k in range(checkpoint.node_number, len(graph.nodes)):
+                graph.run_node(graph.nodes[k], checkpoint.values)
         except _StopRun:
-            size, held = graph.size(stop.values), sum(other.size for other in self._stops.values())
-            drawn = not all(map(torch.equal, seeded, _random_states()))
-            if place == graph.places[module] and not drawn and held + size <= _ROOM:
-                self._stops[number] = _Checkpoint(place, stop.values, size)
+            size = graph.size(checkpoint.values)
+            held = sum(other.size for other in self._checkpoints.values())
+            used_random = not all(map(torch.equal, random_states, _random_states()))
+            if k == graph.call_number[module] and not used_random and held + size <= _MAX_BYTES:
+                self._checkpoints[number] = _Checkpoint(k, checkpoint.values, size)
             raise
 
 
-class _Graph:
-    """A graph module, run node by node. ``places`` has the number of the node that calls a module, of those that are
-    called by one alone.
+class _NodeRunner:
+    """Runs a graph module node by node.
+
+    ``call_number`` has the number of the node that calls a module, for modules that exactly one node calls.
     """
 
     def __init__(self, network: fx.GraphModule) -> None:
         self.nodes = list(network.graph.nodes)
         calls = [(k, network.get_submodule(n.target)) for k, n in enumerate(self.nodes) if n.op == "call_module"]
         count = Counter(module for _, module in calls)
-        self.places = {module: k for k, module in calls if count[module] == 1}
+        self.call_number = {module: k for k, module in calls if count[module] == 1}
         self._signature = inspect.signature(network.forward)
         self._interpreter = fx.Interpreter(network)
         self._own = {t.untyped_storage().data_ptr() for t in chain(network.parameters(), network.buffers())}
 
-    def values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[fx.Node, Any]:
-        """What the placeholders stand for."""
+    def placeholder_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[fx.Node, Any]:
+        """Return the value of each placeholder."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return {node: bound.arguments[node.target] for node in self.nodes if node.op == "placeholder"}
 
-    def run(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        """Add the value of a node, and drop those that were needed for it alone."""
+    def run_node(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        """Compute the value of a node, and drop the values that no later node needs."""
         self._interpreter.env = values
         if node.op != "placeholder":
             values[node] = self._interpreter.run_node(node)
@@ -112,7 +118,7 @@ class _Graph:
             del values[done]
 
     def size(self, values: dict[fx.Node, Any]) -> int:
-        """Bytes, without those of the network's own tensors."""
+        """Return the bytes of the values, without the network's own tensors."""
         tensors = [leaf for leaf in tree_leaves(list(values.values())) if isinstance(leaf, Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(size for pointer, size in storages.items() if pointer not in self._own)
@@ -123,9 +129,9 @@ def _random_states() -> list[Tensor]:
     return [torch.get_rng_state(), *on_gpus]
 
 
-def _can_pause(network: fx.GraphModule) -> bool:
-    """Whether a run is the nodes one after the other, of arguments by name, and leaves nothing behind."""
+def _can_resume(network: fx.GraphModule) -> bool:
+    """Return whether running the nodes one by one equals calling the network, also after a break."""
     names = {node.target for node in network.graph.nodes if node.op == "placeholder"}
     known = names <= inspect.signature(network.forward).parameters.keys()
-    lasting = any(node.target in _LASTING for node in network.graph.nodes)
-    return known and not lasting and not network._forward_pre_hooks
+    changes_context = any(node.target in _CONTEXT_CALLS for node in network.graph.nodes)
+    return known and not changes_context and not network._forward_pre_hooks

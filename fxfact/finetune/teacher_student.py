@@ -1,4 +1,4 @@
-"""An original and the network that was made of it, side by side on the same data."""
+"""An original network and a factorized one, run side by side on the same data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fxfact.analysis import prepared, stages_of
+from fxfact.analysis import prepare_original, stages_of
 from fxfact.calibration import Batches, DivergenceEvaluator, iter_batches, run_batch, split_held_out
 from fxfact.capture import ExampleInputs, check_kept_by_copies
 from fxfact.conv import is_conv, spec_of, torch_conv_class
@@ -22,8 +22,12 @@ from fxfact.utils import copy_with_shared, to_eval
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult(ABC):
-    """What brought a network nearer to its original: the divergence on held-out batches ``before`` and ``after``, in
-    nats for one sample, and how many ``seconds`` it took.
+    """How much closer a factorized network came to its original.
+
+    Attributes:
+        before: The mean KL divergence from the original on the held-out batches before the call, in nats per sample.
+        after: The same after the call.
+        seconds: How long the call took.
     """
 
     before: float
@@ -31,19 +35,37 @@ class FinetuneResult(ABC):
     seconds: float
 
     def __str__(self) -> str:
-        ends = f"{self.before:.4g} → {self.after:.4g} nats from the original, on held-out batches"
-        return f"{self._done()} in {self.seconds:.1f} s: {ends}"
+        change = f"{self.before:.4g} → {self.after:.4g} nats per sample from the original, on held-out batches"
+        return f"{self._work_done()} in {self.seconds:.1f} s: {change}"
 
     @abstractmethod
-    def _done(self) -> str:
-        """How much of what."""
+    def _work_done(self) -> str:
+        """Say what was done, and how often."""
 
 
 class TeacherStudent:
-    """Copies of both in evaluation mode, ``factorized`` one to be changed, and ``batches`` without those held out.
+    """Copies of an original (the teacher) and of the network factorized from it (the student), in evaluation mode.
 
-    ``plan`` is the one that made the network; ``also`` gives what is measured on beside the batches held out, of each.
-    Raises ArgumentTypeError, CalibrationError, CaptureError, PlanError.
+    Args:
+        factorized: The factorized network. Its copy may be changed.
+        original: The network that ``factorized`` was made from.
+        batches: Batches for both. Every fourth is held out for measuring.
+        example_inputs: Arguments of the model, as in ``fxfact.plan``.
+        likelihood: How to read the output, as in ``fxfact.plan``.
+        augment_held_out: Changes a held-out batch. The divergence is then measured on the changed batches as well.
+
+    Attributes:
+        plan: The plan that made ``factorized``.
+        original: The copy of the original.
+        factorized: The copy of the factorized network.
+        batches: The batches that are not held out.
+        rewritten: The rewritten convolutions of the original that are modules, by path.
+
+    Raises:
+        ArgumentTypeError: A network is not a module.
+        CalibrationError: The batches do not fit, or the outputs cannot be compared.
+        CaptureError: Copies of ``factorized`` would lose hooks.
+        PlanError: No plan made ``factorized``, or the plan was made for another network than ``original``.
     """
 
     def __init__(
@@ -54,70 +76,78 @@ class TeacherStudent:
         *,
         example_inputs: ExampleInputs | None,
         likelihood: object,
-        also: Callable[[ExampleInputs], ExampleInputs] | None = None,
+        augment_held_out: Callable[[ExampleInputs], ExampleInputs] | None = None,
     ) -> None:
         for name, network in (("factorized", factorized), ("original", original)):
             if not isinstance(network, nn.Module):
                 raise ArgumentTypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
         check_kept_by_copies(factorized)
         self.plan: Plan = last_plan(factorized)
-        self.original, self.factorized = to_eval(prepared(original, self.plan)), copy_with_shared(factorized, set())
+        self.original = to_eval(prepare_original(original, self.plan))
+        self.factorized = copy_with_shared(factorized, set())
         self._modes = {name: module.training for name, module in self.factorized.named_modules()}
         self.factorized.eval()
         modules = dict(self.original.named_modules())
-        there = [
-            decision for decision in self.plan.rewrites if _is_there(decision, modules, self.plan.inference_passes)
+        comparable = [
+            decision
+            for decision in self.plan.rewrites
+            if _is_plain_module(decision, modules, biases_added=bool(self.plan.inference_passes))
         ]
-        self.rewritten = {decision.path: modules[decision.path] for decision in there}
-        self._last_stages = {decision.path: stages_of(self.factorized, decision)[-1] for decision in there}
+        self.rewritten = {decision.path: modules[decision.path] for decision in comparable}
+        self._last_stages = {decision.path: stages_of(self.factorized, decision)[-1] for decision in comparable}
         self.batches, held_out = split_held_out(list(iter_batches(self.original, batches, example_inputs)))
-        others = [also(batch) for batch in held_out] if also else []
-        self._held_out = DivergenceEvaluator(self.original, [*held_out, *others], likelihood)
+        augmented = [augment_held_out(batch) for batch in held_out] if augment_held_out else []
+        self._held_out = DivergenceEvaluator(self.original, [*held_out, *augmented], likelihood)
 
-    def distances(self, batch: ExampleInputs) -> Tensor:
-        """Of the factorized network's output from the original's, by sample (n,), to be learned from."""
+    def training_losses(self, batch: ExampleInputs) -> Tensor:
+        """Return the loss between both outputs for each sample (n,), with gradients for the factorized network."""
         with torch.no_grad():
-            wanted = run_batch(self.original, batch)
-        known = self._held_out
-        return known.likelihood.distance(wanted, run_batch(self.factorized, batch), known.variance)
+            expected = run_batch(self.original, batch)
+        likelihood, variance = self._held_out.likelihood, self._held_out.variance
+        return likelihood.training_loss(expected, run_batch(self.factorized, batch), variance)
 
     def divergences(self) -> Tensor:
-        """Of every sample held out (n,)."""
+        """Return the KL divergence of every held-out sample (n,), in nats."""
         return self._held_out.divergences(self.factorized)
 
     def divergence(self) -> float:
-        """The mean over the samples held out."""
+        """Return the mean KL divergence over the held-out samples, in nats."""
         return self._held_out.divergence(self.factorized)
 
-    def finished(self) -> nn.Module:
-        """The factorized network, in the modes of the one that was given."""
+    def restore_modes(self) -> nn.Module:
+        """Set the factorized network to the training modes of the one that was passed in, and return it."""
         for name, module in self.factorized.named_modules():
             module.training = self._modes[name]
         return self.factorized
 
     def last_stage(self, path: str) -> nn.Module:
-        """The last of the stages that took a convolution's place."""
+        """Return the last stage of the chain that replaced the convolution at ``path``."""
         return self._last_stages[path]
 
 
-def _is_there(decision: Decision, modules: dict[str, nn.Module], form: tuple[str, ...]) -> bool:
-    """Whether the convolution that was rewritten is a module whose output is the convolution's.
+def _is_plain_module(decision: Decision, modules: dict[str, nn.Module], *, biases_added: bool) -> bool:
+    """Return whether the original's convolution is a module that returns nothing but the convolution's output.
 
-    Raises PlanError where it is another one.
+    ``biases_added`` says that inference passes ran before the plan was made; folding batch norms adds biases.
+    Raises PlanError if the original has another convolution than the plan.
     """
     module = modules.get(decision.path)
     if module is None and get_tensor(modules[""], decision.path) is None:
-        raise PlanError(f"{decision.path}: the plan is of a convolution here. Pass the network that it was made of.")
+        raise PlanError(
+            f"{decision.path}: the plan rewrites a convolution here, but the original has none. Pass the network that "
+            "the plan was made for."
+        )
     if module is None or not is_conv(module):
         return False
-    kind = type(module)
-    plain = torch_conv_class(kind)
-    if any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward")):
+    own_class = type(module)
+    torch_class = torch_conv_class(own_class)
+    if any(getattr(own_class, m, None) is not getattr(torch_class, m, None) for m in ("forward", "_conv_forward")):
         return False
     found, planned = spec_of(module), decision.spec
     assert planned is not None
-    if found != (replace(planned, bias=found.bias) if form else planned):  # folding gives biases
+    if found != (replace(planned, bias=found.bias) if biases_added else planned):
         raise PlanError(
-            f"{decision.path}: the plan is of {decision.spec}, the original has {found}. Pass that original."
+            f"{decision.path}: the plan was made for {decision.spec}, but the original has {found}. Pass the network "
+            "that the plan was made for."
         )
     return True
