@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 
 import fxfact
 from fxfact.analysis.reference import composed_kernels, copy_as_module, prepare_original, with_kernels
-from fxfact.conv import ConvLayer, ConvSpec
+from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment
 from fxfact.factorizations import FACTORIZATIONS, CPFactorized, Factorization, Tucker
 from fxfact.factorizations.cp import CPMobilenet
 from fxfact.utils import Timer
@@ -80,6 +81,22 @@ def random_input(spec: ConvSpec, dtype: torch.dtype = torch.float64, batch: tupl
     sizes = [11, 9, 10][: spec.order]
     generator = torch.Generator().manual_seed(1)
     return torch.randn(*batch, spec.in_channels, *sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def random_moment(groups: int, size: int, generator: torch.Generator, rank: int | None = None) -> Tensor:
+    """Ill-conditioned second moments (groups, size, size)."""
+    columns = torch.randn(groups, size, rank or 2 * size, generator=generator, dtype=torch.float64)
+    columns = columns * torch.logspace(0, -2, size, dtype=torch.float64)[:, None]
+    return columns @ columns.transpose(1, 2)
+
+
+def random_fisher(spec: ConvSpec, *, rank: int | None = None) -> KroneckerFisher:
+    generator, block = torch.Generator().manual_seed(1), spec.block
+    positions = math.prod(spec.kernel_size)
+    into, out = (1, positions) if spec.transposed else (positions, 1)
+    sizes = (block.in_channels * into, block.out_channels * out)
+    first, second = (KroneckerMoment((random_moment(spec.groups, size, generator, rank),)) for size in sizes)
+    return KroneckerFisher(first, second).damped(1e-3)
 
 
 def apart(expected: Tensor, found: Tensor) -> float:

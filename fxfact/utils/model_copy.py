@@ -21,7 +21,7 @@ def alias_copy(model: nn.Module) -> nn.Module:
     """Return a deep copy whose parameters are new objects that share the memory of the model's parameters.
 
     Changes to a parameter object, such as a new ``data`` or a gradient, do not reach the model. In-place writes to its
-    values do; an OriginalTensorGuard forbids them. Raises CaptureError if the model cannot be copied.
+    values do: use a ParameterGuard where they must not. Raises CaptureError if the model cannot be copied.
     """
     return _deep_copy(model, {id(parameter): _alias(parameter) for parameter in model.parameters()})
 

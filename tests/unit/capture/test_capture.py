@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 
 import fxfact
 from fxfact.capture import capture
-from fxfact.conv import differentiates_conv, looks_like_conv
 from fxfact.errors import ArgumentError, CalibrationError, CaptureError, PlanError
 from tests.support import Branching, Small, apart
 
@@ -460,18 +459,6 @@ def test_a_model_that_takes_gradients_of_its_own(image: Tensor) -> None:
     assert unchanged(model, before)
     with pytest.raises(CalibrationError, match="gradients of its own, plan without data"):
         fxfact.calibrate(model, [image], likelihood="gaussian")
-
-
-def test_only_what_autograd_calls_for_convolutions_reads_their_weights_as_they_do() -> None:
-    def conv2d_backward_compatible() -> None: ...
-
-    def warp_backward() -> None: ...
-
-    gradients = (torch.ops.aten.convolution_backward, torch.ops.aten.convolution_backward.default)
-    assert all(differentiates_conv(function) and not looks_like_conv(function) for function in gradients)
-    assert not differentiates_conv(warp_backward)
-    assert looks_like_conv(conv2d_backward_compatible)
-    assert not differentiates_conv(conv2d_backward_compatible)
 
 
 def test_hostile_a_model_that_reads_a_weight_that_it_also_convolves_with(image: Tensor) -> None:

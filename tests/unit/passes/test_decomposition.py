@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
-from fxfact.errors import ArgumentError
 from fxfact.factorizations.cp import CPMobilenet
-from fxfact.utils import ordered_map
 from tests.support import Branching, apart
 
 
@@ -81,18 +78,6 @@ def test_no_more_kernels_are_on_their_way_than_there_are_workers() -> None:
     recording = Recording(2)
     fxfact.factorize(many(), executor=recording)
     assert (recording.submitted, recording.most) == (7, 3)
-
-
-def test_one_that_takes_long_keeps_no_other_waiting() -> None:
-    last = threading.Event()
-
-    def job(k: int) -> bool:
-        if k == 5:
-            last.set()
-        return k > 0 or last.wait(10)
-
-    with ThreadPoolExecutor(2) as executor:
-        assert list(ordered_map(job, ((k,) for k in range(6)), executor)) == [True] * 6
 
 
 def test_the_largest_kernels_come_first_and_go_where_they_belong() -> None:
@@ -170,13 +155,6 @@ def test_other_processes_get_copies_and_give_plain_tensors() -> None:
     assert model[0].weight.data_ptr() == place
     assert (view == before).all()
     assert not any(parameter.is_shared() for network in (model, made) for parameter in network.parameters())
-
-
-def test_a_worker_that_dies_is_told() -> None:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-        for _ in range(2):
-            with pytest.raises(ArgumentError, match="a worker died"):
-                list(ordered_map(os._exit, [(1,)] * 3, processes))
 
 
 def test_an_interrupt_cancels_what_has_not_begun_and_leaves_the_model_alone(image: Tensor) -> None:
