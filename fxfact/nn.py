@@ -1,4 +1,7 @@
-"""How a factorized layer is put together: a value, before there are any tensors."""
+"""Factorized convolution layers to build models with, compatible with TensorLy-Torch's ``FactorizedConv``.
+
+A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of a dense kernel.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,21 @@ from fxfact.factorizations import (
 )
 from fxfact.utils import no_reduced_precision
 
+__all__ = ["CPConv", "FactorizedConv", "Implementation", "TTConv", "TuckerConv"]
+
 Implementation = Literal["factorized", "mobilenet", "reconstructed"]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The dense convolution ``spec``, its factorization and rank, how it is computed, and the convolutions ``stages``
-    that hold its parameters (computed once: a forward must not).
+    """A factorized layer without its tensors.
+
+    Attributes:
+        spec: the dense convolution.
+        factorization: how the kernel is factorized.
+        rank: the rank of each group.
+        implementation: how ``forward`` computes the layer.
+        stages: the convolutions that hold the parameters. They are stored because ``forward`` must not compute them.
     """
 
     spec: ConvSpec
@@ -61,25 +72,23 @@ class Structure:
         rank: RankSpec,
         implementation: str,
     ) -> Structure:
-        """Understand names and ranks. 'cp' is CP over all modes, 'tucker' keeps both pointwise stages at any rank, and
-        a fraction of the parameters becomes a rank by TensorLy's rules. Raises ArgumentError, RankError, RefusedError.
-        """
-        in_layers = {"cp": CPFactorized(), "tucker": Tucker(keep_full_sides=True)}
-        method = in_layers.get(factorization.lower()) if isinstance(factorization, str) else None
+        """Parse the arguments of a layer. Raises ArgumentError, RankError or RefusedError."""
+        of_layers = {"cp": CPFactorized(), "tucker": Tucker(keep_full_sides=True)}
+        method = of_layers.get(factorization.lower()) if isinstance(factorization, str) else None
         method = method or parse_factorization(factorization)
-        offered = [n for n in get_args(Implementation) if n != "mobilenet" or isinstance(method, CPFactorized)]
-        if implementation not in offered:
-            raise ArgumentError(f"implementation of {method.name} is one of {offered}, got {implementation!r}")
-        found = resolve_rank(method, spec, parse_rank_spec(rank), clip=False, rule="tensorly")
-        if isinstance(found, Skip):
-            raise RefusedError(f"{found.reason} ({spec})")
-        stages = method.layout(spec, found)
+        allowed = [n for n in get_args(Implementation) if n != "mobilenet" or isinstance(method, CPFactorized)]
+        if implementation not in allowed:
+            raise ArgumentError(f"implementation of {method.name} is one of {allowed}, got {implementation!r}")
+        resolved = resolve_rank(method, spec, parse_rank_spec(rank), clip=False, rule="tensorly")
+        if isinstance(resolved, Skip):
+            raise RefusedError(f"{resolved.reason} ({spec})")
+        stages = method.layout(spec, resolved)
         if implementation == "mobilenet":
             stages = (stages[0], composed_spec(stages[1:-1]), stages[-1])
-        return cls(spec, method, found, implementation, stages)  # type: ignore[arg-type]
+        return cls(spec, method, resolved, implementation, stages)  # type: ignore[arg-type]
 
-    def merged(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The decomposed weights as ``stages`` wants them: for 'mobilenet' the 1-D kernels become one."""
+    def stage_weights(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return the weights of ``stages`` for those of the chain: 'mobilenet' composes the 1-D kernels into one."""
         if self.implementation != "mobilenet":
             return list(weights)
         space = self.factorization.layout(self.spec, self.rank)[1:-1]
@@ -87,20 +96,39 @@ class Structure:
 
 
 class FactorizedConv(nn.Module):
-    """A convolution of any order (1 to 3) held as the stages of a factorization; takes what ``nn.Conv2d`` takes, and
+    """A convolution with 1 to 3 spatial axes, held as the stages of a factorization.
 
-    order: the number of spatial axes, needed where kernel_size is an int.
-    factorization: 'cp' (over all modes), 'tucker' (both pointwise stages kept at any rank), 'tt', or any other name or
-        object of ``fxfact.factorizations``.
-    rank: an int, a tuple, or a fraction of the dense parameters ('same' is 1.0), which becomes a rank by TensorLy's
-        rules (``tensorly.cp_tensor.validate_cp_rank`` and its siblings), the spatial modes of Tucker kept whole,
-        clipped to what is feasible.
-    implementation: 'factorized' runs the stages one after the other; 'mobilenet', for 'cp', with one depthwise
-        k×k stage; 'reconstructed' composes the dense kernel in every forward and runs one dense convolution.
-    generator: draws the initial values, whose output variance is that of the dense layer's own initialisation.
+    Input (batch, in, *size) or (in, *size), output (batch, out, *size) or (out, *size), as for ``nn.Conv2d``, whose
+    arguments come first. The initial values give the output the variance of the dense layer's initialisation.
 
-    Input (batch, in, *size) or (in, *size), output as of the dense convolution. Raises SpecError, ArgumentError,
-    RankError, and RefusedError where this convolution cannot be factorized so.
+    Args:
+        in_channels: the input channels.
+        out_channels: the output channels.
+        kernel_size: the size of the dense kernel.
+        stride: the stride.
+        padding: the padding, also 'same' or 'valid'.
+        dilation: the dilation.
+        groups: the groups, each of which is factorized.
+        bias: whether the last stage has a bias.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        order: the number of spatial axes. Needed if ``kernel_size`` is an int.
+        factorization: 'cp' (one stage for each axis), 'tucker' (both pointwise stages at any rank), 'tt', or another
+            name or object of ``fxfact.factorizations``. Needed unless the class has a default.
+        rank: an int, a tuple, or a fraction of the dense parameters ('same' means 1.0). TensorLy's rules
+            (``tensorly.cp_tensor.validate_cp_rank`` and similar) turn a fraction into a rank, which is then clipped to
+            a feasible one. Tucker's spatial modes are kept whole.
+        implementation: 'factorized' runs the stages one after the other. 'mobilenet', for 'cp' only, has one depthwise
+            k×k stage. 'reconstructed' composes the dense kernel in every forward and runs one dense convolution.
+        device: the device of the parameters.
+        dtype: their type.
+        generator: draws the initial values.
+
+    Raises:
+        SpecError: if the arguments do not describe a convolution.
+        ArgumentError: if the factorization, implementation or dtype is invalid.
+        ArgumentTypeError: if the factorization, rank or generator is of a wrong type.
+        RankError: if the rank is invalid.
+        RefusedError: if the convolution cannot be factorized this way.
     """
 
     default_factorization: ClassVar[str | None] = None
@@ -147,7 +175,7 @@ class FactorizedConv(nn.Module):
         self.reset_parameters(generator)
 
     @classmethod
-    @torch.inference_mode(False)  # whose tensors could never be trained
+    @torch.inference_mode(False)  # inference tensors cannot be trained
     def from_conv(
         cls,
         conv: nn.Module,
@@ -158,18 +186,33 @@ class FactorizedConv(nn.Module):
         decompose_weights: bool = True,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """The layer for an ``nn.Conv1d/2d/3d``, with its device, dtype, mode and every attribute; the convolution and
-        its bias are copied from, not shared. ``decompose_weights=False`` gives it the initial values of a new layer.
+        """Return the factorized layer for a convolution.
 
-        Raises ArgumentTypeError for a module that is no convolution, RefusedError, RankError, WeightError.
+        Args:
+            conv: an ``nn.Conv1d/2d/3d`` or ``nn.ConvTranspose1d/2d/3d``. It is not changed, and shares no tensor with
+                the layer, which has its device, dtype, mode and attributes.
+            rank: as for the class.
+            factorization: as for the class.
+            implementation: as for the class.
+            decompose_weights: whether to decompose the weight. If not, the layer has the initial values of a new one.
+            generator: draws the initial values, or the start of a factorization that starts at random.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ArgumentTypeError: if ``conv`` is not a convolution.
+            RefusedError: if it cannot be factorized this way, or computes its weight from other parameters.
+            ArgumentError, RankError, WeightError: if another argument, the rank or the weight is invalid.
         """
         if not isinstance(conv, nn.Module) or not is_conv(conv):
-            raise ArgumentTypeError(f"conv must be a torch.nn.Conv1d, Conv2d or Conv3d, got {type(conv).__name__}")
+            kinds = "torch.nn.Conv1d/2d/3d or ConvTranspose1d/2d/3d"
+            raise ArgumentTypeError(f"conv must be a {kinds}, got {type(conv).__name__}")
         check_generator(generator)
         if computes_weight(conv):
             raise RefusedError(
-                f"{type(conv).__name__}: its weight or bias is computed from other parameters. Make it "
-                "one: torch.nn.utils.parametrize.remove_parametrizations(conv, 'weight')."
+                f"{type(conv).__name__}: its weight or bias is computed from other parameters. Replace them by a "
+                "parameter: torch.nn.utils.parametrize.remove_parametrizations(conv, 'weight')."
             )
         layer = read_conv(conv)
         if isinstance(layer, Skip):
@@ -178,7 +221,7 @@ class FactorizedConv(nn.Module):
         weights = None
         if decompose_weights:
             chain = structure.factorization.decompose(layer, structure.rank, generator=generator)
-            weights = structure.merged([stage.weight for stage in chain.layers])
+            weights = structure.stage_weights([stage.weight for stage in chain.layers])
         new = cls.__new__(cls)
         bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_(layer.bias.requires_grad)
         new._assemble(structure, cast(Tensor, conv.weight), bias, weights)
@@ -190,7 +233,9 @@ class FactorizedConv(nn.Module):
     def _method(cls, factorization: str | Factorization | None) -> str | Factorization:
         method = cls.default_factorization if factorization is None else factorization
         if method is None:
-            raise ArgumentError("factorization= is needed: 'cp', 'tucker', 'tt', or CPConv, TuckerConv, TTConv instead")
+            raise ArgumentError(
+                "factorization= is needed. Pass 'cp', 'tucker' or 'tt', or use CPConv, TuckerConv, TTConv."
+            )
         return method
 
     def _assemble(
@@ -203,19 +248,24 @@ class FactorizedConv(nn.Module):
         self.stages = nn.Sequential(*modules)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw new values: every stage keeps the variance of its input, but the last, which lowers it to a third, as
-        PyTorch's own initialisation of the dense convolution does (He et al. 2015 with a = √5).
+        """Draw new values for all parameters.
+
+        Every stage preserves the variance of its input, except that the last one reduces it to a third, as PyTorch's
+        initialisation of the dense convolution does (He et al. 2015 with a = √5).
+
+        Args:
+            generator: draws the values. None means PyTorch's global one.
         """
         convs, dense = self._convs(), self._structure.spec
-        into, fan_in = math.prod(dense.weight_shape[1:]), _fan_in(dense)
+        inputs, fan_in = math.prod(dense.weight_shape[1:]), _fan_in(dense)
         for conv, spec in zip(convs, self._structure.stages, strict=True):
-            last = into / fan_in if conv is convs[-1] else 3.0
-            _draw(conv.weight, math.sqrt(last / math.prod(spec.weight_shape[1:])), generator)
+            gain = inputs / fan_in if conv is convs[-1] else 3.0
+            _draw(conv.weight, math.sqrt(gain / math.prod(spec.weight_shape[1:])), generator)
         if (bias := convs[-1].bias) is not None:
             _draw(bias, 1 / math.sqrt(fan_in), generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
+        """Map (batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
         if self.implementation == "reconstructed":
             return run_weight(self._structure.spec, self.weight, self.bias, x)
         for stage in self.stages:
@@ -224,10 +274,10 @@ class FactorizedConv(nn.Module):
 
     @torch.inference_mode(False)
     def to_conv(self) -> nn.Module:
-        """A new dense ``nn.Conv1d/2d/3d`` that computes the same, with the device, dtype and mode of this layer."""
-        own = self._convs()[0].weight
-        with torch.no_grad(), no_reduced_precision(own.device):
-            weight = self.weight.clone(memory_format=torch.contiguous_format).requires_grad_(own.requires_grad)
+        """Return a new dense convolution that computes the same, with the device, dtype and mode of this layer."""
+        like = self._convs()[0].weight
+        with torch.no_grad(), no_reduced_precision(like.device):
+            weight = self.weight.clone(memory_format=torch.contiguous_format).requires_grad_(like.requires_grad)
         bias = self.bias
         copied = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
         (conv,) = write_conv(self._structure.spec, weight, copied)
@@ -246,64 +296,64 @@ class FactorizedConv(nn.Module):
 
     @property
     def factorization(self) -> Factorization:
-        """How the kernel is factorized."""
+        """The factorization of the kernel."""
         return self._structure.factorization
 
     @property
     def rank(self) -> Rank:
-        """The rank, as the factorization counts it."""
+        """The rank of each group."""
         return self._structure.rank
 
     @property
     def implementation(self) -> Implementation:
-        """'factorized', 'mobilenet' or 'reconstructed'."""
+        """How ``forward`` computes the layer: 'factorized', 'mobilenet' or 'reconstructed'."""
         return self._structure.implementation
 
     @property
     def spec(self) -> ConvSpec:
-        """The dense convolution that this layer stands for."""
+        """The dense convolution that this layer replaces."""
         return self._structure.spec
 
     @property
     def kernel_size(self) -> Sizes:
-        """Of the dense convolution."""
+        """The kernel size of the dense convolution."""
         return self._structure.spec.kernel_size
 
     def extra_repr(self) -> str:
-        """The dense convolution, the factorization, the rank."""
+        """Describe the layer in ``repr``."""
         return f"{self.spec}, {self.factorization.name}, rank={self.rank}, implementation={self.implementation!r}"
 
     def _convs(self) -> list[Any]:
-        """The stages without the pad modules between them."""
+        """Return the stages without the padding modules between them."""
         return [stage for stage in self.stages if is_conv(stage)]
 
 
 def _fan_in(spec: ConvSpec) -> int:
-    """What PyTorch takes for the inputs of one output, which of a transposed convolution are those of the mirrored."""
+    """Return the fan-in that PyTorch computes. For a transposed convolution it is that of the mirrored one."""
     channels = spec.out_channels if spec.transposed else spec.in_channels
     return channels // spec.groups * math.prod(spec.kernel_size)
 
 
 @torch.no_grad()
 def _draw(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    """On the generator's own device."""
+    """Fill a tensor with uniform values within ±bound, drawn on the device of the generator."""
     drawn = torch.empty_like(tensor, device=tensor.device if generator is None else generator.device)
     tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
 class CPConv(FactorizedConv):
-    """``FactorizedConv`` with factorization='cp'."""
+    """``FactorizedConv`` with factorization='cp' (Lebedev et al. 2015): 1×1 → depthwise k×1 → depthwise 1×k → 1×1."""
 
     default_factorization = "cp"
 
 
 class TuckerConv(FactorizedConv):
-    """``FactorizedConv`` with factorization='tucker'."""
+    """``FactorizedConv`` with factorization='tucker' (Kim et al. 2016): 1×1 → k×k → 1×1."""
 
     default_factorization = "tucker"
 
 
 class TTConv(FactorizedConv):
-    """``FactorizedConv`` with factorization='tt'."""
+    """``FactorizedConv`` with factorization='tt' (tensor train, Oseledets 2011): 1×1 → k×1 → 1×k → 1×1."""
 
     default_factorization = "tt"

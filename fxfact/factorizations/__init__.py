@@ -1,16 +1,23 @@
-"""Every factorization, each in a file of its own. A new one is a file here and its class in ``FACTORIZATIONS``."""
+"""The factorizations: each replaces a convolution by a chain of cheaper ones.
+
+Every factorization is a class in a file of its own. To add one to the package, write such a file and list its class in
+``FACTORIZATIONS``. A factorization of your own needs no registration: pass an instance wherever a name is accepted. See
+``Factorization`` for the methods to override.
+"""
 
 from __future__ import annotations
 
 import difflib
 
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.base import Factorization, check_generator, check_weight, weight_scale
 from fxfact.factorizations.cp import CPFactorized, CPMobilenet
+from fxfact.factorizations.layout import Rank
+from fxfact.factorizations.linalg import truncated_svd
 from fxfact.factorizations.matrix_svd import ChannelSVD, PointwiseSVD
 from fxfact.factorizations.rank_spec import ParsedRank, RankSpec, parse_rank_spec, resolve_rank
-from fxfact.factorizations.scaling import check_generator, check_weight, pow2_scale
 from fxfact.factorizations.spatial_svd import SpatialSVD
+from fxfact.factorizations.stages import pointwise, stages_along
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
 
@@ -23,6 +30,7 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     ChannelSVD,
     PointwiseSVD,
 )
+"""The classes of all factorizations of the package."""
 
 __all__ = [
     "FACTORIZATIONS",
@@ -41,15 +49,27 @@ __all__ = [
     "check_weight",
     "parse_factorization",
     "parse_rank_spec",
-    "pow2_scale",
+    "pointwise",
     "resolve_rank",
+    "stages_along",
+    "truncated_svd",
+    "weight_scale",
 ]
 
 
 def parse_factorization(request: object) -> Factorization:
-    """A factorization for its name ('cp' is 'cp_mobilenet', a hyphen is an underscore) or for itself.
+    """Return a factorization, given by name or as an object.
 
-    Raises ArgumentError for an unknown name, ArgumentTypeError for anything else.
+    Args:
+        request: a name in any case, with hyphens or underscores ('cp' means 'cp_mobilenet'), or a ``Factorization``,
+            which is returned as it is.
+
+    Returns:
+        The factorization, with default options if it was given by name.
+
+    Raises:
+        ArgumentError: if there is no factorization of this name.
+        ArgumentTypeError: if ``request`` is of another type.
     """
     if isinstance(request, Factorization):
         return request

@@ -1,153 +1,107 @@
-"""The contract of a factorization, and what every one of them inherits from it.
-
-A factorization is a frozen value that knows two things of one convolution without groups: the shapes of the stages
-for a rank (``_stages``) and their weights (``_weights``). Groups, biases, precisions and ranks by fraction are the
-same for all and live here. Laws, each tested for every factorization:
-- ``layout(spec, rank)`` equals the specs of ``decompose(layer, rank)``, which it needs no tensor for;
-- ``layout`` maps any input size to the output size of ``spec``;
-- at ``max_rank`` the chain composes to the kernel itself (CP: begun at singular components, its default).
-"""
+"""The base class of all factorizations."""
 
 from __future__ import annotations
 
-import bisect
-from abc import ABC, abstractmethod
+import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, Skip, compose
-from fxfact.errors import ArgumentError, RankError, RefusedError
-from fxfact.factorizations.fit import fit_chain, in_channel_metric
-from fxfact.factorizations.linalg import singular_squares
-from fxfact.factorizations.scaling import cast_factors, check_weight, pow2_scale
+from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, compose
+from fxfact.errors import ArgumentTypeError, WeightError
+from fxfact.factorizations.fit import decompose_in_metric
+from fxfact.factorizations.layout import ChainLayout, Rank, one_group
+from fxfact.factorizations.linalg import squared_singular_values
 from fxfact.utils import no_reduced_precision
 
-Rank = tuple[int, ...]
-_FITTED, _FORESEEN = 200, 12  # iterations of the fit in a metric: of weights to be used, of errors to be planned with
+_FIT_ITERATIONS = 200  # for weights that will be used
+_ESTIMATE_ITERATIONS = 12  # for the loss increases that a plan is made from
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factorization(ABC):
-    """How a convolution becomes a chain of convolutions. The options of one are its (JSON-able) dataclass fields."""
+class Factorization(ChainLayout):
+    """A way to replace a convolution by a chain of cheaper convolutions.
 
-    name: ClassVar[str]
+    To add one of your own, subclass it as a frozen dataclass whose fields are its options: JSON values with defaults.
+    Set ``name``, and override four hooks. They see one group at a time: ``block`` is a convolution with ``groups=1``
+    and without bias, and ``weight`` is its kernel (out, in, *kernel).
+
+    - ``_rejects(block)`` returns why a convolution cannot be factorized, or None.
+    - ``_max_rank(block)`` returns the largest useful rank, a tuple of ints.
+    - ``_stages(block, rank)`` returns the stages of the chain, all without bias. ``pointwise`` and ``stages_along``
+      make the usual ones.
+    - ``_weights(block, weight, rank, generator)`` returns the weights of the stages.
+
+    The base class adds the rest: groups, biases, data types, the scale of the weights, ranks for a fraction of the
+    parameters, and weights that are close in a Fisher metric. These laws must hold:
+
+    - ``decompose(layer, rank)`` has the stages that ``layout(layer.spec, rank)`` returns.
+    - The stages map every input size to the output size of the convolution.
+    - At ``max_rank`` the composed chain equals the kernel, up to rounding.
+
+    The other hooks have defaults. Override
+
+    - ``_weights_in_metric`` and ``_loss_increases`` if there is a closed form,
+    - ``_unfoldings`` if each entry of the rank bounds the rank of a matrix, or ``_spectra`` if other values bound the
+      error,
+    - ``_fast_variant`` if estimates can be cheaper than decompositions,
+    - ``_feasible_rank`` if the entries of a rank bound each other,
+    - ``_tensorly_rank`` if TensorLy has a rule for a fraction of the parameters.
+
+    Attributes:
+        name: the name in plans, reports and files.
+    """
 
     @abstractmethod
-    def _rejects(self, block: ConvSpec) -> str | None:
-        """Why one group's convolution cannot be factorized, or None."""
+    def _weights(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None
+    ) -> Sequence[Tensor]:
+        """Return the weights of the stages, such that the chain is close to ``weight`` in the Frobenius norm.
 
-    @abstractmethod
-    def _max_rank(self, block: ConvSpec) -> Rank:
-        """The largest useful rank, entry by entry."""
+        ``weight`` is in single or double precision. Each returned tensor holds the elements of one stage's weight (out,
+        in / groups, *kernel) in order. It may have another shape.
+        """
 
-    @abstractmethod
-    def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
-        """The stages for one group, all without bias."""
-
-    @abstractmethod
-    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
-        """The stages' weights, in single or double precision, for a weight (out, in, *kernel)."""
-
-    def _weights_in(
+    def _weights_in_metric(
         self,
         block: ConvSpec,
         weight: Tensor,
         rank: Rank,
         *,
         metric: KroneckerFisher,
-        random: torch.Generator | None,
+        generator: torch.Generator | None,
         iterations: int,
     ) -> Sequence[Tensor]:
-        """``_weights`` that are near in a metric: begun in the metric of the channels, then fitted in all of it."""
-        stages = self._stages(replace(block, bias=False), rank)
+        """Return weights that are close in a Fisher metric. The default fits them, starting from ``_weights``."""
+        stages = self._stages(block, rank)
 
-        def nearest(kernel: Tensor) -> list[Tensor]:
-            found = self._weights(block, kernel, rank, random)
-            return [part.reshape(stage.weight_shape) for part, stage in zip(found, stages, strict=True)]
+        def decompose(kernel: Tensor) -> Sequence[Tensor]:
+            return self._weights(block, kernel, rank, generator)
 
-        if stages[0].groups > 1 or stages[-1].groups > 1:  # no matrix of the metric's channels goes into such a stage
-            return nearest(weight)
-        start = in_channel_metric(block, weight, metric, nearest)
-        return fit_chain(block, stages, start, weight, metric, iterations=iterations)
+        return decompose_in_metric(block, stages, weight, metric, decompose, iterations=iterations)
 
-    def _increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float] | None:
-        """By how much the loss grows at every rank, where a formula says it."""
+    def _loss_increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float] | None:
+        """Return the loss increase in nats at every rank, or None if there is no closed form."""
         return None
 
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
-        """For every entry of the rank the matrix whose rank it bounds; none where the rank is of no matrix."""
+        """Return, for each entry of the rank, the matrix whose rank it bounds. Empty if there are no such matrices."""
         return ()
 
     def _spectra(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
-        """For every entry of the rank squares, descending, of which what lies behind the rank is lost in the Frobenius
-        norm, or an upper bound of it; none where no formula says that.
-        """
-        return [singular_squares(matrix) for matrix in self._unfoldings(block, weight)]
+        """Return, for each entry of the rank, descending values whose sum after the rank bounds the squared error.
 
-    def _foreseeing(self, block: ConvSpec, rank: Rank) -> Factorization:
-        """What stands for this one where only its increase of the loss is wanted, and need not be exact."""
+        The bounds of the entries add up. Empty if there is no bound.
+        """
+        return [squared_singular_values(matrix) for matrix in self._unfoldings(block, weight)]
+
+    def _fast_variant(self, block: ConvSpec, rank: Rank) -> Factorization:
+        """Return a cheaper factorization with about the same loss increase, for estimates."""
         return self
-
-    def _feasible(self, block: ConvSpec, rank: Rank) -> Rank:
-        """``rank``, already within ``_max_rank``, lowered where its entries bound each other."""
-        return rank
-
-    def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
-        """The rank that TensorLy's rule gives for a fraction; our own rule where TensorLy has none."""
-        return self.rank_within(block, fraction) or self.smallest_rank(block)
-
-    @final
-    def unfoldings(self, layer: ConvLayer) -> list[tuple[Tensor, ...]]:
-        """For every group the kernel as matrices, one for each entry of the rank, which bounds the rank of that matrix
-        when composed; none where the factorization's rank is of no matrix (CP).
-        """
-        return [
-            tuple(self._unfoldings(layer.spec.block, part)) for part in layer.weight.detach().chunk(layer.spec.groups)
-        ]
-
-    @final
-    def rejects(self, spec: ConvSpec) -> Skip | None:
-        """Why this convolution cannot be factorized this way, or None."""
-        reason = self._rejects(spec.block)
-        return Skip(reason) if reason else None
-
-    @final
-    def max_rank(self, spec: ConvSpec) -> Rank:
-        """The largest useful rank, of each group. Raises RefusedError where ``rejects`` gives a reason."""
-        if refused := self.rejects(spec):
-            raise RefusedError(f"{refused.reason} ({spec})")
-        return self._max_rank(spec.block)
-
-    @final
-    def smallest_rank(self, spec: ConvSpec) -> Rank:
-        """All ones."""
-        return (1,) * len(self.max_rank(spec))
-
-    @final
-    def clip(self, spec: ConvSpec, rank: Rank) -> Rank:
-        """The nearest rank below that this convolution can have."""
-        lowered = tuple(min(r, most) for r, most in zip(rank, self._check_length(spec, rank), strict=True))
-        return self._feasible(spec.block, lowered)
-
-    @final
-    def layout(self, spec: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
-        """The stages' shapes. Raises RankError for a rank that this convolution cannot have."""
-        self._check_rank(spec, rank)
-        groups = spec.groups
-        stages = [
-            replace(
-                stage,
-                in_channels=stage.in_channels * groups,
-                out_channels=stage.out_channels * groups,
-                groups=stage.groups * groups,
-            )
-            for stage in self._stages(replace(spec.block, bias=False), rank)
-        ]
-        return (*stages[:-1], replace(stages[-1], bias=spec.bias))
 
     @final
     def decompose(
@@ -158,15 +112,30 @@ class Factorization(ABC):
         metric: KroneckerFisher | None = None,
         generator: torch.Generator | None = None,
     ) -> ConvChain:
-        """The chain of this rank that comes nearest to ``layer`` (CP, and all in a metric but the SVDs: that is found).
+        """Return the chain of a given rank that approximates a convolution.
 
-        Nearest in ``metric``, else in the Frobenius norm, which is also what decides for groups whose metric says that
-        nothing matters. The stages have the weight's dtype and device; half precision is decomposed in single
-        precision. ``generator`` is used where the factorization begins at random. Raises RankError, RefusedError,
-        WeightError, SpecError for the metric of another convolution.
+        For the matrix SVDs, and the spatial SVD without a metric, it is the best one (Eckart and Young 1936). For the
+        others it is a local optimum. Half precision is decomposed in single precision.
+
+        Args:
+            layer: the convolution with its weight (out, in / groups, *kernel).
+            rank: the rank of each group.
+            metric: the Fisher metric in which the chain is close to the layer. If None, and for groups whose metric is
+                zero, the Frobenius norm.
+            generator: draws the start of a factorization that starts at random.
+
+        Returns:
+            The chain. Its weights have the dtype and the device of the layer's weight.
+
+        Raises:
+            RefusedError: if ``rejects`` returns a reason.
+            RankError: if the convolution cannot have this rank.
+            WeightError: if the weight has no finite values, or the weights of the chain overflow its dtype.
+            SpecError: if the metric belongs to another convolution.
         """
-        return self._chain(layer, rank, metric, generator, _FITTED)
+        return self._chain(layer, rank, metric, generator, _FIT_ITERATIONS)
 
+    @final
     def _chain(
         self,
         layer: ConvLayer,
@@ -181,52 +150,73 @@ class Factorization(ABC):
             metric.check(layer.spec)
         weight = layer.weight.detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        scale, block = pow2_scale(weight), layer.spec.block
+        scale, block = weight_scale(weight), one_group(layer.spec)
         weight = weight if scale == 1.0 else weight / scale
         with no_reduced_precision(weight.device):
             by_group = [
                 self._weights(block, part, rank, generator)
                 if own is None
-                else self._weights_in(block, part, rank, metric=own, random=generator, iterations=iterations)
-                for part, own in _by_group(layer.spec, weight, metric)
+                else self._weights_in_metric(block, part, rank, metric=own, generator=generator, iterations=iterations)
+                for part, own in _by_group(layer.spec.groups, block, weight, metric)
             ]
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
-        cast = cast_factors(joined, layer.weight.dtype)
+        cast = _cast_factors(joined, layer.weight.dtype)
         weights = [part.reshape(spec.weight_shape) for part, spec in zip(cast, specs, strict=True)]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
 
     @final
-    def increases(self, layer: ConvLayer, metric: KroneckerFisher, ranks: Sequence[Rank]) -> list[float]:
-        """By how much each of the ranks raises the loss, in nats: by a formula where there is one, else by a short fit,
-        some per cent above what ``decompose`` will reach.
+    def loss_increases(self, layer: ConvLayer, metric: KroneckerFisher, ranks: Sequence[Rank]) -> list[float]:
+        """Return the loss increase that each of the ranks causes, ½ tr(G Δ C Δᵀ) for the error Δ of the kernel.
+
+        Without a closed form each value comes from a short fit, and is some per cent above that of ``decompose``.
+
+        Args:
+            layer: the convolution with its weight.
+            metric: its Fisher metric, with the moments G of the output and C of the input.
+            ranks: the ranks of each group.
+
+        Returns:
+            The increase for each of the ranks, in nats for one sample.
+
+        Raises:
+            RefusedError, RankError, WeightError, SpecError: as ``decompose``.
         """
-        block, scale = layer.spec.block, pow2_scale(layer.weight)
+        block, scale = one_group(layer.spec), weight_scale(layer.weight)
         if scale != 1.0:
-            even = replace(layer, weight=layer.weight / scale)
-            return [nats * scale * scale for nats in self.increases(even, metric, ranks)]
+            scaled = replace(layer, weight=layer.weight / scale)
+            return [nats * scale * scale for nats in self.loss_increases(scaled, metric, ranks)]
         with no_reduced_precision(layer.weight.device):
             by_group = [
-                None if own is None else self._increases(block, part, own)
-                for part, own in _by_group(layer.spec, layer.weight.float(), metric)
+                None if own is None else self._loss_increases(block, part, own)
+                for part, own in _by_group(layer.spec.groups, block, layer.weight.float(), metric)
             ]
         if all(known is not None for known in by_group):
             return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
-        chains = (self._foreseeing(block, rank)._chain(layer, rank, metric, None, _FORESEEN) for rank in ranks)
+        variants = ((self._fast_variant(block, rank), rank) for rank in ranks)
+        chains = (variant._chain(layer, rank, metric, None, _ESTIMATE_ITERATIONS) for variant, rank in variants)
         return [metric.loss_increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
 
     @final
-    def bounds(self, layer: ConvLayer, ranks: Sequence[Rank]) -> list[float] | None:
-        """‖W − Ŵ‖² / ‖W‖² at these ranks, or what it is at most, by singular values alone: exact for the SVDs (Eckart
-        and Young 1936), for Tucker and TT the sum over the modes (De Lathauwer, De Moor and Vandewalle 2000; Oseledets
-        2011). None where there is no formula.
+    def error_bounds(self, layer: ConvLayer, ranks: Sequence[Rank]) -> list[float] | None:
+        """Return ‖W − Ŵ‖² / ‖W‖² at each of the ranks, or an upper bound on it, from singular values.
+
+        The values are exact for the SVDs (Eckart and Young 1936). For Tucker and TT they are sums over the modes (De
+        Lathauwer, De Moor and Vandewalle 2000; Oseledets 2011).
+
+        Args:
+            layer: the convolution with its weight.
+            ranks: the ranks of each group.
+
+        Returns:
+            A value between 0 and 1 for each of the ranks, or None if the factorization has no formula.
         """
-        total, lost = 0.0, [0.0] * len(ranks)
-        weight = layer.weight.detach() / pow2_scale(layer.weight)
+        total, lost, block = 0.0, [0.0] * len(ranks), one_group(layer.spec)
+        weight = layer.weight.detach() / weight_scale(layer.weight)
         for part in weight.float().chunk(layer.spec.groups):
             with no_reduced_precision(part.device):
-                spectra = self._spectra(layer.spec.block, part)
+                spectra = self._spectra(block, part)
             if not spectra:
                 return None
             total += float(part.square().sum())
@@ -236,67 +226,79 @@ class Factorization(ABC):
         return [min(1.0, value / total) if total else 0.0 for value in lost]
 
     @final
-    def ranks(self, spec: ConvSpec) -> tuple[Rank, ...]:
-        """Every rank proportional to the largest one (entries rounded down, at least 1), ascending.
+    def unfoldings(self, layer: ConvLayer) -> list[tuple[Tensor, ...]]:
+        """Return the kernel as the matrices whose ranks the rank bounds.
 
-        Where the largest rank drops all stages but one, and so is the convolution itself, it is left out.
+        Args:
+            layer: the convolution with its weight.
+
+        Returns:
+            For each group one matrix for each entry of the rank, or no matrix if the rank bounds none (CP).
         """
-        most, block = self.max_rank(spec), spec.block
-        steps = sorted({(j / n, j, n) for n in set(most) for j in range(1, n + 1)})
-        family = [self._feasible(block, tuple(max(1, j * m // n) for m in most)) for _, j, n in steps]
-        distinct = list(dict.fromkeys(family))
-        if len(distinct) > 1 and len(self.layout(spec, distinct[-1])) == 1:
-            distinct.pop()
-        return tuple(distinct)
-
-    @final
-    def rank_within(self, spec: ConvSpec, fraction: float) -> Rank | None:
-        """The largest of ``ranks`` whose layout has at most that fraction of the parameters; None if none has."""
-        ranks = self.ranks(spec)
-        allowed = fraction * spec.params
-        fitting = bisect.bisect_right(ranks, allowed, key=lambda rank: sum(s.params for s in self.layout(spec, rank)))
-        return ranks[fitting - 1] if fitting else None
-
-    @final
-    def tensorly_rank(self, spec: ConvSpec, fraction: float) -> Rank:
-        """The rank that TensorLy's rule gives for a fraction of the parameters, clipped to what is feasible."""
-        self.max_rank(spec)
-        return self.clip(spec, tuple(max(1, r) for r in self._tensorly_rank(spec.block, fraction)))
-
-    @final
-    def _check_length(self, spec: ConvSpec, rank: Rank) -> Rank:
-        """The largest rank."""
-        most = self.max_rank(spec)
-        if not isinstance(rank, tuple) or len(rank) != len(most):
-            raise RankError(f"{self.name} has {len(most)} ranks on {spec}, a tuple of integers, got {rank!r}")
-        return most
-
-    @final
-    def _check_rank(self, spec: ConvSpec, rank: Rank) -> None:
-        most = self._check_length(spec, rank)
-        if min(rank) < 1 or any(r > m for r, m in zip(rank, most, strict=True)):
-            raise RankError(
-                f"{self.name} rank must be within {_show(self.smallest_rank(spec))} and {_show(most)} on {spec}, "
-                f"got {_show(rank)}. Pass a smaller rank, or a fraction of the parameters."
-            )
-        if (feasible := self._feasible(spec.block, rank)) != rank:
-            raise RankError(f"{self.name} ranks bound each other: {rank} can be {feasible} at most on {spec}")
+        block, groups = one_group(layer.spec), layer.spec.groups
+        return [tuple(self._unfoldings(block, part)) for part in layer.weight.detach().chunk(groups)]
 
 
 def _by_group(
-    spec: ConvSpec, weight: Tensor, metric: KroneckerFisher | None
+    groups: int, block: ConvSpec, weight: Tensor, metric: KroneckerFisher | None
 ) -> Iterator[tuple[Tensor, KroneckerFisher | None]]:
-    """The weight and the metric of each group, None where there is none, or where it says that nothing matters."""
-    for group, part in enumerate(weight.chunk(spec.groups)):
+    """Yield the weight and the metric of each group: None without a metric, or if it makes the weight's norm zero."""
+    for group, part in enumerate(weight.chunk(groups)):
         own = None if metric is None else metric.of_group(group).like(weight)
-        yield part, None if own is None or not float(own.square(spec.block, part)) > 0 else own
+        yield part, None if own is None or not float(own.square(block, part)) > 0 else own
 
 
-def check_tolerance(tolerance: object) -> None:
-    """Raise ArgumentError unless it can end an iteration."""
-    if not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise ArgumentError(f"tolerance must be a number, at least 0, got {tolerance!r}")
+def _cast_factors(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the factors in a dtype, scaled to equal largest values if one overflows. Raises WeightError if all do."""
+    cast = [factor.to(dtype) for factor in factors]
+    if dtype != torch.float16 or all(bool(factor.isfinite().all()) for factor in cast):
+        return cast
+    largest = [float(factor.abs().max()) for factor in factors]
+    mean = math.prod(value ** (1 / len(factors)) for value in largest)
+    if mean > torch.finfo(dtype).max:
+        raise WeightError(f"the factors reach {mean:.1e}, more than {dtype} holds. Convert the model to float32.")
+    return [(factor * (mean / (value or 1.0))).to(dtype) for factor, value in zip(factors, largest, strict=True)]
 
 
-def _show(rank: Rank) -> str:
-    return str(rank[0]) if len(rank) == 1 else str(rank)
+def check_weight(weight: Tensor) -> None:
+    """Raise WeightError unless the weight has finite floating-point values.
+
+    Args:
+        weight: the weight of a convolution.
+
+    Raises:
+        WeightError: if it is of another dtype, on the meta device, or has NaN or Inf.
+    """
+    if not weight.dtype.is_floating_point:
+        raise WeightError(f"the weight must be floating-point, got {weight.dtype}. Convert the model to a float type.")
+    if weight.is_meta:
+        raise WeightError("the weight is on the meta device and has no values. Materialise it, or use weights='empty'.")
+    if not bool(torch.isfinite(weight).all()):
+        count = int((~torch.isfinite(weight)).sum())
+        raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Repair or exclude it.")
+
+
+def weight_scale(weight: Tensor) -> float:
+    """Return a divisor with which the squares of a weight's values stay within single precision.
+
+    Args:
+        weight: the weight of a convolution.
+
+    Returns:
+        The largest absolute value if it is below 1e-10 or above 1e10, else 1.
+    """
+    largest = float(weight.detach().abs().max())
+    return largest if largest and not 1e-10 < largest < 1e10 else 1.0
+
+
+def check_generator(generator: object) -> None:
+    """Raise ArgumentTypeError unless the argument is a ``torch.Generator`` or None.
+
+    Args:
+        generator: the argument of a caller.
+
+    Raises:
+        ArgumentTypeError: if it is something else.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")

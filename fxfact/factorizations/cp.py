@@ -1,7 +1,7 @@
-"""CP: pointwise into ``rank`` channels, depthwise over space, pointwise out.
+"""CP factorizations: pointwise to ``rank`` channels, depthwise over space, pointwise to the output channels.
 
-``cp_factorized`` has 1-D spatial stages: W[o, i, a, b] = Σ_r O[o, r] I[i, r] A[a, r] B[b, r] (Lebedev et al. 2015);
-``cp_mobilenet`` keeps space as one mode: W[o, i, ab] = Σ_r O[o, r] I[i, r] S[ab, r], which at equal rank is nearer.
+``cp_factorized`` splits the spatial axes: W[o, i, a, b] = Σ_r O[o, r] I[i, r] A[a, r] B[b, r] (Lebedev et al. 2015).
+``cp_mobilenet`` keeps them together: W[o, i, ab] = Σ_r O[o, r] I[i, r] S[ab, r], which is closer at the same rank.
 """
 
 from __future__ import annotations
@@ -18,21 +18,17 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.errors import ArgumentError, check_int
-from fxfact.factorizations.base import Factorization, Rank, check_tolerance
-from fxfact.factorizations.cp_als import cp
-from fxfact.factorizations.linalg import singular_squares
-from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
+from fxfact.factorizations.base import Factorization
+from fxfact.factorizations.cp_als import check_tolerance, cp
+from fxfact.factorizations.layout import Rank
+from fxfact.factorizations.linalg import squared_singular_values
+from fxfact.factorizations.stages import split_axes, stages_along, why_no_channel_modes
 
-_SWEEP = 5e8  # multiplications
+_MULTIPLICATIONS = 5e8  # of one sweep. If it takes more, estimates use proportionally fewer sweeps.
 
 
 @dataclass(frozen=True, kw_only=True)
 class _CP(Factorization):
-    """``init`` 'svd' begins at singular components and needs no generator; 'random' draws from the generator given.
-
-    ``sweeps`` and ``tolerance`` (in relative error, by sweep) end the alternating least squares.
-    """
-
     init: Literal["svd", "random"] = "svd"
     sweeps: int = 50
     tolerance: float = 1e-5
@@ -44,73 +40,99 @@ class _CP(Factorization):
             raise ArgumentError(f"init must be 'svd' or 'random', got {self.init!r}")
 
     @abstractmethod
-    def _modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
-        """The spatial axes of each spatial stage."""
+    def _spatial_modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
+        """Return the axes of each depthwise stage."""
 
     @final
-    def _sizes(self, block: ConvSpec) -> Sizes:
-        sizes = (math.prod(block.kernel_size[axis] for axis in axes) for axes in self._modes(block))
+    def _tensor_shape(self, block: ConvSpec) -> Sizes:
+        sizes = (math.prod(block.kernel_size[axis] for axis in axes) for axes in self._spatial_modes(block))
         return (block.out_channels, block.in_channels, *sizes)
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        return no_channel_modes(block)
+        return why_no_channel_modes(block)
 
     def _max_rank(self, block: ConvSpec) -> Rank:
-        sizes = self._sizes(block)
-        return (math.prod(sizes) // max(sizes),)
+        shape = self._tensor_shape(block)
+        return (math.prod(shape) // max(shape),)
 
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
-        (r,) = rank
-        depthwise = [spatial(block, axes, r, r, groups=r) for axes in self._modes(block)]
-        return (pointwise(block, block.in_channels, r), *depthwise, pointwise(block, r, block.out_channels))
+        modes = self._spatial_modes(block)
+        channels = (block.in_channels, *(rank * (len(modes) + 1)), block.out_channels)
+        return stages_along(block, ((), *modes, ()), channels, depthwise=True)
 
-    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
-        if self.init == "random" and random is None:
+    def _weights(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None
+    ) -> Sequence[Tensor]:
+        if self.init == "random" and generator is None:
             raise ArgumentError(f"{self.name} with init='random' needs generator=torch.Generator()")
-        start = random if self.init == "random" else None
-        tensor = weight.reshape(self._sizes(block))
-        out, into, *space = cp(tensor, *rank, sweeps=self.sweeps, tolerance=self.tolerance, random=start)
+        start = generator if self.init == "random" else None
+        tensor = weight.reshape(self._tensor_shape(block))
+        out, into, *space = cp(tensor, *rank, sweeps=self.sweeps, tolerance=self.tolerance, generator=start)
         return (into.T, *(factor.T for factor in space), out)
 
     def _spectra(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
-        """Turned to the principal directions of its spatial modes, the kernel is one matrix (out, in) for each of their
-        combinations; the leading singular components of all of them are a CP decomposition.
-        """
-        sizes = self._sizes(block)
-        tensor = weight.reshape(sizes)
-        for mode in range(2, len(sizes)):
+        # In the principal directions of its spatial modes, the kernel has one matrix (out, in) for each combination of
+        # directions. The leading singular components of all of them are a CP decomposition.
+        shape = self._tensor_shape(block)
+        tensor = weight.reshape(shape)
+        for mode in range(2, len(shape)):
             unfolded = tensor.movedim(mode, 0).flatten(1)
             _, directions = torch.linalg.eigh(unfolded @ unfolded.T)
             tensor = torch.tensordot(tensor, directions, dims=([mode], [0])).movedim(-1, mode)
         matrices = tensor.flatten(2).movedim(-1, 0)
-        return [singular_squares(matrices).flatten().sort(descending=True).values]
+        return [squared_singular_values(matrices).flatten().sort(descending=True).values]
 
-    def _foreseeing(self, block: ConvSpec, rank: Rank) -> _CP:
-        """With fewer sweeps, ten at least, where one takes more than 5·10⁸ multiplications; not at random."""
-        share = min(1.0, _SWEEP / (2 * rank[0] * math.prod(self._sizes(block))))
+    def _fast_variant(self, block: ConvSpec, rank: Rank) -> _CP:
+        multiplications = 2 * rank[0] * math.prod(self._tensor_shape(block))
+        share = min(1.0, _MULTIPLICATIONS / multiplications)
         return replace(self, init="svd", sweeps=min(self.sweeps, max(10, round(self.sweeps * share))))
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
-        return (int(validate_cp_rank(self._sizes(block), fraction)),)
+        return (int(validate_cp_rank(self._tensor_shape(block), fraction)),)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CPFactorized(_CP):
-    """1×1 → depthwise k×1 → depthwise 1×k → 1×1, rank (R,)."""
+    """CP with one depthwise stage for each spatial axis: 1×1 → k×1 → 1×k → 1×1, rank (R,) (Lebedev et al. 2015).
+
+    W[o, i, a, b] = Σ_r O[o, r] I[i, r] A[a, r] B[b, r], found by alternating least squares.
+
+    Args:
+        init: how the alternating least squares start: 'svd' at singular components, or 'random', which needs the
+            argument ``generator`` of ``decompose``. Only 'svd' is exact at the largest rank.
+        sweeps: the largest number of sweeps over all factors.
+        tolerance: ends the sweeps if one lowers the relative error by less.
+
+    Raises:
+        ArgumentError: if an option is invalid.
+    """
 
     name = "cp_factorized"
 
-    def _modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
-        return spatial_axes(block)
+    def _spatial_modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
+        return split_axes(block)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CPMobilenet(_CP):
-    """1×1 → depthwise k×k → 1×1, rank (R,)."""
+    """CP with all spatial axes in one mode: 1×1 → depthwise k×k → 1×1, rank (R,) (after Lebedev et al. 2015).
+
+    W[o, i, ab] = Σ_r O[o, r] I[i, r] S[ab, r], found by alternating least squares. These are the stages of MobileNet's
+    inverted residual blocks (Sandler et al. 2018).
+
+    Args:
+        init: how the alternating least squares start: 'svd' at singular components, or 'random', which needs the
+            argument ``generator`` of ``decompose``. Only 'svd' is exact at the largest rank.
+        sweeps: the largest number of sweeps over all factors.
+        tolerance: ends the sweeps if one lowers the relative error by less.
+
+    Raises:
+        ArgumentError: if an option is invalid.
+    """
 
     name = "cp_mobilenet"
 
-    def _modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
-        return (tuple(range(block.order)),)
+    def _spatial_modes(self, block: ConvSpec) -> tuple[Sizes, ...]:
+        return (tuple(range(len(block.kernel_size))),)

@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import reduce
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fxfact.factorizations.linalg import STRIP, descend, leading_basis, tiny
+from fxfact.errors import ArgumentError
+from fxfact.factorizations.linalg import STRIP, leading_basis
 
-_RIDGE = 1e-6  # times the squared norm of the tensor's scale: keeps every factor bounded, biases by about as much
+State = TypeVar("State")
+_RIDGE = 1e-6  # for a tensor of norm 1: keeps every factor bounded, and adds an error of about this size
 
 
 def cp(
-    tensor: Tensor, rank: int, *, sweeps: int, tolerance: float, random: torch.Generator | None = None
+    tensor: Tensor, rank: int, *, sweeps: int, tolerance: float, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """One factor (n_k, rank) per mode; the sum over the rank of their outer products approximates ``tensor``.
+    """Return the factors of a CP decomposition (alternating least squares: Carroll and Chang 1970, Harshman 1970).
 
-    Minimises ½‖T − T̂‖² + ½ρ Σ‖A_k‖² with ‖T‖ = 1 and ρ = 1e-6, the factors of a component having equal norms, so
-    that no component can run away (the degeneracy of De Silva and Lim 2008). A sweep solves for one factor after the
-    other; the factors are extrapolated between sweeps and the end is decided as ``descend`` says.
+    It minimises ½‖T − T̂‖² + ½ρ Σ‖A_k‖² for ‖T‖ = 1 and ρ = 1e-6. The factors of a component have equal norms, so no
+    component can grow without end (the degeneracy of De Silva and Lim 2008). A sweep solves for one factor after the
+    other. Between sweeps the factors are extrapolated (see ``descend``).
 
-    It begins at the nearer, after a sweep, of two: the largest singular components of the slices that hold the two
-    largest modes, exact at the largest useful rank, numel / largest mode; and the eigenvectors of a matrix pencil,
-    exact for a tensor of this rank, if that is no larger than the second largest mode. With ``random`` it begins at
-    normal values drawn from that generator. The largest temporaries are two of (rank, numel / n_0).
+    The start is the better one, after a sweep, of two: the largest singular components of the slices along the two
+    largest modes, which are exact at the largest useful rank, numel / largest mode; and the eigenvectors of a matrix
+    pencil, which are exact for a tensor of this rank if it does not exceed the second largest mode.
+
+    Args:
+        tensor: the tensor (n_0, n_1, …).
+        rank: the number of components.
+        sweeps: the largest number of sweeps.
+        tolerance: ends the descent if a sweep lowers the relative error by less.
+        generator: draws a normally distributed start instead.
+
+    Returns:
+        One factor (n_k, rank) for each mode. The sum over the rank of their outer products approximates the tensor. The
+        largest temporaries are two of (rank, numel / n_0).
     """
     norm = float(tensor.double().norm())
     if norm == 0:
         return [tensor.new_zeros(size, rank) for size in tensor.shape]
     unit = tensor / norm
-    factors = _begin(unit, rank, random)
-    if random is not None or rank < unit.numel() // max(unit.shape):
+    factors = _start(unit, rank, generator)
+    if generator is not None or rank < unit.numel() // max(unit.shape):
         factors = descend(
             lambda start: _sweep(unit, start),
             _extrapolate,
@@ -46,19 +60,59 @@ def cp(
     return [factor * norm ** (1 / tensor.ndim) for factor in factors]
 
 
-def _begin(tensor: Tensor, rank: int, random: torch.Generator | None) -> list[Tensor]:
-    """The start that is nearer after a sweep, before that sweep."""
-    if random is not None:
-        return _balanced(_begin_random(tensor, rank, random))
-    slices, pencil = _balanced(_begin_at_slices(tensor, rank)), _begin_at_pencil(tensor, rank)
+def descend(
+    sweep: Callable[[State], tuple[State, float]],
+    extrapolate: Callable[[State, State, float], State],
+    start: State,
+    *,
+    sweeps: int,
+    tolerance: float,
+    step: float,
+    longest: float,
+) -> State:
+    """Repeat a sweep, which improves a state and returns its error, from extrapolated states.
+
+    The extrapolation goes beyond the last state by ``step`` times its distance from the state before. If a sweep does
+    not lower the error, it is undone and the step is halved. Otherwise the step grows by a tenth, up to ``longest``
+    (after Ang, Cohen, Gillis and Hien 2020). The descent ends when an accepted sweep lowers the error by less than
+    ``tolerance``, or after ``sweeps`` sweeps.
+    """
+    best, error = start, math.inf
+    for _ in range(sweeps):
+        found, found_error = sweep(start)
+        if not found_error < error:  # also if the extrapolation led to NaN
+            if start is best:
+                break
+            start, step = best, step / 2
+            continue
+        gain, previous = error - found_error, best
+        best, error = found, found_error
+        if gain < tolerance:
+            break
+        start = extrapolate(best, previous, step)
+        step = min(step * 1.1, longest)
+    return best
+
+
+def check_tolerance(tolerance: object) -> None:
+    """Raise ArgumentError unless this can be the tolerance of ``descend``."""
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise ArgumentError(f"tolerance must be a number, at least 0, got {tolerance!r}")
+
+
+def _start(tensor: Tensor, rank: int, generator: torch.Generator | None) -> list[Tensor]:
+    """Return the start whose error is smaller after a sweep."""
+    if generator is not None:
+        return _balance(_random_start(tensor, rank, generator))
+    slices, pencil = _balance(_slices_start(tensor, rank)), _pencil_start(tensor, rank)
     if pencil is None or rank == tensor.numel() // max(tensor.shape):
         return slices
-    pencil = _balanced(pencil)
+    pencil = _balance(pencil)
     return pencil if _sweep(tensor, pencil)[1] < _sweep(tensor, slices)[1] else slices
 
 
 def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
-    """Every factor once, by two large products: one for the first mode, one that serves all others."""
+    """Solve for every factor once, with two large products: one for the first mode, one for all others."""
     factors = list(factors)
     flat, rank = tensor.flatten(1), factors[0].shape[1]
     factors[0] = _solve(flat @ _khatri_rao(factors[1:]), factors, 0)
@@ -70,13 +124,14 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
     del contracted
     gram = reduce(Tensor.mul_, (factor.T @ factor for factor in factors)).double().sum()
     square = 1 - 2 * (moment * factors[-1]).double().sum() + gram
-    return _balanced(factors), float(square.clamp_min(0).sqrt())
+    return _balance(factors), float(square.clamp_min(0).sqrt())
 
 
 def _moment(contracted: Tensor, factors: list[Tensor], mode: int) -> Tensor:
-    """The tensor, whose product with the first factor is ``contracted`` (n_1, …, rank), times all others but one.
+    """Return the tensor multiplied by all factors but that of ``mode``: (n_mode, rank).
 
-    Gives (n_mode, rank). In strips of the rank, whose temporaries are small.
+    ``contracted`` (n_1, …, rank) is its product with the first factor. The rank is processed in strips, so that
+    temporaries stay small.
     """
     moments = []
     for parts in zip(*(torch.split(x, STRIP, -1) for x in (contracted, *factors[1:])), strict=True):
@@ -94,7 +149,7 @@ def _extrapolate(factors: list[Tensor], before: list[Tensor], step: float) -> li
 
 
 def _solve(moment: Tensor, factors: list[Tensor], mode: int) -> Tensor:
-    """The ridge least squares for one factor: moment (n, rank) times the inverse of the others' Gram matrix."""
+    """Solve the ridge regression for one factor: ``moment`` (n, rank) times the inverse Gram matrix of the others."""
     gram = reduce(Tensor.mul_, (factor.T @ factor for k, factor in enumerate(factors) if k != mode))
     ridge = _RIDGE
     while True:
@@ -110,20 +165,21 @@ def _khatri_rao(factors: list[Tensor]) -> Tensor:
     return reduce(lambda left, right: (left[:, None] * right[None]).reshape(-1, rank), factors)
 
 
-def _balanced(factors: list[Tensor]) -> list[Tensor]:
-    """The same tensor with equal norms within each component, which makes Σ‖A_k‖² least."""
-    norms = torch.stack([factor.norm(dim=0) for factor in factors]).clamp_min(tiny(factors[0]))
+def _balance(factors: list[Tensor]) -> list[Tensor]:
+    """Return factors of the same tensor with equal norms within each component, which minimises Σ‖A_k‖²."""
+    smallest = torch.finfo(factors[0].dtype).tiny  # a divisor that only changes 0 / 0
+    norms = torch.stack([factor.norm(dim=0) for factor in factors]).clamp_min(smallest)
     even = norms.log().mean(dim=0).exp()
     return [factor * (even / norm) for factor, norm in zip(factors, norms, strict=True)]
 
 
-def _begin_random(tensor: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
+def _random_start(tensor: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
     draws = [torch.randn(size, rank, generator=generator, device=generator.device) for size in tensor.shape]
     return [draw.to(tensor) for draw in draws]
 
 
-def _begin_at_slices(tensor: Tensor, rank: int) -> list[Tensor]:
-    """Rotate the smaller modes to their singular bases, decompose each slice, keep the largest components of all."""
+def _slices_start(tensor: Tensor, rank: int) -> list[Tensor]:
+    """Rotate the smaller modes to their singular bases, decompose every slice, and keep the largest components."""
     modes = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode], reverse=True)
     ordered = tensor.permute(modes)
     bases = [leading_basis(ordered.movedim(k, 0).flatten(1), ordered.shape[k]).columns for k in range(2, tensor.ndim)]
@@ -146,10 +202,10 @@ def _begin_at_slices(tensor: Tensor, rank: int) -> list[Tensor]:
     return [columns[modes.index(mode)] for mode in range(tensor.ndim)]
 
 
-def _begin_at_pencil(tensor: Tensor, rank: int) -> list[Tensor] | None:
-    """Simultaneous diagonalisation (Harshman 1970, Jennrich): two mixtures of the slices share their eigenvectors.
+def _pencil_start(tensor: Tensor, rank: int) -> list[Tensor] | None:
+    """Diagonalise two mixtures of the slices, which share their eigenvectors (Jennrich's method: Harshman 1970).
 
-    None where the rank is larger than the second largest mode, or the mixtures are singular.
+    Returns None if the rank is larger than the second largest mode, or the mixtures are singular.
     """
     modes = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode], reverse=True)
     if not 1 < rank <= tensor.shape[modes[1]] or tensor.numel() == tensor.shape[modes[0]] * tensor.shape[modes[1]]:
@@ -170,7 +226,7 @@ def _begin_at_pencil(tensor: Tensor, rank: int) -> list[Tensor] | None:
 
 
 def _rank_one(blocks: Tensor) -> list[Tensor]:
-    """For each of the tensors (count, n, …), vectors (n, count) per mode whose outer product is near it."""
+    """Return vectors (n, count) for each mode whose outer products are close to the tensors (count, n, …)."""
     vectors = []
     while blocks.ndim > 2:
         left, size, right = torch.linalg.svd(blocks.flatten(2), full_matrices=False)

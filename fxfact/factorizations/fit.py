@@ -1,4 +1,4 @@
-"""A chain's weights, fitted in a metric: from the Frobenius norm to that of channels, and from there all the way."""
+"""The weights of a chain that is close to a kernel in a Fisher metric: a start, and a fit by L-BFGS."""
 
 from __future__ import annotations
 
@@ -21,71 +21,73 @@ from fxfact.conv import (
 )
 
 Weights = Sequence[Tensor]
-_WORK = 5e9  # multiplications of an iteration, beyond which there are fewer of them
+Root = tuple[Tensor, Tensor]  # the square root of a moment of channels, and its inverse
+_MULTIPLICATIONS = 5e9  # of one iteration. If it takes more, there are proportionally fewer iterations.
 
 
-def in_channel_metric(
-    block: ConvSpec, weight: Tensor, metric: KroneckerFisher, decompose: Callable[[Tensor], Weights]
-) -> list[Tensor]:
-    """``decompose``, which is near in the Frobenius norm, made near in the metric of the channels alone.
-
-    The kernel (out, in, *kernel) goes in multiplied by the square roots of both moments of channels; what comes out is
-    the stages' weights, of which the first is multiplied by the inverse on its inputs, the last on its outputs.
-    """
-    into, back_in = sqrt_and_inverse(metric.input.channels(block.in_channels))
-    out, back_out = sqrt_and_inverse(metric.output.channels(block.out_channels))
-    first, *rest = decompose(_on_outputs(out, _on_inputs(weight, into)))
-    scaled = [_on_inputs(first, back_in), *rest]
-    return [*scaled[:-1], _on_outputs(back_out, scaled[-1])]
-
-
-def fit_chain(
+def decompose_in_metric(
     block: ConvSpec,
     stages: Sequence[ConvSpec],
-    start: Weights,
     weight: Tensor,
     metric: KroneckerFisher,
+    decompose: Callable[[Tensor], Weights],
     *,
     iterations: int,
 ) -> list[Tensor]:
-    """The stages' weights that bring their composed kernel near to ``weight``, in the whole metric, begun at ``start``.
+    """Return the weights of the stages, close to the kernel ``weight`` (out, in, *kernel) of one group in a metric.
 
-    Minimises tr(G Δ C Δᵀ) by variable projection (Golub and Pereyra 1973): the last stage is the least-squares solution
-    for those before it, over whose weights L-BFGS (torch.optim, strong Wolfe line search) runs, in coordinates in which
-    the moment of the first's channels is the identity. Of a transposed convolution, whose matrix is the mirror image,
-    it is the first stage that is solved for. Ends at ``start`` where that was better. Where an iteration takes more
-    than 5·10⁹ multiplications there are as many times fewer ``iterations``, though three at least.
+    ``decompose`` returns the weights that are close to a kernel in the Frobenius norm. Here it gets the kernel
+    multiplied by the square roots of the moments of the channels. The inverses are then multiplied into the first and
+    the last stage, and all stages are fitted. A first or last stage with groups cannot absorb the inverses: such a
+    chain is only close in the Frobenius norm.
     """
+
+    def shaped(kernel: Tensor) -> list[Tensor]:
+        return [part.reshape(stage.weight_shape) for part, stage in zip(decompose(kernel), stages, strict=True)]
+
+    if stages[0].groups > 1 or stages[-1].groups > 1:
+        return shaped(weight)
+    inputs = sqrt_and_inverse(metric.input.channels(block.in_channels))
+    outputs = sqrt_and_inverse(metric.output.channels(block.out_channels))
+    first, *rest = shaped(_on_outputs(outputs[0], _on_inputs(weight, inputs[0])))
+    scaled = [_on_inputs(first, inputs[1]), *rest]
+    start = [*scaled[:-1], _on_outputs(outputs[1], scaled[-1])]
     if len(stages) == 1:
-        return list(start)
+        return start
+    matrix = as_matrix(block, weight)
     if block.transposed:
-        mirrored = _mirrored(stages, start)
-        found = _fit(block, mirrored, weight, metric, iterations=iterations)
-        return _mirrored(mirrored[0], found)[1]
-    return _fit(block, (stages, start), weight, metric, iterations=iterations)
+        mirrored_stages, mirrored_start = _mirror(stages, start)
+        fitted = _fit(mirrored_stages, mirrored_start, matrix, metric.output, (inputs, outputs), iterations=iterations)
+        return _mirror(mirrored_stages, fitted)[1]
+    return _fit(stages, start, matrix, metric.input, (outputs, inputs), iterations=iterations)
 
 
 def _fit(
-    block: ConvSpec,
-    chain: tuple[Sequence[ConvSpec], Weights],
-    weight: Tensor,
-    metric: KroneckerFisher,
+    stages: Sequence[ConvSpec],
+    start: Weights,
+    matrix: Tensor,
+    columns: KroneckerMoment,
+    roots: tuple[Root, Root],
     *,
     iterations: int,
 ) -> list[Tensor]:
-    """The weights for a chain of stages and their weights to begin at, whose last stage is solved for."""
-    stages, start = chain
-    rows, columns = metric.sides(block)
-    half, back = sqrt_and_inverse(rows.factors[0][0])
-    last = _LastStage(half @ as_matrix(block, weight), columns)
+    """Minimise tr(G Δ C Δᵀ) over the weights of the stages, Δ being the error of the composed kernel.
+
+    The kernel is a ``matrix`` (rows, columns). ``roots`` are those of G and of the channels of C, the moment of the
+    ``columns``. The method is variable projection (Golub and Pereyra 1973): the last stage is the least-squares
+    solution for the stages before it. L-BFGS with a strong Wolfe line search optimises those, in coordinates in which
+    the moment of the input channels is the identity. The matrix of a transposed convolution is mirrored, so its chain
+    has to be as well. Returns ``start`` if the fit is not better.
+    """
+    (half, back), (into, back_in) = roots
+    last = _LastStage(half @ matrix, columns)
     if not last.total > 0:
         return list(start)
-    into, back_in = sqrt_and_inverse(columns.channels(stages[0].in_channels))
-    free, rest = stages[:-1], stages[-1]
-    parameters = [part.detach().contiguous() for part in _balanced([_on_inputs(start[0], into), *start[1:-1]])]
+    inner_kernels = _inner_kernels(stages, start[0])
+    parameters = [part.detach().contiguous() for part in _balance([_on_inputs(start[0], into), *start[1:-1]])]
     for parameter in parameters:
         parameter.requires_grad_()
-    share = min(1.0, _WORK / last.multiplications(rest.in_channels * prod(rest.kernel_size)))
+    share = min(1.0, _MULTIPLICATIONS / last.multiplications(stages[-1].in_channels * prod(stages[-1].kernel_size)))
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=max(3, round(iterations * share)), history_size=10, tolerance_grad=1e-10,
         tolerance_change=1e-10, line_search_fn="strong_wolfe",
@@ -96,7 +98,7 @@ def _fit(
 
     def error() -> Tensor:
         optimizer.zero_grad()
-        kernels = _seen_by(free, weights(), rest)
+        kernels = inner_kernels(weights())
         value, gradient = last.error(kernels.detach().flatten(1))
         torch.autograd.backward(kernels, gradient.reshape(kernels.shape))
         return value
@@ -104,30 +106,33 @@ def _fit(
     with torch.enable_grad():
         optimizer.step(error)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        found = [part.detach() for part in weights()]
-        solved = back @ last.solved(_seen_by(free, found, rest).flatten(1))[0]
-    found = _balanced([*found, solved.reshape(start[-1].shape)])
-    before, after = (float(last.missed(half @ compose_weights(stages, w).flatten(1))) for w in (start, found))
-    return found if after < before else list(start)
+        fitted = [part.detach() for part in weights()]
+        solved = back @ last.solve(inner_kernels(fitted).flatten(1))[0]
+    fitted = _balance([*fitted, solved.reshape(start[-1].shape)])
+    before, after = (float(last.missed(half @ compose_weights(stages, w).flatten(1))) for w in (start, fitted))
+    return fitted if after < before else list(start)
 
 
 class _LastStage:
-    """The last stage, rows for rows: with B the kernels that its inputs see, M of tr((M B − T) C (M B − T)ᵀ) least."""
+    """The least-squares problem of the last stage: the matrix M that minimises tr((M B − T) C (M B − T)ᵀ).
+
+    T is the target (rows, columns), C the moment of the columns, and B the kernels that the stage's inputs see.
+    """
 
     def __init__(self, target: Tensor, columns: KroneckerMoment) -> None:
         self._target, self._columns = target, columns
-        self._wanted = columns.after(target)
-        self.total = float((self._wanted * target).sum())
+        self._weighted_target = columns.after(target)
+        self.total = float((self._weighted_target * target).sum())
 
     def multiplications(self, inputs: int) -> int:
-        """About as many as ``error`` takes for that many kernels."""
+        """Return about how many multiplications ``error`` needs for this number of kernels."""
         rows, columns = self._target.shape
         return inputs * columns * (inputs + 4 * rows + sum(factor.shape[-1] for factor in self._columns.factors))
 
-    def solved(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
-        """M, and B C. The normal equations are damped by some units of rounding of their diagonal."""
-        seen = self._columns.after(kernels)
-        gram = (kernels @ seen.T).double()
+    def solve(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return M and B C. The normal equations are damped by a few units of rounding of their diagonal."""
+        weighted = self._columns.after(kernels)
+        gram = (kernels @ weighted.T).double()
         ridge = 10 * torch.finfo(kernels.dtype).eps
         least = max(float(gram.diagonal().mean()) * ridge, torch.finfo(gram.dtype).tiny)
         while True:
@@ -136,52 +141,57 @@ class _LastStage:
             if not failed or not least < float("inf"):
                 break
             ridge, least = 10 * ridge, 10 * least
-        right = (self._wanted @ kernels.T).double().T
-        return torch.cholesky_solve(right, triangle).T.to(kernels), seen
+        right = (self._weighted_target @ kernels.T).double().T
+        return torch.cholesky_solve(right, triangle).T.to(kernels), weighted
 
     def error(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of the target that is missed, and its gradient by the kernels, M being the solution for them."""
-        matrix, seen = self.solved(kernels)
-        missed, weighed = matrix @ kernels - self._target, matrix @ seen - self._wanted
-        return (missed * weighed).sum() / self.total, 2 / self.total * (matrix.T @ weighed)
+        """Return the relative squared error at the solution M for these kernels, and its gradient in the kernels."""
+        matrix, weighted = self.solve(kernels)
+        missed, weighted_missed = matrix @ kernels - self._target, matrix @ weighted - self._weighted_target
+        return (missed * weighted_missed).sum() / self.total, 2 / self.total * (matrix.T @ weighted_missed)
 
-    def missed(self, found: Tensor) -> Tensor:
-        """The part of the target that something found misses."""
-        difference = found - self._target
+    def missed(self, composed: Tensor) -> Tensor:
+        """Return the relative squared error of a composed kernel."""
+        difference = composed - self._target
         return (self._columns.after(difference) * difference).sum() / self.total
 
 
-def _seen_by(stages: Sequence[ConvSpec], weights: Weights, last: ConvSpec) -> Tensor:
-    """The kernels (r · k, in, *kernel) of what the positions k of the last stage's kernel see, in its r channels."""
+def _inner_kernels(stages: Sequence[ConvSpec], like: Tensor) -> Callable[[Weights], Tensor]:
+    """Return a function from the weights of all stages but the last to the kernels that the last stage's inputs see.
+
+    The kernels are (r · k, in, *kernel) for r input channels and k kernel positions of the last stage.
+    """
+    free, last = stages[:-1], stages[-1]
     if last.is_pointwise:
-        return compose_weights(stages, weights)
+        return lambda weights: compose_weights(free, weights)
     rows = last.in_channels * prod(last.kernel_size)
-    every = torch.eye(rows, dtype=weights[0].dtype, device=weights[0].device)
-    shape = (rows, last.in_channels, *last.kernel_size)
-    return compose_weights([*stages, replace(last, out_channels=rows)], [*weights, every.reshape(shape)])
+    identity = torch.eye(rows, dtype=like.dtype, device=like.device)
+    identity = identity.reshape(rows, last.in_channels, *last.kernel_size)
+    probed = [*free, replace(last, out_channels=rows)]
+    return lambda weights: compose_weights(probed, [*weights, identity])
 
 
-def _mirrored(stages: Sequence[ConvSpec], weights: Weights) -> tuple[list[ConvSpec], list[Tensor]]:
-    """The chain from its end to its beginning, inputs for outputs. What is mirrored twice is what it was."""
-    turned = [replace(stage, in_channels=stage.out_channels, out_channels=stage.in_channels) for stage in stages]
-    swapped = [to_torch(replace(stage, transposed=True), weight) for stage, weight in zip(stages, weights, strict=True)]
-    return turned[::-1], swapped[::-1]
+def _mirror(stages: Sequence[ConvSpec], weights: Weights) -> tuple[list[ConvSpec], list[Tensor]]:
+    """Return the chain in reverse order, with inputs and outputs swapped. Mirroring twice gives the same chain."""
+    swapped = [replace(stage, in_channels=stage.out_channels, out_channels=stage.in_channels) for stage in stages]
+    turned = [to_torch(replace(stage, transposed=True), weight) for stage, weight in zip(stages, weights, strict=True)]
+    return swapped[::-1], turned[::-1]
 
 
 def _on_inputs(weight: Tensor, matrix: Tensor) -> Tensor:
-    """The weight (out, in, *kernel), its input channels multiplied."""
+    """Return the weight (out, in, *kernel) with its input channels multiplied by a matrix."""
     product: Tensor = torch.tensordot(weight, matrix, dims=([1], [0]))
     return product.movedim(-1, 1)
 
 
 def _on_outputs(matrix: Tensor, weight: Tensor) -> Tensor:
-    """The weight (out, in, *kernel), its output channels multiplied."""
+    """Return the weight (out, in, *kernel) with its output channels multiplied by a matrix."""
     product: Tensor = torch.tensordot(matrix, weight, dims=([1], [0]))
     return product
 
 
-def _balanced(weights: Weights) -> list[Tensor]:
-    """The same chain with equal norms of all stages."""
+def _balance(weights: Weights) -> list[Tensor]:
+    """Return the same chain with equal norms of all weights."""
     norms = [float(part.norm()) for part in weights]
     if not min(norms) > 0:
         return list(weights)

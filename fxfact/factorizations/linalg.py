@@ -1,32 +1,35 @@
-"""What the decompositions share."""
+"""Singular values and vectors, computed from Gram matrices where their precision allows it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-State = TypeVar("State")
-STRIP = 128  # rows or columns at a time, for small temporaries
+STRIP = 128  # rows or columns that are processed at a time, so that temporaries stay small
 
 
 class Basis(NamedTuple):
-    """Orthonormal ``columns`` (rows, rank), and the squared Frobenius norm that projecting on them ``held``."""
+    """The leading left singular vectors of a matrix.
+
+    Attributes:
+        columns: the vectors, orthonormal (rows, rank).
+        held: the squared Frobenius norm of the matrix's projection on them.
+    """
 
     columns: Tensor
     held: float
 
 
 def leading_basis(matrix: Tensor, rank: int) -> Basis:
-    """The leading left singular vectors of a matrix (rows, columns).
+    """Return the ``rank`` leading left singular vectors of a matrix (rows, columns).
 
-    They are the eigenvectors of its (rows, rows) Gram matrix. Rounding moves the eigenvalues by about eps · √rows of
-    the largest, which is harmless while what the projection misses is a thousand times as much, or nothing can be
-    missed because ``rank == rows``. Else the Gram matrix is summed in double precision, and where even that is coarser
-    than the matrix's own precision, a full SVD decides.
+    They are the eigenvectors of its Gram matrix (rows, rows). Rounding moves the eigenvalues by about eps · √rows times
+    the largest. That does no harm if the projection misses at least a thousand times as much, or if it can miss nothing
+    because ``rank == rows``. Otherwise the Gram matrix is computed in double precision. If that is still coarser than
+    the precision of ``matrix``, a full SVD is computed instead.
     """
     rows, own_eps = len(matrix), torch.finfo(matrix.dtype).eps
     for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
@@ -42,7 +45,7 @@ def leading_basis(matrix: Tensor, rank: int) -> Basis:
 
 
 def _lower_gram(matrix: Tensor) -> Tensor:
-    """The lower triangle of matrix · matrixᵀ, computed in strips of rows; what stands above it means nothing."""
+    """Return matrix · matrixᵀ, computed in strips of rows. Only the lower triangle is valid."""
     rows = len(matrix)
     gram = matrix.new_zeros(rows, rows)
     for start in range(0, rows, STRIP):
@@ -51,49 +54,17 @@ def _lower_gram(matrix: Tensor) -> Tensor:
     return gram
 
 
-def descend(
-    sweep: Callable[[State], tuple[State, float]],
-    extrapolate: Callable[[State, State, float], State],
-    start: State,
-    *,
-    sweeps: int,
-    tolerance: float,
-    step: float,
-    longest: float,
-) -> State:
-    """Repeat ``sweep``, which improves a state and gives its error, from states extrapolated beyond the last two.
-
-    The extrapolation goes ``step`` times their distance. A sweep that does not lower the error is undone and the step
-    halved; after one that does, it grows by a tenth, up to ``longest`` (after Ang, Cohen, Gillis and Hien 2020). Ends
-    when an accepted sweep lowers the error by less than ``tolerance``, or after ``sweeps`` of them.
-    """
-    best, error = start, math.inf
-    for _ in range(sweeps):
-        found, found_error = sweep(start)
-        if not found_error < error:  # also where extrapolation led to NaN
-            if start is best:
-                break
-            start, step = best, step / 2
-            continue
-        gain, previous = error - found_error, best
-        best, error = found, found_error
-        if gain < tolerance:
-            break
-        start = extrapolate(best, previous, step)
-        step = min(step * 1.1, longest)
-    return best
-
-
-def tiny(tensor: Tensor) -> float:
-    """The smallest normal number of the dtype: a divisor that changes nothing but 0 / 0."""
-    return torch.finfo(tensor.dtype).tiny
-
-
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``left`` (rows, rank) and ``right`` (rank, columns) whose product is the best approximation of that rank.
+    """Return the best low-rank approximation of a matrix as two factors (Eckart and Young 1936).
 
-    The singular values are shared evenly between the two, so that neither is badly scaled (Eckart and Young 1936).
-    ``rank`` is within 1 .. min(rows, columns).
+    The factors share the singular values evenly, so that neither is badly scaled.
+
+    Args:
+        matrix: the matrix (rows, columns).
+        rank: the rank, from 1 to min(rows, columns).
+
+    Returns:
+        ``left`` (rows, rank) and ``right`` (rank, columns), whose product is the approximation.
     """
     rows, columns = matrix.shape
     if rows > columns:
@@ -102,11 +73,11 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     basis = leading_basis(matrix, rank).columns
     projected = basis.T @ matrix
     scale = projected.norm(dim=1).sqrt()
-    return basis * scale, projected / scale.clamp_min(tiny(matrix) ** 0.5)[:, None]
+    return basis * scale, projected / scale.clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)[:, None]
 
 
-def singular_squares(matrices: Tensor) -> Tensor:
-    """The squares of the singular values (…, min(m, n)) of matrices (…, m, n), descending, by the Gram matrix."""
+def squared_singular_values(matrices: Tensor) -> Tensor:
+    """Return the squared singular values (…, min(m, n)) of matrices (…, m, n), descending, by their Gram matrices."""
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     values: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
     return values.clamp_min(0).flip(-1)

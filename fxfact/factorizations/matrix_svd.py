@@ -1,8 +1,9 @@
-"""SVD of the kernel as a matrix: a thinner convolution, then pointwise out.
+"""SVD of the kernel as a matrix: a convolution with fewer output channels, then a pointwise one.
 
-W[o, iab] = Σ_r O[o, r] S[r, iab] (Zhang et al. 2016); for a 1×1 kernel both stages are pointwise. A transposed
-convolution is the mirror image, W[i, oab] = Σ_r I[i, r] S[r, oab]: pointwise in, then a thinner transposed one, so that
-in both cases the pointwise stage works on the smaller map. Stride, padding and the like sit on the thinner one.
+W[o, iab] = Σ_r O[o, r] S[r, iab] (Zhang et al. 2016). If the kernel is 1×1, both stages are pointwise. A transposed
+convolution is mirrored: W[i, oab] = Σ_r I[i, r] S[r, oab], first a pointwise stage, then a transposed convolution with
+fewer input channels. In both cases the pointwise stage works on the smaller map. The other stage has the stride, the
+padding and the dilation.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import torch
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix, sqrt_and_inverse
-from fxfact.factorizations.base import Factorization, Rank
-from fxfact.factorizations.linalg import tiny, truncated_svd
+from fxfact.factorizations.base import Factorization
+from fxfact.factorizations.layout import Rank
+from fxfact.factorizations.linalg import truncated_svd
 from fxfact.factorizations.stages import pointwise
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MatrixSVD(Factorization):
     def _max_rank(self, block: ConvSpec) -> Rank:
-        one_side = _pointwise_side(block)
-        return (min(one_side, math.prod(block.weight_shape) // one_side),)
+        pointwise_side, other_side = block.out_channels, block.in_channels
+        if block.transposed:
+            pointwise_side, other_side = other_side, pointwise_side
+        return (min(pointwise_side, other_side * math.prod(block.kernel_size)),)
 
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
         (r,) = rank
@@ -33,47 +37,51 @@ class _MatrixSVD(Factorization):
             return (pointwise(block, block.in_channels, r), replace(block, in_channels=r))
         return (replace(block, out_channels=r), pointwise(block, r, block.out_channels))
 
-    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
-        mirrored = weight.transpose(0, 1) if block.transposed else weight
-        left, right = truncated_svd(mirrored.flatten(1), *rank)
-        if block.transposed:
-            return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
-        return (right, left)
+    def _weights(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None
+    ) -> Sequence[Tensor]:
+        return _stage_weights(block, *truncated_svd(as_matrix(block, weight), *rank))
 
-    def _weights_in(
+    def _weights_in_metric(
         self,
         block: ConvSpec,
         weight: Tensor,
         rank: Rank,
         *,
         metric: KroneckerFisher,
-        random: torch.Generator | None,
+        generator: torch.Generator | None,
         iterations: int,
     ) -> Sequence[Tensor]:
-        """In closed form: with R the moment of the rows and Q of the columns, the leading eigenvectors U of
-        R^½ W Q Wᵀ R^½ give R^-½ U · Uᵀ R^½ W (Eckart and Young in the metric).
-        """
-        _, vectors, half, back = _spectrum(block, weight, metric)
+        # With R the moment of the rows and Q that of the columns, and U the leading eigenvectors of R^½ W Q Wᵀ R^½, the
+        # best chain is R^-½ U · Uᵀ R^½ W (Eckart and Young in the metric).
+        _, vectors, half, back = _weighted_spectrum(block, weight, metric)
         leading = vectors[:, : rank[0]]
         left, right = back @ leading, leading.T @ half @ as_matrix(block, weight)
-        even = (right.norm(dim=1) / left.norm(dim=0)).sqrt().clamp_min(tiny(weight) ** 0.5)
-        left, right = left * even, right / even[:, None]
-        if block.transposed:
-            return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
-        return (right, left)
+        smallest = torch.finfo(weight.dtype).tiny ** 0.5
+        balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt().clamp_min(smallest)
+        return _stage_weights(block, left * balance, right / balance[:, None])
 
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
         return (as_matrix(block, weight),)
 
-    def _increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float]:
-        values, *_ = _spectrum(block, weight, metric)
+    def _loss_increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float]:
+        values, *_ = _weighted_spectrum(block, weight, metric)
         missed = values.double().clamp_min(0).flip(0).cumsum(0).flip(0) / 2
         rows = len(values)
         return {(r,): float(missed[r]) if r < rows else 0.0 for r in range(1, self._max_rank(block)[0] + 1)}
 
 
-def _spectrum(block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eigenvalues, descending, and eigenvectors of R^½ W Q Wᵀ R^½; R^½ and its inverse."""
+def _stage_weights(block: ConvSpec, left: Tensor, right: Tensor) -> Sequence[Tensor]:
+    """Return the weights of the two stages, from the factors of the kernel as a matrix."""
+    if block.transposed:
+        return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
+    return (right, left)
+
+
+def _weighted_spectrum(
+    block: ConvSpec, weight: Tensor, metric: KroneckerFisher
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the eigenvalues, descending, and the eigenvectors of R^½ W Q Wᵀ R^½, then R^½ and its inverse."""
     rows, columns = metric.sides(block)
     half, back = sqrt_and_inverse(rows.factors[0][0])
     matrix = half @ as_matrix(block, weight)
@@ -84,15 +92,18 @@ def _spectrum(block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> tuple
 @final
 @dataclass(frozen=True, kw_only=True)
 class ChannelSVD(_MatrixSVD):
-    """k×k → 1×1, rank (R,); transposed 1×1 → k×k."""
+    """Channel SVD: k×k → 1×1, rank (R,); transposed 1×1 → k×k (Zhang et al. 2016).
+
+    W[o, iab] = Σ_r O[o, r] S[r, iab], by SVD, also in a Fisher metric.
+    """
 
     name = "channel_svd"
 
     def _rejects(self, block: ConvSpec) -> str | None:
         if set(block.kernel_size) == {1}:
-            return "a 1×1 kernel is a matrix: pointwise_svd factorizes it"
-        if _pointwise_side(block) == 1:
-            side = "input" if block.transposed else "output"
+            return "a 1×1 kernel is a matrix: use pointwise_svd"
+        side, channels = ("input", block.in_channels) if block.transposed else ("output", block.out_channels)
+        if channels == 1:
             return f"a single {side} channel (of each group) leaves no channel rank to lower"
         return None
 
@@ -100,18 +111,16 @@ class ChannelSVD(_MatrixSVD):
 @final
 @dataclass(frozen=True, kw_only=True)
 class PointwiseSVD(_MatrixSVD):
-    """1×1 → 1×1, for 1×1 kernels only, rank (R,)."""
+    """Pointwise SVD: 1×1 → 1×1, rank (R,), for 1×1 kernels only.
+
+    W[o, i] = Σ_r O[o, r] I[r, i], by SVD (Eckart and Young 1936), also in a Fisher metric.
+    """
 
     name = "pointwise_svd"
 
     def _rejects(self, block: ConvSpec) -> str | None:
         if set(block.kernel_size) != {1}:
-            return f"the kernel is not 1×1 but {'×'.join(map(str, block.kernel_size))}"
+            return f"the kernel is {'×'.join(map(str, block.kernel_size))}, not 1×1"
         if min(block.in_channels, block.out_channels) == 1:
             return "a single channel (of each group) leaves no rank to lower"
         return None
-
-
-def _pointwise_side(block: ConvSpec) -> int:
-    """The channels that get a pointwise stage of their own."""
-    return block.in_channels if block.transposed else block.out_channels

@@ -1,4 +1,4 @@
-"""The one door where what a caller asks for, an int, a tuple, a fraction or 'same', becomes a rank."""
+"""Ranks as callers write them: an int, a tuple, a fraction of the parameters, or 'same'."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from typing import Literal
 
 from fxfact.conv import ConvSpec, Skip
 from fxfact.errors import ArgumentTypeError, RankError
-from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.base import Factorization
+from fxfact.factorizations.layout import Rank
 
 RankSpec = int | float | str | Sequence[int]
 ParsedRank = int | float | Rank
 
 
 def parse_rank_spec(request: object) -> ParsedRank:
-    """An int, a tuple of ints, or a float fraction ('same' is 1.0). Raises RankError, ArgumentTypeError."""
+    """Return a rank in one of three forms.
+
+    Args:
+        request: an int, a sequence of ints, a fraction of the parameters as a float, or 'same' for the fraction 1.
+
+    Returns:
+        An int, a tuple of ints, or a float.
+
+    Raises:
+        RankError: if the value cannot be a rank.
+        ArgumentTypeError: if the type cannot be one.
+    """
     way_out = "Pass 'same', a fraction of the parameters such as 0.5, an int, or a tuple of ints."
     if isinstance(request, str):
         if request != "same":
@@ -27,14 +39,14 @@ def parse_rank_spec(request: object) -> ParsedRank:
     if isinstance(request, Sequence):
         parsed = tuple(parse_rank_spec(entry) for entry in request)
         if not parsed or not all(isinstance(entry, int) for entry in parsed):
-            raise RankError(f"a tuple of ranks holds ints, got {request!r}. {way_out}")
+            raise RankError(f"a tuple of ranks must hold ints, got {request!r}. {way_out}")
         return tuple(int(entry) for entry in parsed if isinstance(entry, int))
     value = int(request) if isinstance(request, numbers.Integral) else float(request)
     if value <= 0 or (isinstance(value, float) and not math.isfinite(value)):
         raise RankError(f"a rank must be positive and finite, got {request!r}. {way_out}")
     if isinstance(value, float) and value > 1 and value.is_integer():
         raise RankError(
-            f"{request!r} would be a fraction of {100 * value:.0f} %. Pass {int(value)} for the rank {int(value)}."
+            f"{request!r} would mean {100 * value:.0f} % of the parameters. Pass {int(value)} for the rank {int(value)}."
         )
     return value
 
@@ -47,23 +59,34 @@ def resolve_rank(
     clip: bool,
     rule: Literal["parameters", "tensorly"] = "parameters",
 ) -> Rank | Skip:
-    """The rank asked for on this convolution, or a Skip with the reason why none fits.
+    """Return the rank that a request means for one convolution.
 
-    A fraction is the largest feasible rank, its entries proportional, whose layout has at most that fraction of the
-    parameters (bias included); by the rule 'tensorly' it is what TensorLy's rank rules give. With ``clip`` a rank too
-    large is lowered to what is feasible; without, ``layout`` will raise RankError for it.
+    Args:
+        factorization: the factorization.
+        spec: the convolution.
+        request: the rank. An int applies to every entry. A fraction means the largest proportional rank whose chain has
+            at most this fraction of the parameters, bias included.
+        clip: whether a rank that is too large is lowered. If not, ``layout`` will raise RankError for it. An int that
+            is applied to several entries is always lowered.
+        rule: 'parameters', or 'tensorly' for the rule of TensorLy for fractions.
+
+    Returns:
+        The rank of each group, or the reason why there is none.
+
+    Raises:
+        RankError: if a tuple has another number of entries than the factorization.
     """
     if refused := factorization.rejects(spec):
         return refused
-    most = factorization.max_rank(spec)
     if isinstance(request, float):
         if rule == "tensorly":
             return factorization.tensorly_rank(spec, request)
         rank = factorization.rank_within(spec, request)
         return rank or Skip(f"even at rank 1 {factorization.name} has more than {request:.4g} of the parameters")
-    rank = (request,) * len(most) if isinstance(request, int) else request
-    if len(rank) != len(most):
+    entries = len(factorization.max_rank(spec))
+    rank = (request,) * entries if isinstance(request, int) else request
+    if len(rank) != entries:
         raise RankError(
-            f"{factorization.name} has {len(most)} ranks on {spec}, got {rank}. Pass {len(most)}, or an int."
+            f"{factorization.name} has {entries} ranks on {spec}, got {rank}. Pass {entries} ints, or one for all."
         )
-    return factorization.clip(spec, rank) if clip or (isinstance(request, int) and len(most) > 1) else rank
+    return factorization.clip(spec, rank) if clip or (isinstance(request, int) and entries > 1) else rank

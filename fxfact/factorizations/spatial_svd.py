@@ -1,6 +1,7 @@
-"""Spatial SVD: a convolution along one axis, then one along the others.
+"""Spatial SVD: a convolution along one axis, then one along the other axes.
 
-W[o, i, a, b] = Σ_r U[i, a, r] V[r, o, b] (Jaderberg, Vedaldi and Zisserman 2014; Tai et al. 2016 by SVD).
+W[o, i, a, b] = Σ_r U[i, a, r] V[r, o, b] (the second scheme of Jaderberg, Vedaldi and Zisserman 2014; Tai et al. 2016
+have the closed form).
 """
 
 from __future__ import annotations
@@ -14,28 +15,35 @@ import torch
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.factorizations.base import Factorization, Rank
+from fxfact.factorizations.base import Factorization
+from fxfact.factorizations.layout import Rank
 from fxfact.factorizations.linalg import truncated_svd
-from fxfact.factorizations.stages import spatial, spatial_axes
+from fxfact.factorizations.stages import split_axes, stages_along
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SpatialSVD(Factorization):
-    """k×1 → 1×k, rank (R,); with ``last_axes_first`` 1×k → k×1. In 3-D k×1×1 → 1×k×k."""
+    """Spatial SVD: k×1 → 1×k, rank (R,); in three dimensions k×1×1 → 1×k×k.
+
+    W[o, i, a, b] = Σ_r U[i, a, r] V[r, o, b] (Jaderberg, Vedaldi and Zisserman 2014), by SVD (Tai et al. 2016).
+
+    Args:
+        last_axes_first: whether the stage along the first axis comes last: 1×k → k×1.
+    """
 
     name = "spatial_svd"
 
     last_axes_first: bool = False
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        if len(spatial_axes(block)) < 2:
+        if len(split_axes(block)) < 2:
             return "a kernel with fewer than two axes longer than 1 cannot be split over space"
         return None
 
     def _axes(self, block: ConvSpec) -> tuple[Sizes, Sizes]:
-        """The axes of the first stage and of the second."""
-        first, *others = spatial_axes(block)
+        """Return the axes of the first stage and of the second."""
+        first, *others = split_axes(block)
         rest = tuple(axis for axes in others for axis in axes)
         return (rest, first) if self.last_axes_first else (first, rest)
 
@@ -49,10 +57,10 @@ class SpatialSVD(Factorization):
         return (kernel.reshape(math.prod(kernel.shape[: 1 + len(first)]), -1),)
 
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
-        (r,) = rank
-        first, second = self._axes(block)
-        return (spatial(block, first, block.in_channels, r), spatial(block, second, r, block.out_channels))
+        return stages_along(block, self._axes(block), (block.in_channels, *rank, block.out_channels))
 
-    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
+    def _weights(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None
+    ) -> Sequence[Tensor]:
         left, right = truncated_svd(self._unfoldings(block, weight)[0], *rank)
         return (left.T, right.reshape(-1, block.out_channels, right.shape[1] // block.out_channels).transpose(0, 1))

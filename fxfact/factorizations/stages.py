@@ -1,9 +1,10 @@
-"""The stages of which factorizations are made: pointwise ones, and what of a convolution is done along some axes."""
+"""Stages of chains: pointwise convolutions, and the part of a convolution along some of its axes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 from fxfact.conv import ConvSpec, Sizes
@@ -11,23 +12,60 @@ from fxfact.conv import ConvSpec, Sizes
 T = TypeVar("T")
 
 
-def no_channel_modes(block: ConvSpec) -> str | None:
-    """Why a factorization over channels and space has nothing to work on, or None."""
+def why_no_channel_modes(block: ConvSpec) -> str | None:
+    """Return why a decomposition over channels and kernel positions does not apply, or None if it applies."""
     if set(block.kernel_size) == {1}:
-        return "a 1×1 kernel is a matrix: pointwise_svd factorizes it"
+        return "a 1×1 kernel is a matrix: use pointwise_svd"
     if block.in_channels == block.out_channels == 1:
-        return "a depthwise kernel, one channel to one, has no channel modes: spatial_svd may split it"
+        return "a depthwise kernel maps one channel to one and has no channel modes: try spatial_svd"
     return None
 
 
 def pointwise(block: ConvSpec, in_channels: int, out_channels: int) -> ConvSpec:
-    """A 1×1 stage that keeps sizes."""
-    return ConvSpec.parse(in_channels, out_channels, 1, order=block.order)
+    """Return a pointwise stage, which keeps the spatial size.
+
+    Args:
+        block: a convolution with the same number of spatial axes.
+        in_channels: the input channels of the stage.
+        out_channels: the output channels of the stage.
+
+    Returns:
+        A 1×1 convolution (1, 2 or 3 axes as ``block``) with stride 1, without padding and bias.
+    """
+    order = len(block.kernel_size)
+    ones = (1,) * order
+    return ConvSpec(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_size=ones,
+        stride=ones,
+        padding=((0, 0),) * order,
+        dilation=ones,
+    )
 
 
-def spatial(block: ConvSpec, axes: Sizes, in_channels: int, out_channels: int, *, groups: int = 1) -> ConvSpec:
-    """A stage that does on ``axes`` what ``block`` does there, and nothing on the other axes."""
+def stages_along(
+    block: ConvSpec, axes: Sequence[Sizes], channels: Sequence[int], *, depthwise: bool = False
+) -> tuple[ConvSpec, ...]:
+    """Return a chain of stages, each along some of the spatial axes of a convolution.
 
+    Args:
+        block: the convolution. A stage has the kernel size, stride, padding and dilation of ``block`` on its own axes,
+            and does nothing on the others.
+        axes: the axes of each stage. A stage without axes is pointwise.
+        channels: the channels before the first stage, between the stages, and after the last: one more than stages.
+        depthwise: whether the stages that are not pointwise are depthwise.
+
+    Returns:
+        One stage for each entry of ``axes``.
+    """
+    return tuple(
+        _along(block, own, before, after, groups=before if depthwise else 1) if own else pointwise(block, before, after)
+        for own, (before, after) in zip(axes, pairwise(channels), strict=True)
+    )
+
+
+def _along(block: ConvSpec, axes: Sizes, in_channels: int, out_channels: int, *, groups: int) -> ConvSpec:
     def on_axes(values: Sequence[T], neutral: T) -> tuple[T, ...]:
         return tuple(value if axis in axes else neutral for axis, value in enumerate(values))
 
@@ -46,12 +84,15 @@ def spatial(block: ConvSpec, axes: Sizes, in_channels: int, out_channels: int, *
     )
 
 
-def spatial_axes(block: ConvSpec) -> tuple[Sizes, ...]:
-    """The axes by stage where they are split: an axis of kernel size 1 rides the next stage, or the last."""
+def split_axes(block: ConvSpec) -> tuple[Sizes, ...]:
+    """Return the axes of each stage if every axis with a kernel size above 1 gets a stage of its own.
+
+    An axis of kernel size 1 joins the next such stage, or the last one.
+    """
     stages: list[Sizes] = []
-    riding: Sizes = ()
+    pending: Sizes = ()
     for axis, size in enumerate(block.kernel_size):
-        riding = (*riding, axis)
+        pending = (*pending, axis)
         if size > 1:
-            stages, riding = [*stages, riding], ()
-    return (*stages[:-1], stages[-1] + riding) if stages else ()
+            stages, pending = [*stages, pending], ()
+    return (*stages[:-1], stages[-1] + pending) if stages else ()

@@ -1,4 +1,4 @@
-"""Tensor-train decomposition."""
+"""Tensor train (TT): pointwise, one full convolution for each spatial axis, pointwise."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from tensorly.tt_tensor import validate_tt_rank
 from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
-from fxfact.factorizations.base import Factorization, Rank
-from fxfact.factorizations.stages import no_channel_modes, pointwise, spatial, spatial_axes
+from fxfact.factorizations.base import Factorization
+from fxfact.factorizations.layout import Rank
+from fxfact.factorizations.stages import split_axes, stages_along, why_no_channel_modes
 
 
 def tt(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
-    """Cores (r_k, n_k, r_k+1), r at both ends 1, by TT-SVD (Oseledets 2011), which TensorLy does.
+    """Return a tensor train by TT-SVD (Oseledets 2011), which TensorLy computes.
 
-    ``ranks`` are the inner ones, one less than the tensor has modes, each within what the unfoldings can have.
+    Args:
+        tensor: the tensor (n_0, …, n_d).
+        ranks: the inner ranks r_1, …, r_d, none larger than the unfoldings allow.
+
+    Returns:
+        The cores (r_k, n_k, r_k+1), where r_0 and r_d+1 are 1.
     """
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         return [core.contiguous() for core in tensor_train(tensor, (1, *ranks, 1)).factors]
@@ -31,41 +37,45 @@ def tt(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class TT(Factorization):
-    """1×1 → k×1 → 1×k → 1×1, rank (r_1, …): one more entry than there are axes with a kernel size above 1."""
+    """Tensor train: 1×1 → k×1 → 1×k → 1×1, rank (r_1, r_2, r_3), by TT-SVD (Oseledets 2011).
+
+    W[o, i, a, b] = Σ_pqr I[i, p] A[p, a, q] B[q, b, r] O[r, o]. The spatial stages are not depthwise. The rank has one
+    entry more than the kernel has axes longer than 1.
+    """
 
     name = "tt"
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        return no_channel_modes(block)
+        return why_no_channel_modes(block)
 
     def _max_rank(self, block: ConvSpec) -> Rank:
-        sizes = _sizes(block)
+        sizes = _train_sizes(block)
         return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
-        sizes = _sizes(block)
+        sizes = _train_sizes(block)
         train = weight.movedim(0, -1)
         return [train.reshape(math.prod(sizes[:k]), -1) for k in range(1, len(sizes))]
 
-    def _feasible(self, block: ConvSpec, rank: Rank) -> Rank:
-        sizes = _sizes(block)
+    def _feasible_rank(self, block: ConvSpec, rank: Rank) -> Rank:
+        sizes = _train_sizes(block)
         forward = list(accumulate(zip(rank, sizes, strict=False), lambda r, n: min(n[0], r * n[1]), initial=1))[1:]
         backward = zip(reversed(forward), reversed(sizes), strict=False)
         return tuple(reversed(list(accumulate(backward, lambda r, n: min(n[0], r * n[1]), initial=1))[1:]))
 
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
-        axes = spatial_axes(block)
-        full = [spatial(block, on, rank[k], rank[k + 1]) for k, on in enumerate(axes)]
-        return (pointwise(block, block.in_channels, rank[0]), *full, pointwise(block, rank[-1], block.out_channels))
+        return stages_along(block, ((), *split_axes(block), ()), (block.in_channels, *rank, block.out_channels))
 
-    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
-        first, *middle, last = tt(weight.movedim(0, -1).reshape(_sizes(block)), rank)
+    def _weights(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None
+    ) -> Sequence[Tensor]:
+        first, *middle, last = tt(weight.movedim(0, -1).reshape(_train_sizes(block)), rank)
         return (first[0].T, *(core.permute(2, 0, 1) for core in middle), last[..., 0].T)
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
-        inner = validate_tt_rank(_sizes(block), fraction)[1:-1]
+        inner = validate_tt_rank(_train_sizes(block), fraction)[1:-1]
         return tuple(int(r) for r in inner)
 
 
-def _sizes(block: ConvSpec) -> Sizes:
+def _train_sizes(block: ConvSpec) -> Sizes:
     return (block.in_channels, *(size for size in block.kernel_size if size > 1), block.out_channels)

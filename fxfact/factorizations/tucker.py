@@ -1,4 +1,7 @@
-"""Tucker decomposition over the first two modes, the later ones kept whole."""
+"""Tucker-2: a pointwise stage for each side of the channels, and a smaller core convolution between them.
+
+W[o, i, a, b] = Σ_pq O[o, p] C[p, q, a, b] I[i, q] (Kim et al. 2016).
+"""
 
 from __future__ import annotations
 
@@ -13,47 +16,59 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec
 from fxfact.errors import check_int
-from fxfact.factorizations.base import Factorization, Rank, check_tolerance
-from fxfact.factorizations.linalg import descend, leading_basis
-from fxfact.factorizations.stages import no_channel_modes, pointwise
+from fxfact.factorizations.base import Factorization
+from fxfact.factorizations.cp_als import check_tolerance, descend
+from fxfact.factorizations.layout import Rank
+from fxfact.factorizations.linalg import leading_basis
+from fxfact.factorizations.stages import pointwise, why_no_channel_modes
 
 
 def partial_tucker(
     tensor: Tensor, ranks: tuple[int, int], *, sweeps: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``first`` (n_0, r_0), ``second`` (n_1, r_1), orthonormal, and ``core`` (r_0, r_1, *rest).
+    """Return a Tucker decomposition over the first two modes.
 
-    Higher-order orthogonal iteration (De Lathauwer, De Moor and Vandewalle 2000) on Gram matrices, begun at the
-    sequentially truncated higher-order SVD. A sweep finds the first basis for the second and the second for the first;
-    the second is extrapolated between sweeps, and the end is decided as ``descend`` says. Exact at full ranks.
+    Higher-order orthogonal iteration (HOOI: De Lathauwer, De Moor and Vandewalle 2000) on Gram matrices, started at the
+    sequentially truncated higher-order SVD (Vannieuwenhoven, Vandebril and Meerbergen 2012). A sweep computes the first
+    basis from the second and the second from the first. Between sweeps the second basis is extrapolated (see
+    ``descend``). Exact at full ranks.
+
+    Args:
+        tensor: the tensor (n_0, n_1, *rest).
+        ranks: the ranks r_0 and r_1.
+        sweeps: the largest number of sweeps.
+        tolerance: ends the iteration if a sweep lowers the relative error by less.
+
+    Returns:
+        The orthonormal bases (n_0, r_0) and (n_1, r_1), and the core (r_0, r_1, *rest).
     """
     rest = tensor[0, 0].numel()
     middle = tensor.flatten(2).transpose(1, 2).contiguous()  # (n_0, rest, n_1), so that no product below copies
     rows, columns = middle.flatten(1), middle.flatten(0, 1)
     total = float(rows.square().sum())
 
-    def with_second(second: Tensor) -> Tensor:
+    def project_second(second: Tensor) -> Tensor:
         return (columns @ second).reshape(len(rows), -1)
 
-    def with_first(first: Tensor) -> Tensor:
+    def project_first(first: Tensor) -> Tensor:
         return (first.T @ rows).reshape(-1, columns.shape[1]).T
 
     def sweep(second: Tensor) -> tuple[Tensor, float]:
-        first = leading_basis(with_second(second), ranks[0]).columns
-        better, held = leading_basis(with_first(first), ranks[1])
+        first = leading_basis(project_second(second), ranks[0]).columns
+        better, held = leading_basis(project_first(first), ranks[1])
         return better, math.sqrt(max(0.0, 1 - held / total))
 
-    second = leading_basis(with_first(leading_basis(rows, ranks[0]).columns), ranks[1]).columns
+    second = leading_basis(project_first(leading_basis(rows, ranks[0]).columns), ranks[1]).columns
     if total > 0 and ranks[0] < len(rows) and ranks[1] < columns.shape[1]:
         second = descend(sweep, _extrapolate, second, sweeps=sweeps, tolerance=tolerance, step=1.0, longest=1.0)
-    joined = with_second(second)
-    first = leading_basis(joined, ranks[0]).columns
-    core = (first.T @ joined).reshape(ranks[0], rest, ranks[1]).transpose(1, 2)
+    projected = project_second(second)
+    first = leading_basis(projected, ranks[0]).columns
+    core = (first.T @ projected).reshape(ranks[0], rest, ranks[1]).transpose(1, 2)
     return first, second, core.reshape(*ranks, *tensor.shape[2:])
 
 
 def _extrapolate(second: Tensor, before: Tensor, step: float) -> Tensor:
-    """Beyond a subspace, on the way to it from the one before."""
+    """Return a subspace beyond ``second``, on the way to it from the subspace before."""
     moved = second - before @ (before.T @ second)
     ahead: Tensor = torch.linalg.qr(second + step * moved).Q
     return ahead
@@ -62,9 +77,18 @@ def _extrapolate(second: Tensor, before: Tensor, step: float) -> Tensor:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Tucker(Factorization):
-    """1×1 → k×k → 1×1, rank (r_out, r_in). A side at full rank drops its 1×1, unless ``keep_full_sides``.
+    """Tucker-2: 1×1 → k×k → 1×1, rank (r_out, r_in) (Kim et al. 2016).
 
-    ``sweeps`` and ``tolerance`` (in relative error, by sweep) end the orthogonal iteration.
+    W[o, i, ab] = Σ_pq O[o, p] C[p, q, ab] I[i, q], found by higher-order orthogonal iteration (HOOI: De Lathauwer, De
+    Moor and Vandewalle 2000). A side at full rank has no pointwise stage.
+
+    Args:
+        keep_full_sides: whether a side at full rank has a pointwise stage as well.
+        sweeps: the largest number of sweeps of the iteration.
+        tolerance: ends the iteration if a sweep lowers the relative error by less.
+
+    Raises:
+        ArgumentError: if an option is invalid.
     """
 
     name = "tucker"
@@ -78,7 +102,7 @@ class Tucker(Factorization):
         check_tolerance(self.tolerance)
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        return no_channel_modes(block)
+        return why_no_channel_modes(block)
 
     def _max_rank(self, block: ConvSpec) -> Rank:
         return (block.out_channels, block.in_channels)
@@ -86,19 +110,21 @@ class Tucker(Factorization):
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
         return (weight.flatten(1), weight.transpose(0, 1).flatten(1))
 
-    def _kept(self, block: ConvSpec, rank: Rank) -> tuple[bool, bool]:
-        """Whether the output and the input side have a stage."""
+    def _has_pointwise(self, block: ConvSpec, rank: Rank) -> tuple[bool, bool]:
+        """Return whether the output side and the input side have a pointwise stage."""
         out, into = (r < n or self.keep_full_sides for r, n in zip(rank, self._max_rank(block), strict=True))
         return out, into
 
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
-        out, into = self._kept(block, rank)
+        out, into = self._has_pointwise(block, rank)
         first = (pointwise(block, block.in_channels, rank[1]),) if into else ()
         last = (pointwise(block, rank[0], block.out_channels),) if out else ()
         return (*first, replace(block, out_channels=rank[0], in_channels=rank[1]), *last)
 
-    def _weights(self, block: ConvSpec, weight: Tensor, rank: Rank, random: torch.Generator | None) -> Sequence[Tensor]:
-        out, into = self._kept(block, rank)
+    def _weights(
+        self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None
+    ) -> Sequence[Tensor]:
+        out, into = self._has_pointwise(block, rank)
         first, second, core = partial_tucker(weight, (rank[0], rank[1]), sweeps=self.sweeps, tolerance=self.tolerance)
         if not out:
             core = torch.einsum("op,p...->o...", first, core)

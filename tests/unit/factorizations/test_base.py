@@ -1,0 +1,72 @@
+"""What every factorization does with the values of weights: checks, scales, precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment
+from fxfact.errors import ArgumentTypeError, WeightError
+from fxfact.factorizations import ChannelSVD, CPMobilenet, Tucker, check_generator, weight_scale
+from fxfact.factorizations.base import _cast_factors
+from fxfact.planning.error_curves import relative_square_error
+from tests.support import random_layer
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(float("nan"), "NaN"), (float("inf"), "1 NaN or Inf of 432"), ("meta", "meta device")]
+)
+def test_weight_without_finite_values_is_refused(value: float | str, words: str) -> None:
+    layer = random_layer(ConvSpec.parse(6, 8, (3, 3)))
+    if isinstance(value, str):
+        layer = replace(layer, weight=layer.weight.to("meta"))
+    else:
+        layer.weight[1, 2, 0, 0] = value
+    with pytest.raises(WeightError, match=words):
+        Tucker().decompose(layer, (2, 2))
+
+
+def test_weight_of_integers_is_refused() -> None:
+    spec = ConvSpec.parse(6, 8, (3, 3))
+    with pytest.raises(WeightError, match="int64"):
+        Tucker().decompose(ConvLayer(spec, torch.ones(spec.weight_shape, dtype=torch.int64)), (2, 2))
+
+
+def test_factors_that_overflow_half_precision_are_balanced_or_refused() -> None:
+    large, small = _cast_factors([torch.tensor([1e6, 5e5]), torch.tensor([1e-4, 0.0])], torch.float16)
+    assert torch.allclose(
+        torch.stack([large[0], large[1], small[0]]).float(), torch.tensor([10.0, 5.0, 10.0]), rtol=1e-3
+    )
+    with pytest.raises(WeightError, match=r"reach 1.0e\+06, more than torch.float16 holds"):
+        _cast_factors([torch.tensor([1e6])] * 2, torch.float16)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-18, 1.0, 1e22])
+def test_errors_are_relative_for_any_size_of_the_weights(factor: float) -> None:
+    spec = ConvSpec.parse(8, 8, (3, 3))
+    layer = ConvLayer(spec, factor * torch.randn(spec.weight_shape, generator=torch.Generator().manual_seed(0)))
+    unit = ConvLayer(spec, layer.weight / factor)
+    (bound,) = ChannelSVD().error_bounds(layer, [(2,)]) or ()
+    (expected,) = ChannelSVD().error_bounds(unit, [(2,)]) or ()
+    assert bound == pytest.approx(expected, rel=1e-3)
+    assert relative_square_error(layer, ChannelSVD(), (2,)) == pytest.approx(expected, rel=1e-3)
+    metric = KroneckerFisher(KroneckerMoment((torch.eye(72)[None],)), KroneckerMoment((torch.eye(8)[None],)))
+    if factor < 1e19:  # above, the squares overflow
+        for method in (ChannelSVD(), CPMobilenet()):
+            (nats,) = method.loss_increases(layer, metric, [(2,)])
+            (unit_nats,) = method.loss_increases(unit, metric, [(2,)])
+            assert nats / factor**2 == pytest.approx(unit_nats, rel=1e-2)
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(1.0, 1.0), (1e9, 1.0), (1e12, 1e12), (1e-12, 1e-12), (0.0, 1.0)])
+def test_weight_scale_is_one_unless_squares_leave_single_precision(largest: float, scale: float) -> None:
+    assert weight_scale(torch.tensor([0.0, -largest], dtype=torch.float64)) == scale
+
+
+def test_generator_must_be_one_of_torch() -> None:
+    check_generator(None)
+    check_generator(torch.Generator())
+    with pytest.raises(ArgumentTypeError, match="got int"):
+        check_generator(3)
