@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import fxfact
-from fxfact.analysis.reference import composed_kernels, copy_as_module, prepare_original, with_kernels
+from fxfact.analysis.reference import composed_kernels, copy_as_module, prepare_original
 from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment
 from fxfact.factorizations import FACTORIZATIONS, CPFactorized, Factorization, Tucker
 from fxfact.factorizations.cp import CPMobilenet
+from fxfact.graph import with_kernels
 from fxfact.utils import Timer
 
 ALL: list[Factorization] = [kind() for kind in FACTORIZATIONS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -11,7 +10,7 @@ from torch.export import ExportedProgram
 
 from fxfact.conv import compose_modules, to_torch
 from fxfact.errors import PlanError
-from fxfact.graph import get_tensor, weight_at
+from fxfact.graph import weight_at
 from fxfact.passes import MergePointwise, OneDNN, PointwiseLinear, capture_as_planned, run_passes
 from fxfact.planning import Decision, Plan
 from fxfact.utils import alias_copy, no_reduced_precision, to_eval
@@ -67,17 +66,6 @@ def composed_kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return kernels
 
 
-def with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module:
-    """Replace the weights at these paths, in place, and return the network. Kernels are in PyTorch's layout."""
-    for path, kernel in kernels.items():
-        owner, _, name = _weight_name(network, path).rpartition(".")
-        module = network.get_submodule(owner)
-        for store in (module._parameters, module._buffers, vars(module)):
-            store.pop(name, None)
-        module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
-    return network
-
-
 def conv_weight(original: nn.Module, path: str) -> Tensor:
     """Return the weight of the original's convolution at a path. Raises PlanError if there is none."""
     weight = weight_at(original, path)
@@ -87,8 +75,3 @@ def conv_weight(original: nn.Module, path: str) -> Tensor:
             "Pass the model that was factorized."
         )
     return weight
-
-
-def _weight_name(network: nn.Module, path: str) -> str:
-    """Return the name of a convolution's weight: the path itself if a bare parameter is convolved with."""
-    return path if get_tensor(network, path) is not None else f"{path}.weight"

@@ -24,12 +24,12 @@ from fxfact.analysis.reference import (
     copy_as_module,
     prepare_original,
     stages_of,
-    with_kernels,
 )
 from fxfact.analysis.report_data import format_graph_check
 from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model
 from fxfact.conv import looks_like_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, VerificationError
+from fxfact.graph import with_kernels
 from fxfact.passes import last_plan
 from fxfact.planning import Plan
 from fxfact.utils import StorageIndex, alias_copy, full_precision, relative_error, to_eval, tolerance_for

@@ -1,6 +1,6 @@
 """Reads and rewrites torch.fx graphs. Knows convolutions, but no factorizations."""
 
-from fxfact.graph.base import GraphSite, get_tensor, weight_at
+from fxfact.graph.base import GraphSite, get_tensor, weight_at, with_kernels
 from fxfact.graph.constant_fold import fold_computed_weights
 from fxfact.graph.fusion import fold_batch_norms, merge_pointwise
 from fxfact.graph.invariants import check_invariants, checked_match
@@ -38,4 +38,5 @@ __all__ = [
     "refresh_shapes",
     "splice",
     "weight_at",
+    "with_kernels",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -49,6 +50,21 @@ def weight_at(network: nn.Module, path: str) -> Tensor | None:
     """Return the weight of the convolution at ``path``. The path may also name the weight tensor itself."""
     found = get_tensor(network, path)
     return get_tensor(network, f"{path}.weight") if found is None else found
+
+
+def with_kernels(network: nn.Module, kernels: Mapping[str, Tensor]) -> nn.Module:
+    """Replace the weights of the convolutions at these paths, in place, and return the network.
+
+    Kernels are in PyTorch's layout.
+    """
+    for path, kernel in kernels.items():
+        target = path if get_tensor(network, path) is not None else f"{path}.weight"
+        owner, _, name = target.rpartition(".")
+        module = network.get_submodule(owner)
+        for store in (module._parameters, module._buffers, vars(module)):
+            store.pop(name, None)
+        module.register_parameter(name, nn.Parameter(kernel, requires_grad=False))
+    return network
 
 
 def get_tensor(root: nn.Module, target: str) -> Tensor | None:

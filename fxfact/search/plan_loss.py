@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fxfact.analysis import with_kernels
 from fxfact.calibration import DivergenceEvaluator, Statistics, mean_and_error, significantly_negative
 from fxfact.capture import Captured
 from fxfact.conv import compose_weights, to_torch
+from fxfact.graph import with_kernels
 from fxfact.passes import DecomposeOptions, Decomposition, decompose_sites
 from fxfact.planning import Decision, Plan
 
