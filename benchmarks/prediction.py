@@ -40,7 +40,7 @@ def pairs_of(model: nn.Module, statistics: Statistics, measure: Measured, count:
         if kind.rejects(layer.spec):
             continue
         rank = kind.rank_within(layer.spec, draw.uniform(0.1, 0.9)) or kind.smallest_rank(layer.spec)
-        metric = statistics.metric(path, layer.spec)
+        metric = statistics.fisher(path, layer.spec)
         assert metric is not None
         kernel = compose(kind.decompose(layer, rank, metric=metric))
         changed = with_kernels(alias_copy(model), {path: to_torch(layer.spec, kernel)})

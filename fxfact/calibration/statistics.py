@@ -42,7 +42,7 @@ class Statistics:
     specs: Mapping[str, ConvSpec]
     moments: Mapping[str, KroneckerFisher]
 
-    def metric(self, path: str, spec: ConvSpec) -> KroneckerFisher | None:
+    def fisher(self, path: str, spec: ConvSpec) -> KroneckerFisher | None:
         """Return what errors of a convolution's weight cost, for a plan.
 
         The moments are shrunk by an amount that depends on the number of samples (oracle approximating shrinkage: Chen,

@@ -275,7 +275,7 @@ def check_weight(weight: Tensor) -> None:
         raise WeightError("the weight is on the meta device and has no values. Materialise it, or use weights='empty'.")
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
-        raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Repair or exclude it.")
+        raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Fix or exclude it.")
 
 
 def weight_scale(weight: Tensor) -> float:

@@ -134,7 +134,7 @@ def decompose_sites(
     """
     by_size = sorted(range(len(jobs)), key=lambda k: jobs[k][0].weight.numel(), reverse=True)
     arguments = (
-        (site.layer, decision, seed, statistics.metric(site.path, site.spec) if statistics else None)
+        (site.layer, decision, seed, statistics.fisher(site.path, site.spec) if statistics else None)
         for site, decision, seed in (jobs[k] for k in by_size)
     )
     results = ordered_map(decompose_layer, arguments, options.executor)

@@ -178,7 +178,7 @@ class BudgetAllocator(RankStrategy):
         return 1.0 if fisher is None else fisher.loss_increase(layer.spec, -layer.weight.float())
 
     def _fisher(self, candidate: Candidate) -> KroneckerFisher | None:
-        return None if self.statistics is None else self.statistics.metric(candidate.path, candidate.spec)
+        return None if self.statistics is None else self.statistics.fisher(candidate.path, candidate.spec)
 
     def _has_gradients(self, candidate: Candidate) -> bool:
         return self.statistics is None or candidate.path in self.statistics.moments
