@@ -43,25 +43,25 @@ kernel_shape = (output_channels, input_channels) + (kernel_size, )*order
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_page_runs_up_to_this_block(number: int) -> None:
-    room: dict[str, Any] = {}
+def test_page_runs_up_to_each_block(number: int) -> None:
+    namespace: dict[str, Any] = {}
     for block in BLOCKS[: number + 1]:
-        exec(block, room)
+        exec(block, namespace)
     made = BLOCKS[number].split(" = ")[0]
     if made.endswith("conv"):
-        layer: Callable[[torch.Tensor], torch.Tensor] = room[made]
-        output = layer(room["data"])
+        layer: Callable[[torch.Tensor], torch.Tensor] = namespace[made]
+        output = layer(namespace["data"])
         assert output.shape == (2, 32, 22, 22)
         assert output.isfinite().all()
         assert 0.1 < float(output.detach().std()) < 10
 
 
-def test_a_layer_from_a_convolution_is_nearer_to_it_than_chance() -> None:
+def test_layer_from_a_convolution_is_closer_to_it_than_a_random_one() -> None:
     conv, data = torch.nn.Conv2d(16, 32, 3), torch.randn(2, 16, 24, 24)
     expected = conv(data)
     for kind in (fnn.CPConv, fnn.TuckerConv, fnn.TTConv):
-        near = kind.from_conv(conv, rank=0.5)(data)
-        chance = kind.from_conv(conv, rank=0.5, decompose_weights=False)(data)
-        assert (near - expected).norm() < (chance - expected).norm()
-        if kind is not fnn.TTConv:  # whose rule gives a rank of a fiftieth here
-            assert (near - expected).norm() < 0.9 * expected.norm()
+        decomposed = kind.from_conv(conv, rank=0.5)(data)
+        random = kind.from_conv(conv, rank=0.5, decompose_weights=False)(data)
+        assert (decomposed - expected).norm() < (random - expected).norm()
+        if kind is not fnn.TTConv:  # its rule gives a rank with a fiftieth of the parameters here
+            assert (decomposed - expected).norm() < 0.9 * expected.norm()

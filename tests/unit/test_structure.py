@@ -93,8 +93,9 @@ def test_mathematics_and_graphs_do_not_know_each_other() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_stay_short(module: str) -> None:
     source = MODULES[module].read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 310
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    assert len(source.splitlines()) - _docstring_lines(tree) <= 310
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             body = [statement for statement in node.body if not _is_docstring(statement)]
             length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
@@ -104,6 +105,11 @@ def test_files_and_functions_stay_short(module: str) -> None:
 def test_no_public_function_has_the_name_of_a_module() -> None:
     functions = {name for name in fxfact.__all__ if callable(getattr(fxfact, name))}
     assert not functions & set(MODULES)
+
+
+def _docstring_lines(tree: ast.Module) -> int:
+    bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    return sum((b[0].end_lineno or 0) - b[0].lineno + 1 for b in bodies if b and _is_docstring(b[0]))
 
 
 def _is_docstring(statement: ast.stmt) -> bool:

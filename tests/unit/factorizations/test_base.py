@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment
-from fxfact.errors import ArgumentTypeError, WeightError
+from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
+from fxfact.errors import ArgumentTypeError, RankError, WeightError
 from fxfact.factorizations import ChannelSVD, CPMobilenet, Tucker, check_generator, weight_scale
 from fxfact.factorizations.base import _cast_factors
 from fxfact.planning.error_curves import relative_square_error
+from fxfact.utils import no_reduced_precision
 from tests.support import random_layer
 
 
@@ -70,3 +72,26 @@ def test_generator_must_be_one_of_torch() -> None:
     check_generator(torch.Generator())
     with pytest.raises(ArgumentTypeError, match="got int"):
         check_generator(3)
+
+
+def test_settings_of_precision_do_not_matter_and_are_restored() -> None:
+    def settings() -> list[str]:
+        backends: Any = torch.backends
+        return [place.fp32_precision for place in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+
+    layer = random_layer(ConvSpec.parse(8, 8, (3, 3)))
+    expected, usual = compose(Tucker().decompose(layer, (3, 3))), torch.get_float32_matmul_precision()
+    try:
+        for chosen in ("medium", "high", "highest"):
+            torch.set_float32_matmul_precision(chosen)
+            before = settings()
+            with no_reduced_precision(torch.device("cpu")):
+                assert settings() == ["ieee"] * 3
+                assert compose(Tucker().decompose(layer, (3, 3))).equal(expected)
+                assert settings() == ["ieee"] * 3  # restored when the outermost context ends
+            with pytest.raises(RankError), no_reduced_precision(torch.device("cpu")):
+                Tucker().decompose(layer, (9, 9))
+            assert settings() == before
+            assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(usual)
