@@ -34,6 +34,6 @@ def test_latency_budget_for_the_compiler_is_planned_and_compiled(
     timer = FakeTimer(
         lambda calls: [[3.0] * 3, *[[1.0] * 3] * (len(calls) - 1)], lambda calls: [10.0, 9.0][: len(calls)]
     )
-    small = fxfact.factorize(model, budget=fxfact.Latency(0.9, compiled=True, timer=timer), example_inputs=x)
+    small = fxfact.factorize(model, "tucker", budget=fxfact.Latency(0.9, compiled=True, timer=timer), example_inputs=x)
     assert len(compiled_networks) == 5  # the dense network, and both in turns, in a trial and as they are
     torch.testing.assert_close(compile_network(small, (x,), {})(x), small(x), rtol=1e-4, atol=1e-4)
