@@ -43,7 +43,7 @@ class Statistics:
     moments: Mapping[str, KroneckerFisher]
 
     def fisher(self, path: str, spec: ConvSpec) -> KroneckerFisher | None:
-        """Return what errors of a convolution's weight cost, for a plan.
+        """Return the Fisher information of a convolution, regularized for planning.
 
         The moments are shrunk by an amount that depends on the number of samples (oracle approximating shrinkage: Chen,
         Wiesel, Eldar and Hero 2010), and a thousandth of the mean of the diagonal is added to the diagonal.
