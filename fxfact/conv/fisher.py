@@ -47,7 +47,7 @@ class KroneckerMoment:
         """Return the moment in the dtype and on the device of ``tensor``."""
         return KroneckerMoment(tuple(factor.to(tensor) for factor in self.factors))
 
-    def after(self, rows: Tensor) -> Tensor:
+    def left_multiply(self, rows: Tensor) -> Tensor:
         """Return ``rows`` (m, n) @ M, where M (n, n) is the moment of the first group."""
         sizes = [factor.shape[-1] for factor in self.factors]
         product = rows.reshape(-1, *sizes)
@@ -55,7 +55,7 @@ class KroneckerMoment:
             product = torch.tensordot(product, factor[0], dims=([axis], [0])).movedim(-1, axis)
         return product.reshape(rows.shape)
 
-    def channels(self, count: int) -> Tensor:
+    def channel_moment(self, count: int) -> Tensor:
         """Return the first group's moment of its ``count`` channels (count, count), summed over kernel positions."""
         if len(self.factors) > 1:
             return self.factors[0][0] * self.factors[1][0].trace()
@@ -135,15 +135,15 @@ class KroneckerFisher:
         """Return both moments damped: see ``KroneckerMoment.damped``."""
         return KroneckerFisher(self.input.damped(amount), self.output.damped(amount))
 
-    def sides(self, spec: ConvSpec) -> tuple[KroneckerMoment, KroneckerMoment]:
+    def row_and_column_moments(self, spec: ConvSpec) -> tuple[KroneckerMoment, KroneckerMoment]:
         """Return the moments of the rows and of the columns of ``as_matrix``."""
         return (self.input, self.output) if spec.transposed else (self.output, self.input)
 
-    def square(self, spec: ConvSpec, difference: Tensor) -> Tensor:
+    def quadratic_form(self, spec: ConvSpec, difference: Tensor) -> Tensor:
         """Return tr(G Δ C Δᵀ) for the first group, where Δ is the ``difference`` of two kernels (out, in, *kernel)."""
-        rows, columns = self.sides(spec)
+        rows, columns = self.row_and_column_moments(spec)
         matrix = as_matrix(spec, difference)
-        return (columns.after(matrix) * rows.after(matrix.T).T).sum()
+        return (columns.left_multiply(matrix) * rows.left_multiply(matrix.T).T).sum()
 
     def loss_increase(self, spec: ConvSpec, difference: Tensor) -> float:
         """Return the estimated loss increase for one sample, in nats: ½ tr(G Δ C Δᵀ), summed over groups.
@@ -151,7 +151,7 @@ class KroneckerFisher:
         Δ is the ``difference`` of two kernels (out, in / groups, *kernel).
         """
         parts = difference.chunk(spec.groups)
-        squares = [self.of_group(k).like(part).square(spec, part) for k, part in enumerate(parts)]
+        squares = [self.of_group(k).like(part).quadratic_form(spec, part) for k, part in enumerate(parts)]
         return max(0.0, float(torch.stack(squares).double().sum()) / 2)
 
 

@@ -33,7 +33,7 @@ def test_a_kronecker_product_is_the_whole_moment() -> None:
     whole = KroneckerFisher(KroneckerMoment((torch.kron(channels[0], positions[0])[None],)), output)
     layer = random_layer(spec)
     assert factored.loss_increase(spec, layer.weight) == pytest.approx(whole.loss_increase(spec, layer.weight))
-    assert torch.allclose(factored.input.channels(6), whole.input.channels(6))
+    assert torch.allclose(factored.input.channel_moment(6), whole.input.channel_moment(6))
     assert factored.input.size == whole.input.size == 54
 
 
