@@ -29,7 +29,7 @@ from fxfact.utils import (
     atomic_write,
     check_path,
     peak_bytes,
-    random_numbers,
+    seeded_randn,
     side_by_side,
     to_eval,
     with_progress,
@@ -164,7 +164,7 @@ def _measure_time_and_memory(decision: Decision, site: ConvSite, factorized: nn.
     layer, weights = site.layer, [stage.weight for stage in stages]
     chain = nn.Sequential(*write_chain(decision.stages, weights, bias, like=site.weight))
     dense = nn.Sequential(*write_conv(site.spec, layer.weight, layer.bias))
-    input_of_shape = {shape: random_numbers(shape).to(site.weight) for shape in site.input_shapes}
+    input_of_shape = {shape: seeded_randn(shape).to(site.weight) for shape in site.input_shapes}
     inputs = [input_of_shape[shape] for shape in site.input_shapes]
 
     def run(network: nn.Module) -> None:

@@ -35,7 +35,7 @@ from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
 from fxfact.planning import ErrorCurveCache, Latency, Loss, Macs, Params, Plan
 from fxfact.serialization import save
-from fxfact.utils import compared, milliseconds, processes, relative_error
+from fxfact.utils import milliseconds, processes, relative_error, summarize_turns
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss"),
@@ -173,7 +173,7 @@ def bench(args: Arguments) -> int:
         }
         for name, measured, network in zip((args.model, args.other), times, networks, strict=True)
     ]
-    first_ms, second_ms = compared(times)
+    first_ms, second_ms = summarize_turns(times)
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
     table = tabulate(rows, headers="keys", floatfmt=".3f")

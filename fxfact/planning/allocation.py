@@ -17,13 +17,13 @@ from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curve
 from fxfact.planning.hardware_ranks import chain_latencies, hardware_friendly, multiples
 from fxfact.planning.knapsack import Class, Knapsack
 from fxfact.planning.strategy import Allocation, ByPath, Candidate, Choice, LatencyModel, ParetoPoint, RankStrategy
-from fxfact.utils import TICK, Progress, ordered_map, with_progress
+from fxfact.utils import CLOCK_RESOLUTION_MS, Progress, ordered_map, with_progress
 
 _MAX_RANKS = 40  # candidates of one factorization
 _PARETO_POINTS = 40
 _NO_COST = Cost(0, 0, 0.0)
 _MAX_TIME_SHARE = 0.97  # of the dense layer's time; a chain must be at least this much faster
-_MIN_MS = 1000 * TICK  # layers that take less cannot be compared by this machine's clock
+_MIN_MS = 1000 * CLOCK_RESOLUTION_MS  # layers that take less cannot be compared by this machine's clock
 _DENSE = Skip("the budget lets it stay as it is")
 
 

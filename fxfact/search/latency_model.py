@@ -19,7 +19,7 @@ from fxfact.planning import Layout
 from fxfact.search.inference import FastestPasses
 from fxfact.search.latency_cache import LatencyCache, describe_machine
 from fxfact.search.packed_convs import pack_chain
-from fxfact.utils import Timer, compared, random_numbers
+from fxfact.utils import Timer, seeded_randn, summarize_turns
 
 _REPEATS = 31  # turns of a layer and its chains
 _MAX_SECONDS = 6.0  # for these turns; there are fewer if they would take longer
@@ -97,7 +97,7 @@ class MeasuredLatencyModel:
     def _measure(self, path: str, variants: Sequence[tuple[Layout, Sequence[str]]]) -> list[float]:
         """Return the milliseconds of layouts after passes."""
         weight = self._sites[path][0].weight
-        inputs = {shape: self._in_memory_format(random_numbers(shape).to(weight)) for _, shape in self._calls(path)}
+        inputs = {shape: self._in_memory_format(seeded_randn(shape).to(weight)) for _, shape in self._calls(path)}
         calls = [partial(_run_calls, self._runnable(path, *variant, inputs)) for variant in variants]
         if self._compiled and weight.device.type == "cuda":
             turns = self._timer.graph_turns(calls, weight.device, repeats=_REPEATS, within=_MAX_SECONDS)
@@ -106,7 +106,7 @@ class MeasuredLatencyModel:
             number, warm = (1, 0) if on_cpu else (None, 1)
             turns = self._timer.turns(calls, repeats=_REPEATS, number=number, warm=warm, within=_MAX_SECONDS)
         self._spreads.append(median(turns[0]) / min(turns[0]))
-        return compared(turns)
+        return summarize_turns(turns)
 
     def _runnable(
         self, path: str, layout: Layout, passes: Sequence[str], inputs: Mapping[Sizes, Tensor]
@@ -124,7 +124,7 @@ class MeasuredLatencyModel:
         """Return stages that hold random weights."""
         stages: list[nn.Module] = []
         for spec in specs:
-            weight = random_numbers(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
+            weight = seeded_randn(spec.weight_shape) / max(1, spec.weight_shape[1]) ** 0.5
             stages += write_conv(spec, weight.to(like), like.new_zeros(spec.out_channels) if spec.bias else None)
         chain = nn.Sequential(*stages).eval().requires_grad_(requires_grad=False)
         for name in self._module_passes(passes):

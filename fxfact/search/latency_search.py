@@ -18,7 +18,7 @@ from fxfact.errors import BudgetError
 from fxfact.passes import DecomposeOptions, Decomposition, apply_plan
 from fxfact.planning import Budget, Decision, Latency, ParetoPoint, Plan
 from fxfact.search.inference import DenseBaseline
-from fxfact.utils import TICK, random_numbers, warn_caller
+from fxfact.utils import CLOCK_RESOLUTION_MS, seeded_randn, warn_caller
 
 _MAX_TRIALS = 5
 _MAX_REPEATS = 3  # measurements of the fastest plan before the budget is refused
@@ -177,7 +177,7 @@ def _best_trial(trials: list[LatencyTrial], target: float, refused: Budget | Non
 def _random_decomposition(decision: Decision, like: Tensor) -> Decomposition:
     """Return random stages that keep the scale of what passes through them."""
     shapes = [torch.Size(spec.weight_shape) for spec in decision.stages]
-    weights = [(random_numbers(shape) / shape[1:].numel() ** 0.5).to(like) for shape in shapes]
+    weights = [(seeded_randn(shape) / shape[1:].numel() ** 0.5).to(like) for shape in shapes]
     return Decomposition(weights, 0.0)
 
 
@@ -207,6 +207,6 @@ class RegulaFalsi:
         if False not in self._ends:
             wanted = self._network_ms - self._target
             saved = max(wanted - above, _MIN_TIME_SHARE * (self._network_ms - start))
-            return max(self._network_ms - (self._network_ms - start) * wanted / saved, TICK)
+            return max(self._network_ms - (self._network_ms - start) * wanted / saved, CLOCK_RESOLUTION_MS)
         end, below = self._ends[False]
         return start + min(max(above / (above - below), _MARGIN), 1 - _MARGIN) * (end - start)

@@ -9,20 +9,20 @@ from fxfact.utils.precision import full_precision, no_reduced_precision
 from fxfact.utils.progress import Progress, with_progress
 from fxfact.utils.pt2_safety import check_harmless
 from fxfact.utils.storage import StorageIndex, storage_of
-from fxfact.utils.timer import Timer
 from fxfact.utils.timing import (
-    TICK,
+    CLOCK_RESOLUTION_MS,
+    Timer,
     as_timing_errors,
-    compared,
     milliseconds,
     milliseconds_of_graphs,
-    random_numbers,
+    seeded_randn,
     side_by_side,
+    summarize_turns,
 )
 from fxfact.utils.warn import warn_caller
 
 __all__ = [
-    "TICK",
+    "CLOCK_RESOLUTION_MS",
     "Progress",
     "StorageIndex",
     "Timer",
@@ -33,7 +33,6 @@ __all__ = [
     "check_executor",
     "check_harmless",
     "check_path",
-    "compared",
     "copy_structure",
     "copy_with_shared",
     "difference",
@@ -45,11 +44,12 @@ __all__ = [
     "ordered_map",
     "peak_bytes",
     "processes",
-    "random_numbers",
     "relative_error",
+    "seeded_randn",
     "set_metadata",
     "side_by_side",
     "storage_of",
+    "summarize_turns",
     "tensors_of",
     "to_eval",
     "tolerance_for",

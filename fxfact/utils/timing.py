@@ -17,14 +17,14 @@ from torch.utils.benchmark import timer as device_timer  # waits until the devic
 from fxfact.errors import TimingError
 
 _Call = Callable[[], Any]
-TICK = 1e3 * time.get_clock_info("perf_counter").resolution  # milliseconds: the shortest time that can be measured
+CLOCK_RESOLUTION_MS = 1e3 * time.get_clock_info("perf_counter").resolution  # the shortest time that can be measured
 _SECONDS_PER_TURN = 0.01  # of one call, if the number of runs is not given
 _MIN_TURNS = 3
 _SECONDS_PER_GRAPH = 0.002  # of the runs that a CUDA graph holds, if they are launched one by one
 _MAX_RUNS_PER_GRAPH = 20
 
 
-def random_numbers(shape: Sequence[int]) -> Tensor:
+def seeded_randn(shape: Sequence[int]) -> Tensor:
     """Return standard normal numbers, always the same ones for a shape. PyTorch's default generator is not used."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0), device="cpu")
 
@@ -82,7 +82,7 @@ def _clock() -> Callable[[], float]:
 
 def _measure_turn(timer: timeit.Timer, warm: int, number: int) -> float:
     timer.timeit(warm)
-    return max(TICK, 1e3 * timer.timeit(number) / number)
+    return max(CLOCK_RESOLUTION_MS, 1e3 * timer.timeit(number) / number)
 
 
 def milliseconds_of_graphs(
@@ -122,7 +122,7 @@ def as_timing_errors() -> Iterator[None]:
         ) from error
 
 
-def compared(turns: Sequence[Sequence[float]]) -> list[float]:
+def summarize_turns(turns: Sequence[Sequence[float]]) -> list[float]:
     """Summarize the result of ``milliseconds`` by one number for each call.
 
     The first call counts with its fastest turn. Each other call counts with that time multiplied by the median, over
@@ -135,5 +135,34 @@ def compared(turns: Sequence[Sequence[float]]) -> list[float]:
 
 
 def side_by_side(calls: Sequence[_Call], *, repeats: int = 9, within: float = math.inf) -> list[float]:
-    """Return one number of milliseconds for each call, comparable with the others. See ``compared``."""
-    return compared(milliseconds(calls, repeats=repeats, within=within))
+    """Return one number of milliseconds for each call, comparable with the others. See ``summarize_turns``."""
+    return summarize_turns(milliseconds(calls, repeats=repeats, within=within))
+
+
+class Timer:
+    """Measures how long calls take on this machine.
+
+    It is the clock behind budgets of milliseconds. Subclass it to measure another runtime, or to replace it in a test.
+    """
+
+    def turns(
+        self,
+        calls: Sequence[_Call],
+        *,
+        repeats: int = 7,
+        number: int | None = None,
+        warm: int = 1,
+        within: float = math.inf,
+    ) -> list[list[float]]:
+        """Return the milliseconds of each call in each turn; the calls take turns. See ``milliseconds``."""
+        return milliseconds(calls, repeats=repeats, number=number, warm=warm, within=within)
+
+    def graph_turns(
+        self, calls: Sequence[_Call], device: torch.device, *, repeats: int = 7, within: float = math.inf
+    ) -> list[list[float]]:
+        """Return the same for calls recorded as CUDA graphs. See ``milliseconds_of_graphs``."""
+        return milliseconds_of_graphs(calls, device, repeats=repeats, within=within)
+
+    def side_by_side(self, calls: Sequence[_Call], *, repeats: int = 9, within: float = math.inf) -> list[float]:
+        """Return one number of milliseconds for each call, comparable with the others. See ``summarize_turns``."""
+        return summarize_turns(self.turns(calls, repeats=repeats, within=within))

@@ -16,7 +16,7 @@ from fxfact.capture import capture
 from fxfact.errors import BudgetError, TimingError
 from fxfact.search.inference import FastestPasses
 from fxfact.search.latency_model import MeasuredLatencyModel
-from fxfact.utils import TICK, Timer
+from fxfact.utils import CLOCK_RESOLUTION_MS, Timer
 from tests.support import FakeTimer, ThreeConvs
 
 Calls = Sequence[Callable[[], Any]]
@@ -56,7 +56,7 @@ def test_latency_model_keeps_layers_dense_whose_chains_are_not_faster(planned: C
 
 
 def test_latency_model_keeps_layers_dense_that_are_too_short_to_be_timed(planned: Callable[..., fxfact.Plan]) -> None:
-    plan = planned(1.0, FakeTimer(lambda calls: [[TICK] * 3] * len(calls)))
+    plan = planned(1.0, FakeTimer(lambda calls: [[CLOCK_RESOLUTION_MS] * 3] * len(calls)))
     assert not plan.rewrites
     assert "too little for this machine's clock" in plan["second"].reason
 

@@ -1,4 +1,4 @@
-"""How calls are timed beside each other."""
+"""Calls are timed in turns."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from functools import partial
 import pytest
 import torch
 
-from fxfact.utils import TICK, compared, milliseconds, timing
+from fxfact.utils import CLOCK_RESOLUTION_MS, milliseconds, summarize_turns, timing
 
 
 @pytest.mark.parametrize(
     "busy", [[1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 3.0, 1.5, 7.0, 1.2], [2.0, 2.0, 1.0, 2.0, 2.0]], ids=str
 )
-def test_what_slows_all_alike_changes_no_ratio(busy: list[float]) -> None:
+def test_load_on_the_machine_changes_no_ratio(busy: list[float]) -> None:
     first, second = ([ms * each for each in busy] for ms in (4.0, 1.0))
     second[2] = 9.0  # disturbed alone
-    assert compared([first, second, first]) == pytest.approx([4.0, 1.0, 4.0])
+    assert summarize_turns([first, second, first]) == pytest.approx([4.0, 1.0, 4.0])
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -28,7 +28,7 @@ def test_calls_take_turns(number: int, warm: int) -> None:
     calls: list[Callable[[], None]] = [partial(ran.append, name) for name in "ab"]
     turns = milliseconds(calls, repeats=4, number=number, warm=warm)
     assert [len(each) for each in turns] == [4, 4]
-    assert min(map(min, turns)) >= TICK
+    assert min(map(min, turns)) >= CLOCK_RESOLUTION_MS
     one = warm + number
     assert "".join(ran).endswith(("a" * one + "b" * one) * 4)
     assert Counter(ran)["a"] <= 4 * one + 3
@@ -41,7 +41,7 @@ def test_long_calls_are_not_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ran) == 3 + 4
 
 
-def test_all_devices_that_hold_something_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_devices_in_use_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[int] = []
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
     monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 8 * (device != 1))
