@@ -117,6 +117,30 @@ def params_of(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+def copied_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def has_state(model: nn.Module, expected: Mapping[str, Tensor]) -> bool:
+    """Whether the state dict has these tensors."""
+    return all(value.equal(expected[name]) for name, value in model.state_dict().items())
+
+
+def skip_reasons(network: Any) -> dict[str, str]:
+    """The reason of every convolution that the plan of a network skips, by path."""
+    return {decision.path: decision.reason for decision in fxfact.plan_of(network) if decision.reason}
+
+
+def factorized(model: nn.Module, inputs: Any, **options: Any) -> Any:
+    """A model factorized with verification. The model itself is checked to be unchanged."""
+    before = copied_state(model)
+    settings: dict[str, Any] = {"rank": 0.5, "example_inputs": inputs, "verify": True, "allow_growth": True, **options}
+    result = fxfact.factorize(model, ["tucker", "channel_svd"], **settings)
+    assert has_state(model, before)
+    return result
+
+
 class Small(nn.Module):
     """Two plain convolutions, one of them strided, around a norm, and a linear layer."""
 

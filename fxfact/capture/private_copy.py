@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from types import BuiltinFunctionType, EllipsisType, FunctionType, MethodType, NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,26 +56,33 @@ def state_of(module: nn.Module) -> list[Any] | None:
     The function visits what ``copy.deepcopy`` would copy. Tensors and modules count as objects, with the version of
     their memory. Everything else counts by value.
     """
-    state: list[Any] = []
+    try:
+        return list(_values(module))
+    except Exception:  # an object that cannot be copied, or of a class with rules of its own
+        return None
+
+
+def _values(module: nn.Module) -> Iterator[Any]:
     waiting: list[Any] = [module]
     visited: dict[int, Any] = {}  # keeps the objects, so that no id is used twice
     while waiting:
         value = waiting.pop()
         kind = type(value)
-        if kind in _COMMON or isinstance(value, _IMMUTABLE):
-            state.append(value)
+        if isinstance(value, _IMMUTABLE):
+            yield value
         elif kind in _CONTAINERS and not value:
-            state.append(kind)
+            yield kind
         elif id(value) not in visited:
             visited[id(value)] = value
-            try:
-                parts = _parts(value)
-            except Exception:  # an object that cannot be copied, or of a class with rules of its own
-                return None
-            state += [value if isinstance(value, Tensor | nn.Module) else kind, len(parts)]
-            state += [part if type(part) in _COMMON else ... for part in parts]
-            waiting += [part for part in parts if type(part) not in _COMMON]
-    return state
+            parts = _parts(value)
+            yield value if isinstance(value, Tensor | nn.Module) else kind
+            yield len(parts)
+            for part in parts:  # the common ones at once, which saves time
+                if type(part) in _COMMON:
+                    yield part
+                else:
+                    yield ...
+                    waiting.append(part)
 
 
 def _parts(value: Any) -> list[Any]:
@@ -87,6 +95,8 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict | list | tuple | set | frozenset):
         parts = [*value, *value.values()] if isinstance(value, dict) else [*value]
         return [*parts, getattr(value, "__dict__", None) or None]
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return [value.dtype.str, value.shape, value.tobytes()]
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if hasattr(type(value), "__deepcopy__"):

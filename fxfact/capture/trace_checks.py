@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import get_ident
 from types import FrameType, FunctionType, MethodType
 from typing import Any
 
@@ -20,8 +19,8 @@ from fxfact.errors import CaptureError
 _IN_PLACE = {"setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))}
 _DEVICES = ("cpu", "cuda")
 _APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
-_READS = [f"is{device}_enabled" for device in ("_grad", "_autocast", "_autocast_cpu", "_autocast_xla")]
-_READ_FUNCTIONS = frozenset(getattr(torch._C, name) for name in _READS if hasattr(torch._C, name))
+_READ_NAMES = ["is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled", "_is_any_autocast_enabled"]
+_READ_FUNCTIONS = frozenset(getattr(torch._C, name) for name in _READ_NAMES)
 
 TorchContext = tuple[bool | torch.dtype, ...]
 
@@ -40,7 +39,6 @@ class ContextReads:
     def __init__(self) -> None:
         self.found = False
         self._previous: Any = None
-        self._thread: int | None = None  # that watches
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -50,25 +48,23 @@ class ContextReads:
             self.found = True
             yield
             return
-        self._thread = get_ident()
         sys.setprofile(self._profile)
         try:
             yield
         finally:
-            self._thread = None
             sys.setprofile(self._previous)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not watch inside, which makes it faster."""
-        if self._thread != get_ident():
-            yield
-            return
-        sys.setprofile(self._previous)
+        """Do not watch inside, which saves time and leaves out what torch.fx and fxfact read themselves."""
+        watching = sys.getprofile() == self._profile  # not in another thread
+        if watching:
+            sys.setprofile(self._previous)
         try:
             yield
         finally:
-            sys.setprofile(self._profile)
+            if watching:
+                sys.setprofile(self._profile)
 
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "c_call" and argument in _READ_FUNCTIONS:

@@ -102,7 +102,9 @@ class _Tracer(fx.Tracer):
             return super().create_proxy(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        if change := context_change(self._context):
+        with self._reads.paused():
+            change = context_change(self._context)
+        if change:
             raise CaptureError(f"forward {change}, which a traced graph would not do")
         return _Value(node, self)
 
