@@ -22,10 +22,10 @@ from benchmarks.accuracy import Measured
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS
-from fxfact.analysis import with_kernels
 from fxfact.calibration import Statistics
 from fxfact.conv import ConvLayer, compose, read_conv, to_torch
 from fxfact.factorizations import FACTORIZATIONS
+from fxfact.graph import with_kernels
 from fxfact.utils import alias_copy
 
 

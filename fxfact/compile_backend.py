@@ -168,7 +168,7 @@ def _factors_of(weight: Tensor, decision: Decision) -> list[Tensor]:
 def _decompose(weight: Tensor, decision: Decision) -> list[Tensor]:
     assert decision.spec is not None
     layer = ConvLayer(replace(decision.spec, bias=False), from_torch(decision.spec, weight.detach()), None)
-    weights, _ = decompose_layer(layer, decision, None, None)
+    weights = decompose_layer(layer, decision, None, None).weights
     stages = write_chain(decision.stages, weights, None, like=weight)
     return [stage.weight.detach() for stage in stages if isinstance(stage.weight, Tensor)]
 

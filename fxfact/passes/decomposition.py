@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ Weights = Literal["decompose", "empty"]
 DecomposeJob = tuple[ConvSite, Decision, int | None]  # with a seed for random initial factors
 
 
-class Decomposition(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Decomposition:
     """The weights of a chain's stages, and ‖W − Ŵ‖_F / ‖W‖_F (None if the weights were left empty)."""
 
     weights: list[Tensor]
@@ -97,15 +98,16 @@ def planned_chains(
         used.check(list(sites))
     leaders = [decision for decision in plan.rewrites if sites[decision.path].tied_to is None]
     decompositions = _decompositions([(sites[d.path], d) for d in leaders], options, used, known or {})
-    finished: dict[str, tuple[list[Tensor], float | None]] = {}
+    finished: dict[str, Decomposition] = {}
     for decision in plan.rewrites:
         site = sites[decision.path]
         if site.tied_to is None:
             finished[decision.path] = next(decompositions)
-        weights, error = finished[site.tied_to or site.path]
-        stages = write_chain(decision.stages, weights, site.bias, like=site.weight)
-        finished[site.path] = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)], error
-        yield PlannedChain(site.path, stages, error)
+        found = finished[site.tied_to or site.path]
+        stages = write_chain(decision.stages, found.weights, site.bias, like=site.weight)
+        weights = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)]
+        finished[site.path] = Decomposition(weights, found.relative_error)
+        yield PlannedChain(site.path, stages, found.relative_error)
 
 
 def _decompositions(

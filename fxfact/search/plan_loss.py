@@ -78,7 +78,7 @@ class PlanLoss:
 
     def _composed_kernel(self, decision: Decision) -> Tensor:
         """Return the dense kernel that the chain of a decision equals, in PyTorch's layout."""
-        weights, _ = self.decompositions[decision.rewrite]
+        weights = self.decompositions[decision.rewrite].weights
         return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, weights))
 
 
