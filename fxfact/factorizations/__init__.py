@@ -12,12 +12,11 @@ import difflib
 from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations.base import Factorization, check_generator, check_weight, weight_scale
 from fxfact.factorizations.cp import CPFactorized, CPMobilenet
-from fxfact.factorizations.layout import Rank
 from fxfact.factorizations.linalg import truncated_svd
 from fxfact.factorizations.matrix_svd import ChannelSVD, PointwiseSVD
 from fxfact.factorizations.rank_spec import ParsedRank, RankSpec, parse_rank_spec, resolve_rank
 from fxfact.factorizations.spatial_svd import SpatialSVD
-from fxfact.factorizations.stages import pointwise, stages_along
+from fxfact.factorizations.stages import Rank, pointwise, stages_along
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
 

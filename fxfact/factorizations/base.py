@@ -14,8 +14,8 @@ from torch import Tensor
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, compose
 from fxfact.errors import ArgumentTypeError, WeightError
 from fxfact.factorizations.fit import decompose_in_metric
-from fxfact.factorizations.layout import ChainLayout, Rank, one_group
 from fxfact.factorizations.linalg import squared_singular_values
+from fxfact.factorizations.stages import ChainLayout, Rank, one_group
 from fxfact.utils import no_reduced_precision
 
 _FIT_ITERATIONS = 200  # for weights that will be used
@@ -162,7 +162,9 @@ class Factorization(ChainLayout):
         joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
         cast = _cast_factors(joined, layer.weight.dtype)
-        weights = [part.reshape(spec.weight_shape) for part, spec in zip(cast, specs, strict=True)]
+        weights = [
+            part.reshape(spec.out_channels, -1, *spec.kernel_size) for part, spec in zip(cast, specs, strict=True)
+        ]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
 
@@ -245,7 +247,7 @@ def _by_group(
     """Yield the weight and the metric of each group: None without a metric, or if it makes the weight's norm zero."""
     for group, part in enumerate(weight.chunk(groups)):
         own = None if metric is None else metric.of_group(group).like(weight)
-        yield part, None if own is None or not float(own.square(block, part)) > 0 else own
+        yield part, None if own is None or not float(own.quadratic_form(block, part)) > 0 else own
 
 
 def _cast_factors(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

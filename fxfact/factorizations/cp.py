@@ -20,9 +20,8 @@ from fxfact.conv import ConvSpec, Sizes
 from fxfact.errors import ArgumentError, check_int
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.cp_als import check_tolerance, cp
-from fxfact.factorizations.layout import Rank
 from fxfact.factorizations.linalg import squared_singular_values
-from fxfact.factorizations.stages import split_axes, stages_along, why_no_channel_modes
+from fxfact.factorizations.stages import Rank, split_axes, stages_along, why_no_channel_modes
 
 _MULTIPLICATIONS = 5e8  # of one sweep. If it takes more, estimates use proportionally fewer sweeps.
 

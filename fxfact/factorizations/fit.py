@@ -43,12 +43,13 @@ def decompose_in_metric(
     """
 
     def shaped(kernel: Tensor) -> list[Tensor]:
-        return [part.reshape(stage.weight_shape) for part, stage in zip(decompose(kernel), stages, strict=True)]
+        parts = zip(decompose(kernel), stages, strict=True)
+        return [part.reshape(stage.out_channels, -1, *stage.kernel_size) for part, stage in parts]
 
     if stages[0].groups > 1 or stages[-1].groups > 1:
         return shaped(weight)
-    inputs = sqrt_and_inverse(metric.input.channels(block.in_channels))
-    outputs = sqrt_and_inverse(metric.output.channels(block.out_channels))
+    inputs = sqrt_and_inverse(metric.input.channel_moment(block.in_channels))
+    outputs = sqrt_and_inverse(metric.output.channel_moment(block.out_channels))
     first, *rest = shaped(_on_outputs(outputs[0], _on_inputs(weight, inputs[0])))
     scaled = [_on_inputs(first, inputs[1]), *rest]
     start = [*scaled[:-1], _on_outputs(outputs[1], scaled[-1])]
@@ -121,8 +122,13 @@ class _LastStage:
 
     def __init__(self, target: Tensor, columns: KroneckerMoment) -> None:
         self._target, self._columns = target, columns
-        self._weighted_target = columns.after(target)
+        self._matrix = columns.factors[0][0] if len(columns.factors) == 1 else None
+        self._weighted_target = self._weigh(target)
         self.total = float((self._weighted_target * target).sum())
+
+    def _weigh(self, rows: Tensor) -> Tensor:
+        """Return ``rows`` · C, without a detour in the common case of one factor: this is the innermost loop."""
+        return self._columns.left_multiply(rows) if self._matrix is None else rows @ self._matrix
 
     def multiplications(self, inputs: int) -> int:
         """Return about how many multiplications ``error`` needs for this number of kernels."""
@@ -131,7 +137,7 @@ class _LastStage:
 
     def solve(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
         """Return M and B C. The normal equations are damped by a few units of rounding of their diagonal."""
-        weighted = self._columns.after(kernels)
+        weighted = self._weigh(kernels)
         gram = (kernels @ weighted.T).double()
         ridge = 10 * torch.finfo(kernels.dtype).eps
         least = max(float(gram.diagonal().mean()) * ridge, torch.finfo(gram.dtype).tiny)
@@ -153,7 +159,7 @@ class _LastStage:
     def missed(self, composed: Tensor) -> Tensor:
         """Return the relative squared error of a composed kernel."""
         difference = composed - self._target
-        return (self._columns.after(difference) * difference).sum() / self.total
+        return (self._weigh(difference) * difference).sum() / self.total
 
 
 def _inner_kernels(stages: Sequence[ConvSpec], like: Tensor) -> Callable[[Weights], Tensor]:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix, sqrt_and_inverse
 from fxfact.factorizations.base import Factorization
-from fxfact.factorizations.layout import Rank
 from fxfact.factorizations.linalg import truncated_svd
-from fxfact.factorizations.stages import pointwise
+from fxfact.factorizations.stages import Rank, pointwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +81,10 @@ def _weighted_spectrum(
     block: ConvSpec, weight: Tensor, metric: KroneckerFisher
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the eigenvalues, descending, and the eigenvectors of R^½ W Q Wᵀ R^½, then R^½ and its inverse."""
-    rows, columns = metric.sides(block)
+    rows, columns = metric.row_and_column_moments(block)
     half, back = sqrt_and_inverse(rows.factors[0][0])
     matrix = half @ as_matrix(block, weight)
-    values, vectors = torch.linalg.eigh((columns.after(matrix) @ matrix.T).double())
+    values, vectors = torch.linalg.eigh((columns.left_multiply(matrix) @ matrix.T).double())
     return values.flip(0).to(weight), vectors.flip(1).to(weight), half, back
 
 

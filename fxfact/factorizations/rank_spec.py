@@ -10,7 +10,7 @@ from typing import Literal
 from fxfact.conv import ConvSpec, Skip
 from fxfact.errors import ArgumentTypeError, RankError
 from fxfact.factorizations.base import Factorization
-from fxfact.factorizations.layout import Rank
+from fxfact.factorizations.stages import Rank
 
 RankSpec = int | float | str | Sequence[int]
 ParsedRank = int | float | Rank
@@ -46,7 +46,8 @@ def parse_rank_spec(request: object) -> ParsedRank:
         raise RankError(f"a rank must be positive and finite, got {request!r}. {way_out}")
     if isinstance(value, float) and value > 1 and value.is_integer():
         raise RankError(
-            f"{request!r} would mean {100 * value:.0f} % of the parameters. Pass {int(value)} for the rank {int(value)}."
+            f"{request!r} would mean {100 * value:.0f} % of the parameters. "
+            f"Pass {int(value)} for the rank {int(value)}."
         )
     return value
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.factorizations.base import Factorization
-from fxfact.factorizations.layout import Rank
 from fxfact.factorizations.linalg import truncated_svd
-from fxfact.factorizations.stages import split_axes, stages_along
+from fxfact.factorizations.stages import Rank, split_axes, stages_along
 
 
 @final

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.factorizations.base import Factorization
-from fxfact.factorizations.layout import Rank
-from fxfact.factorizations.stages import split_axes, stages_along, why_no_channel_modes
+from fxfact.factorizations.stages import Rank, split_axes, stages_along, why_no_channel_modes
 
 
 def tt(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:

@@ -18,9 +18,8 @@ from fxfact.conv import ConvSpec
 from fxfact.errors import check_int
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.cp_als import check_tolerance, descend
-from fxfact.factorizations.layout import Rank
 from fxfact.factorizations.linalg import leading_basis
-from fxfact.factorizations.stages import pointwise, why_no_channel_modes
+from fxfact.factorizations.stages import Rank, pointwise, why_no_channel_modes
 
 
 def partial_tucker(

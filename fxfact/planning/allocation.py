@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple, final
 
 from fxfact.calibration import Statistics
-from fxfact.conv import ConvSpec, Cost, KroneckerFisher, Skip
+from fxfact.conv import Cost, KroneckerFisher, Skip
 from fxfact.errors import check_int, error_context
 from fxfact.factorizations import Factorization, Rank
 from fxfact.planning.budgets import Budget
@@ -195,13 +195,13 @@ class BudgetAllocator(RankStrategy):
             if not factorization.rejects(candidate.spec):
                 curve_ranks, costs = self._ranks(factorization, candidate)
                 if costs:
-                    key = cache_key(factorization, weight, statistics)
+                    key = cache_key(factorization, candidate.spec, curve_ranks, weight, statistics)
                     families.append(_Family(factorization, candidate, key, curve_ranks, costs))
         return families
 
     def _ranks(self, factorization: Factorization, candidate: Candidate) -> tuple[Sequence[Rank], Mapping[Rank, Cost]]:
         """Return the ranks of the error curve, and the ranks to choose from with their costs, both ascending."""
-        fitting = _ranks_within_params(factorization, candidate.spec)
+        fitting = factorization.ranks_within(candidate.spec, 1.0)  # no more parameters than the dense layer
         costs = _affordable(candidate, factorization, _thinned(fitting))
         curve_ranks = list(costs)
         if self.latency_model is not None or self.multiple > 1:
@@ -256,16 +256,10 @@ class _Family:
     costs: Mapping[Rank, Cost]
 
 
-def _ranks_within_params(factorization: Factorization, spec: ConvSpec) -> Sequence[Rank]:
-    """Return the ranks, ascending, whose chains have no more parameters than the dense layer."""
-    ranks, largest = factorization.ranks(spec), factorization.rank_within(spec, 1.0)
-    return ranks[: ranks.index(largest) + 1] if largest else ()
-
-
 def _affordable(candidate: Candidate, factorization: Factorization, ranks: Sequence[Rank]) -> dict[Rank, Cost]:
     """Return the ranks whose chains cost no more than the dense layer, with their costs."""
-    costs = {rank: candidate.cost(factorization, rank) for rank in ranks}
-    return {rank: cost for rank, cost in costs.items() if not cost.exceeds(candidate.dense_cost)}
+    costs = zip(ranks, candidate.costs(factorization, ranks), strict=True)
+    return {rank: cost for rank, cost in costs if not cost.exceeds(candidate.dense_cost)}
 
 
 def _thinned(ranks: Sequence[Rank]) -> list[Rank]:

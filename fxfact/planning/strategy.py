@@ -47,9 +47,11 @@ class Candidate:
         return self.layer
 
     def weight_digest(self) -> str:
-        """Return a short hash of the weight's values."""
-        values = self.layer.weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(values.data).hexdigest()[:16]
+        """Return a short hash of the weight's data type and values."""
+        weight = self.layer.weight.detach().cpu().contiguous()
+        digest = hashlib.sha256(str(weight.dtype).encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     @cached_property
     def dense_cost(self) -> Cost:
@@ -58,7 +60,12 @@ class Candidate:
 
     def cost(self, factorization: Factorization, rank: Rank) -> Cost:
         """Return the cost of the chains that would replace all these convolutions."""
-        return self._total_cost([factorization.layout(spec, rank) for spec, _ in self.calls])
+        return self.costs(factorization, [rank])[0]
+
+    def costs(self, factorization: Factorization, ranks: Sequence[Rank]) -> list[Cost]:
+        """Return ``cost`` for several ranks, which is faster than a call for each."""
+        layouts = [factorization.layouts(spec, ranks) for spec, _ in self.calls]
+        return [self._total_cost(chains) for chains in zip(*layouts, strict=True)]
 
     def _total_cost(self, chains: Sequence[Sequence[ConvSpec]]) -> Cost:
         costs = [

@@ -12,10 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fxfact.conv import ConvLayer, ConvSpec, Skip, compose, composed_spec, run
+from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, Skip, compose, composed_spec, run
 from fxfact.errors import RefusedError
 from fxfact.factorizations import Factorization, resolve_rank
-from tests.support import SPECS, apart, random_input, random_layer
+from tests.support import SPECS, apart, random_fisher, random_input, random_layer
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -109,7 +109,7 @@ class FactorizationLaws:
         assert apart(run(layer, x), run(chain, x)) < TOLERANCE[dtype]
 
     def test_larger_rank_is_closer(self) -> None:
-        factorization, spec = self.make(), self.usual_spec(6, 8)
+        factorization, spec = self.make(), self.usual_spec(4, 5)
         layer, ranks = random_layer(spec), dict.fromkeys((*factorization.ranks(spec), factorization.max_rank(spec)))
         errors = [apart(layer.weight, compose(factorization.decompose(layer, rank))) for rank in ranks]
         assert errors[-1] < 1e-3
@@ -212,3 +212,28 @@ class FactorizationLaws:
             if self.bounds == "exact":
                 assert error == pytest.approx(bound, abs=1e-5)
         assert bounds == sorted(bounds, reverse=True)
+
+    def test_chain_in_a_metric_is_closer_in_it_than_that_in_the_frobenius_norm(self, accepted: ConvSpec) -> None:
+        factorization, layer, metric = self.make(), random_layer(accepted), random_fisher(accepted)
+        ranks = factorization.ranks(accepted)
+        rank = ranks[len(ranks) // 3]
+        chain, plain = (factorization.decompose(layer, rank, metric=given) for given in (metric, None))
+        assert chain.specs == factorization.layout(accepted, rank)
+        reached, reached_plain = (
+            metric.loss_increase(accepted, compose(found) - layer.weight) for found in (chain, plain)
+        )
+        whole = metric.loss_increase(accepted, layer.weight)
+        assert reached <= reached_plain + 1e-4 * whole
+        (estimate,) = factorization.loss_increases(layer, metric, [rank])
+        assert 0.95 * reached - 1e-5 * whole <= estimate <= 2 * reached + 1e-3 * whole
+
+    def test_metric_may_lack_rank_or_vanish(self) -> None:
+        factorization = self.make()
+        spec = replace(self.usual_spec(6, 8), groups=2)
+        layer, metric = random_layer(spec), random_fisher(spec, rank=2)
+        rank = factorization.ranks(spec)[1]
+        chain = factorization.decompose(layer, rank, metric=metric)
+        assert all(stage.weight.isfinite().all() for stage in chain.layers)
+        zero = KroneckerFisher(metric.input, KroneckerMoment(tuple(0 * factor for factor in metric.output.factors)))
+        plain = factorization.decompose(layer, rank)
+        assert torch.equal(compose(factorization.decompose(layer, rank, metric=zero)), compose(plain))

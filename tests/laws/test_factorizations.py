@@ -38,7 +38,7 @@ class TestCPMobilenet(FactorizationLaws):
         return CPMobilenet()
 
     def make_quick(self) -> Factorization:
-        return CPMobilenet(sweeps=2)
+        return CPMobilenet(sweeps=1)
 
 
 class TestCPFactorized(FactorizationLaws):
@@ -49,7 +49,7 @@ class TestCPFactorized(FactorizationLaws):
         return CPFactorized()
 
     def make_quick(self) -> Factorization:
-        return CPFactorized(sweeps=2)
+        return CPFactorized(sweeps=1)
 
 
 class TestTucker(FactorizationLaws):

@@ -1,4 +1,4 @@
-"""Decomposition in the Fisher metric: the error that counts is the one that raises the loss."""
+"""Decomposition in a Fisher metric, which measures an error by the increase of the loss."""
 
 from __future__ import annotations
 
@@ -7,31 +7,12 @@ import torch
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
 from fxfact.errors import SpecError
-from fxfact.factorizations import Factorization
-from fxfact.factorizations.matrix_svd import ChannelSVD
-from tests.support import ALL, SPECS, by_name, random_fisher, random_layer, random_moment
+from fxfact.factorizations import ChannelSVD
+from tests.support import SPECS, random_fisher, random_layer, random_moment
 
 
 def increase_of(layer: ConvLayer, chain: ConvChain, metric: KroneckerFisher) -> float:
     return metric.loss_increase(layer.spec, compose(chain) - layer.weight)
-
-
-@pytest.mark.parametrize("factorization", ALL, ids=by_name)
-def test_a_chain_fitted_in_the_metric_is_nearer_there_than_the_nearest_in_the_frobenius_norm(
-    factorization: Factorization, spec: ConvSpec
-) -> None:
-    if factorization.rejects(spec):
-        return
-    layer, metric = random_layer(spec), random_fisher(spec)
-    ranks = factorization.ranks(spec)
-    rank = ranks[len(ranks) // 3]
-    plain, whole = factorization.decompose(layer, rank), metric.loss_increase(spec, layer.weight)
-    chain = factorization.decompose(layer, rank, metric=metric)
-    assert chain.specs == factorization.layout(spec, rank)
-    assert increase_of(layer, chain, metric) <= increase_of(layer, plain, metric) + 1e-4 * whole
-    (found,) = factorization.loss_increases(layer, metric, [rank])
-    reached = increase_of(layer, chain, metric)
-    assert 0.95 * reached - 1e-5 * whole <= found <= 2 * reached + 1e-3 * whole
 
 
 @pytest.mark.parametrize("name", ["plain", "groups", "transposed", "transposed, grouped, dilated", "3-D", "1-D"])
@@ -43,7 +24,7 @@ def test_channel_svd_is_optimal_in_the_metric(name: str) -> None:
     for rank, expected in zip(ranks, known, strict=True):
         chain = ChannelSVD().decompose(layer, rank, metric=metric)
         assert increase_of(layer, chain, metric) == pytest.approx(expected, rel=1e-4, abs=1e-5 * known[0])
-    # no linear map of the columns does better: a small step in any direction costs
+    # a small step in any direction makes it worse
     chain = ChannelSVD().decompose(layer, ranks[0], metric=metric)
     best = increase_of(layer, chain, metric)
     for seed in range(5):
@@ -62,7 +43,7 @@ def test_channel_svd_is_optimal_in_the_metric(name: str) -> None:
         assert increase_of(layer, ConvChain(moved), metric) > best
 
 
-def test_the_metric_of_the_identity_is_the_frobenius_norm() -> None:
+def test_identity_metric_is_the_frobenius_norm() -> None:
     spec = ConvSpec.parse(6, 8, (3, 3))
     layer = random_layer(spec)
     ones = KroneckerFisher(
@@ -75,19 +56,7 @@ def test_the_metric_of_the_identity_is_the_frobenius_norm() -> None:
     assert increase_of(layer, chain, ones) == pytest.approx(float((compose(chain) - layer.weight).square().sum()) / 2)
 
 
-@pytest.mark.parametrize("factorization", ALL, ids=by_name)
-def test_moments_may_lack_rank_or_vanish(factorization: Factorization) -> None:
-    spec = ConvSpec.parse(6, 8, (1, 1) if factorization.name == "pointwise_svd" else (3, 3), groups=2)
-    layer, metric = random_layer(spec), random_fisher(spec, rank=2)
-    rank = factorization.ranks(spec)[1]
-    chain = factorization.decompose(layer, rank, metric=metric)
-    assert all(stage.weight.isfinite().all() for stage in chain.layers)
-    nothing = KroneckerFisher(metric.input, KroneckerMoment(tuple(0 * factor for factor in metric.output.factors)))
-    plain = factorization.decompose(layer, rank)
-    assert torch.equal(compose(factorization.decompose(layer, rank, metric=nothing)), compose(plain))
-
-
-def test_a_kronecker_product_gives_the_chain_of_the_whole_moment() -> None:
+def test_kronecker_product_gives_the_chain_of_the_whole_moment() -> None:
     generator = torch.Generator().manual_seed(0)
     channels, positions = random_moment(1, 6, generator), random_moment(1, 9, generator)
     spec = ConvSpec.parse(6, 8, (3, 3))
@@ -99,7 +68,7 @@ def test_a_kronecker_product_gives_the_chain_of_the_whole_moment() -> None:
     assert torch.allclose(compose(one), compose(other), atol=1e-6)
 
 
-def test_a_metric_of_another_convolution_is_refused() -> None:
+def test_metric_of_another_convolution_is_refused() -> None:
     spec = ConvSpec.parse(6, 8, (3, 3))
     with pytest.raises(SpecError, match=r"\(54, 8\)"):
         ChannelSVD().decompose(random_layer(spec), (3,), metric=random_fisher(ConvSpec.parse(4, 8, (3, 3))))
