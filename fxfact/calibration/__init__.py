@@ -1,7 +1,7 @@
 """Calibration: turns data into statistics that say which errors the loss of a network tolerates."""
 
 from fxfact.calibration.batches import Batches, batch_call, first_sample, iter_batches, run_batch, split_held_out
-from fxfact.calibration.collect import MAX_SEED, collect_statistics, rank_and_world_size
+from fxfact.calibration.collect import MAX_SEED, collect_statistics, generator_seed, rank_and_world_size
 from fxfact.calibration.divergence import DivergenceEvaluator, mean_and_error, significantly_negative
 from fxfact.calibration.moments import Window
 from fxfact.calibration.outputs import Likelihood, parse_likelihood
@@ -17,6 +17,7 @@ __all__ = [
     "batch_call",
     "collect_statistics",
     "first_sample",
+    "generator_seed",
     "iter_batches",
     "mean_and_error",
     "parse_likelihood",

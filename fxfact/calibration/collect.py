@@ -19,7 +19,7 @@ from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
 from fxfact.utils import Progress, StorageIndex, alias_copy, no_reduced_precision, to_eval, with_progress
 
-MAX_SEED = 2**23 - 1  # leaves 40 bits of a generator's seed for the number of the sample
+MAX_SEED = 2**23 - 1
 _POSITIONS = 64  # of each sample and convolution at which patches are taken
 _CPU_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch's defaults are
 _BACKWARD, _CAST = torch.ops.aten.convolution_backward.default, torch.ops.aten._to_copy.default
@@ -108,6 +108,15 @@ def _statistics(
     )
 
 
+def generator_seed(seed: int, number: int) -> int:
+    """Return the seed of the generator for one sample, from the caller's seed and the number of the sample.
+
+    PyTorch's CPU generator only uses the low 32 bits of a seed, so both must reach them. The multiplier is 2³² divided
+    by the golden ratio, made odd, which spreads consecutive seeds over all 32 bits (Knuth 1998, vol. 3, section 6.4).
+    """
+    return (number + seed * 0x9E3779B1) % 2**32
+
+
 class _SampleRandom:
     """Random numbers for each sample, from its own generator, so that they do not depend on the batch it is in."""
 
@@ -122,7 +131,7 @@ class _SampleRandom:
         if not count:
             raise CalibrationError("calibration: the output of a batch has no samples. Drop such batches.")
         numbers = [(self.samples + k) * self._world_size + self._rank for k in range(count)]
-        self._generators = [torch.Generator().manual_seed((self._seed << 40) + number) for number in numbers]
+        self._generators = [torch.Generator().manual_seed(generator_seed(self._seed, n)) for n in numbers]
         self.fractions = torch.stack([torch.rand(_POSITIONS, generator=own, **_CPU_FLOAT) for own in self._generators])
 
     def finish_batch(self) -> None:

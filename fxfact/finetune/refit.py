@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfact.calibration import MAX_SEED, Batches, mean_and_error, run_batch, significantly_negative
+from fxfact.calibration import MAX_SEED, Batches, generator_seed, mean_and_error, run_batch, significantly_negative
 from fxfact.capture import ExampleInputs
 from fxfact.conv import from_torch, spec_of, to_torch
 from fxfact.errors import ArgumentError, check_int
@@ -188,7 +188,7 @@ def _write_count(tensor: Tensor) -> int:
 
 def _position_seed(seed: int, batch: int, call: int) -> int:
     """Return the seed for the positions of one call of a convolution."""
-    return (seed << 40) + (batch << 20) + call
+    return generator_seed(seed, (batch << 20) + call)
 
 
 def _collect_stats(

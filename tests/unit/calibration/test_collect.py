@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfact
+from fxfact.calibration import MAX_SEED, generator_seed
 from fxfact.errors import ArgumentError, CalibrationError
 from tests.support import Classifier
 
@@ -37,6 +38,21 @@ def test_loss_that_reaches_no_convolution_is_refused(model: nn.Module, x: Tensor
 def test_seed_must_be_an_int_within_bounds(model: nn.Module, x: Tensor, seed: Any) -> None:
     with pytest.raises(ArgumentError, match="seed must be an int"):
         fxfact.calibrate(model, [x], seed=seed)
+
+
+def test_another_seed_draws_other_numbers_and_the_same_seed_the_same(model: nn.Module, x: Tensor) -> None:
+    one, same, other = (fxfact.calibrate(model, [x], seed=seed) for seed in (3, 3, 4))
+    for path, metric in one.moments.items():
+        factors = [statistics.moments[path].output.factors[0] for statistics in (same, other)]
+        assert torch.equal(metric.output.factors[0], factors[0])
+        assert not torch.equal(metric.output.factors[0], factors[1])
+
+
+def test_generator_seeds_differ_in_the_32_bits_that_generators_use() -> None:
+    seeds = {generator_seed(seed, number) for seed in (0, 1, 2, MAX_SEED) for number in range(1000)}
+    assert len(seeds) == 4000
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert generator_seed(0, 7) == 7
 
 
 def test_weights_in_the_same_memory_have_their_own_statistics(x: Tensor) -> None:

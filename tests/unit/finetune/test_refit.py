@@ -276,6 +276,12 @@ def test_refit_shows_its_progress(small: Small, factorized: nn.Module, data: Ten
     assert shown == [(2, "refitting")]
 
 
+def test_refit_looks_at_other_positions_for_another_seed(small: Small, factorized: nn.Module, data: Tensor) -> None:
+    one, same, other = (fxfact.refit(factorized, small, data.split(8), seed=seed)[0].state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_refit_without_work_or_with_a_bad_seed_is_refused(small: Small, factorized: nn.Module, data: Tensor) -> None:
     with pytest.raises(ArgumentError, match="nothing to do"):
         fxfact.refit(factorized, small, data.split(8), last_stages=False, means=False)
