@@ -153,6 +153,10 @@ def plan(
         rank: the largest fraction of its parameters that a convolution may keep ('same' is 1.0), an int, a tuple (for
             Tucker (r_out, r_in)), a rule (``fxfact.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from
             path or glob to any of these. Default: 0.5.
+        example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
+            MACs and show which convolutions the model calls. The captured network is compared with the model on them,
+            in evaluation mode, without gradients, on copies. An ExportedProgram has its own. Default: the first sample
+            of the calibration batches.
         budget: what the network may cost, instead of ``rank``: ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share
             of the whole network's (or ``at_most=`` a number); ``fxfact.Latency(0.5)``, a share of the time of the
             dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or ``fxfact.Loss(0.05)``,
@@ -176,10 +180,6 @@ def plan(
         include: globs on the path, or a predicate on (path, ConvSpec). Default: every convolution.
         exclude: the same, for convolutions to leave alone.
         allow_growth: also rewrite convolutions that would have more parameters or (if known) more MACs.
-        example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
-            MACs and show which convolutions the model calls. The captured network is compared with the model on them,
-            in evaluation mode, without gradients, on copies. An ExportedProgram has its own. Default: the first sample
-            of the calibration batches.
         capture: 'trace' makes the model one torch.fx graph; 'modules' keeps the model's own Python and replaces its
             convolution modules; 'export' is for an ExportedProgram. 'auto' takes the one that reaches most
             convolutions.

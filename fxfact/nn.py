@@ -274,7 +274,12 @@ class FactorizedConv(nn.Module):
 
     @torch.inference_mode(False)
     def to_conv(self) -> nn.Module:
-        """Return a new dense convolution that computes the same, with the device, dtype and mode of this layer."""
+        """Compose the layer to a dense convolution.
+
+        Returns:
+            A new ``nn.Conv…`` or ``nn.ConvTranspose…`` that computes the same, with the device, dtype and training mode
+            of this layer.
+        """
         like = self._convs()[0].weight
         with torch.no_grad(), no_reduced_precision(like.device):
             weight = self.weight.clone(memory_format=torch.contiguous_format).requires_grad_(like.requires_grad)

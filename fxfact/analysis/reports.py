@@ -44,7 +44,11 @@ class Report(ReportData):
     """
 
     def to_html(self) -> str:
-        """Return one HTML page, which loads no scripts, styles or pictures from elsewhere."""
+        """Render the report as one HTML page.
+
+        Returns:
+            The page. It loads no scripts, styles or pictures from elsewhere.
+        """
         return render_page(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:

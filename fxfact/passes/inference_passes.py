@@ -60,7 +60,14 @@ class InferencePass(PassBase):
 
     @abstractmethod
     def change(self, network: nn.Module) -> int:
-        """Change a private copy in place, and return the number of places that were changed."""
+        """Change a private copy in place.
+
+        Args:
+            network: the copy. It is a graph module if ``needs_graph`` is set.
+
+        Returns:
+            The number of places that were changed.
+        """
 
 
 @final
