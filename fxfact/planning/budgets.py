@@ -139,7 +139,7 @@ class Latency(Budget):
     """
 
     compiled: bool = False
-    timer: Timer = field(default_factory=Timer, compare=False)
+    timer: Timer = field(default_factory=Timer, compare=False, repr=False)
 
     unit = "ms"
     bound = "at_most_ms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxfact.conv import ConvLayer, KroneckerFisher, compose
+from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, compose
 from fxfact.errors import PlanError
 from fxfact.factorizations import Factorization, Rank, weight_scale
 from fxfact.utils import atomic_write, no_reduced_precision
@@ -27,8 +28,8 @@ class ErrorCurveCache:
     """Error curves that were computed before, for plans that are made again.
 
     Pass the same cache to several calls of ``fxfact.plan`` or ``fxfact.factorize`` with a budget: only the first one
-    computes the curves. A curve is found again only for the same weight values, the same statistics and the same
-    factorization with the same options, so a cache may serve several models.
+    computes the curves. A curve is found again only for the same convolution with the same weight values, the same
+    statistics, and the same factorization with the same options and candidate ranks. A cache may serve several models.
     """
 
     def __init__(self) -> None:
@@ -97,10 +98,13 @@ def _parse_curves(data: dict[str, Any]) -> dict[str, ErrorCurve]:
     }
 
 
-def cache_key(factorization: Factorization, weight_digest: str, statistics_digest: str) -> str:
-    """Return the key of a curve: the factorization and its options, the weight values, and the statistics."""
-    options = json.dumps(asdict(factorization), sort_keys=True)
-    return f"{factorization.name} {options} of {weight_digest} under {statistics_digest}"
+def cache_key(
+    factorization: Factorization, spec: ConvSpec, ranks: Sequence[Rank], weight_digest: str, statistics_digest: str
+) -> str:
+    """Return the key of a curve: everything that ``error_curve`` depends on."""
+    described = json.dumps([asdict(factorization), asdict(spec), ranks], sort_keys=True)
+    digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+    return f"{factorization.name} {digest} of {weight_digest} under {statistics_digest}"
 
 
 def error_curve(

@@ -10,25 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
+from fxfact.conv import Cost
 from fxfact.errors import BudgetError, CalibrationError
+from fxfact.factorizations.cp import CPMobilenet
 from fxfact.planning import ErrorCurveCache
-from tests.support import Classifier
-
-
-@pytest.fixture
-def model(classifier: Classifier) -> nn.Module:
-    return classifier
-
-
-@pytest.fixture
-def x(color_images: Tensor) -> Tensor:
-    return color_images
-
-
-@pytest.fixture(scope="module")
-def error_curves() -> ErrorCurveCache:
-    """Saves time: all tests plan the same network on the same data."""
-    return ErrorCurveCache()
+from fxfact.utils import Timer
+from tests.support import Classifier, FakeTimer
 
 
 @pytest.mark.parametrize(
@@ -54,7 +41,8 @@ def test_budget_is_met(
 
 
 def test_budget_is_met_in_inference_mode(model: nn.Module, x: Tensor) -> None:
-    asked: dict[str, Any] = {"factorization": ["tucker", "cp"], "budget": fxfact.Macs(0.6), "calibration": x.split(8)}
+    methods = ["tucker", CPMobilenet(sweeps=5)]
+    asked: dict[str, Any] = {"factorization": methods, "budget": fxfact.Macs(0.6), "calibration": x.split(8)}
     with torch.inference_mode():
         small = fxfact.factorize(model, **asked)
     assert fxfact.plan_of(small) == fxfact.plan_of(fxfact.factorize(model, **asked))
@@ -63,7 +51,12 @@ def test_budget_is_met_in_inference_mode(model: nn.Module, x: Tensor) -> None:
 
 def test_ranks_within_a_budget_are_multiples(model: nn.Module, x: Tensor, error_curves: ErrorCurveCache) -> None:
     plan = fxfact.plan(
-        model, budget=fxfact.Macs(0.6), calibration=[x], example_inputs=x[:1], multiple_of=4, error_curves=error_curves
+        model,
+        budget=fxfact.Macs(0.6),
+        calibration=x.split(8),
+        example_inputs=x[:1],
+        multiple_of=4,
+        error_curves=error_curves,
     )
     for decision in plan.rewrites:
         most = decision.factorization.max_rank(decision.spec)
@@ -91,3 +84,37 @@ def test_budget_that_is_impossible_or_malformed_is_refused(model: nn.Module, x: 
     other.first = nn.Conv2d(3, 12, 5, padding=2)
     with pytest.raises(CalibrationError, match="the statistics are of"):
         fxfact.plan(other, budget=fxfact.Params(0.5), calibration=statistics)
+
+
+def test_latency_budget_needs_example_inputs(model: nn.Module) -> None:
+    with pytest.raises(BudgetError, match="example_inputs"):
+        fxfact.plan(model, budget=fxfact.Latency(0.5))
+    with pytest.raises(BudgetError, match="no budget"):
+        fxfact.Latency(1.5)
+    with pytest.raises(BudgetError, match="no budget"):
+        fxfact.Latency(0.5, at_most_ms=3)
+
+
+def test_budgets_bound_one_part_of_a_cost() -> None:
+    network = Cost(1000, 20_000, 8.0)
+    bounds = [fxfact.Macs(0.5), fxfact.Params(at_most=300), fxfact.Latency(0.25), fxfact.Latency(at_most_ms=3.0)]
+    assert [budget.amount(network) for budget in bounds] == [20_000, 1000, 8.0, 8.0]
+    assert [budget.allowed(network) for budget in bounds] == [10_000, 300, 2.0, 3.0]
+    for budget in (fxfact.Macs(0.5), fxfact.Latency(0.5)):
+        with pytest.raises(BudgetError, match="needs example_inputs"):
+            budget.amount(Cost(1000, None))
+
+
+def test_budget_error_says_how_far_a_network_can_go_down() -> None:
+    error = fxfact.Latency(0.25).unmet_error(4.0, Cost(1000, None, 8.0))
+    assert str(error).startswith("the budget is 2 ms, and these factorizations can go down to 4 (0.500 of 8)")
+    assert error.least == 4.0
+
+
+def test_latency_budget_has_a_timer_that_does_not_count_in_comparisons() -> None:
+    timer = FakeTimer()
+    budget = fxfact.Latency(0.5, timer=timer)
+    assert budget.timer is timer
+    assert type(fxfact.Latency(0.5).timer) is Timer
+    assert budget == fxfact.Latency(0.5) != fxfact.Latency(0.5, compiled=True)
+    assert repr(budget) == "Latency(fraction=0.5, at_most=None, compiled=False)"

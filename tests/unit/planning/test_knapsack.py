@@ -1,4 +1,4 @@
-"""The knapsack against an exact solver."""
+"""The multiple-choice knapsack: small cases by hand, and random ones against an exact solver."""
 
 from __future__ import annotations
 
@@ -29,3 +29,27 @@ def test_knapsack_is_within_a_hundredth_of_the_optimum() -> None:
         exact = optimize.milp(values, constraints=constraints, integrality=1, bounds=optimize.Bounds(0, 1))
         assert value <= 1.01 * exact.fun
         assert knapsack.at(knapsack.least - 1) is None
+
+
+def test_knapsack_takes_the_best_values_within_the_bound() -> None:
+    """Costs are rounded up to steps, so the best options may need a bound that is a little larger."""
+    knapsack = Knapsack([Class([10.0, 5.0, 1.0], [0.0, 1.0, 3.0]), Class([10.0, 1.0], [0.0, 1.5])])
+    assert knapsack.least == 2.0
+    assert [knapsack.at(bound) for bound in (20, 15.01, 15, 10, 6.01, 2, 1)] == [
+        [0, 0], [1, 0], [0, 1], [1, 1], [1, 1], [2, 1], None
+    ]  # fmt: skip
+
+
+def test_knapsack_never_takes_an_option_that_is_worse_in_cost_and_value() -> None:
+    knapsack = Knapsack([Class([5.0, 6.0, 1.0], [1.0, 1.0, 2.0])])
+    assert [knapsack.at(bound) for bound in (100, 5, 4)] == [[0], [0], [2]]
+
+
+def test_knapsack_spends_what_rounding_to_steps_leaves() -> None:
+    classes = [Class([1e6, 0.4, 0.0], [0.0, 1.0, 2.0]), Class([0.4, 0.0], [1.0, 2.0])]
+    assert Knapsack(classes).at(0.8) == [1, 0]
+
+
+def test_knapsack_without_classes_costs_nothing() -> None:
+    knapsack = Knapsack([])
+    assert (knapsack.at(0.0), knapsack.at(-1.0)) == ([], None)

@@ -13,11 +13,6 @@ from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, vbmf_rank
 from fxfact.planning.strategy import Candidate
 
 
-@pytest.fixture
-def model(classifier: nn.Module) -> nn.Module:
-    return classifier
-
-
 def test_energy_keeps_more_ranks_for_more_energy(model: nn.Module) -> None:
     ranks = [sum(sum(d.rank) for d in fxfact.plan(model, "tucker", rank=Energy(s)).rewrites) for s in (0.3, 0.6)]
     assert 0 < ranks[0] < ranks[1]

@@ -138,10 +138,3 @@ def test_plan_loss_measures_convolutions_that_share_a_weight(color_images: Tenso
     torch.testing.assert_close(plan_loss.divergences(plan), expected, rtol=1e-3, atol=1e-6)
     assert len(plan_loss.decompositions) == 2
     assert plan_loss.on_held_out
-
-
-def test_mean_comes_with_its_standard_error() -> None:
-    values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
-    expected = (float(values.mean()), float(values.std()) / 50**0.5)
-    assert mean_and_error(values) == pytest.approx(expected)
-    assert mean_and_error(values[:1]) == (float(values[0]), float("inf"))

@@ -317,5 +317,5 @@ def test_weights_that_are_not_finite_are_named_before_ranks_are_chosen(
     how: dict[str, Any], model: nn.Module, planned: Callable[..., fxfact.Plan]
 ) -> None:
     model[2].weight.data[0, 0, 0, 0] = float("inf")
-    with pytest.raises(WeightError, match="^2: the weight holds 1 NaN"):
+    with pytest.raises(WeightError, match=r"^2: the weight holds 1 NaN"):
         planned(model, **how)
