@@ -10,8 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxfact.capture.base import ExampleInputs, check_arguments, random_like, reason_of, run_model
-from fxfact.capture.guards import OriginalTensorGuard, ParameterGuard
-from fxfact.capture.private_copy import PrivateCopy
+from fxfact.capture.guards import OriginalTensorGuard, ParameterGuard, PrivateCopy
 from fxfact.capture.recorder import ModuleRecord, record_modules
 from fxfact.conv import has_hooks
 from fxfact.errors import CaptureError

@@ -16,9 +16,8 @@ from fxfact.capture.base import Captured, ExampleInputs, Frontend, reason_of, se
 from fxfact.capture.equivalence import EquivalenceCheck
 from fxfact.capture.export import capture_exported
 from fxfact.capture.fold_parametrizations import fold_parametrizations
-from fxfact.capture.guards import ParameterGuard
+from fxfact.capture.guards import ParameterGuard, PrivateCopy
 from fxfact.capture.modules import capture_modules, dense_replacements
-from fxfact.capture.private_copy import PrivateCopy
 from fxfact.capture.trace import capture_graph
 from fxfact.conv import ConvSite, Skip, has_hooks, path_of
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError

@@ -9,8 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxfact.capture.base import Captured, ExampleInputs, check_arguments, reason_of, samples_of, seeded_rng
-from fxfact.capture.guards import ParameterGuard
-from fxfact.capture.private_copy import PrivateCopy
+from fxfact.capture.guards import ParameterGuard, PrivateCopy
 from fxfact.capture.trace_checks import ContextReads, is_constant
 from fxfact.capture.tracer import Trace, TraceSettings, trace
 from fxfact.conv import Skip, is_conv

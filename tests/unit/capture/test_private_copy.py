@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfact.capture import capture
-from fxfact.capture.private_copy import PrivateCopy, state_of
+from fxfact.capture.guards import PrivateCopy, state_of
 from fxfact.utils import alias_copy
 from tests.support import Small, apart
 
