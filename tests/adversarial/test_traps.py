@@ -1,4 +1,4 @@
-"""What captures might lose in silence, found by attacking them: each comes out right, or is refused."""
+"""Models that a capture could change without notice: each is captured correctly, or refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def why(model: nn.Module) -> str:
 
 
 def right(model: nn.Module, x: Any) -> Any:
-    """Factorized in whatever way, and what it should be."""
+    """Factorize with any front end, and check the result."""
     result = fxfact.factorize(model, example_inputs=x, verify=True, rank=0.5)
     assert fxfact.verify(model, result, x).graph < 1e-5
     return result
@@ -63,7 +63,7 @@ def right(model: nn.Module, x: Any) -> Any:
 
 @pytest.mark.parametrize("kind", [Two, Branching])
 @pytest.mark.parametrize("patched", ["_conv_forward", "forward"])
-def test_a_convolution_patched_on_its_own_is_left(kind: type[Two], patched: str, x: Tensor) -> None:
+def test_convolution_with_a_patched_method_is_skipped(kind: type[Two], patched: str, x: Tensor) -> None:
     model = kind().eval()
 
     def thrice(self: nn.Conv2d, input: Tensor, *_: Any) -> Tensor:
@@ -76,7 +76,7 @@ def test_a_convolution_patched_on_its_own_is_left(kind: type[Two], patched: str,
     assert "replaced on this instance" in unseen["c"].reason
 
 
-def test_what_a_copy_cannot_follow_is_refused(x: Tensor) -> None:
+def test_tensors_that_a_copy_cannot_follow_are_refused(x: Tensor) -> None:
     class Closure(Branching):
         def __init__(self) -> None:
             super().__init__()
@@ -96,7 +96,7 @@ def test_what_a_copy_cannot_follow_is_refused(x: Tensor) -> None:
         assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-def test_outputs_that_cannot_be_compared_are_not_called_alike(x: Tensor) -> None:
+def test_outputs_that_cannot_be_compared_are_refused(x: Tensor) -> None:
     class Opaque:
         __slots__ = ("value",)
 
@@ -111,7 +111,7 @@ def test_outputs_that_cannot_be_compared_are_not_called_alike(x: Tensor) -> None
         fxfact.factorize(Hidden(), example_inputs=x)
 
 
-def test_attributes_changed_while_the_model_runs_are_seen(x: Tensor) -> None:
+def test_attributes_changed_during_forward_are_noticed(x: Tensor) -> None:
     class Unpadded(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             old, self.padding = self.padding, (0, 0)
@@ -207,7 +207,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("forward", LOST, ids=lambda forward: forward.__name__)
-def test_what_a_graph_would_lose_keeps_its_python(forward: Any, x: Tensor) -> None:
+def test_model_that_a_graph_would_change_keeps_its_python(forward: Any, x: Tensor) -> None:
     torch.manual_seed(0)
     model = type("Losing", (Two,), {"forward": forward})().eval()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -230,7 +230,7 @@ def test_what_a_graph_would_lose_keeps_its_python(forward: Any, x: Tensor) -> No
         assert result(x).norm() > 30 * result(x, x).norm()
 
 
-def test_a_model_that_is_called_in_another_way_is_not_traced(x: Tensor) -> None:
+def test_model_with_a_replaced_call_is_not_traced(x: Tensor) -> None:
     class Called(Two):
         def __call__(self, x: Tensor) -> Tensor:
             return super().__call__(x) * 3
@@ -242,7 +242,7 @@ def test_a_model_that_is_called_in_another_way_is_not_traced(x: Tensor) -> None:
         assert fxfact.plan_of(right(model, x)).capture == "modules"
 
 
-def test_constants_do_not_keep_a_model_from_being_traced(x: Tensor) -> None:
+def test_model_that_creates_constants_is_traced(x: Tensor) -> None:
     class Constant(Two):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * torch.tensor(2.0)
@@ -255,7 +255,7 @@ def test_constants_do_not_keep_a_model_from_being_traced(x: Tensor) -> None:
     assert "values differ between calls" in why(ByMode())
 
 
-def test_example_inputs_are_left_alone_whatever_they_are(x: Tensor) -> None:
+def test_example_inputs_of_any_type_are_not_changed(x: Tensor) -> None:
     class InPlace(Branching):
         def forward(self, batch: Any) -> Tensor:
             return super().forward(batch["x"].mul_(2))
@@ -266,7 +266,7 @@ def test_example_inputs_are_left_alone_whatever_they_are(x: Tensor) -> None:
     assert x.equal(before)
 
 
-def test_scripted_children_are_listed_and_stay_trainable(x: Tensor) -> None:
+def test_scripted_convolutions_are_skipped_and_stay_trainable(x: Tensor) -> None:
     model = Two().eval()
     model.c = torch.jit.script(model.c)
     for capture in ("trace", "modules"):
@@ -282,7 +282,7 @@ def test_scripted_children_are_listed_and_stay_trainable(x: Tensor) -> None:
     assert fxfact.plan_of(small).measured_loss_increase is not None
 
 
-def test_a_gain_on_the_bias_is_not_taken_for_the_bias(x: Tensor) -> None:
+def test_convolution_that_scales_its_bias_is_skipped(x: Tensor) -> None:
     class Gain(nn.Conv2d):
         gain = 1.0
 
@@ -297,7 +297,7 @@ def test_a_gain_on_the_bias_is_not_taken_for_the_bias(x: Tensor) -> None:
     assert "in another way than its attributes say" in reasons(right(Holding(), x))["c"]
 
 
-def test_modules_inside_a_convolution_and_its_modes_are_kept(x: Tensor) -> None:
+def test_convolution_with_modules_inside_is_skipped_and_keeps_its_modes(x: Tensor) -> None:
     class WithNorm(nn.Conv2d):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -320,7 +320,7 @@ def test_modules_inside_a_convolution_and_its_modes_are_kept(x: Tensor) -> None:
     assert result.d.training
 
 
-def test_folding_neither_writes_nor_follows_what_is_written(x: Tensor) -> None:
+def test_folding_refuses_writes_to_parameters_and_skips_in_place_changes(x: Tensor) -> None:
     class Clamped(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             weight.data.clamp_(-0.01, 0.01)
@@ -346,7 +346,7 @@ def test_folding_neither_writes_nor_follows_what_is_written(x: Tensor) -> None:
         assert apart(model(x), result(x)) == apart(model(x), result(x)) == 0
 
 
-def test_regions_of_a_program_are_listed(x: Tensor) -> None:
+def test_convolutions_in_regions_of_a_program_are_listed(x: Tensor) -> None:
     class Frozen(Two):
         def forward(self, x: Tensor) -> Tensor:
             with torch.no_grad():
@@ -359,7 +359,7 @@ def test_regions_of_a_program_are_listed(x: Tensor) -> None:
     assert any("inside it is conv2d" in reason for reason in reasons(result).values())
 
 
-def test_dynamic_integers_and_derived_sizes_of_a_program_stay_so(x: Tensor) -> None:
+def test_program_keeps_dynamic_integers_and_derived_sizes(x: Tensor) -> None:
     class Repeating(Two):
         def forward(self, x: Tensor, half: Tensor, times: int) -> Tensor:
             return super().forward(x) * times + half.repeat_interleave(2, dim=-1)
@@ -372,7 +372,7 @@ def test_dynamic_integers_and_derived_sizes_of_a_program_stay_so(x: Tensor) -> N
     assert result.module()(torch.randn(2, 8, 12, 20), torch.randn(2, 1, 12, 10), 7).shape == (2, 16, 12, 20)
 
 
-def test_inference_mode_outside_and_a_submodule_named_meta(x: Tensor) -> None:
+def test_capture_works_in_inference_mode_and_with_a_submodule_named_meta(x: Tensor) -> None:
     model = Two()
     model.register_buffer("count", torch.zeros(()))
     with torch.inference_mode():
@@ -386,7 +386,7 @@ def test_inference_mode_outside_and_a_submodule_named_meta(x: Tensor) -> None:
     assert len(fxfact.plan_of(right(model, x)).rewrites) == 2
 
 
-def test_hooks_on_the_state_dict_of_a_convolution_are_kept_with_it(x: Tensor) -> None:
+def test_convolution_with_state_dict_hooks_is_skipped(x: Tensor) -> None:
     model = Branching()
     model.c.register_state_dict_post_hook(lambda module, state, prefix, local: state.update({prefix + "extra": 1}))
     result = right(model, x)
@@ -394,7 +394,7 @@ def test_hooks_on_the_state_dict_of_a_convolution_are_kept_with_it(x: Tensor) ->
     assert {"c.weight", "c.extra"} <= set(result.state_dict())
 
 
-def test_careless_callers_get_errors_of_ours(x: Tensor) -> None:
+def test_wrong_arguments_raise_errors_of_fxfact(x: Tensor) -> None:
     model = Two()
     plan = fxfact.plan(model)
     with ThreadPoolExecutor(1) as executor:
@@ -422,7 +422,7 @@ class Choosing(Two):
         return torch.cond(y.sum() > 0, self.d, lambda t: t * 2, (y,))
 
 
-def test_branches_of_operators_are_listed_and_left(x: Tensor) -> None:
+def test_convolutions_in_branches_of_operators_are_listed_and_skipped(x: Tensor) -> None:
     model = Choosing().eval()
     program = export(model, (x,))
     result = fxfact.factorize(program, verify=True, rank=0.5)
@@ -430,7 +430,7 @@ def test_branches_of_operators_are_listed_and_left(x: Tensor) -> None:
     assert any("inside it is conv2d" in reason for reason in reasons(result).values())
 
 
-def test_regions_without_autocast_keep_their_python(x: Tensor) -> None:
+def test_model_with_regions_without_autocast_keeps_its_python(x: Tensor) -> None:
     class Precise(Two):
         def forward(self, x: Tensor) -> Tensor:
             y = self.c(x)
@@ -451,7 +451,7 @@ def test_regions_without_autocast_keep_their_python(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("branch", ["torch", "numpy", "random", "gradients"])
-def test_what_only_training_draws_or_does_is_not_lost(branch: str, x: Tensor) -> None:
+def test_randomness_in_training_mode_only_is_noticed(branch: str, x: Tensor) -> None:
     below = {
         "torch": lambda: torch.rand(1).item() < 0.5,
         "numpy": lambda: np.random.rand() < 0.5,
@@ -470,7 +470,7 @@ def test_what_only_training_draws_or_does_is_not_lost(branch: str, x: Tensor) ->
     assert len({float(result(x).sum()) for _ in range(200)}) == 2
 
 
-def test_hooks_inside_a_model_that_copies_lose_are_refused(x: Tensor) -> None:
+def test_hooks_on_an_inner_graph_module_are_refused(x: Tensor) -> None:
     inner = fx.symbolic_trace(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()))
     model = nn.Sequential(inner, nn.Conv2d(16, 16, 3)).eval()
     small = fxfact.factorize(model, rank=0.5, example_inputs=x)
@@ -484,7 +484,7 @@ def test_hooks_inside_a_model_that_copies_lose_are_refused(x: Tensor) -> None:
             nearer(small, model, x.split(1), likelihood="gaussian")
 
 
-def test_containers_of_ones_own_stay_what_they_are(x: Tensor) -> None:
+def test_output_containers_keep_their_class(x: Tensor) -> None:
     class Output(OrderedDict[str, Tensor]):
         @property
         def logits(self) -> Tensor:
@@ -504,7 +504,7 @@ def test_containers_of_ones_own_stay_what_they_are(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_sample_is_enough_for_shapes_in_any_mode(training: bool) -> None:
+def test_shapes_are_recorded_from_one_sample_in_any_mode(training: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
     plan = fxfact.plan(model.train(training), example_inputs=torch.randn(1, 3, 16, 16), capture="trace")
     assert plan["2"].input_sizes == ((1, 1),)
@@ -514,7 +514,7 @@ def test_one_sample_is_enough_for_shapes_in_any_mode(training: bool) -> None:
 
 
 @pytest.mark.parametrize("inner", [nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)], ids=["norm", "conv"])
-def test_a_bias_that_a_called_module_holds_stays_there(inner: nn.Module) -> None:
+def test_bias_that_a_called_module_holds_is_kept(inner: nn.Module) -> None:
     class Borrowing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -530,7 +530,7 @@ def test_a_bias_that_a_called_module_holds_stays_there(inner: nn.Module) -> None
     torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_kernel_of_buffers_alone_is_folded() -> None:
+def test_kernel_computed_from_buffers_is_folded() -> None:
     class Blurring(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -550,7 +550,7 @@ def test_a_kernel_of_buffers_alone_is_folded() -> None:
     torch.testing.assert_close(result.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_arguments_that_a_graph_takes_apart_are_told(x: Tensor) -> None:
+def test_graph_with_flattened_arguments_is_refused(x: Tensor) -> None:
     class Summing(Two):
         def forward(self, xs: list[Tensor]) -> Tensor:
             return super().forward(xs[0] + xs[1])
@@ -561,7 +561,7 @@ def test_arguments_that_a_graph_takes_apart_are_told(x: Tensor) -> None:
         fxfact.plan(graph, example_inputs=([x, x],), capture="trace")
 
 
-def test_what_is_written_in_place_is_seen_without_inputs(x: Tensor) -> None:
+def test_in_place_writes_are_noticed_without_example_inputs(x: Tensor) -> None:
     class Aliased(Two):
         def forward(self, x: Tensor) -> Tensor:
             y = self.c(x)
@@ -591,7 +591,7 @@ def test_what_is_written_in_place_is_seen_without_inputs(x: Tensor) -> None:
     assert torch.allclose(fxfact.factorize(usual, exclude="*")(x), usual(x), atol=1e-5)
 
 
-def test_a_container_with_a_forward_of_its_own_is_not_traced(x: Tensor) -> None:
+def test_container_with_a_replaced_forward_is_not_traced(x: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()).eval()
     model.forward = types.MethodType(lambda self, x: nn.Sequential.forward(self, x) * 3, model)
     assert "a forward or __call__ of its own" in why(model)

@@ -1,4 +1,4 @@
-"""An ExportedProgram in, an ExportedProgram out."""
+"""The front end 'export': an exported program is factorized into an exported program."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def program(dynamic: bool = True) -> tuple[nn.Module, ExportedProgram, Tensor, T
     return model, export(model, (x,), {"shift": shift}, dynamic_shapes=shapes), x, shift
 
 
-def test_shapes_names_and_traces_are_kept(tmp_path: Path) -> None:
+def test_export_keeps_shapes_names_and_stack_traces(tmp_path: Path) -> None:
     _, before, x, shift = program()
     state = {name: value.clone() for name, value in before.state_dict.items()}
     after = fxfact.factorize(before, rank=0.5, verify=True)
@@ -72,7 +72,7 @@ def test_shapes_names_and_traces_are_kept(tmp_path: Path) -> None:
     assert after.module()(x, shift=shift)["first"].shape == (2, 8, 8, 10)
 
 
-def test_a_full_rank_program_computes_the_same() -> None:
+def test_program_at_full_rank_computes_the_same() -> None:
     model, before, x, shift = program(dynamic=False)
     for source in (before, before.run_decompositions()):
         after = fxfact.factorize(source, "channel_svd", rank=10**6, allow_growth=True, verify=True)
@@ -80,7 +80,7 @@ def test_a_full_rank_program_computes_the_same() -> None:
         assert all(apart(expected[name], found[name]) < 1e-5 for name in expected)
 
 
-def test_plans_are_carried_out_and_programs_factorized_again(small: Small, image: Tensor) -> None:
+def test_plan_is_applied_to_a_program_and_the_result_factorized_again(small: Small, image: Tensor) -> None:
     before = export(small, (image,))
     plan = fxfact.plan(before, "tucker", rank=0.5)
     assert plan.network.macs == fxfact.plan(small, example_inputs=image).network.macs
@@ -96,7 +96,7 @@ def test_plans_are_carried_out_and_programs_factorized_again(small: Small, image
     assert untouched.module()(image).equal(before.module()(image))
 
 
-def test_a_plan_for_a_module_is_carried_out_on_its_program(small: Small, image: Tensor) -> None:
+def test_plan_for_a_module_is_applied_to_its_program(small: Small, image: Tensor) -> None:
     plan, program = fxfact.plan(small, "tucker", rank=0.5, example_inputs=image), export(small, (image,))
     after = fxfact.apply(plan, program)
     assert fxfact.plan_of(after) == replace(plan, capture="export")
@@ -104,7 +104,7 @@ def test_a_plan_for_a_module_is_carried_out_on_its_program(small: Small, image: 
     assert apart(fxfact.apply(plan, small)(image), after.module()(image)) < 1e-5
 
 
-def test_a_loaded_program_is_factorized(small: Small, image: Tensor) -> None:
+def test_loaded_program_is_factorized(small: Small, image: Tensor) -> None:
     file = io.BytesIO()
     torch.export.save(export(small, (image,)), file)
     file.seek(0)
@@ -112,7 +112,7 @@ def test_a_loaded_program_is_factorized(small: Small, image: Tensor) -> None:
     assert len(fxfact.plan_of(after).rewrites) == 2
 
 
-def test_what_a_program_cannot_be_is_refused(small: Small, image: Tensor) -> None:
+def test_program_in_the_wrong_form_is_refused(small: Small, image: Tensor) -> None:
     whole = export(small, (image,))
     with pytest.raises(ArgumentError, match="captured by 'export'"):
         fxfact.plan(whole, capture="trace")

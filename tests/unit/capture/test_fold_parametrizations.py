@@ -1,4 +1,4 @@
-"""Weights that are computed from others: listed, or folded where the caller agrees."""
+"""Weights that are computed from other parameters are listed, or folded with fold_weights=True."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def computing(way: str, branches: bool) -> nn.Module:
 
 @pytest.mark.parametrize("branches", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_computed_weight_is_listed_or_folded(way: str, branches: bool, image: Tensor) -> None:
+def test_computed_weight_is_listed_or_folded(way: str, branches: bool, image: Tensor) -> None:
     model = computing(way, branches).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected, kinds = model(image), [type(module) for module in model.modules()]
@@ -82,7 +82,7 @@ def test_a_computed_weight_is_listed_or_folded(way: str, branches: bool, image: 
     assert fxfact.verify(model, again, image).ok
 
 
-def test_folding_takes_the_value_of_evaluation_mode(image: Tensor) -> None:
+def test_folded_weight_has_its_value_in_evaluation_mode(image: Tensor) -> None:
     model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(4, 8, 3))).train()
     u = model[0].parametrizations.weight[0]._u.clone()
     result = fxfact.factorize(model, example_inputs=image, fold_weights=True, verify=True, rank=0.9)
