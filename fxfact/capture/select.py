@@ -82,7 +82,8 @@ def capture(
     selected = {frontend: run_frontend for frontend, run_frontend in frontends.items() if how in ("auto", frontend)}
     if how == "auto" and check is None:
         del selected["modules"]  # only a run can show what forward does with its convolutions
-    best = _best(selected, type(model).__name__)
+    advice = " Use capture='auto' or 'modules'." if check else " Pass example_inputs, or use capture='modules'."
+    best = _best(selected, type(model).__name__, "" if "modules" in selected else advice)
     return replace(best, example_inputs=example_inputs, fold_weights=fold_weights, leaf_modules=globs)
 
 
@@ -182,11 +183,11 @@ def _wrong_sites(captured: Captured, sites: Sequence[ConvSite], check: Equivalen
     return _wrong_sites(captured, sites[:half], check) | _wrong_sites(captured, sites[half:], check)
 
 
-def _best(frontends: Mapping[Frontend, Callable[[], Captured]], name: str) -> Captured:
+def _best(frontends: Mapping[Frontend, Callable[[], Captured]], name: str, advice: str) -> Captured:
     """Run front ends until one reaches every convolution. Return the one that reaches most.
 
     Raises:
-        CaptureError: if all front ends fail.
+        CaptureError: if all front ends fail. The message ends with the advice.
     """
     best: Captured | None = None
     refused: list[str] = []
@@ -203,7 +204,5 @@ def _best(frontends: Mapping[Frontend, Callable[[], Captured]], name: str) -> Ca
         if all(isinstance(item, ConvSite) for item in found.found):
             break
     if best is None:
-        also = " Pass example_inputs with capture='auto', which also tries 'modules'."
-        advice = "" if "modules" in frontends else also
         raise CaptureError(f"{name} cannot be captured. {'; '.join(refused)}.{advice}")
     return replace(best, refused=tuple(refused))

@@ -18,6 +18,10 @@ from tests.support import Branching, FakeTimer, Small, factorized
 def test_capture_says_why_the_requested_front_end_fails(image: Tensor) -> None:
     with pytest.raises(CaptureError, match=r"Branching cannot be captured. trace: torch\.fx cannot trace forward"):
         fxfact.factorize(Branching(), example_inputs=image, capture="trace")
+    with pytest.raises(CaptureError, match=r"\. Use capture='auto' or 'modules'\.$"):
+        fxfact.factorize(Branching(), example_inputs=image, capture="trace")
+    with pytest.raises(CaptureError, match=r"\. Pass example_inputs, or use capture='modules'\.$"):
+        fxfact.factorize(Branching())
 
 
 def test_capture_selects_the_front_end_that_reaches_more_convolutions(small: Small, image: Tensor) -> None:
