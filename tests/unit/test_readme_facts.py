@@ -84,5 +84,12 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), anchor
 
 
+def test_contribution_rules_name_files_that_exist() -> None:
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:fxfact|tests)/[\w/]+(?:\.py|/))`", text)
+    assert len(paths) > 10
+    assert all((ROOT / path).exists() for path in paths)
+
+
 def test_collapsible_recipes_are_closed() -> None:
     assert README.count("<details><summary>") == README.count("</details>") > 8
