@@ -159,7 +159,7 @@ class Factorization(ChainLayout):
                 else self._weights_in_metric(block, part, rank, metric=own, generator=generator, iterations=iterations)
                 for part, own in _by_group(layer.spec.groups, block, weight, metric)
             ]
-        joined = [torch.cat(list(parts)) for parts in zip(*by_group, strict=True)]
+        joined = [torch.cat([part.flatten() for part in parts]) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
         cast = _cast_factors(joined, layer.weight.dtype)
         weights = [

@@ -237,3 +237,15 @@ class FactorizationLaws:
         zero = KroneckerFisher(metric.input, KroneckerMoment(tuple(0 * factor for factor in metric.output.factors)))
         plain = factorization.decompose(layer, rank)
         assert torch.equal(compose(factorization.decompose(layer, rank, metric=zero)), compose(plain))
+
+    def test_metric_may_vanish_for_some_groups(self) -> None:
+        factorization = self.make()
+        spec = replace(self.usual_spec(6, 8), groups=2)
+        layer, metric = random_layer(spec), random_fisher(spec)
+        rank = factorization.ranks(spec)[1]
+        plain, whole = (factorization.decompose(layer, rank, metric=given) for given in (None, metric))
+        half = KroneckerMoment(tuple(torch.stack([factor[0], 0 * factor[1]]) for factor in metric.output.factors))
+        found = factorization.decompose(layer, rank, metric=KroneckerFisher(metric.input, half))
+        first, second = compose(found).chunk(2)
+        torch.testing.assert_close(first, compose(whole).chunk(2)[0])
+        torch.testing.assert_close(second, compose(plain).chunk(2)[1])
