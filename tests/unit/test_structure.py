@@ -1,9 +1,11 @@
-"""The structure of the package: imports go strictly down, without circles, and never inside a function."""
+"""The structure of the package: imports go strictly down and never in a circle; files and functions stay short."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+from collections import Counter
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import pytest
 import fxfact
 
 ROOT = Path(fxfact.__file__).parent
-# Bottom first: the rooms and modules of the house. Each imports only what stands below it.
-FLOORS = [
+TESTS = Path(__file__).parents[1]
+# The rooms and modules of the package, bottom first. Each imports only from lower levels.
+LEVELS = [
     ["errors"],
     ["utils"],
     ["conv"],
@@ -36,26 +39,33 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
     for path in sorted(ROOT.rglob("*.py"))
 }
+ROOMS = [module for module, path in MODULES.items() if path.name == "__init__.py"]
 
 
-def floor_of(module: str) -> int:
+def level_of(module: str) -> int:
     room = module.split(".", maxsplit=1)[0]
-    for level, names in enumerate(FLOORS):
+    for level, names in enumerate(LEVELS):
         if room in names:
             return level
-    raise AssertionError(f"fxfact.{room} stands on no floor: add it to FLOORS")
+    raise AssertionError(f"fxfact.{room} has no level: add it to LEVELS")
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports_of(path: Path) -> list[tuple[str, int]]:
-    """The modules of ours that a file imports, and the indentation of the import."""
+    """Return the modules of the package that a file imports, and the indentation of each import."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fxfact":
             base = (node.module or "").removeprefix("fxfact").lstrip(".")
-            offered = getattr(importlib.import_module(f"fxfact.{base}"), "__all__", ()) if base else ()
+            exported = getattr(importlib.import_module(f"fxfact.{base}"), "__all__", ()) if base else ()
             for alias in node.names:
                 name = f"{base}.{alias.name}".lstrip(".")
-                is_module = name in MODULES and alias.name not in offered  # a function may have its module's name
+                is_module = name in MODULES and alias.name not in exported  # a function may have its module's name
                 found.append((name if is_module else base, node.col_offset))
         if isinstance(node, ast.Import):
             found += [
@@ -70,17 +80,17 @@ def test_imports_go_strictly_down(module: str) -> None:
     for imported, indentation in imports_of(MODULES[module]):
         assert indentation == 0, f"fxfact.{module} imports fxfact.{imported} inside a function"
         if imported.split(".")[0] != room:
-            assert floor_of(imported) < floor_of(module), f"fxfact.{module} imports fxfact.{imported} from above"
-            assert "." not in imported, f"fxfact.{module} imports fxfact.{imported}, not the room that offers it"
+            assert level_of(imported) < level_of(module), f"fxfact.{module} imports fxfact.{imported} from above"
+            assert "." not in imported, f"fxfact.{module} imports fxfact.{imported} instead of the room"
 
 
-def test_no_two_modules_of_a_room_import_each_other() -> None:
+def test_imports_have_no_circle() -> None:
     graph = {module: {name for name, _ in imports_of(path)} - {module} for module, path in MODULES.items()}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
     assert len(order) >= len(MODULES)
 
 
-def test_mathematics_and_graphs_do_not_know_each_other() -> None:
+def test_factorizations_and_graphs_do_not_import_each_other() -> None:
     for module, path in MODULES.items():
         imported = {name for name, _ in imports_of(path)}
         if module.startswith("factorizations"):
@@ -90,10 +100,17 @@ def test_mathematics_and_graphs_do_not_know_each_other() -> None:
             assert not {name for name in imported if name.startswith("factorizations")}
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_exports_names_that_exist(room: str) -> None:
+    exporting = importlib.import_module(f"fxfact.{room}".rstrip("."))
+    exported = getattr(exporting, "__all__", ())
+    assert not [name for name in exported if not hasattr(exporting, name)]
+    assert len(set(exported)) == len(exported)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_stay_short(module: str) -> None:
-    source = MODULES[module].read_text(encoding="utf-8")
-    tree = ast.parse(source)
+    source, tree = MODULES[module].read_text(encoding="utf-8"), tree_of(MODULES[module])
     assert len(source.splitlines()) - _docstring_lines(tree) <= 310
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
@@ -105,6 +122,15 @@ def test_files_and_functions_stay_short(module: str) -> None:
 def test_no_public_function_has_the_name_of_a_module() -> None:
     functions = {name for name in fxfact.__all__ if callable(getattr(fxfact, name))}
     assert not functions & set(MODULES)
+
+
+def test_test_files_have_unique_names_and_do_not_import_each_other() -> None:
+    files = sorted(TESTS.rglob("*.py"))
+    names = Counter(path.name for path in files if path.name != "conftest.py")
+    assert not [name for name, count in names.items() if count > 1]
+    for path in files:
+        imported = {node.module or "" for node in ast.walk(tree_of(path)) if isinstance(node, ast.ImportFrom)}
+        assert not [name for name in imported if name.rsplit(".", maxsplit=1)[-1].startswith("test_")], path
 
 
 def _docstring_lines(tree: ast.Module) -> int:

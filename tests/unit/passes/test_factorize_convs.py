@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -54,30 +53,6 @@ def test_plan_for_untied_weights_does_not_fit_tied_weights() -> None:
     tied[1].weight = tied[0].weight
     with pytest.raises(PlanError, match="and the weight of 0"):
         fxfact.apply(fxfact.plan(model(), exclude="0"), tied)
-
-
-@pytest.mark.parametrize("factorization", ["channel_svd", "spatial_svd"])
-@pytest.mark.parametrize("settings", [{"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2, "bias": False}])
-def test_budget_is_met_if_convolutions_that_share_a_weight_differ(
-    factorization: str, settings: dict[str, Any], image: Tensor
-) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.Conv2d(4, 16, 1)
-            self.two = nn.Conv2d(16, 16, 3, padding=1)
-            self.three = nn.Conv2d(16, 16, 3, **settings)
-            self.three.weight = self.two.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.three(torch.relu(self.two(self.one(x))))
-
-    for share in (0.5, 0.7):
-        plan = fxfact.plan(Tied(), factorization, budget=fxfact.Macs(share), example_inputs=image)
-        assert plan.after.macs <= share * plan.network.macs
-        assert [decision.path for decision in plan.rewrites] == ["two", "three"]
-        (point,) = {point.cost for point in plan.pareto_points if point.cost.macs == plan.after.macs}
-        assert point.params == plan.after.params
 
 
 def test_pass_result_shares_no_memory_with_the_original(small: Small, image: Tensor) -> None:

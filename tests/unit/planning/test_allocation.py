@@ -313,6 +313,30 @@ def test_budget_plan_is_the_best_of_all_by_the_root_of_the_loss_without_each_lay
     assert counted[min(within, key=nats.__getitem__)] > 1.05 * chosen  # by nats alone it would be another plan
 
 
+@pytest.mark.parametrize("factorization", ["channel_svd", "spatial_svd"])
+@pytest.mark.parametrize("settings", [{"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2, "bias": False}])
+def test_budget_is_met_if_convolutions_that_share_a_weight_differ(
+    factorization: str, settings: dict[str, Any], image: Tensor
+) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(4, 16, 1)
+            self.two = nn.Conv2d(16, 16, 3, padding=1)
+            self.three = nn.Conv2d(16, 16, 3, **settings)
+            self.three.weight = self.two.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(torch.relu(self.two(self.one(x))))
+
+    for share in (0.5, 0.7):
+        plan = fxfact.plan(Tied(), factorization, budget=fxfact.Macs(share), example_inputs=image)
+        assert plan.after.macs <= share * plan.network.macs
+        assert [decision.path for decision in plan.rewrites] == ["two", "three"]
+        (point,) = {point.cost for point in plan.pareto_points if point.cost.macs == plan.after.macs}
+        assert point.params == plan.after.params
+
+
 @dataclass(frozen=True, kw_only=True)
 class DepthwiseFirst(Factorization):
     """Depthwise k×k, R maps of every channel → 1×1: an SVD of every input channel's kernels."""
