@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ class ManyLayers(nn.Module):
         return self.head(self.depthwise(torch.relu(self.dilated(torch.relu(self.tied(x))))).mean((2, 3)))
 
 
+@cache  # all laws use one model, which no strategy may change
+def make_model() -> ManyLayers:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ManyLayers().eval()
+
+
+@cache
+def make_draft() -> PlanDraft:
+    return draft_plan(capture(make_model(), torch.zeros(1, 3, 13, 13)), SearchScope())
+
+
 def cost_after(candidates: Sequence[Candidate], allocation: Allocation, network: Cost) -> Cost:
     """The cost of the network with the chosen chains, with its milliseconds if those of all chains are known."""
     for candidate, choice in zip(candidates, allocation.choices, strict=True):
@@ -72,17 +85,11 @@ class RankStrategyLaws:
 
     @pytest.fixture
     def model(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return ManyLayers().eval()
+        return make_model()
 
     @pytest.fixture
-    def inputs(self) -> Tensor:
-        return torch.randn(8, 3, 13, 13, generator=torch.Generator().manual_seed(0))
-
-    @pytest.fixture
-    def draft(self, model: nn.Module, inputs: Tensor) -> PlanDraft:
-        return draft_plan(capture(model, inputs[:1]), SearchScope())
+    def draft(self, model: nn.Module) -> PlanDraft:
+        return make_draft()
 
     def test_strategy_answers_for_each_candidate_in_order(self, model: nn.Module, draft: PlanDraft) -> None:
         strategy = self.make(model, draft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from fxfact.planning import (
     RankStrategy,
     parse_factorizations,
 )
-from tests.laws.rank_strategy_laws import RankStrategyLaws, cost_after
+from tests.laws.rank_strategy_laws import RankStrategyLaws, cost_after, make_model
 from tests.support import quick
 
 METHODS: list[Factorization] = [quick(kind()) for kind in FACTORIZATIONS]
@@ -129,12 +130,17 @@ class TestMacsWithMultiples(BudgetLaws):
         return {"multiple": 4, "normalization": 1.0}
 
 
+@cache
+def statistics() -> fxfact.Statistics:
+    batches = torch.randn(8, 3, 13, 13, generator=torch.Generator().manual_seed(1)).split(4)
+    return fxfact.calibrate(make_model(), batches)
+
+
 class TestMacsWithStatistics(BudgetLaws):
     budget = fxfact.Macs(0.6)
 
     def options(self, model: nn.Module, draft: PlanDraft) -> dict[str, Any]:
-        batches = torch.randn(8, 3, 13, 13, generator=torch.Generator().manual_seed(1)).split(4)
-        return {"statistics": fxfact.calibrate(model, batches)}
+        return {"statistics": statistics()}
 
 
 class LatencyByMacs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -255,7 +256,7 @@ def test_search_predicts_random_initial_factors_without_chance(
     model: nn.Module, planned: Callable[..., fxfact.Plan]
 ) -> None:
     method = CPMobilenet(init="random", sweeps=2)
-    asked: dict[str, Any] = {"budget": fxfact.Macs(0.6), "calibration": images().split(8)}
+    asked: dict[str, Any] = {"budget": fxfact.Macs(0.8), "calibration": images().split(8), "include": "2"}
     made = [
         fxfact.factorize(
             model, method, generator=torch.Generator().manual_seed(seed), example_inputs=images()[:1], **asked
@@ -264,6 +265,7 @@ def test_search_predicts_random_initial_factors_without_chance(
     ]
     ranks = [[decision.rank for decision in fxfact.plan_of(each)] for each in made]
     assert ranks[0] == ranks[1] == ranks[2] == [d.rank for d in planned(model, method, **asked)]
+    assert any(ranks[0])
     one, same, other = (each(images()) for each in made)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -291,6 +293,12 @@ def test_data_that_cannot_be_measured_on_are_refused(
 ) -> None:
     with pytest.raises(CalibrationError, match=words):
         planned(model, **arguments(fxfact.calibrate(model, [images()])))
+
+
+def test_latency_budget_is_refused_in_several_processes(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("fxfact.search.search"), "rank_and_world_size", lambda: (1, 2))
+    with pytest.raises(ArgumentError, match="times of its own"):
+        fxfact.plan(model, budget=fxfact.Latency(0.5), calibration=images().split(8))
 
 
 def test_held_out_data_are_refused_for_fixed_ranks(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
