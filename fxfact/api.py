@@ -185,7 +185,8 @@ def plan(
             convolutions.
         fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm,
             parametrizations, pruning, standardisation in a graph) parameters with their values in evaluation mode.
-        leaf_modules: globs on the paths of modules that tracing keeps whole. Their convolutions stay dense.
+        leaf_modules: globs on the paths of modules that tracing does not look into. A graph keeps their convolutions
+            dense.
         error_curves: a cache of error curves, which makes further plans for the same weights and statistics fast.
         executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster) that computes errors and decomposes
             kernels that are measured. The plan does not depend on it.

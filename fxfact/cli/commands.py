@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from concurrent.futures import Executor
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,7 +14,6 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from fxfact import analysis, api
-from fxfact.calibration import Statistics, split_held_out
 from fxfact.capture import ExampleInputs, arguments_of
 from fxfact.cli.demo import run_demo
 from fxfact.cli.inputs import (
@@ -24,16 +21,16 @@ from fxfact.cli.inputs import (
     LoadedModel,
     callable_module,
     check_output,
+    example_inputs_of,
     input_files,
     load_described_model,
     load_model,
-    model_dtype,
-    read_batches,
 )
 from fxfact.cli.output import plan_summary, print_progress, print_result, print_text
+from fxfact.cli.plan_options import collect_data, plan_options, read_data, save_error_curves
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
-from fxfact.planning import ErrorCurveCache, Latency, Loss, Macs, Params, Plan
+from fxfact.planning import Plan
 from fxfact.serialization import save
 from fxfact.utils import milliseconds, processes, relative_error, summarize_turns
 
@@ -46,7 +43,7 @@ _DECIDED_BY_PLAN = (
 def inspect(args: Arguments) -> int:
     """Print every convolution of a model."""
     loaded = load_described_model(args)
-    inspection = analysis.inspect(loaded.model, example_inputs=_example_inputs(loaded))
+    inspection = analysis.inspect(loaded.model, example_inputs=example_inputs_of(loaded))
     rows = [
         {
             "path": row.path,
@@ -74,13 +71,13 @@ def plan(args: Arguments) -> int:
     check_output(args.error_curves, args.output, args.keep_statistics, *input_files(args))
     loaded = load_described_model(args)
     with processes(args.workers) as executor:
-        options = _plan_options(args, loaded, executor)
+        options = plan_options(args, loaded, executor)
         if args.keep_statistics:
-            options["calibration"] = _collect(args, loaded, options["calibration"], options["fold_weights"])
+            options["calibration"] = collect_data(args, loaded, options["calibration"], options["fold_weights"])
         made = api.plan(loaded.model, args.factorization, **options)
     if args.keep_statistics:
         options["calibration"].save(args.keep_statistics)
-    _save_error_curves(args, options)
+    save_error_curves(args, options)
     if args.output:
         made.save(args.output)
     print_result(args, made, {"plan": made.to_json(), **plan_summary(made)})
@@ -96,14 +93,14 @@ def compress(args: Arguments) -> int:
     with processes(args.workers) as executor:
         if args.plan:
             made = Plan.load(args.plan)
-            data, _ = _read_data(args, loaded, held_out=made.measured_loss_increase is not None)
-            statistics = _collect(args, loaded, data, made.fold_weights)
+            data, _ = read_data(args, loaded, held_out=made.measured_loss_increase is not None)
+            statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
         else:
-            options = _plan_options(args, loaded, executor)
+            options = plan_options(args, loaded, executor)
             network = api.factorize(loaded.model, args.factorization, **options)
             made = api.plan_of(network)
-            _save_error_curves(args, options)
+            save_error_curves(args, options)
     if loaded.inputs is not None and made.rewrites:
         analysis.check_rewrite(loaded.model, network, loaded.inputs)
     if as_program and not isinstance(network, ExportedProgram):
@@ -195,79 +192,6 @@ def demo(args: Arguments) -> int:
     return 0
 
 
-def _plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None) -> dict[str, Any]:
-    """Return the keyword arguments of ``fxfact.plan`` and ``fxfact.factorize``."""
-    requested = ((Macs, args.macs), (Params, args.params), (Latency, args.latency), (Loss, args.loss))
-    budgets = [kind(value) for kind, value in requested if value is not None]
-    if len(budgets) > 1 or (budgets and args.rank is not None):
-        raise ArgumentError("Pass only one of --rank, --macs, --params, --latency and --loss.")
-    if args.statistics and args.calibration and not budgets:
-        raise ArgumentError(
-            "With --statistics, --calibration only measures a plan for a budget. Pass a budget such as --macs 0.5, or "
-            "remove --calibration."
-        )
-    if args.error_curves and not budgets:
-        raise ArgumentError("--error-curves is only used with a budget. Pass one, such as --macs 0.5, or remove it.")
-    data, held_out = _read_data(args, loaded, held_out=args.loss is not None)
-    return {
-        "rank": args.rank,
-        "budget": budgets[0] if budgets else None,
-        "include": args.include or None,
-        "exclude": args.exclude or None,
-        "multiple_of": args.multiple_of,
-        "fold_weights": bool(args.fold_weights),
-        "example_inputs": _example_inputs(loaded),
-        "calibration": data,
-        "held_out": held_out or None,
-        "likelihood": args.likelihood,
-        "error_curves": _load_error_curves(args),
-        "executor": executor,
-        "progress": args.progress,
-    }
-
-
-def _collect(
-    args: Arguments, loaded: LoadedModel, data: Statistics | list[Any] | None, fold_weights: bool
-) -> Statistics | None:
-    """Collect the statistics of batches. Statistics and None are returned as they are."""
-    if data is None or isinstance(data, Statistics):
-        return data
-    return api.calibrate(
-        loaded.model,
-        data,
-        example_inputs=_example_inputs(loaded),
-        likelihood=args.likelihood,
-        fold_weights=fold_weights,
-        progress=args.progress,
-    )
-
-
-def _read_data(
-    args: Arguments, loaded: LoadedModel, *, held_out: bool
-) -> tuple[Statistics | list[Any] | None, list[Any]]:
-    """Return the data to learn from, and the batches to measure a plan on.
-
-    With --statistics all batches are for measuring. Otherwise some are held out if ``held_out`` is set.
-    """
-    dtype = model_dtype(loaded.model)
-    batches: list[Any] = read_batches(args.calibration, args.batch, dtype) if args.calibration else []
-    if args.statistics:
-        return Statistics.load(args.statistics), batches
-    return split_held_out(batches) if held_out and batches else (batches or None, [])
-
-
-def _load_error_curves(args: Arguments) -> ErrorCurveCache | None:
-    """Return the curves of the file that --error-curves names, or an empty cache if it does not exist yet."""
-    if args.error_curves is None:
-        return None
-    return ErrorCurveCache.load(args.error_curves) if os.path.exists(args.error_curves) else ErrorCurveCache()
-
-
-def _save_error_curves(args: Arguments, options: dict[str, Any]) -> None:
-    if args.error_curves is not None:
-        options["error_curves"].save(args.error_curves)
-
-
 def _check_compress(args: Arguments) -> None:
     """Raise ArgumentError or FileError for arguments that contradict each other, before anything is loaded."""
     if not args.output.endswith((".pt2", ".pt")):
@@ -328,11 +252,6 @@ def _load_both(args: Arguments) -> tuple[LoadedModel, LoadedModel]:
         load_model(args.model, args.input, args.weights),
         load_model(args.other, args.input, args.other_weights),
     )
-
-
-def _example_inputs(loaded: LoadedModel) -> ExampleInputs | None:
-    """Return the example inputs of a module. A program contains its own."""
-    return None if isinstance(loaded.model, ExportedProgram) else loaded.inputs
 
 
 def _required_inputs(*models: LoadedModel) -> ExampleInputs:

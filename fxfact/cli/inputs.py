@@ -117,3 +117,8 @@ def _build_module(text: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{text} returned a {type(model).__name__}, expected a torch.nn.Module.")
     return model
+
+
+def example_inputs_of(loaded: LoadedModel) -> ExampleInputs | None:
+    """Return the example inputs of a module. A program contains its own."""
+    return None if isinstance(loaded.model, ExportedProgram) else loaded.inputs

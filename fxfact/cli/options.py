@@ -1,0 +1,270 @@
+"""The options of the commands, and the values that they parse."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+import torch
+from torch import Tensor
+
+_MODEL_HELP = "a .pt2 file of torch.export.save, or package.module:callable, which must return a torch.nn.Module"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for one network."""
+    group = parser.add_argument_group("model")
+    group.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    group.add_argument("--weights", metavar="FILE", help="a state dict to load into package.module:callable")
+    add_input(group)
+    add_json(parser)
+
+
+def add_two_models(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments for an original and a factorized network."""
+    group = parser.add_argument_group("models")
+    group.add_argument("model", metavar="A", help=f"the original: {_MODEL_HELP}")
+    group.add_argument("other", metavar="B", help="the network to compare with it, in one of the same two forms")
+    group.add_argument("--weights", metavar="FILE", help="a state dict to load into A")
+    group.add_argument("--other-weights", metavar="FILE", help="a state dict to load into B")
+    add_input(group)
+    add_json(parser)
+
+
+def add_input(group: argparse._ArgumentGroup) -> None:
+    """Add the option for example inputs."""
+    group.add_argument(
+        "--input",
+        type=_input_tensor,
+        action="append",
+        metavar="SIZES",
+        help="the shape of an input, such as 1,3,224,224; repeat it for every input. The input is filled with random "
+        "normal numbers. 1,77:int64 is an integer input, filled with zeros",
+    )
+    group.add_argument(
+        "--import",
+        dest="imported",
+        type=_import_package,
+        action="append",
+        metavar="PACKAGE",
+        help="a package to import before a .pt2 file is read, for example transformers.modeling_outputs, if the "
+        "program returns objects of that package",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option for JSON output."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_scope(parser: argparse.ArgumentParser) -> None:
+    """Add the options for which convolutions to factorize, and how."""
+    group = parser.add_argument_group("what to factorize")
+    group.add_argument(
+        "--factorization",
+        type=_names,
+        metavar="NAMES",
+        help="a name, or several separated by commas (default: tucker, or all of them under a budget)",
+    )
+    group.add_argument(
+        "--include", action="append", metavar="GLOB", help="only convolutions at these paths; repeatable"
+    )
+    group.add_argument("--exclude", action="append", metavar="GLOB", help="no convolutions at these paths; repeatable")
+    group.add_argument(
+        "--fold-weights",
+        action="store_true",
+        default=None,
+        help="turn weights that are computed (weight_norm, parametrizations) into plain parameters",
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a rank or a budget."""
+    group = parser.add_argument_group("ranks, or a budget (pass one)")
+    group.add_argument(
+        "--rank", type=_rank, help="a fraction of each convolution's parameters, an integer, or 'same' (default: 0.5)"
+    )
+    group.add_argument(
+        "--macs", type=float, metavar="SHARE", help="budget: share of the network's multiply-accumulates"
+    )
+    group.add_argument("--params", type=float, metavar="SHARE", help="budget: share of the network's parameters")
+    group.add_argument(
+        "--latency",
+        type=float,
+        metavar="SHARE",
+        help="budget: share of the time of the dense network on this machine, in its fastest form for a module, as it "
+        "is for a program",
+    )
+    group.add_argument(
+        "--loss",
+        type=float,
+        metavar="NATS",
+        help="budget: largest increase of the loss, in nats of KL divergence for one sample, measured on every fourth "
+        "batch",
+    )
+    group.add_argument(
+        "--multiple-of",
+        type=_positive_int,
+        metavar="N",
+        help="round ranks to multiples of N (default: 1; with --latency 32, 16 or 8)",
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options for calibration data."""
+    group = parser.add_argument_group("data (no labels needed)")
+    group.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="samples to learn from: a .npy file with samples along the first axis, or a folder of them. With "
+        "--statistics they are used to measure the plan",
+    )
+    group.add_argument(
+        "--batch", type=_positive_int, default=64, metavar="N", help="samples in a batch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--likelihood", choices=["categorical", "gaussian"], help="what the output is: logits of classes, or numbers"
+    )
+    group.add_argument("--statistics", metavar="FILE", help="statistics that an earlier plan --keep-statistics wrote")
+    group.add_argument(
+        "--error-curves",
+        metavar="FILE",
+        help="a cache of the error curves of a budget. The file is read if it exists, and then updated. Further plans "
+        "from the same statistics take seconds",
+    )
+
+
+def add_computation(parser: argparse.ArgumentParser) -> None:
+    """Add the options for how the work is done."""
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--workers",
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="number of worker processes, each with one thread (default: none)",
+    )
+    add_progress(group)
+
+
+def add_progress(group: argparse._ActionsContainer) -> None:
+    """Add the option for progress bars."""
+    group.add_argument("--progress", action="store_true", help="show progress bars on stderr (needs tqdm)")
+
+
+def add_plan_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what ``plan`` writes."""
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="FILE", help="write the plan to this file")
+    group.add_argument(
+        "--keep-statistics",
+        metavar="FILE",
+        help="write the statistics of the data to this file, for other plans. The plan is then made from them alone",
+    )
+
+
+def add_compress_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what ``compress`` writes."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="NAME.pt2 (a program) or NAME.pt (weights for fxfact.load)",
+    )
+    group.add_argument("--plan", metavar="FILE", help="apply the plan in this file instead of making one")
+    group.add_argument(
+        "--dynamic-batch", action="store_true", help="export a module to a program that takes any batch size"
+    )
+
+
+def add_report_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what ``report`` writes."""
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="FILE", help="NAME.html (a page with pictures) or NAME.json")
+    add_threads(group)
+    add_progress(group)
+
+
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the tolerance of ``verify``."""
+    parser.add_argument(
+        "--tolerance", type=float, help="fail if the relative difference of the outputs is larger than this"
+    )
+
+
+def add_timing(parser: argparse.ArgumentParser) -> None:
+    """Add the options for how ``bench`` measures."""
+    group = parser.add_argument_group("timing")
+    add_threads(group)
+    group.add_argument("--repeats", type=_positive_int, default=15, help="number of turns (default: %(default)s)")
+    group.add_argument("--number", type=_positive_int, default=5, help="calls in a turn (default: %(default)s)")
+
+
+def add_threads(group: argparse._ActionsContainer) -> None:
+    """Add the option for the number of threads."""
+    group.add_argument(
+        "--threads", type=_positive_int, metavar="N", help="number of threads (default: that of PyTorch)"
+    )
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``demo``."""
+    parser.add_argument(
+        "--factorization",
+        type=_names,
+        default="tucker",
+        metavar="NAMES",
+        help="a name, or several separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=_rank,
+        default=0.25,
+        help="a fraction of each convolution's parameters, an integer, or 'same' (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive_int, default=10, help="epochs of training (default: %(default)s)")
+
+
+def _names(text: str) -> str | list[str]:
+    names = text.split(",")
+    return names if len(names) > 1 else text
+
+
+def _rank(text: str) -> int | float | str:
+    if text == "same":
+        return text
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a fraction such as 0.5, an integer, or 'same', got {text!r}"
+        ) from None
+
+
+def _positive_int(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _import_package(text: str) -> str:
+    try:
+        importlib.import_module(text)
+    except Exception as error:  # a package can raise anything while it is imported
+        raise argparse.ArgumentTypeError(f"{text} cannot be imported: {error}") from error
+    return text
+
+
+def _input_tensor(text: str) -> Tensor:
+    sizes, _, dtype_name = text.partition(":")
+    shape = [_positive_int(size) for size in sizes.split(",")]
+    dtype = getattr(torch, dtype_name or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{dtype_name} is not a dtype of torch")
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.zeros(shape, dtype=dtype)

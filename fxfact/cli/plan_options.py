@@ -1,0 +1,93 @@
+"""From the arguments of a command to those of ``fxfact.plan``."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Executor
+from typing import Any
+
+from fxfact import api
+from fxfact.calibration import Statistics, split_held_out
+from fxfact.cli.inputs import (
+    Arguments,
+    LoadedModel,
+    example_inputs_of,
+    model_dtype,
+    read_batches,
+)
+from fxfact.errors import ArgumentError
+from fxfact.planning import ErrorCurveCache, Latency, Loss, Macs, Params
+
+
+def plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None) -> dict[str, Any]:
+    """Return the keyword arguments of ``fxfact.plan`` and ``fxfact.factorize``."""
+    requested = ((Macs, args.macs), (Params, args.params), (Latency, args.latency), (Loss, args.loss))
+    budgets = [kind(value) for kind, value in requested if value is not None]
+    if len(budgets) > 1 or (budgets and args.rank is not None):
+        raise ArgumentError("Pass only one of --rank, --macs, --params, --latency and --loss.")
+    if args.statistics and args.calibration and not budgets:
+        raise ArgumentError(
+            "With --statistics, --calibration only measures a plan for a budget. Pass a budget such as --macs 0.5, or "
+            "remove --calibration."
+        )
+    if args.error_curves and not budgets:
+        raise ArgumentError("--error-curves is only used with a budget. Pass one, such as --macs 0.5, or remove it.")
+    data, held_out = read_data(args, loaded, held_out=args.loss is not None)
+    return {
+        "rank": args.rank,
+        "budget": budgets[0] if budgets else None,
+        "include": args.include or None,
+        "exclude": args.exclude or None,
+        "multiple_of": args.multiple_of,
+        "fold_weights": bool(args.fold_weights),
+        "example_inputs": example_inputs_of(loaded),
+        "calibration": data,
+        "held_out": held_out or None,
+        "likelihood": args.likelihood,
+        "error_curves": load_error_curves(args),
+        "executor": executor,
+        "progress": args.progress,
+    }
+
+
+def collect_data(
+    args: Arguments, loaded: LoadedModel, data: Statistics | list[Any] | None, fold_weights: bool
+) -> Statistics | None:
+    """Collect the statistics of batches. Statistics and None are returned as they are."""
+    if data is None or isinstance(data, Statistics):
+        return data
+    return api.calibrate(
+        loaded.model,
+        data,
+        example_inputs=example_inputs_of(loaded),
+        likelihood=args.likelihood,
+        fold_weights=fold_weights,
+        progress=args.progress,
+    )
+
+
+def read_data(
+    args: Arguments, loaded: LoadedModel, *, held_out: bool
+) -> tuple[Statistics | list[Any] | None, list[Any]]:
+    """Return the data to learn from, and the batches to measure a plan on.
+
+    With --statistics all batches are for measuring. Otherwise some are held out if ``held_out`` is set.
+    """
+    dtype = model_dtype(loaded.model)
+    batches: list[Any] = read_batches(args.calibration, args.batch, dtype) if args.calibration else []
+    if args.statistics:
+        return Statistics.load(args.statistics), batches
+    return split_held_out(batches) if held_out and batches else (batches or None, [])
+
+
+def load_error_curves(args: Arguments) -> ErrorCurveCache | None:
+    """Return the curves of the file that --error-curves names, or an empty cache if it does not exist yet."""
+    if args.error_curves is None:
+        return None
+    return ErrorCurveCache.load(args.error_curves) if os.path.exists(args.error_curves) else ErrorCurveCache()
+
+
+def save_error_curves(args: Arguments, options: dict[str, Any]) -> None:
+    """Write the error curves to the file that the arguments name, if any."""
+    if args.error_curves is not None:
+        options["error_curves"].save(args.error_curves)
