@@ -23,7 +23,7 @@ from fxfact.passes import DecomposeOptions
 from fxfact.planning import FixedRanks, SearchScope
 from fxfact.search import CalibrationData, search
 
-QUICK = ["tucker", "spatial_svd", "channel_svd", "pointwise_svd"]
+QUICK = ["tucker", "channel_svd"]
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_search_accepts_batches_whose_arguments_have_any_name(model: nn.Module) 
 
 def test_search_measures_outputs_of_one_number_a_sample(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
     given: dict[str, Any] = {"calibration": images().split(8), "held_out": [images(1)], "likelihood": "gaussian"}
-    plan = planned(Score(model).eval(), ["tucker", "spatial_svd"], budget=fxfact.Macs(0.5), **given)
+    plan = planned(Score(model).eval(), QUICK, budget=fxfact.Macs(0.5), **given)
     assert plan.measured_loss_increase is not None
     assert 0 < plan.measured_loss_increase < 1e3
 
@@ -230,14 +230,14 @@ def test_search_takes_a_more_even_plan_if_it_measures_clearly_better(
 
 def test_loss_budget_is_met_on_batches_of_the_caller(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
     statistics, others = fxfact.calibrate(model, images().split(8)), images(1).split(8)
-    plan = planned(model, QUICK, budget=fxfact.Loss(1e-4), calibration=statistics, held_out=others)
+    plan = planned(model, "channel_svd", budget=fxfact.Loss(1e-4), calibration=statistics, held_out=others)
     assert plan.rewrites
     assert divergence(model, fxfact.apply(plan, model, calibration=statistics), others) <= 1.001e-4
 
 
 def test_larger_loss_budget_gives_a_cheaper_network(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
     bounds = (1e-6, 1e-4)
-    plans = [planned(model, QUICK, budget=fxfact.Loss(nats), calibration=images().split(4)) for nats in bounds]
+    plans = [planned(model, "channel_svd", budget=fxfact.Loss(nats), calibration=images().split(4)) for nats in bounds]
     assert all(plan.measured_loss_increase <= nats for plan, nats in zip(plans, bounds, strict=True))
     assert plans[1].after.macs <= plans[0].after.macs
     assert plans[1].rewrites
