@@ -17,7 +17,7 @@ from fxfact.factorizations.cp import CPMobilenet
 from tests.support import ALL, Small, by_name, params_of, quick
 
 
-@pytest.mark.parametrize("factorization", map(quick, ALL), ids=by_name)
+@pytest.mark.parametrize("factorization", [*map(quick, ALL)], ids=by_name)
 @pytest.mark.parametrize("fraction", [0.3, 0.5, 0.8])
 def test_plan_says_what_the_network_will_have(
     small: Small, image: Tensor, factorization: object, fraction: float

@@ -58,7 +58,7 @@ def test_rank_that_is_too_large_is_lowered_with_a_note_or_refused_if_its_path_wa
         fxfact.plan(small, "channel_svd", rank={"second": 99})
 
 
-@pytest.mark.parametrize("factorization", map(quick, ALL), ids=by_name)
+@pytest.mark.parametrize("factorization", [*map(quick, ALL)], ids=by_name)
 @pytest.mark.parametrize("rank", [0.3, 0.6, 7, fxfact.Energy(0.7)])
 def test_multiple_of_rounds_requested_ranks_down(image: Tensor, factorization: object, rank: object) -> None:
     torch.manual_seed(0)
