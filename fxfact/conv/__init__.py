@@ -18,10 +18,10 @@ from fxfact.conv.chain import (
     to_torch,
 )
 from fxfact.conv.cost import Cost, format_amount, format_change
+from fxfact.conv.factorized_module import FactorizedModule, factorize_module
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
 from fxfact.conv.functional import ConvCall, differentiates_conv, looks_like_conv, read_call, write_call
 from fxfact.conv.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES, supports_onednn
-from fxfact.conv.module_swap import FactorizedModule, factorize_module
 from fxfact.conv.modules import (
     CHANNELS_LAST,
     TRANSPOSED_TYPES,

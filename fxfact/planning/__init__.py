@@ -5,10 +5,10 @@ from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
 from fxfact.planning.build import PlanDraft, SearchScope, Selection, build_plan, draft_plan
 from fxfact.planning.decision import Decision
 from fxfact.planning.error_curves import ErrorCurveCache
+from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
 from fxfact.planning.pareto import ParetoFront
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
-from fxfact.planning.requested import FactorizationRequest, FixedRanks, parse_factorizations
 from fxfact.planning.strategy import (
     Allocation,
     ByPath,
