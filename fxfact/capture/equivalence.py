@@ -109,7 +109,7 @@ class EquivalenceCheck:
     def _check_repeated(self, output: Any) -> None:
         if reason := difference(self.runs[0][1], output, strictness=_STRICTNESS):
             raise CaptureError(
-                f"two runs of {type(self.model).__name__} from one seed are not alike: {reason}. Make it "
+                f"two runs of {type(self.model).__name__} from one seed differ: {reason}. Make it "
                 "deterministic, or pass no example_inputs."
             )
 

@@ -14,10 +14,10 @@ from fxfact.conv.chain import from_torch
 from tests.support import apart, random_input
 
 aten = torch.ops.aten
-PLAIN = [F.conv2d, torch.conv2d, aten.conv2d.default]
+PLAIN = {"F.conv2d": F.conv2d, "torch.conv2d": torch.conv2d, "aten.conv2d": aten.conv2d.default}
 
 
-@pytest.mark.parametrize("function", PLAIN, ids=str)
+@pytest.mark.parametrize("function", PLAIN.values(), ids=PLAIN.keys())
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_call_is_read_as_it_computes(function: Any, by_name: bool) -> None:
     x, weight, bias = torch.randn(2, 4, 9, 9), torch.randn(6, 2, 3, 3), torch.randn(6)
