@@ -30,21 +30,19 @@ from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
 from fxfact.finetune import DistillResult, RefitResult, distill, refit
-from fxfact.planning import VBMF, Decision, Energy, ErrorCurveCache, LargestThatPays, Latency, Loss, Macs, Params, Plan
+from fxfact.planning import Decision, ErrorCurveCache, Latency, Loss, Macs, Params, Plan
+from fxfact.planning import rank_rules as ranks
 from fxfact.search import for_inference
 from fxfact.serialization import load, save
 
 __all__ = [
-    "VBMF",
     "ConvChain",
     "ConvLayer",
     "ConvSpec",
     "Decision",
     "DistillResult",
-    "Energy",
     "ErrorCurveCache",
     "FxfactError",
-    "LargestThatPays",
     "Latency",
     "Loss",
     "Macs",
@@ -69,6 +67,7 @@ __all__ = [
     "passes",
     "plan",
     "plan_of",
+    "ranks",
     "refit",
     "report",
     "run",

@@ -151,8 +151,8 @@ def plan(
             list, each convolution takes the first that applies; under a budget, the best. Default: 'tucker'; under a
             budget, all.
         rank: the largest fraction of its parameters that a convolution may keep ('same' is 1.0), an int, a tuple (for
-            Tucker (r_out, r_in)), a rule (``fxfact.Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a mapping from
-            path or glob to any of these. Default: 0.5.
+            Tucker (r_out, r_in)), a rule of ``fxfact.ranks`` (``Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a
+            mapping from path or glob to any of these. Default: 0.5.
         example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
             MACs and show which convolutions the model calls. The captured network is compared with the model on them,
             in evaluation mode, without gradients, on copies. An ExportedProgram has its own. Default: the first sample

@@ -1,5 +1,6 @@
 """From a request or a budget to a ``Plan``. Runs no network."""
 
+from fxfact.planning import rank_rules
 from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
 from fxfact.planning.build import PlanDraft, SearchScope, Selection, build_plan, draft_plan
@@ -53,4 +54,5 @@ __all__ = [
     "build_plan",
     "draft_plan",
     "parse_factorizations",
+    "rank_rules",
 ]

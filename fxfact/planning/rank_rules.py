@@ -20,6 +20,8 @@ from fxfact.factorizations import Factorization, Rank
 from fxfact.planning.error_curves import relative_square_error
 from fxfact.planning.strategy import Candidate
 
+__all__ = ["VBMF", "Energy", "LargestThatPays", "RankRule"]
+
 _ROUNDING = 1e-10  # tolerance, as a share of the energy
 
 

@@ -71,17 +71,17 @@ class TestFixedRanksThatAreMultiples(RankStrategyLaws):
 
 class TestEnergy(RankStrategyLaws):
     def make(self, model: nn.Module, draft: PlanDraft) -> RankStrategy:
-        return FixedRanks.parse(["tucker", "pointwise_svd"], fxfact.Energy(0.3))
+        return FixedRanks.parse(["tucker", "pointwise_svd"], fxfact.ranks.Energy(0.3))
 
 
 class TestVBMF(RankStrategyLaws):
     def make(self, model: nn.Module, draft: PlanDraft) -> RankStrategy:
-        return FixedRanks.parse("channel_svd", fxfact.VBMF())
+        return FixedRanks.parse("channel_svd", fxfact.ranks.VBMF())
 
 
 class TestLargestThatPays(RankStrategyLaws):
     def make(self, model: nn.Module, draft: PlanDraft) -> RankStrategy:
-        return FixedRanks.parse(["spatial_svd", "pointwise_svd"], fxfact.LargestThatPays())
+        return FixedRanks.parse(["spatial_svd", "pointwise_svd"], fxfact.ranks.LargestThatPays())
 
 
 # Budgets

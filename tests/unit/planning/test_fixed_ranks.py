@@ -59,7 +59,7 @@ def test_rank_that_is_too_large_is_lowered_with_a_note_or_refused_if_its_path_wa
 
 
 @pytest.mark.parametrize("factorization", [*map(quick, ALL)], ids=by_name)
-@pytest.mark.parametrize("rank", [0.3, 0.6, 7, fxfact.Energy(0.7)])
+@pytest.mark.parametrize("rank", [0.3, 0.6, 7, fxfact.ranks.Energy(0.7)])
 def test_multiple_of_rounds_requested_ranks_down(image: Tensor, factorization: object, rank: object) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 20, 1))

@@ -318,7 +318,7 @@ def test_statistics_of_another_model_are_refused(model: nn.Module, planned: Call
 
 @pytest.mark.parametrize(
     "how",
-    [{"budget": fxfact.Macs(0.5)}, {"rank": fxfact.VBMF()}, {"rank": fxfact.Energy(0.9)}],
+    [{"budget": fxfact.Macs(0.5)}, {"rank": fxfact.ranks.VBMF()}, {"rank": fxfact.ranks.Energy(0.9)}],
     ids=["budget", "VBMF", "energy"],
 )
 def test_weights_that_are_not_finite_are_named_before_ranks_are_chosen(
