@@ -142,7 +142,7 @@ def plan(
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> Plan:
-    """Decide what becomes of every convolution, without doing it. ``print``, edit or save the plan, then ``apply`` it.
+    """Choose a factorization and a rank for every convolution. Print, edit or save the plan, then ``apply`` it.
 
     Args:
         model: a network, or an ExportedProgram. It is not changed.
@@ -157,22 +157,22 @@ def plan(
             MACs and show which convolutions the model calls. The captured network is compared with the model on them,
             in evaluation mode, without gradients, on copies. An ExportedProgram has its own. Default: the first sample
             of the calibration batches.
-        budget: what the network may cost, instead of ``rank``: ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``, a share
-            of the whole network's (or ``at_most=`` a number); ``fxfact.Latency(0.5)``, a share of the time of the
-            dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or ``fxfact.Loss(0.05)``,
-            nats by which the loss may increase, as measured. Ranks are chosen for all convolutions together, and
-            convolutions stay dense if that is better. The result of a budget of milliseconds is for inference only: it
-            is in evaluation mode, with batch norms folded.
+        budget: a bound on the cost of the network, instead of ``rank``: ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``,
+            a share of the whole network's (or ``at_most=`` a number); ``fxfact.Latency(0.5)``, a share of the time of
+            the dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or
+            ``fxfact.Loss(0.05)``, nats by which the loss may increase, as measured. Ranks are chosen for all
+            convolutions together, and convolutions stay dense if that is better. The result of a budget of milliseconds
+            is for inference only: it is in evaluation mode, with batch norms folded.
         calibration: unlabelled batches (an iterable of tensors, tuples or mappings; elements that the example inputs do
             not have are cut off), or the ``Statistics`` that ``fxfact.calibrate`` returned. Errors are then weighed by
             their effect on the loss, in the choice of ranks and in the decomposition. Without data, the relative
             errors of all convolutions count equally.
         held_out: batches to measure the plan for a budget on (``Plan.measured_loss_increase``). They are not learned
-            from. ``Loss`` needs some: without, it holds out every fourth batch of ``calibration`` (of two or three, the
-            last one); beside ``Statistics`` they must be given. For every budget a second plan, which spreads loss
-            increases more evenly, is taken if it measures better by two standard errors on these batches, or on every
-            fourth batch learned from. With ``Statistics`` alone it is not tried.
-        likelihood: what the outputs mean: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
+            from. A ``Loss`` budget needs such batches. By default it holds out every fourth batch of ``calibration``
+            (of two or three, the last one). If ``calibration`` is ``Statistics``, you must pass them. For every budget
+            a second plan, which spreads loss increases more evenly, is taken if it measures better by two standard
+            errors on these batches, or on every fourth batch learned from. With ``Statistics`` alone it is not tried.
+        likelihood: the kind of outputs: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
             function from the output to a summed loss. Default: 'categorical' for outputs of shape (n, classes).
         multiple_of: ranks are multiples of this, or full. Requested ranks are rounded down; a convolution whose rank
             would become 0 stays dense. GPUs compute half precision fast if channels are multiples of 8. Default: 1;
@@ -227,12 +227,12 @@ def apply(
     """Apply a plan to a copy of the model, captured in the way that the plan was made for.
 
     Args:
-        plan: what ``fxfact.plan`` returned, or ``Plan.load`` read.
+        plan: a plan from ``fxfact.plan`` or ``Plan.load``.
         model: the model that the plan was made for. It is not changed.
         weights: 'decompose', or 'empty' for the structure alone, into which a state_dict can be loaded.
         calibration: the data that the plan was made with, as batches or as ``Statistics``. Only for plans that were
             made with data, which need it unless ``weights='empty'``.
-        likelihood: what the outputs mean, as for ``plan``. Only used with batches.
+        likelihood: the kind of outputs, as for ``plan``. Only used with batches.
         generator: for factorizations that start from random factors. No other randomness is used.
         executor: a ``concurrent.futures.Executor`` that decomposes the kernels.
         progress: True for tqdm's progress bars, or a callable with tqdm's signature.
@@ -308,7 +308,7 @@ def plan_of(network: nn.Module | ExportedProgram) -> Plan:
     """Return the plan that made a network; if several were applied, the last one.
 
     Args:
-        network: what ``factorize`` or ``apply`` returned, or a copy of it.
+        network: a network that ``factorize`` or ``apply`` returned, or a copy of it.
 
     Returns:
         The plan.

@@ -256,7 +256,10 @@ def _history_from_text(path: _Path, text: object, factorizations: _Factorization
             for record in data["history"]
         )
     except (ValueError, KeyError, TypeError, RecursionError, FxfactError) as error:
-        raise FileError(f"{path}: the plans that made the network cannot be read: {error}. Save it again.") from error
+        reason = str(error).removesuffix(".")
+        raise FileError(
+            f"{path}: the plans that made the network cannot be read: {reason}. Factorize the model again."
+        ) from error
 
 
 def _parse_relative_errors(values: Any) -> dict[str, float | None]:

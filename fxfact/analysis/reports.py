@@ -40,7 +40,7 @@ class Report(ReportData):
     """The result of ``report``: costs, times, memory and errors of two networks.
 
     ``print`` shows it as a table, ``to_html`` draws it, ``to_json`` returns it as plain data, and ``save`` writes it to
-    a file. The attributes are those of ``ReportData``.
+    a file. The attributes are those of ``fxfact.analysis.report_data.ReportData``.
     """
 
     def to_html(self) -> str:

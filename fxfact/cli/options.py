@@ -59,7 +59,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_scope(parser: argparse.ArgumentParser) -> None:
     """Add the options for which convolutions to factorize, and how."""
-    group = parser.add_argument_group("what to factorize")
+    group = parser.add_argument_group("convolutions")
     group.add_argument(
         "--factorization",
         type=_names,
@@ -92,8 +92,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--latency",
         type=float,
         metavar="SHARE",
-        help="budget: share of the time of the dense network on this machine, in its fastest form for a module, as it "
-        "is for a program",
+        help="budget: share of the time of the dense network on this machine. A module is timed in its fastest form, a "
+        ".pt2 program as it is",
     )
     group.add_argument(
         "--loss",
@@ -123,7 +123,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--batch", type=_positive_int, default=64, metavar="N", help="samples in a batch (default: %(default)s)"
     )
     group.add_argument(
-        "--likelihood", choices=["categorical", "gaussian"], help="what the output is: logits of classes, or numbers"
+        "--likelihood",
+        choices=["categorical", "gaussian"],
+        help="the kind of output: logits of classes, or numbers (default: categorical if the output is (n, classes))",
     )
     group.add_argument("--statistics", metavar="FILE", help="statistics that an earlier plan --keep-statistics wrote")
     group.add_argument(
@@ -142,7 +144,7 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
         type=_positive_int,
         default=1,
         metavar="N",
-        help="number of worker processes, each with one thread (default: none)",
+        help="number of worker processes, each with one thread (default: the command works alone)",
     )
     add_progress(group)
 

@@ -83,14 +83,14 @@ _COMMANDS = (
     _Command(
         "report",
         commands.report,
-        "show what was changed in a network, what it saves and what it costs",
+        "show the changes in a network, their savings and their costs",
         "resnet.pt2 small.pt2 -o report.html",
         (add_two_models, add_report_output),
     ),
     _Command(
         "demo",
         commands.demo,
-        "train, factorize and compare a small network on handwritten digits (about 20 s)",
+        "train, factorize and compare a small network on handwritten digits (half a minute)",
         "--factorization cp --rank 0.5",
         (add_demo,),
     ),

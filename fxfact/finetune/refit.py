@@ -66,8 +66,8 @@ def refit(
     """Refit a factorized network to its original, in closed form, without labels and without gradients.
 
     From the first chain to the last, the last stage is refitted by least squares to the output of the original
-    convolution, and a remaining difference in the mean is corrected. Both are damped by two-fold cross-validation, so a
-    few dozen samples are enough. Every fourth batch is held out for measuring. If the network got worse there, by more
+    convolution, and a remaining difference in the mean is corrected. Both are damped by two-fold cross-validation, so
+    that few samples are enough. Every fourth batch is held out for measuring. If the network got worse there, by more
     than two standard errors, an unchanged copy is returned.
 
     Convolutions that are no modules, and convolutions that share their weights, are not refitted. The original runs

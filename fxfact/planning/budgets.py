@@ -181,9 +181,9 @@ class Latency(Budget):
 class Loss:
     """A bound on the increase of the loss, as measured on data: ``Loss(0.05)``.
 
-    The increase is the KL divergence from the original network's outputs, in nats for one sample. (1 nat is what the
-    loss of a classifier grows by if it gives the right class 1/e of its former probability.) The cheapest network
-    within the bound is searched for: by MACs if they are known, else by parameters.
+    The increase is the KL divergence from the original network's outputs, in nats for one sample. (The loss of
+    a classifier grows by 1 nat if the probability of the right class falls to 1/e of its value.) fxfact searches for
+    the network with the fewest MACs within the bound, or with the fewest parameters if MACs are not known.
 
     Args:
         nats: the bound, above 0.

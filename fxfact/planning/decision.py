@@ -13,7 +13,7 @@ from fxfact.factorizations import Factorization, Rank
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What becomes of one convolution: a factorization at a rank, or nothing, for a reason.
+    """The decision for one convolution: a factorization and a rank, or the reason why it stays dense.
 
     Attributes:
         path: the path of the convolution in the model.
@@ -68,7 +68,7 @@ class Decision:
 
     @property
     def after(self) -> Cost:
-        """The cost of what the network will have here."""
+        """The cost of the convolution after the plan is applied: of its chain, or as it is."""
         _, chain_ms = self.latencies_ms or (None, None)
         return replace(self._cost_of(self.stages), ms=chain_ms)
 

@@ -259,7 +259,7 @@ class Plan:
         """
         found = {key: data.get(key) for key in _FORMAT} if isinstance(data, dict) else type(data).__name__
         if found != _FORMAT:
-            raise PlanError(f"expected a plan with {_FORMAT}, found {found}. Save it with Plan.save.")
+            raise PlanError(f"expected a plan with {_FORMAT}, found {found}. Make the plan again.")
         known = {kind.name: kind for kind in (*FACTORIZATIONS, *factorizations)}
         try:
             decisions = tuple(decision_from_json(entry, known) for entry in data["decisions"])

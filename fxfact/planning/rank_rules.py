@@ -133,7 +133,7 @@ class VBMF(RankRule):
         groups = factorization.unfoldings(candidate.checked_layer())
         found = [tuple(max(1, vbmf_rank(matrix)) for matrix in group) for group in groups]
         if not found[0]:
-            return Skip(f"VBMF finds ranks of matrices, and the rank of {factorization.name} is none")
+            return Skip(f"VBMF finds ranks of matrices, and {factorization.name} has no such rank")
         return factorization.clip(candidate.spec, tuple(max(entries) for entries in zip(*found, strict=True)))
 
 

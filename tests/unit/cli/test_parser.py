@@ -46,7 +46,7 @@ def test_help_groups_the_options(command: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main([command, "--help"])
     printed = capsys.readouterr().out
-    for group in ("model:", "what to factorize:", "ranks, or a budget", "data (no labels", "computation:", "output:"):
+    for group in ("model:", "convolutions:", "ranks, or a budget", "data (no labels", "computation:", "output:"):
         assert f"\n{group}" in printed
 
 
