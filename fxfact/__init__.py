@@ -5,7 +5,7 @@ not know each other:
 
     cli              the shell: commands, their arguments, the demo
     serialization    networks and programs in files: written whole or not at all, read without executing anything
-    api              what a user calls: factorize, plan, apply, calibrate, plan_of
+    api              the functions that a user calls: factorize, plan, apply, calibrate, plan_of
     finetune         brings a factorized network nearer to its original: refit (closed form), distill (training)
     search           plans that must be measured, on data or by the clock: propose a plan, measure it, decide
     analysis         verification, inspection, reports

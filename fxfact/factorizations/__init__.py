@@ -1,6 +1,6 @@
 """The factorizations: each replaces a convolution by a chain of cheaper ones.
 
-Every factorization is a class in a file of its own. To add one to the package, write such a file and list its class in
+Every factorization is a class. To add one to the package, write it in a file of this folder and list it in
 ``FACTORIZATIONS``. A factorization of your own needs no registration: pass an instance wherever a name is accepted. See
 ``Factorization`` for the methods to override.
 """
