@@ -13,6 +13,7 @@ from fxfact.conv import compose_weights, to_torch
 from fxfact.graph import with_kernels
 from fxfact.passes import DecomposeOptions, Decomposition, decompose_sites
 from fxfact.planning import Decision, Plan
+from fxfact.utils import alias_copy, to_eval
 
 _SEED = 0  # for factorizations that start from random factors
 
@@ -24,7 +25,8 @@ class PlanLoss:
 
     Args:
         captured: the network that the plans are for.
-        network: a private copy of it in evaluation mode. It gets the kernels of each plan in turn.
+        network: a private copy of it in evaluation mode. It gets the kernels of each plan in turn, unless it may keep
+            state between calls: then each plan gets a copy of its own.
         statistics: the calibration statistics.
         evaluator: the original's outputs on the data to measure on.
         options: how kernels are decomposed.
@@ -43,6 +45,7 @@ class PlanLoss:
     ) -> None:
         self._network, self._statistics, self._evaluator, self._options = network, statistics, evaluator, options
         self.on_held_out = on_held_out
+        self._captured = captured
         self._sites = {site.path: site for site in captured.sites}
         self._dense_kernels = {site.path: site.weight.detach() for site in captured.sites}
         self._divergences: dict[frozenset[str], Tensor] = {}
@@ -66,9 +69,19 @@ class PlanLoss:
             leaders = {decision.path: _leader_decision(decision) for decision in plan.rewrites}
             self._decompose(leaders.values())
             kernels = {path: self._composed_kernel(decision) for path, decision in leaders.items()}
-            network = with_kernels(self._network, {**self._dense_kernels, **kernels})
+            network = with_kernels(self._fresh_network(), {**self._dense_kernels, **kernels})
             self._divergences[key] = self._evaluator.divergences(network)
         return self._divergences[key]
+
+    def _fresh_network(self) -> nn.Module:
+        """Return a network whose buffers and other state are those of the captured one.
+
+        Tracing refuses models that change their state in ``forward()``, so a traced graph serves all plans. It does not
+        look into leaf modules.
+        """
+        if self._captured.frontend == "trace" and not self._captured.leaf_modules:
+            return self._network
+        return to_eval(alias_copy(self._captured.network))
 
     def _decompose(self, decisions: Iterable[Decision]) -> None:
         new = {d.rewrite: d for d in decisions if d.rewrite not in self.decompositions}

@@ -138,3 +138,38 @@ def test_plan_loss_measures_convolutions_that_share_a_weight(color_images: Tenso
     torch.testing.assert_close(plan_loss.divergences(plan), expected, rtol=1e-3, atol=1e-6)
     assert len(plan_loss.decompositions) == 2
     assert plan_loss.on_held_out
+
+
+class Running(nn.Module):
+    """Subtracts a running mean, which every call changes."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 5)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3))
+        self.mean.mul_(0.5).add_(x.detach().mean(0), alpha=0.5)
+        return self.head(x - self.mean)
+
+
+def test_plan_loss_of_a_network_with_state_does_not_depend_on_earlier_plans(color_images: Tensor) -> None:
+    torch.manual_seed(0)
+    model, batches = Running().eval(), color_images.split(8)
+    captured, statistics = capture(model, color_images[:1]), fxfact.calibrate(model, batches)
+    assert captured.frontend == "modules"
+    plans = [planned(model, color_images, statistics, rank) for rank in (0.2, 0.6)]
+
+    def measured() -> PlanLoss:
+        network = alias_copy(captured.network).eval()
+        evaluator = DivergenceEvaluator(network, batches, "categorical")
+        return PlanLoss(captured, network, statistics, evaluator, DecomposeOptions(), on_held_out=False)
+
+    both = measured()
+    assert [both.divergences(plan).equal(measured().divergences(plan)) for plan in plans] == [True, True]
+    dense = plans[0].edited("conv", skip="to measure the original")
+    assert both.mean(dense) == 0.0
+    assert not model.mean.any()
