@@ -155,6 +155,7 @@ class BudgetAllocator(RankStrategy):
         """Raises BudgetError if not even the smallest ranks meet the budget."""
         if self.latency_model is not None:
             network = replace(network, ms=self.latency_model.network_ms)
+        self.budget.amount(network)  # refuses unknown MACs before errors are computed
         return allocate(self.layer_options(candidates), network, self.budget, self.normalization)
 
     def layer_options(self, candidates: Sequence[Candidate]) -> tuple[LayerOptions, ...]:

@@ -123,6 +123,8 @@ def search(
     if isinstance(allocator.budget, Latency):
         plan = _plan_for_latency(captured, draft, allocator, allocator.budget, plan_loss)
     else:
+        if loss is None:
+            allocator.budget.amount(draft.network)  # refuses unknown MACs before errors are computed
         layers = allocator.layer_options(draft.candidates)
         proposer = PlanProposer(draft, layers, draft.network, allocator.uses_statistics)
         if loss is None:

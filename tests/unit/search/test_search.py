@@ -17,10 +17,10 @@ import fxfact
 from fxfact.calibration import DivergenceEvaluator, mean_and_error, split_held_out
 from fxfact.calibration.outputs import CATEGORICAL
 from fxfact.capture import capture
-from fxfact.errors import ArgumentError, CalibrationError, WeightError
+from fxfact.errors import ArgumentError, BudgetError, CalibrationError, WeightError
 from fxfact.factorizations.cp import CPMobilenet
 from fxfact.passes import DecomposeOptions
-from fxfact.planning import FixedRanks, SearchScope
+from fxfact.planning import BudgetAllocator, ByPath, FixedRanks, SearchScope, build_plan, parse_factorizations
 from fxfact.search import CalibrationData, search
 
 QUICK = ["tucker", "channel_svd"]
@@ -299,6 +299,18 @@ def test_latency_budget_is_refused_in_several_processes(model: nn.Module, monkey
     monkeypatch.setattr(import_module("fxfact.search.search"), "rank_and_world_size", lambda: (1, 2))
     with pytest.raises(ArgumentError, match="times of its own"):
         fxfact.plan(model, budget=fxfact.Latency(0.5), calibration=images().split(8))
+
+
+def test_budget_of_macs_without_sizes_is_refused_before_errors_are_computed(
+    model: nn.Module, error_curves: fxfact.ErrorCurveCache
+) -> None:
+    model.get_parameter("0.weight").data[0] = float("nan")  # would be refused when errors are computed
+    with pytest.raises(BudgetError, match="needs example_inputs"):
+        fxfact.plan(model, budget=fxfact.Macs(0.5), error_curves=error_curves)
+    factorizations = ByPath.parse("tucker", parse_factorizations)
+    allocator = BudgetAllocator(budget=fxfact.Macs(0.5), factorizations=factorizations)
+    with pytest.raises(BudgetError, match="needs example_inputs"):
+        build_plan(capture(model), allocator, SearchScope())
 
 
 def test_held_out_data_are_refused_for_fixed_ranks(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
