@@ -135,7 +135,8 @@ class Latency(Budget):
         timer: measures the calls. Default: this machine's clock.
 
     Raises:
-        BudgetError: unless exactly one of the bounds is given and in range.
+        BudgetError: unless exactly one of the bounds is given and in range, or for a ``compiled`` or a ``timer`` of
+            another type.
     """
 
     compiled: bool = False
@@ -156,6 +157,8 @@ class Latency(Budget):
         super().__init__(fraction, at_most_ms)
         if not isinstance(compiled, bool):
             raise BudgetError(f"Latency: compiled is True or False, got {compiled!r}")
+        if timer is not None and not isinstance(timer, Timer):
+            raise BudgetError(f"Latency: timer must be a fxfact.utils.Timer, got {timer!r}")
         object.__setattr__(self, "compiled", compiled)
         object.__setattr__(self, "timer", timer or Timer())
 

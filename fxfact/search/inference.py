@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxfact.capture import Captured, ExampleInputs, capture, copy_arguments, run_model, seeded_rng
 from fxfact.conv import supports_onednn
-from fxfact.errors import ArgumentError, BudgetError
+from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError
 from fxfact.passes import (
     ChannelsLast,
     FoldBatchNorms,
@@ -110,13 +110,16 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs, *, timer: Tim
 
     Raises:
         ArgumentError: for an exported program, or without example inputs.
-        ArgumentTypeError, CaptureError: if the model cannot be captured.
+        ArgumentTypeError: for a model or a timer of another type.
+        CaptureError: if the model cannot be captured.
         TimingError: if it does not run.
     """
     if isinstance(model, ExportedProgram):
         raise ArgumentError("an exported program is optimized for inference by its compiler: pass the model itself")
     if example_inputs is None:
         raise ArgumentError("the fastest variant is found by measuring: for_inference needs example_inputs")
+    if timer is not None and not isinstance(timer, Timer):
+        raise ArgumentTypeError(f"timer must be a fxfact.utils.Timer, got {timer!r}")
     captured = capture(model, example_inputs)
     folded = run_passes(to_eval(captured.network), _ALWAYS)
     variants = _computations(captured)

@@ -78,6 +78,8 @@ def test_budget_that_is_impossible_or_malformed_is_refused(model: nn.Module, x: 
         fxfact.Latency(2)
     with pytest.raises(BudgetError, match="compiled is True or False"):
         fxfact.Latency(0.5, compiled="yes")  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match=r"timer must be a fxfact\.utils\.Timer, got 3"):
+        fxfact.Latency(0.5, timer=3)  # type: ignore[arg-type]
     assert fxfact.Macs(np.float32(0.5)).fraction == 0.5
     with pytest.raises(BudgetError):
         fxfact.Params()

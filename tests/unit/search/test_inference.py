@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact.capture import capture
 from fxfact.conv import is_conv
-from fxfact.errors import ArgumentError, BudgetError, PlanError
+from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, PlanError
 from fxfact.passes import run_passes
 from fxfact.search.inference import DenseBaseline, best_inference_passes
 from fxfact.utils import Timer
@@ -46,6 +46,8 @@ def test_for_inference_refuses_programs_and_needs_example_inputs(three_convs: Th
         fxfact.for_inference(torch.export.export(three_convs, (x,)), x)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="needs example_inputs"):
         fxfact.for_inference(three_convs, None)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match=r"timer must be a fxfact\.utils\.Timer, got 3"):
+        fxfact.for_inference(three_convs, x, timer=3)  # type: ignore[arg-type]
 
 
 def test_for_inference_measures_with_this_machines_clock_by_default(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
