@@ -231,7 +231,9 @@ def apply(
         model: the model that the plan was made for. It is not changed.
         weights: 'decompose', or 'empty' for the structure alone, into which a state_dict can be loaded.
         calibration: the data that the plan was made with, as batches or as ``Statistics``. Only for plans that were
-            made with data, which need it unless ``weights='empty'``.
+            made with data, which need it unless ``weights='empty'``. A batch is cut to the arguments that ``forward()``
+            requires. If the plan's ``example_inputs`` had others too, pass the ``Statistics`` that
+            ``calibrate(..., example_inputs=...)`` returns.
         likelihood: the kind of outputs, as for ``plan``. Only used with batches.
         generator: for factorizations that start from random factors. No other randomness is used.
         executor: a ``concurrent.futures.Executor`` that decomposes the kernels.
