@@ -220,6 +220,7 @@ def apply(
     weights: Weights = "decompose",
     calibration: Batches | Statistics | None = None,
     likelihood: _Likelihood | None = None,
+    example_inputs: ExampleInputs | None = None,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
     progress: Progress = False,
@@ -231,10 +232,10 @@ def apply(
         model: the model that the plan was made for. It is not changed.
         weights: 'decompose', or 'empty' for the structure alone, into which a state_dict can be loaded.
         calibration: the data that the plan was made with, as batches or as ``Statistics``. Only for plans that were
-            made with data, which need it unless ``weights='empty'``. A batch is cut to the arguments that ``forward()``
-            requires. If the plan's ``example_inputs`` had others too, pass the ``Statistics`` that
-            ``calibrate(..., example_inputs=...)`` returns.
-        likelihood: the kind of outputs, as for ``plan``. Only used with batches.
+            made with data, which need it unless ``weights='empty'``.
+        likelihood: the kind of outputs, as for ``plan``. Only for batches.
+        example_inputs: the example inputs of the plan. Batches are cut to their arguments, by default to those that
+            ``forward()`` requires. The captured network is compared with the model on them.
         generator: for factorizations that start from random factors. No other randomness is used.
         executor: a ``concurrent.futures.Executor`` that decomposes the kernels.
         progress: True for tqdm's progress bars, or a callable with tqdm's signature.
@@ -252,9 +253,14 @@ def apply(
         raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
     if calibration is not None and not plan.uses_statistics:
         raise PlanError("the plan was made without data: pass no calibration, or make the plan with calibration=")
-    captured = capture_as_planned(model, plan)
+    has_batches = calibration is not None and not isinstance(calibration, Statistics)
+    if likelihood is not None and not has_batches:
+        raise ArgumentError("likelihood is only used with batches. Remove it, or pass batches as calibration.")
+    captured = capture_as_planned(model, plan, example_inputs)
     if calibration is None or isinstance(calibration, Statistics):
         statistics = calibration
+    elif weights == "empty":
+        statistics = None
     else:
         statistics = collect_statistics(captured, calibration, likelihood=likelihood, progress=progress)
     return cast(_Model, apply_plan(plan, captured, options, statistics=statistics))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -92,10 +93,13 @@ class ErrorCurveCache:
 
 
 def _parse_curves(data: dict[str, Any]) -> dict[str, ErrorCurve]:
-    return {
+    curves = {
         key: [(tuple(int(entry) for entry in rank), float(increase)) for rank, increase in curve]
         for key, curve in data.items()
     }
+    if not all(curve and all(math.isfinite(increase) for _, increase in curve) for curve in curves.values()):
+        raise ValueError("a curve is empty, or an increase is not finite")
+    return curves
 
 
 def cache_key(

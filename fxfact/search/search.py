@@ -100,7 +100,8 @@ def search(
     has_budget = isinstance(strategy, BudgetAllocator)
     _check_requests(strategy, data)
 
-    # Statistics: given by the caller, or collected from the caller's batches.
+    # Statistics: given by the caller, or collected from the caller's batches. The original is run on the batches to
+    # measure on first, so that outputs that cannot be measured are refused before the expensive part.
     batches = _split_batches(captured, data, has_budget=has_budget, needs_held_out=loss is not None)
     plan_network = to_eval(alias_copy(captured.network)) if batches.measuring else None
     evaluator = (

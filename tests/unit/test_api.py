@@ -141,3 +141,28 @@ def test_apply_takes_batches_or_their_statistics(classifier: nn.Module, color_im
     plain = fxfact.plan(classifier, "channel_svd", rank=0.5)
     with pytest.raises(PlanError, match="made without data"):
         fxfact.apply(plain, classifier, calibration=batches)
+    with pytest.raises(ArgumentError, match="likelihood is only used with batches"):
+        fxfact.apply(plan, classifier, likelihood="categorical", calibration=fxfact.calibrate(classifier, batches))
+
+
+def test_apply_of_the_structure_alone_reads_no_data(classifier: nn.Module, color_images: Tensor) -> None:
+    plan = fxfact.plan(classifier, "channel_svd", rank=0.5, calibration=color_images.split(8))
+    unread = (pytest.fail("a batch was read") for _ in range(1))
+    empty = fxfact.apply(plan, classifier, calibration=unread, weights="empty")
+    assert fxfact.plan_of(empty).decisions == plan.decisions
+
+
+def test_apply_cuts_batches_to_its_example_inputs_as_factorize_does(color_images: Tensor) -> None:
+    class Scaled(nn.Sequential):
+        def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+            return super().forward(x * scale)
+
+    torch.manual_seed(0)
+    model = Scaled(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    batches = [(part, torch.tensor(3.0)) for part in color_images.split(8)]
+    asked = {"calibration": batches, "example_inputs": batches[0], "likelihood": "categorical"}
+    small = fxfact.factorize(model, "channel_svd", rank=0.5, **asked)
+    again = fxfact.apply(fxfact.plan_of(small), model, **asked)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
+    without = fxfact.apply(fxfact.plan_of(small), model, calibration=batches, likelihood="categorical")
+    assert any(not torch.equal(a, b) for a, b in zip(small.parameters(), without.parameters(), strict=True))

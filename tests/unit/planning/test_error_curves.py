@@ -228,6 +228,8 @@ def test_cache_survives_its_file(tmp_path: Path) -> None:
         b'{"format": "fxfact error curves", "version": 1, "curves": {"a": 5}}',
         b'{"format": "fxfact error curves", "version": 1, "curves": {"a": [[1, 0.5]]}}',
         b'{"format": "fxfact error curves", "version": 1, "curves": {"a": [[[1], "x"]]}}',
+        b'{"format": "fxfact error curves", "version": 1, "curves": {"a": []}}',
+        b'{"format": "fxfact error curves", "version": 1, "curves": {"a": [[[1], NaN]]}}',
     ],
 )
 def test_damaged_file_of_curves_is_refused(tmp_path: Path, content: bytes) -> None:
