@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks and tests.support
+import fxfact
 from fxfact.conv import ConvSpec
 from tests.support import SPECS, Classifier, Small
 
@@ -49,3 +50,24 @@ def classifier() -> Classifier:
 def color_images() -> Tensor:
     """24 samples for ``classifier``."""
     return torch.randn(24, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model(classifier: Classifier) -> nn.Module:
+    return classifier
+
+
+@pytest.fixture
+def x(color_images: Tensor) -> Tensor:
+    return color_images
+
+
+@pytest.fixture
+def data() -> Tensor:
+    """32 samples for ``small``."""
+    return torch.randn(32, 4, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def factorized(small: Small, image: Tensor) -> nn.Module:
+    return fxfact.factorize(small, "tucker", rank=0.4, example_inputs=image)

@@ -100,6 +100,16 @@ def random_fisher(spec: ConvSpec, *, rank: int | None = None) -> KroneckerFisher
     return KroneckerFisher(first, second).damped(1e-3)
 
 
+def equal_fishers() -> tuple[KroneckerFisher, KroneckerFisher]:
+    """A metric of a 3×3 convolution, 6 to 8 channels, with its input moment as a Kronecker product and as a whole."""
+    generator = torch.Generator().manual_seed(0)
+    channels, positions = random_moment(1, 6, generator), random_moment(1, 9, generator)
+    output = KroneckerMoment((random_moment(1, 8, generator),))
+    factored = KroneckerFisher(KroneckerMoment((channels, positions)), output)
+    whole = KroneckerFisher(KroneckerMoment((torch.kron(channels[0], positions[0])[None],)), output)
+    return factored, whole
+
+
 def apart(expected: Tensor, found: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖."""
     assert expected.shape == found.shape

@@ -10,29 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
-from tests.support import Classifier, FakeTimer, Small
+from tests.support import FakeTimer, Small
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def data() -> Tensor:
-    return torch.randn(32, 4, 10, 10, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def factorized(small: Small, image: Tensor) -> nn.Module:
-    return fxfact.factorize(small, "tucker", rank=0.4, example_inputs=image)
-
-
-@pytest.fixture
-def model(classifier: Classifier) -> nn.Module:
-    return classifier
-
-
-@pytest.fixture
-def x(color_images: Tensor) -> Tensor:
-    return color_images
 
 
 def test_distillation_brings_a_network_closer_and_is_deterministic(model: nn.Module, x: Tensor) -> None:

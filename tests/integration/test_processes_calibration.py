@@ -16,16 +16,6 @@ from tests.support import Classifier
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def model(classifier: Classifier) -> nn.Module:
-    return classifier
-
-
-@pytest.fixture
-def x(color_images: Tensor) -> Tensor:
-    return color_images
-
-
 def plan_in_one_of_two_processes(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)

@@ -16,11 +16,6 @@ from tests.support import Small
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def data() -> Tensor:
-    return torch.randn(32, 4, 10, 10, generator=torch.Generator().manual_seed(0))
-
-
 def tune_in_one_of_two_processes(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
+from fxfact.conv import ConvSpec, KroneckerMoment, as_matrix, sqrt_and_inverse
 from fxfact.errors import SpecError
-from tests.support import SPECS, random_fisher, random_layer, random_moment
+from tests.support import SPECS, equal_fishers, random_fisher, random_layer, random_moment
 
 
 @pytest.mark.parametrize("name", ["plain", "groups", "depthwise, multiplied", "transposed, grouped, dilated", "1-D"])
@@ -25,12 +25,8 @@ def test_the_loss_increase_is_the_quadratic_form_summed_over_groups(name: str) -
 
 
 def test_a_kronecker_product_is_the_whole_moment() -> None:
-    generator = torch.Generator().manual_seed(0)
-    channels, positions = random_moment(1, 6, generator), random_moment(1, 9, generator)
     spec = ConvSpec.parse(6, 8, (3, 3))
-    output = KroneckerMoment((random_moment(1, 8, generator),))
-    factored = KroneckerFisher(KroneckerMoment((channels, positions)), output)
-    whole = KroneckerFisher(KroneckerMoment((torch.kron(channels[0], positions[0])[None],)), output)
+    factored, whole = equal_fishers()
     layer = random_layer(spec)
     assert factored.loss_increase(spec, layer.weight) == pytest.approx(whole.loss_increase(spec, layer.weight))
     assert torch.allclose(factored.input.channel_moment(6), whole.input.channel_moment(6))

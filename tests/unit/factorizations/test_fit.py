@@ -8,7 +8,7 @@ import torch
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
 from fxfact.errors import SpecError
 from fxfact.factorizations import ChannelSVD
-from tests.support import SPECS, random_fisher, random_layer, random_moment
+from tests.support import SPECS, equal_fishers, random_fisher, random_layer
 
 
 def increase_of(layer: ConvLayer, chain: ConvChain, metric: KroneckerFisher) -> float:
@@ -57,12 +57,8 @@ def test_identity_metric_is_the_frobenius_norm() -> None:
 
 
 def test_kronecker_product_gives_the_chain_of_the_whole_moment() -> None:
-    generator = torch.Generator().manual_seed(0)
-    channels, positions = random_moment(1, 6, generator), random_moment(1, 9, generator)
     spec = ConvSpec.parse(6, 8, (3, 3))
-    output = KroneckerMoment((random_moment(1, 8, generator),))
-    factored = KroneckerFisher(KroneckerMoment((channels, positions)), output)
-    whole = KroneckerFisher(KroneckerMoment((torch.kron(channels[0], positions[0])[None],)), output)
+    factored, whole = equal_fishers()
     layer = random_layer(spec)
     one, other = (ChannelSVD().decompose(layer, (3,), metric=metric) for metric in (factored, whole))
     assert torch.allclose(compose(one), compose(other), atol=1e-6)
