@@ -18,7 +18,7 @@ from fxfact.conv.chain import (
     to_torch,
 )
 from fxfact.conv.cost import Cost, format_amount, format_change
-from fxfact.conv.factorized_module import FactorizedModule, factorize_module
+from fxfact.conv.factorized_module import FactorizedModule, factorize_module, stages_in
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
 from fxfact.conv.functional import ConvCall, differentiates_conv, looks_like_conv, read_call, write_call
 from fxfact.conv.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES, supports_onednn
@@ -86,6 +86,7 @@ __all__ = [
     "run_weight",
     "spec_of",
     "sqrt_and_inverse",
+    "stages_in",
     "supports_onednn",
     "to_torch",
     "torch_conv_class",

@@ -2,7 +2,7 @@
 
 It is for models that are not traced and keep their own Python code. A factorized module is still an instance of the
 convolution's class and has all its attributes, for code that reads them. Its stages are its children '0', '1', …, so
-they have the same names as in a rewritten graph.
+they have the same names as in a rewritten graph. It keeps the modules and tensors of its own, such as padding.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ class FactorizedModule(nn.Module):
 
     _dense: ConvSpec
     _specs: tuple[ConvSpec, ...]
+    _stage_names: tuple[str, ...]
 
     def forward(self, input: Tensor, output_size: object = None) -> Tensor:
         """Return the output (batch, out, *size) for an input (batch, in, *size), or both without a batch."""
         if output_size is not None:
             raise ArgumentError("a factorized transposed convolution takes no output_size. Exclude it from the plan.")
-        for stage in self._modules.values():
-            input = cast(nn.Module, stage)(input)
+        for stage in self._chain_stages:
+            input = stage(input)
         return input
+
+    @property
+    def _chain_stages(self) -> tuple[nn.Module, ...]:
+        """The modules of the chain, in order, without other modules that the convolution holds."""
+        return tuple(cast(nn.Module, self._modules[name]) for name in self._stage_names)
 
     @property
     def weight(self) -> Tensor:
@@ -55,12 +61,13 @@ class FactorizedModule(nn.Module):
         if name in _READ_ONLY:
             raise ArgumentError(
                 f"{name} of a factorized convolution cannot be set: it follows from its stages "
-                f"{', '.join(self._modules)}. Set it on the stages, or change the convolution before you factorize it."
+                f"{', '.join(self._stage_names)}. Set it on the stages, or change the convolution before you factorize "
+                "it."
             )
         super().__setattr__(name, value)
 
     def _convs(self) -> list[Any]:
-        return [stage for stage in self._modules.values() if stage is not None and is_conv(stage)]
+        return [stage for stage in self._chain_stages if is_conv(stage)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         kind = next(base for base in type(self).__mro__ if not issubclass(base, FactorizedModule))
@@ -130,10 +137,21 @@ def factorize_module(
     module.__class__ = _factorized_class(kind)
     for name in ("weight", "bias"):
         module._parameters.pop(name, None)
-    module._modules.clear()
-    vars(module).update(_dense=dense, _specs=tuple(specs))
-    for index, stage in enumerate(stages):
-        module.add_module(str(index), stage.train(module.training))
+    first = 1 + max((int(name) for name in module._modules if name.isdecimal()), default=-1)  # no name is taken twice
+    names = tuple(str(first + index) for index in range(len(stages)))
+    vars(module).update(_dense=dense, _specs=tuple(specs), _stage_names=names)
+    for name, stage in zip(names, stages, strict=True):
+        module.add_module(name, stage.train(module.training))
+
+
+def stages_in(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the modules of a chain in the module that holds them: a FactorizedModule, or a part of a graph module.
+
+    In a graph module their names are numbers, and no other children of such a part are named so.
+    """
+    if isinstance(module, FactorizedModule):
+        return module._chain_stages
+    return tuple(child for name, child in module.named_children() if name.isdecimal())
 
 
 @cache
