@@ -111,7 +111,14 @@ def _resolve(
 ) -> Rank | Skip:
     if not isinstance(request, RankRule):
         return resolve_rank(factorization, candidate.spec, request, clip=clip)
-    return factorization.rejects(candidate.spec) or request.rank_for(factorization, candidate)
+    answer: object = factorization.rejects(candidate.spec) or request.rank_for(factorization, candidate)
+    if isinstance(answer, Skip):
+        return answer
+    name = type(request).__name__
+    if answer is None or 0 in (answer if isinstance(answer, tuple | list) else (answer,)):
+        return Skip(f"{name} finds no rank for {factorization.name}, it returned {answer}")
+    with error_context(f"the rank that {name} returned"):
+        return resolve_rank(factorization, candidate.spec, parse_rank_spec(answer), clip=False)
 
 
 def _round_down(factorization: Factorization, spec: ConvSpec, rank: Rank, multiple: int) -> Rank | None:

@@ -37,7 +37,8 @@ class RankRule(ABC):
             candidate: the convolution.
 
         Returns:
-            A feasible rank, or a Skip.
+            A feasible rank, or a Skip. What ``rank=`` of ``fxfact.plan`` takes is accepted too. The convolution stays
+            dense if the rule returns None or a rank with a 0.
         """
 
 
@@ -125,16 +126,20 @@ class VBMF(RankRule):
             candidate: the convolution.
 
         Returns:
-            A rank of at least 1, or a Skip if the factorization's rank is not that of a matrix.
+            A feasible rank, or a Skip if VBMF takes an unfolding for noise alone (rank 0), or if the factorization's
+            rank is not that of a matrix.
 
         Raises:
             WeightError: if the weight has no values, or some are not finite.
         """
         groups = factorization.unfoldings(candidate.checked_layer())
-        found = [tuple(max(1, vbmf_rank(matrix)) for matrix in group) for group in groups]
+        found = [tuple(vbmf_rank(matrix) for matrix in group) for group in groups]
         if not found[0]:
             return Skip(f"VBMF finds ranks of matrices, and {factorization.name} has no such rank")
-        return factorization.clip(candidate.spec, tuple(max(entries) for entries in zip(*found, strict=True)))
+        rank = tuple(max(entries) for entries in zip(*found, strict=True))
+        if not all(rank):
+            return Skip(f"VBMF takes the kernel for noise alone: {factorization.name} rank {','.join(map(str, rank))}")
+        return factorization.clip(candidate.spec, rank)
 
 
 def vbmf_rank(matrix: Tensor) -> int:
