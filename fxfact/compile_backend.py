@@ -10,6 +10,7 @@ gradient.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfact.capture import Captured, samples_of
 from fxfact.conv import ConvLayer, ConvSite, Skip, from_torch, write_chain
-from fxfact.errors import ArgumentTypeError
+from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations import RankSpec
 from fxfact.graph import GraphSite, lift, lower, match
 from fxfact.passes import DecomposeOptions, FactorizeConvs, decompose_layer
@@ -39,6 +40,7 @@ from fxfact.planning import (
 _log = logging.getLogger(__name__)
 _Compiled = Callable[..., Any]
 _BACKEND_OPTIONS = ("factorization", "rank", "multiple_of", "include", "exclude", "allow_growth", "inner")
+_NEAR = 0.75  # similarity of two names, from which on one may be the other one misspelt
 _IS_TRAINED = "gradients are on and its weight is being trained; call the compiled model under torch.no_grad()"
 
 
@@ -99,14 +101,18 @@ class backend:  # noqa: N801 (it is called like a function)
 
         Returns:
             A function of the graph's inputs.
+
+        Raises:
+            ArgumentError: An option is unknown to the inner backend, or there is no such backend or mode.
         """
+        compile_inner, options = _compiler_of(self._inner), _checked_options(self._inner, options)
         lifted = lift(graph_module, example_inputs)
         captured = _capture_graph(lifted.graph_module)
         plan = build_plan(captured, self._strategy, self._scope)
         self.plans.append(plan)
         _log.info("a graph of %d nodes:\n%s", len(graph_module.graph.nodes), plan)
         if not plan.rewrites:
-            return _compile_inner(self._inner, graph_module, list(example_inputs), options)
+            return cast(_Compiled, compile_inner(graph_module, list(example_inputs), **options))
         sites = {site.path: site for site in captured.sites if isinstance(site, GraphSite)}
         result = FactorizeConvs(plan, options=DecomposeOptions(weights="empty"))(lifted.graph_module)
         assert result is not None
@@ -119,7 +125,7 @@ class backend:  # noqa: N801 (it is called like a function)
             return [*inputs, *values]
 
         inner_inputs = _with_fake_factors(with_factors(example_inputs), graph_inputs=example_inputs)
-        compiled = _compile_inner(self._inner, lowered, inner_inputs, options)
+        compiled = compile_inner(lowered, inner_inputs, **options)
 
         def run(*inputs: Any) -> Any:
             return compiled(*with_factors(inputs))
@@ -141,7 +147,8 @@ def _with_fake_factors(inputs: Sequence[Any], *, graph_inputs: Sequence[Any]) ->
 def by_name(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> _Compiled:
     """Compile a graph for ``torch.compile(model, backend="fxfact", options=...)``.
 
-    Options that are arguments of ``backend`` go there. The others go to the inner backend.
+    Options that are arguments of ``backend`` go there. The others go to the inner backend. Raises ArgumentError for an
+    option that neither has.
     """
     options = dict(keywords.pop("options", None) or {})
     arguments = {name: options.pop(name) for name in _BACKEND_OPTIONS if name in options}
@@ -198,14 +205,62 @@ def _skip_unless_frozen(site: ConvSite) -> ConvSite | Skip:
     return Skip(_IS_TRAINED, site.path) if is_trained else site
 
 
-def _compile_inner(inner: str | _Compiled, graph_module: fx.GraphModule, inputs: list[Any], options: Any) -> _Compiled:
-    # PyTorch's compilers take seconds to import, so they are imported when they are used.
-    from torch._dynamo.backends.registry import lookup_backend  # noqa: PLC0415
-    from torch._inductor import list_mode_options  # noqa: PLC0415
+def _checked_options(inner: str | _Compiled, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments for the inner backend.
 
-    if inner == "inductor":
-        mode = options.get("mode")
-        patches = {**(list_mode_options(mode) if mode else {}), **(options.get("options") or {})}
-        options = {"config_patches": patches or None}
-    compiler: _Compiled = lookup_backend(inner) if isinstance(inner, str) else inner
-    return cast(_Compiled, compiler(graph_module, inputs, **options))
+    Those for inductor become its config patches. Raises ArgumentError for a mode or an option that it does not have.
+    For other backends only an option is refused that looks like a misspelt one of fxfact.
+    """
+    options = keywords.get("options") or {}
+    if inner != "inductor":
+        for name in options:
+            if near := difflib.get_close_matches(str(name), _BACKEND_OPTIONS, n=1, cutoff=_NEAR):
+                raise ArgumentError(_unknown_option(name, near[0]))
+        return dict(keywords)
+    # PyTorch's compilers take seconds to import, so they are imported when they are used.
+    from torch._inductor import config, list_mode_options, list_options  # noqa: PLC0415
+
+    modes, mode = list_mode_options(), keywords.get("mode")
+    if mode and mode not in modes:
+        near = difflib.get_close_matches(str(mode), modes, n=1) or [next(iter(modes))]
+        raise ArgumentError(
+            f"inductor has no mode {mode!r}. Did you mean {near[0]!r}? Its modes are {', '.join(modes)}."
+        )
+    spelled = {str(name).replace("-", "_"): (name, value) for name, value in options.items()}
+    for spelling, (name, _) in spelled.items():
+        if not hasattr(config, spelling):
+            near = difflib.get_close_matches(spelling, [*_BACKEND_OPTIONS, *list_options()], n=1)
+            raise ArgumentError(_unknown_option(name, near[0] if near else None))
+    patches = {**(modes[mode] if mode else {}), **{name: value for name, (_, value) in spelled.items()}}
+    return {"config_patches": patches or None}
+
+
+def _unknown_option(name: object, near: str | None) -> str:
+    """Return the message for an option that neither fxfact nor the inner backend has."""
+    own = ", ".join(_BACKEND_OPTIONS)
+    if name in _BACKEND_OPTIONS:
+        return f"{name!r} is an argument of fxfact.backend, and not of torch.compile. Pass fxfact.backend({name}=...)."
+    if name == "mode":
+        return "'mode' is no option. Pass torch.compile(model, backend=fxfact.backend(...), mode=...)."
+    hint = f" Did you mean {near!r}?" if near else ""
+    return (
+        f"there is no option {name!r}.{hint} The options of fxfact are {own}. Others go to the inner backend; "
+        "torch._inductor.list_options() lists those of inductor."
+    )
+
+
+def _compiler_of(inner: str | _Compiled) -> _Compiled:
+    """Return the inner backend. Raises ArgumentError if there is none of this name."""
+    if not isinstance(inner, str):
+        return inner
+    from torch._dynamo.backends.registry import list_backends, lookup_backend  # noqa: PLC0415
+    from torch._dynamo.exc import InvalidBackend  # noqa: PLC0415
+
+    try:
+        found: _Compiled = lookup_backend(inner)
+    except InvalidBackend as error:
+        near = difflib.get_close_matches(inner, list_backends(exclude_tags=()), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        names = ", ".join(list_backends())
+        raise ArgumentError(f"inner: there is no backend {inner!r}.{hint} There are {names}.") from error
+    return found

@@ -18,6 +18,7 @@ from fxfact.passes.inference_passes import (
     linear_passes,
     run_passes,
 )
+from fxfact.passes.pass_manager import PassManager
 
 __all__ = [
     "INFERENCE_PASSES",
@@ -30,6 +31,7 @@ __all__ = [
     "InferencePass",
     "MergePointwise",
     "OneDNN",
+    "PassManager",
     "PassRecord",
     "PointwiseLinear",
     "Weights",

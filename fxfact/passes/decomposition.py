@@ -90,9 +90,12 @@ def planned_chains(
         PlanError: if the plan needs statistics and there are none.
         WeightError, RankError, CalibrationError: from the decomposition.
     """
-    needs_statistics = plan.uses_statistics and options.weights == "decompose"
+    needs_statistics = plan.uses_statistics and options.weights == "decompose" and bool(plan.rewrites)
     if needs_statistics and statistics is None:
-        raise PlanError("the plan was made with data. Pass them as calibration=, or pass weights='empty'.")
+        raise PlanError(
+            "the plan was made with data. Pass what fxfact.calibrate returned as statistics=, or "
+            "options=DecomposeOptions(weights='empty') for the structure alone."
+        )
     used = statistics if needs_statistics else None
     if used is not None:
         used.check(list(sites))
