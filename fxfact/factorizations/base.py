@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, compose
 from fxfact.errors import ArgumentTypeError, WeightError
+from fxfact.factorizations.balance import balance_stages
 from fxfact.factorizations.fit import decompose_in_metric
 from fxfact.factorizations.linalg import squared_singular_values
 from fxfact.factorizations.stages import ChainLayout, Rank, one_group
@@ -36,7 +37,7 @@ class Factorization(ChainLayout):
       make the usual ones.
     - ``_weights(block, weight, rank, generator)`` returns the weights of the stages.
 
-    The base class adds the rest: groups, biases, data types, the scale of the weights, ranks for a fraction of the
+    The base class adds the rest: groups, biases, data types, the scale of the stages, ranks for a fraction of the
     parameters, and weights that are close in a Fisher metric. These laws must hold:
 
     - ``decompose(layer, rank)`` has the stages that ``layout(layer.spec, rank)`` returns.
@@ -159,11 +160,12 @@ class Factorization(ChainLayout):
                 else self._weights_in_metric(block, part, rank, metric=own, generator=generator, iterations=iterations)
                 for part, own in _by_group(layer.spec.groups, block, weight, metric)
             ]
-        joined = [torch.cat([part.flatten() for part in parts]) for parts in zip(*by_group, strict=True)]
+            balanced = [balance_stages(self._stages(block, rank), parts) for parts in by_group]
+        joined = [torch.cat([part.flatten() for part in parts]) for parts in zip(*balanced, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
-        cast = _cast_factors(joined, layer.weight.dtype)
         weights = [
-            part.reshape(spec.out_channels, -1, *spec.kernel_size) for part, spec in zip(cast, specs, strict=True)
+            _cast(part, layer.weight.dtype).reshape(spec.out_channels, -1, *spec.kernel_size)
+            for part, spec in zip(joined, specs, strict=True)
         ]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
@@ -250,16 +252,13 @@ def _by_group(
         yield part, None if own is None or not float(own.quadratic_form(block, part)) > 0 else own
 
 
-def _cast_factors(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the factors in a dtype, scaled to equal largest values if one overflows. Raises WeightError if all do."""
-    cast = [factor.to(dtype) for factor in factors]
-    if dtype != torch.float16 or all(bool(factor.isfinite().all()) for factor in cast):
-        return cast
-    largest = [float(factor.abs().max()) for factor in factors]
-    mean = math.prod(value ** (1 / len(factors)) for value in largest)
-    if mean > torch.finfo(dtype).max:
-        raise WeightError(f"the factors reach {mean:.1e}, more than {dtype} holds. Convert the model to float32.")
-    return [(factor * (mean / (value or 1.0))).to(dtype) for factor, value in zip(factors, largest, strict=True)]
+def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a factor in a dtype. Raises WeightError if it overflows in half precision."""
+    cast = factor.to(dtype)
+    if dtype == torch.float16 and not bool(cast.isfinite().all()):
+        largest = float(factor.abs().max())
+        raise WeightError(f"a factor reaches {largest:.1e}, more than {dtype} holds. Convert the model to float32.")
+    return cast
 
 
 def check_weight(weight: Tensor) -> None:

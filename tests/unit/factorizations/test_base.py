@@ -11,7 +11,6 @@ import torch
 from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
 from fxfact.errors import ArgumentTypeError, RankError, WeightError
 from fxfact.factorizations import ChannelSVD, CPMobilenet, Tucker, check_generator, weight_scale
-from fxfact.factorizations.base import _cast_factors
 from fxfact.planning.error_curves import relative_square_error
 from fxfact.utils import no_reduced_precision
 from tests.support import random_layer
@@ -34,15 +33,6 @@ def test_weight_of_integers_is_refused() -> None:
     spec = ConvSpec.parse(6, 8, (3, 3))
     with pytest.raises(WeightError, match="int64"):
         Tucker().decompose(ConvLayer(spec, torch.ones(spec.weight_shape, dtype=torch.int64)), (2, 2))
-
-
-def test_factors_that_overflow_half_precision_are_balanced_or_refused() -> None:
-    large, small = _cast_factors([torch.tensor([1e6, 5e5]), torch.tensor([1e-4, 0.0])], torch.float16)
-    assert torch.allclose(
-        torch.stack([large[0], large[1], small[0]]).float(), torch.tensor([10.0, 5.0, 10.0]), rtol=1e-3
-    )
-    with pytest.raises(WeightError, match=r"reach 1.0e\+06, more than torch.float16 holds"):
-        _cast_factors([torch.tensor([1e6])] * 2, torch.float16)
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e-18, 1.0, 1e22])

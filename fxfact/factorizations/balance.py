@@ -1,0 +1,98 @@
+"""Balances the stages of a chain, so that no stage returns larger values than the chain.
+
+A channel between two stages can be scaled: its row of the stage before is multiplied by a factor, and its column of the
+stage after is divided by it. If the factor is a power of two, the chain computes the same numbers. Half precision holds
+no number above 65504, and without balance a channel between the stages overflows where the output does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxfact.conv import ConvSpec, compose_weights, composed_spec
+
+_SHARE = 0.5  # of the output's gain, since the peaks of two channels with equal gains differ
+_LARGEST = 2.0**15  # of a weight, as half precision holds no number from 2^16 on
+_SMALLEST = 2.0**-10  # of a row's largest weight, as half precision has its full accuracy from 2^-14 on
+
+
+def balance_stages(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weights of an equal chain in which no stage has a larger gain than the chain.
+
+    A gain is the root mean square of a channel's values for random inputs. There are four kinds of inputs: white noise,
+    a constant for each channel, the same noise in all channels, and the same constant in all channels. So what the
+    channels of an input have in common, for example after a ReLU, counts as well. For each kind, a channel between the
+    stages has at most half of the largest gain of the chain's outputs, or of the one for white noise if that is larger.
+    Channels below that keep their scale. A row is not scaled below a size that half precision holds with full accuracy.
+    Then weights that are too large for half precision are scaled down, unless the composed kernel is as large.
+
+    Args:
+        stages: the stages of one group.
+        weights: the elements of their weights (out, in / groups, *kernel) in order, in single or double precision.
+
+    Returns:
+        The weights in their shapes. Rows and columns are multiplied by powers of two.
+    """
+    parts = [weight.reshape(stage.weight_shape) for stage, weight in zip(stages, weights, strict=True)]
+    kernel = compose_weights(stages, parts)
+    limits = _gains(composed_spec(stages), kernel).amax(dim=1)
+    limits = limits.maximum(limits[0]) * _SHARE
+    cap = max(_LARGEST, float(kernel.abs().max()) / 4)
+    for k in range(len(stages) - 1):
+        head, rows = stages[: k + 1], parts[k].abs().flatten(1).amax(dim=1)
+        gains = _gains(composed_spec(head), compose_weights(head, parts[: k + 1]))
+        scale = (limits[:, None] / gains).amin(dim=0).maximum(_SMALLEST / rows).minimum(cap / rows)
+        _scale_channels(stages, parts, k, _power_of_two(scale))
+    for k in reversed(range(len(stages) - 1)):
+        largest = parts[k + 1].abs().flatten(2).amax(dim=2)
+        columns = largest.reshape(stages[k + 1].groups, -1, largest.shape[1]).amax(dim=1).flatten()
+        _scale_channels(stages, parts, k, 1 / _power_of_two(cap / columns))
+    return parts
+
+
+def _gains(spec: ConvSpec, kernel: Tensor) -> Tensor:
+    """Return the gain of every row of a kernel (out, in / groups, *kernel), for four kinds of inputs: (4, out).
+
+    An output of a transposed convolution only sees the kernel positions that are a multiple of the stride apart. The
+    gain is the largest one over all such sets of positions.
+    """
+    taps = kernel.flatten(2)
+    sets = _position_sets(spec).to(taps)
+    sums, shared = taps @ sets, taps.sum(dim=1)
+    squares = (
+        taps.square().sum(dim=1) @ sets,
+        sums.square().sum(dim=1),
+        shared.square() @ sets,
+        sums.sum(dim=1).square(),
+    )
+    return torch.stack([square.amax(dim=1).sqrt() for square in squares])
+
+
+def _position_sets(spec: ConvSpec) -> Tensor:
+    """Return which kernel positions one output sees: one column of zeros and ones for each set."""
+    if not spec.transposed:
+        return torch.ones(math.prod(spec.kernel_size), 1)
+    sets = torch.zeros(1, dtype=torch.int64)
+    for size, stride, dilation in zip(spec.kernel_size, spec.stride, spec.dilation, strict=True):
+        phases = torch.arange(size) * dilation % stride
+        sets = (sets[:, None] * stride + phases).flatten()
+    return F.one_hot(sets)
+
+
+def _power_of_two(scale: Tensor) -> Tensor:
+    """Return the largest powers of two that exceed neither a scale nor 1."""
+    exponents = torch.frexp(scale.nan_to_num(nan=1.0).clamp_max(1.0)).exponent
+    return torch.ldexp(torch.ones_like(scale), exponents - 1)
+
+
+def _scale_channels(stages: Sequence[ConvSpec], parts: list[Tensor], k: int, scale: Tensor) -> None:
+    """Multiply the rows of stage k by ``scale``, and divide the columns of the next stage by it."""
+    rows, after = [1] * (parts[k].ndim - 1), stages[k + 1]
+    parts[k] = parts[k] * scale.reshape(-1, *rows)
+    by_group = scale.reshape(after.groups, 1, -1).expand(-1, after.out_channels // after.groups, -1)
+    parts[k + 1] = parts[k + 1] / by_group.reshape(after.out_channels, -1, *rows[1:])
