@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxfact.analysis import check_rewrite
-from fxfact.calibration import MAX_SEED, Batches, Likelihood, Statistics, collect_statistics, first_sample
+from fxfact.calibration import (
+    MAX_SEED,
+    Batches,
+    Likelihood,
+    Statistics,
+    Transform,
+    collect_statistics,
+    first_sample,
+    with_batch_options,
+)
 from fxfact.capture import CaptureMode, ExampleInputs
 from fxfact.capture import capture as capture_model
 from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, PlanError, check_int
@@ -35,7 +45,7 @@ from fxfact.planning import (
     parse_factorizations,
 )
 from fxfact.search import CalibrationData, fall_back_if_slower, search
-from fxfact.utils import Progress
+from fxfact.utils import Progress, warn_caller
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
 _Ranks = RankSpec | RankRule | Mapping[str, RankSpec | RankRule]
@@ -54,6 +64,8 @@ def factorize(
     calibration: Batches | Statistics | None = None,
     held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
+    transform: Transform | None = None,
+    max_samples: int | None = None,
     multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
@@ -78,6 +90,8 @@ def factorize(
         calibration: see ``plan``.
         held_out: see ``plan``.
         likelihood: see ``plan``.
+        transform: see ``plan``.
+        max_samples: see ``plan``.
         multiple_of: see ``plan``.
         include: see ``plan``.
         exclude: see ``plan``.
@@ -96,17 +110,26 @@ def factorize(
     Returns:
         A new network: a ``torch.fx.GraphModule`` if the model can be traced; otherwise a model of its own class, whose
         Python code still runs; an ExportedProgram for an ExportedProgram. ``plan_of`` tells which, and why. Training
-        mode, device, dtype, memory format and requires_grad carry over.
+        mode, device, dtype, memory format and requires_grad carry over. A warning says so, with the reasons, if no
+        convolution is rewritten.
 
     Raises:
         FxfactError: what ``plan`` and ``apply`` raise, and VerificationError.
     """
     options = DecomposeOptions(generator=generator, executor=executor, progress=progress)
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
+    calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
+    captured = capture_model(
+        model,
+        example_inputs,
+        how=capture,
+        keep_members=not isinstance(budget, Latency),  # batch norms can only be folded in a graph
+        fold_weights=fold_weights,
+        leaf_modules=leaf_modules,
+    )
     scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
@@ -118,6 +141,7 @@ def factorize(
         result = fall_back_if_slower(captured, found.plan, result, apply_to, budget)
     if verify and found.plan.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
+    _warn_if_unchanged(last_plan(result), "factorize")
     return cast(_Model, result)
 
 
@@ -131,6 +155,8 @@ def plan(
     calibration: Batches | Statistics | None = None,
     held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
+    transform: Transform | None = None,
+    max_samples: int | None = None,
     multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
@@ -174,15 +200,22 @@ def plan(
             errors on these batches, or on every fourth batch learned from. With ``Statistics`` alone it is not tried.
         likelihood: the kind of outputs: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
             function from the output to a summed loss. Default: 'categorical' for outputs of shape (n, classes).
+        transform: a function that makes of each batch what the model is called with: a tensor, a tuple of positional
+            arguments or a mapping of keyword arguments. It is called on the batches of ``calibration`` and
+            ``held_out``. Default: the batches are used as they are.
+        max_samples: how many samples to take of ``calibration``, and of ``held_out``, at most. The last batch is cut
+            along the first axis; no more batches are read, so the loader may be endless. Default: all.
         multiple_of: ranks are multiples of this, or full. Requested ranks are rounded down; a convolution whose rank
             would become 0 stays dense. GPUs compute half precision fast if channels are multiples of 8. Default: 1;
             under a budget of milliseconds 32, 16 or 8.
         include: globs on the path, or a predicate on (path, ConvSpec). Default: every convolution.
         exclude: the same, for convolutions to leave alone.
         allow_growth: also rewrite convolutions that would have more parameters or (if known) more MACs.
-        capture: 'trace' makes the model one torch.fx graph; 'modules' keeps the model's own Python and replaces its
-            convolution modules; 'export' is for an ExportedProgram. 'auto' takes the one that reaches most
-            convolutions.
+        capture: 'trace' makes the model one torch.fx graph; 'modules' keeps the model's own class and Python and
+            replaces its convolution modules; 'export' is for an ExportedProgram. 'auto' takes the one that reaches
+            most convolutions. If both reach as many, it takes 'modules' for a class with public methods or properties
+            that a graph would lose (``fuse``, ``training_step``), except under a budget of milliseconds, and 'trace'
+            for other models.
         fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm,
             parametrizations, pruning, standardisation in a graph) parameters with their values in evaluation mode.
         leaf_modules: globs on the paths of modules that tracing does not look into. A graph keeps their convolutions
@@ -205,8 +238,16 @@ def plan(
     """
     options = DecomposeOptions(executor=executor, progress=progress)
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
+    calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
-    captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
+    captured = capture_model(
+        model,
+        example_inputs,
+        how=capture,
+        keep_members=not isinstance(budget, Latency),  # batch norms can only be folded in a graph
+        fold_weights=fold_weights,
+        leaf_modules=leaf_modules,
+    )
     scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
@@ -220,6 +261,8 @@ def apply(
     weights: Weights = "decompose",
     calibration: Batches | Statistics | None = None,
     likelihood: _Likelihood | None = None,
+    transform: Transform | None = None,
+    max_samples: int | None = None,
     example_inputs: ExampleInputs | None = None,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
@@ -234,6 +277,8 @@ def apply(
         calibration: the data that the plan was made with, as batches or as ``Statistics``. Only for plans that were
             made with data, which need it unless ``weights='empty'``.
         likelihood: the kind of outputs, as for ``plan``. Only for batches.
+        transform: makes of each batch what the model is called with, as for ``plan``. Only for batches.
+        max_samples: how many samples to take at most, as for ``plan``. Only for batches.
         example_inputs: the example inputs of the plan. Batches are cut to their arguments, by default to those that
             ``forward()`` requires. The captured network is compared with the model on them.
         generator: for factorizations that start from random factors. No other randomness is used.
@@ -241,7 +286,7 @@ def apply(
         progress: True for tqdm's progress bars, or a callable with tqdm's signature.
 
     Returns:
-        A new network, as for ``factorize``.
+        A new network, as for ``factorize``. A warning says so if the plan rewrites no convolution.
 
     Raises:
         PlanError: if the plan was made for another model; the message names the first differences.
@@ -253,6 +298,9 @@ def apply(
         raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. fxfact.plan makes one.")
     if calibration is not None and not plan.uses_statistics:
         raise PlanError("the plan was made without data: pass no calibration, or make the plan with calibration=")
+    if calibration is None and plan.uses_statistics and plan.rewrites and options.weights == "decompose":
+        raise PlanError("the plan was made with data. Pass them as calibration=, or pass weights='empty'.")
+    (calibration,) = with_batch_options(transform, max_samples, calibration=calibration)
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     if likelihood is not None and not has_batches:
         raise ArgumentError("likelihood is only used with batches. Remove it, or pass batches as calibration.")
@@ -263,7 +311,10 @@ def apply(
         statistics = None
     else:
         statistics = collect_statistics(captured, calibration, likelihood=likelihood, progress=progress)
-    return cast(_Model, apply_plan(plan, captured, options, statistics=statistics))
+    result = apply_plan(plan, captured, options, statistics=statistics)
+    if weights == "decompose":
+        _warn_if_unchanged(plan, "apply")
+    return cast(_Model, result)
 
 
 def calibrate(
@@ -272,6 +323,8 @@ def calibrate(
     *,
     example_inputs: ExampleInputs | None = None,
     likelihood: _Likelihood | None = None,
+    transform: Transform | None = None,
+    max_samples: int | None = None,
     seed: int = 0,
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
@@ -290,6 +343,8 @@ def calibrate(
         batches: an iterable of unlabelled batches, as for ``plan``.
         example_inputs: see ``plan``.
         likelihood: see ``plan``.
+        transform: see ``plan``.
+        max_samples: see ``plan``.
         seed: 0 ... 2²³ − 1. Random draws depend on it and on the number of the sample only.
         capture: see ``plan``.
         fold_weights: see ``plan``.
@@ -307,7 +362,8 @@ def calibrate(
     if batches is None or isinstance(batches, Statistics):
         raise CalibrationError(f"batches must be an iterable of batches, got {type(batches).__name__}")
     seed = check_int("seed", seed, 0, MAX_SEED)
-    example_inputs, given = _with_example(model, example_inputs, batches)
+    (given,) = with_batch_options(transform, max_samples, batches=batches)
+    example_inputs, given = _with_example(model, example_inputs, given)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
     return collect_statistics(captured, cast(Batches, given), likelihood=likelihood, seed=seed, progress=progress)
 
@@ -319,12 +375,29 @@ def plan_of(network: nn.Module | ExportedProgram) -> Plan:
         network: a network that ``factorize`` or ``apply`` returned, or a copy of it.
 
     Returns:
-        The plan.
+        The plan, with the figures that were known when it was made. ``inspect`` and ``report`` have those of today.
 
     Raises:
         PlanError: if the network was not made by a plan.
     """
     return last_plan(network)
+
+
+def _warn_if_unchanged(plan: Plan, caller: str) -> None:
+    """Warn if a plan rewrites nothing, with its most frequent reasons. Details after a colon do not count."""
+    if plan.rewrites:
+        return
+    if not len(plan):
+        warn_caller(f"{caller} rewrote nothing: no convolution was found in {plan.model}")
+        return
+    examples = {decision.reason.partition(":")[0]: decision.reason for decision in reversed(plan.decisions)}
+    counts = Counter(decision.reason.partition(":")[0] for decision in plan)
+    reasons = "; ".join(f"{count}× {examples[kind]}" for kind, count in counts.most_common(3))
+    rest = f"; and {len(counts) - 3} other reasons" if len(counts) > 3 else ""
+    warn_caller(
+        f"{caller} rewrote none of the {len(plan)} convolutions of {plan.model}: {reasons}{rest}. Print the plan to "
+        "see the reason of each."
+    )
 
 
 def _with_example(

@@ -3,69 +3,180 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxfact.calibration.statistics import Statistics
 from fxfact.capture import Arguments, ExampleInputs, copy_arguments, reason_of, seeded_rng
-from fxfact.errors import CalibrationError
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, check_int
 
 Batches = Iterable[ExampleInputs]
+Transform = Callable[[Any], ExampleInputs]
 
 
-def iter_batches(
-    network: nn.Module, batches: Batches, example_inputs: ExampleInputs | None, *, name: str = "calibration"
-) -> Iterator[ExampleInputs]:
-    """Yield each batch as arguments of the model, on the model's device.
+@final
+@dataclass(frozen=True, eq=False)
+class BatchReader:
+    """Batches and what the caller says about them. Iterating yields the transformed batches.
+
+    Attributes:
+        batches: What the caller passed.
+        name: The name of the caller's argument, for error messages.
+        transform: Makes of a batch what the model is called with.
+        max_samples: How many samples ``iter_batches`` yields at most.
+        has_transform: Whether the batches are, or were, transformed.
+        length: The number of batches. None: ask ``batches``.
+    """
+
+    batches: Batches
+    name: str = "calibration"
+    transform: Transform | None = None
+    max_samples: int | None = None
+    has_transform: bool = False
+    length: int | None = None
+
+    @classmethod
+    def of(cls, batches: Batches) -> BatchReader:
+        """Return a reader of the batches, which may be a reader already."""
+        return batches if isinstance(batches, BatchReader) else cls(batches)
+
+    def __iter__(self) -> Iterator[ExampleInputs]:
+        """Yield the transformed batches. Raises CalibrationError if the loader or the transform raises."""
+        if isinstance(self.batches, Tensor | Mapping | str) or not isinstance(self.batches, Iterable):
+            raise CalibrationError(
+                f"{self.name} must be an iterable of batches, got {type(self.batches).__name__}. Pass a DataLoader, or "
+                "a list: x.split(128)."
+            )
+        iterator, count = iter(self.batches), 0
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except CalibrationError:  # of a reader inside
+                raise
+            except Exception as error:
+                raise CalibrationError(f"{self.name}: the loader raised after {count} batches: {error!r}") from error
+            if self.transform is not None:
+                try:
+                    batch = self.transform(batch)
+                except Exception as error:
+                    raise CalibrationError(f"{self.name}: transform raised on batch {count}: {error!r}") from error
+            yield batch
+            count += 1
+
+    def count_batches(self, first: ExampleInputs) -> int | None:
+        """Return how many batches there will probably be, or None. ``first`` is the first one, cut to the limit."""
+        length = self.length
+        if length is None:
+            try:
+                length = len(self.batches)  # type: ignore[arg-type]
+            except Exception:  # a loader of an iterable data set has __len__, and raises
+                length = None
+        if self.max_samples is None:
+            return length
+        limit = math.ceil(self.max_samples / max(_sample_count(first), 1))
+        return limit if length is None else min(limit, length)
+
+
+def with_batch_options(
+    transform: Transform | None, max_samples: int | None, **given: Batches | Statistics | None
+) -> list[Any]:
+    """Return each of the caller's arguments that may be batches: a BatchReader with these options if it is.
+
+    Args:
+        transform: Makes of a batch what the model is called with.
+        max_samples: How many samples to take at most.
+        given: The caller's arguments by name. Statistics and None are returned as they are.
+
+    Raises:
+        ArgumentError: For options without batches, and a limit out of range.
+        ArgumentTypeError: For a transform that cannot be called.
+    """
+    if transform is not None and not callable(transform):
+        raise ArgumentTypeError(
+            "transform must be a function that makes of a batch what the model is called with, got "
+            f"{type(transform).__name__}"
+        )
+    if max_samples is not None:
+        max_samples = check_int("max_samples", max_samples, 1)
+    read = [
+        value
+        if value is None or isinstance(value, Statistics)
+        else BatchReader(value, name, transform, max_samples, has_transform=transform is not None)
+        for name, value in given.items()
+    ]
+    unused = [name for name, option in (("transform", transform), ("max_samples", max_samples)) if option is not None]
+    if unused and not any(isinstance(value, BatchReader) for value in read):
+        raise ArgumentError(
+            f"{unused[0]} is only used with batches. Remove it, or pass batches as {next(iter(given))}."
+        )
+    return read
+
+
+def iter_batches(network: nn.Module, batches: Batches, example_inputs: ExampleInputs | None) -> Iterator[ExampleInputs]:
+    """Yield each batch as arguments of the model, on the model's device, up to the limit on samples.
 
     What the model does not take, such as labels, is dropped: a tuple is cut to the length of ``example_inputs`` (or to
-    the number of arguments that ``forward()`` requires), and a mapping to the names that ``forward()`` knows.
+    the number of arguments that ``forward()`` requires, unless the caller's transform made the tuple), and a mapping to
+    the names that ``forward()`` knows.
 
     Args:
         network: The model.
-        batches: Tensors, tuples or mappings.
+        batches: Tensors, tuples or mappings; or a BatchReader of them.
         example_inputs: Arguments of the model, which say how many it takes. None: read the signature of ``forward()``.
-        name: The name of the caller's argument, for error messages.
 
     Raises:
         CalibrationError: An item is no batch, is empty, or contains NaN or Inf; there are no batches; or the loader
             raised.
     """
-    _check_iterable(batches, name)
+    reader = BatchReader.of(batches)
     tensors = [*network.parameters(), *network.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     if device.type == "meta":
-        raise CalibrationError(f"{name}: the model is on the meta device, which computes nothing. Load its weights.")
-    count = -1
-    for count, batch in enumerate(_iter_loader(batches, name)):
-        inputs = _model_inputs(network, batch, example_inputs, name)
+        raise CalibrationError(
+            f"{reader.name}: the model is on the meta device, which computes nothing. Load its weights."
+        )
+    count, left = -1, reader.max_samples
+    for count, batch in enumerate(reader):
+        place = f"{reader.name}: batch {count}"
+        inputs = _model_inputs(network, batch, example_inputs, place, has_transform=reader.has_transform)
+        samples = _sample_count(inputs)
+        if not samples:
+            raise CalibrationError(f"{place} contains no samples. Drop it.")
+        if left is not None and samples > left:
+            inputs = _first_samples(inputs, left)
         found = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        if found and found[0].ndim and not len(found[0]):
-            raise CalibrationError(f"{name}: batch {count} contains no samples. Drop it.")
         if not all(bool(torch.isfinite(tensor).all()) for tensor in found if tensor.is_floating_point()):
-            raise CalibrationError(f"{name}: batch {count} contains NaN or Inf. Fix it or drop it.")
+            raise CalibrationError(f"{place} contains NaN or Inf. Fix it or drop it.")
         yield tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
+        left = None if left is None else left - samples
+        if left is not None and left <= 0:
+            return  # without asking for one more batch, which an endless loader would have to wait for
     if count < 0:
-        raise CalibrationError(f"{name}: there are no batches. Pass a few hundred samples.")
+        raise CalibrationError(f"{reader.name}: there are no batches. Pass a few hundred samples.")
 
 
-def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, Batches]:
-    """Return the first sample as arguments of the model, and an iterable of all batches, the first one included.
+def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, BatchReader]:
+    """Return the first sample as arguments of the model, and all batches, the first one included.
 
-    Use the returned iterable instead of ``batches``, because some loaders can be iterated only once.
+    Use the returned batches instead of ``batches``, because some loaders can be iterated only once.
     Raises CalibrationError.
     """
-    _check_iterable(batches, "calibration")
-    iterator = iter(batches)
-    first_batches = list(islice(_iter_loader(iterator, "calibration"), 1))
-    first = next(iter_batches(network, first_batches, None))
-    sample = tree_map(lambda value: value[:1] if isinstance(value, Tensor) and value.ndim else value, first)
-    return sample, chain(first_batches, iterator)
+    reader = BatchReader.of(batches)
+    iterator = iter(reader)
+    first_batches = list(islice(iterator, 1))
+    first = next(iter_batches(network, replace(reader, batches=first_batches, transform=None), None))
+    rest = replace(reader, batches=chain(first_batches, iterator), transform=None, length=reader.count_batches(first))
+    return _first_samples(first, 1), rest
 
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:
@@ -88,7 +199,7 @@ def batch_call(network: nn.Module, batch: ExampleInputs) -> Iterator[tuple[tuple
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         raise CalibrationError(
             f"{type(network).__name__} fails on a batch of {shapes or 'no tensors'}: {reason_of(error)}. Pass batches "
-            "that the model accepts."
+            "that the model accepts. In Python, transform= can convert yours."
         ) from error
 
 
@@ -106,41 +217,74 @@ def split_held_out(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs
     return [b for k, b in enumerate(batches) if k not in held_out], [b for k, b in enumerate(batches) if k in held_out]
 
 
-def _check_iterable(batches: object, name: str) -> None:
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"{name} must be an iterable of batches, got {type(batches).__name__}. Pass a DataLoader, or a list: "
-            "x.split(128)."
-        )
-
-
-def _iter_loader(batches: Batches, name: str) -> Iterator[ExampleInputs]:
-    """Yield the batches. An exception of the loader becomes a CalibrationError that says after how many batches."""
-    iterator, count = iter(batches), 0
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
+def take_samples(batches: Iterable[Tensor], max_samples: int) -> Iterator[Tensor]:
+    """Yield tensors until they have ``max_samples`` samples together. The last one is cut."""
+    for batch in batches:
+        yield batch[:max_samples]
+        max_samples -= len(batch)
+        if max_samples <= 0:
             return
-        except Exception as error:
-            raise CalibrationError(f"{name}: the loader raised after {count} batches: {error!r}") from error
-        yield batch
-        count += 1
 
 
-def _model_inputs(network: nn.Module, batch: Any, example_inputs: ExampleInputs | None, name: str) -> ExampleInputs:
-    """Drop the parts of a batch that the model does not take."""
+def _sample_count(inputs: ExampleInputs) -> int:
+    """Return the first size of the first tensor that has axes; 1 if there is none."""
+    return next((len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
+def _first_samples(inputs: ExampleInputs, count: int) -> ExampleInputs:
+    """Return the first samples of a batch. Tensors whose first axis has another size than the first one's stay."""
+    samples = _sample_count(inputs)
+    cut: ExampleInputs = tree_map(
+        lambda value: value[:count] if isinstance(value, Tensor) and value.shape[:1] == (samples,) else value, inputs
+    )
+    return cut
+
+
+def _model_inputs(
+    network: nn.Module, batch: Any, example_inputs: ExampleInputs | None, place: str, *, has_transform: bool
+) -> ExampleInputs:
+    """Drop the parts of a batch that the model does not take. Raises CalibrationError."""
     if isinstance(batch, Mapping):
-        parameters = inspect.signature(network.forward).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        known: Iterable[str] = batch if takes_any else parameters
-        known = example_inputs if isinstance(example_inputs, Mapping) else known
-        return {key: value for key, value in batch.items() if key in known}
+        return _keyword_inputs(network, batch, example_inputs, place)
     if isinstance(batch, tuple | list):
-        return tuple(batch)[: _argument_count(network, example_inputs)]
+        is_complete = has_transform and example_inputs is None
+        return tuple(batch) if is_complete else tuple(batch)[: _argument_count(network, example_inputs)]
     if not isinstance(batch, Tensor):
-        raise CalibrationError(f"{name}: a batch must be a tensor, a tuple or a mapping, got {type(batch).__name__}")
+        found = type(batch).__name__
+        if has_transform:
+            raise CalibrationError(f"{place}: transform must return a tensor, a tuple or a mapping, got {found}")
+        raise CalibrationError(
+            f"{place}: a batch must be a tensor, a tuple or a mapping, got {found}. Pass transform=, a function that "
+            "makes one of these of it."
+        )
     return batch
+
+
+def _keyword_inputs(
+    network: nn.Module, batch: Mapping[Any, Any], example_inputs: ExampleInputs | None, place: str
+) -> ExampleInputs:
+    """Drop the entries that ``forward()`` does not name. Raises CalibrationError if it needs others."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known: Iterable[Any] = batch if takes_any else [p.name for p in named]
+    known = example_inputs if isinstance(example_inputs, Mapping) else known
+    inputs = {key: batch[key] for key in known if key in batch}  # the first tensor of forward() counts samples
+    missing = [p.name for p in named if p.default is p.empty and p.name not in batch]
+    if missing or not inputs:
+        names = [p.name for p in named] or [*known, "x"]
+        unused = [repr(key) for key, value in batch.items() if key not in inputs and isinstance(value, Tensor)]
+        example = f"{{**batch, {(missing or names)[0]!r}: batch[{(unused or ['...'])[0]}]}}"
+        raise CalibrationError(
+            f"{place} has the keys {_format_names(batch)}, and {type(network).__name__}.forward() takes "
+            f"{_format_names(names)}. Pass transform=, a function that renames them: transform=lambda batch: {example}"
+        )
+    return inputs
+
+
+def _format_names(names: Iterable[Any]) -> str:
+    listed = list(map(str, names))
+    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "") or "none"
 
 
 def _argument_count(network: nn.Module, example_inputs: ExampleInputs | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,14 +11,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfact.calibration.batches import Batches, iter_batches, run_batch
+from fxfact.calibration.batches import Batches, BatchReader, iter_batches, run_batch
 from fxfact.calibration.moments import MomentAccumulator, Window
 from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for, sums_of, variance_of
 from fxfact.calibration.statistics import Statistics
 from fxfact.capture import Captured
 from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
-from fxfact.utils import Progress, StorageIndex, alias_copy, no_reduced_precision, to_eval, with_progress
+from fxfact.utils import (
+    Progress,
+    StorageIndex,
+    alias_copy,
+    check_finite_state,
+    dequantize_parameters,
+    is_wrapper,
+    no_reduced_precision,
+    to_eval,
+    warn_caller,
+    with_progress,
+)
 
 MAX_SEED = 2**23 - 1
 _POSITIONS = 64  # of each sample and convolution at which patches are taken
@@ -51,14 +63,17 @@ def collect_statistics(
     collector = _GradientCollector(sums, weights)
     random, known = _SampleRandom(seed), None
     output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")
-    for batch in with_progress(iter_batches(network, batches, captured.example_inputs), None, "calibrating", progress):
+    reader = BatchReader.of(batches)
+    coming = iter_batches(network, reader, captured.example_inputs)
+    first = next(coming)
+    for batch in with_progress(chain([first], coming), reader.count_batches(first), "calibrating", progress):
         with torch.enable_grad():
             with collector:
                 output = run_batch(network, batch)
             known = known or likelihood_for(likelihood, output)
             random.start_batch(known.count_samples(output, batch))
             tensors, gradients = known.sample_gradients(output, random.normal_like)
-            _check_output(tensors)
+            _check_output(network, tensors)
             output_sums += sums_of([tensor.detach() for tensor in float_tensors_of(output)])
             differentiable = [k for k, tensor in enumerate(tensors) if tensor.requires_grad]
             with collector.collecting_at(random.fractions):
@@ -69,18 +84,45 @@ def collect_statistics(
         raise CalibrationError("calibration: there are no batches. Pass a few hundred samples.")
     samples = torch.tensor([float(random.samples)], dtype=torch.float64, device="cpu")
     all_reduce([samples, output_sums, *(tensor for found in sums.values() for tensor in found.tensors)])
+    if samples == 1:
+        warn_caller(
+            f"{reader.name}: there is only one sample, and its statistics say little about other inputs. Pass a few "
+            "hundred samples."
+        )
+    if not all(bool(tensor.isfinite().all()) for found in sums.values() for tensor in found.tensors):
+        check_finite_state(network, "the model")
     return _statistics(sums, known, float(samples), variance_of(output_sums))
 
 
-def _check_output(tensors: Sequence[Tensor]) -> None:
-    """Raise CalibrationError unless the tensors are finite and depend on a convolution's weight."""
+def _check_output(network: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Raise CalibrationError unless the tensors are finite and depend on a convolution's weight.
+
+    Raises WeightError if they are not finite because of the network's own tensors.
+    """
     if not all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors):
-        raise CalibrationError("calibration: the model's output, or its loss, is NaN or Inf on this data")
+        check_finite_state(network, "the model")
+        raise CalibrationError(
+            "calibration: the model's output, or its loss, is NaN or Inf on this data, although its weights are "
+            "finite. Drop the samples that give NaN or Inf. If all do, convert a model in half precision with .float(), "
+            "or mask with a large number instead of infinity."
+        )
     if not any(tensor.requires_grad for tensor in tensors):
+        _check_parameter_classes(network)
         raise CalibrationError(
             "calibration: no gradient flows from the output to a convolution. If forward() detaches its output, or "
-            "computes it from gradients of its own, plan without data."
+            "computes it from gradients of its own, plan without data (a Loss budget needs data, the others do not)."
         )
+
+
+def _check_parameter_classes(network: nn.Module) -> None:
+    """Raise CalibrationError if the network has parameters of classes that may pass no gradients on."""
+    for name, parameter in network.named_parameters():
+        if is_wrapper(parameter):
+            raise CalibrationError(
+                f"calibration: no gradient flows from the output to a convolution, perhaps because {name} is a "
+                f"{type(parameter).__name__}, whose operators pass none on, and whose class does not define dequantize(). "
+                "Pass the statistics of the network before it got such parameters (fxfact.calibrate), or factorize that."
+            )
 
 
 def _statistics(
@@ -142,7 +184,9 @@ class _SampleRandom:
         """Return standard normal numbers in the shape of ``tensor`` (samples, …)."""
         if len(tensor) != len(self._generators):
             raise CalibrationError(
-                f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis"
+                f"calibration: outputs have {len(tensor)} and {len(self._generators)} samples on their first axis. "
+                "Return tensors with the samples on the first axis, or pass as likelihood a function of the output "
+                "that returns a scalar loss."
             )
         rows = [torch.randn(tensor.shape[1:], generator=own, **_CPU_FLOAT) for own in self._generators]
         return torch.stack(rows).to(tensor.device)
@@ -195,8 +239,8 @@ class _GradientCollector(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _gradient_free_copy(network: nn.Module) -> nn.Module:
-    """Return a private copy in evaluation mode in which no tensor requires gradients."""
-    return to_eval(alias_copy(network)).requires_grad_(requires_grad=False)
+    """Return a private copy in evaluation mode in which no tensor requires gradients, and none is quantized."""
+    return dequantize_parameters(to_eval(alias_copy(network))).requires_grad_(requires_grad=False)
 
 
 def _require_gradients(weights: Mapping[str, Tensor]) -> None:

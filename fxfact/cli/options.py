@@ -123,6 +123,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--batch", type=_positive_int, default=64, metavar="N", help="samples in a batch (default: %(default)s)"
     )
     group.add_argument(
+        "--max-samples", type=_positive_int, metavar="N", help="take only the first N samples (default: all)"
+    )
+    group.add_argument(
         "--likelihood",
         choices=["categorical", "gaussian"],
         help="the kind of output: logits of classes, or numbers (default: categorical if the output is (n, classes))",

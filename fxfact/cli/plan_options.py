@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from fxfact import api
-from fxfact.calibration import Statistics, split_held_out
+from fxfact.calibration import Statistics, split_held_out, take_samples
 from fxfact.cli.inputs import (
     Arguments,
     LoadedModel,
@@ -73,8 +73,11 @@ def read_data(
 
     With --statistics all batches are for measuring. Otherwise some are held out if ``held_out`` is set.
     """
+    if args.max_samples and not args.calibration:
+        raise ArgumentError("--max-samples is only used with data. Pass --calibration as well, or remove it.")
     dtype = model_dtype(loaded.model)
     batches: list[Any] = read_batches(args.calibration, args.batch, dtype) if args.calibration else []
+    batches = list(take_samples(batches, args.max_samples)) if args.max_samples else batches
     if args.statistics:
         return Statistics.load(args.statistics), batches
     return split_held_out(batches) if held_out and batches else (batches or None, [])

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from fxfact.calibration import MAX_SEED, Batches
+from fxfact.calibration import MAX_SEED, Batches, Transform, mean_and_error, with_batch_options
 from fxfact.capture import ExampleInputs
-from fxfact.errors import ArgumentError, check_int
+from fxfact.errors import ArgumentError, CalibrationError, check_int
 from fxfact.finetune.teacher_student import FinetuneResult, TeacherStudent
 from fxfact.utils import Progress, warn_caller, with_progress
 
@@ -57,6 +57,8 @@ def distill(
     mixup: bool = False,
     example_inputs: ExampleInputs | None = None,
     likelihood: object = None,
+    transform: Transform | None = None,
+    max_samples: int | None = None,
     patience: int = 20,
     seed: int = 0,
     progress: Progress = False,
@@ -88,6 +90,8 @@ def distill(
             more than their labels. The divergence is then measured on held-out batches and on mixtures of them.
         example_inputs: Arguments of the model, as for ``fxfact.plan``.
         likelihood: How to read the output, as for ``fxfact.plan``.
+        transform: Makes of each batch what the model is called with, as for ``fxfact.plan``.
+        max_samples: How many samples to take at most, as for ``fxfact.plan``.
         patience: Ends the training after this many measurements without improvement.
         seed: Draws the order of batches and the mixtures.
         progress: True for tqdm's progress bar, or a callable with tqdm's signature.
@@ -102,6 +106,7 @@ def distill(
         CalibrationError: The batches do not fit the network, or outputs cannot be compared.
         CaptureError: A copy of ``factorized`` would lose hooks.
         PlanError: ``factorized`` was not made by a plan, or the plan was made for another network.
+        WeightError: A network computes NaN or Inf because of its own weights.
     """
     steps, patience = check_int("steps", steps, 1), check_int("patience", patience, 1)
     seed = check_int("seed", seed, 0, MAX_SEED)
@@ -109,6 +114,7 @@ def distill(
         if not isinstance(number, Real) or not number > 0 or (name == "lr" and math.isinf(number)):
             raise ArgumentError(f"{name} must be a positive number, got {number!r}")
     mix = _Mixup(seed) if mixup else None
+    (batches,) = with_batch_options(transform, max_samples, batches=batches)
     networks = TeacherStudent(
         factorized,
         original,
@@ -119,7 +125,7 @@ def distill(
     )
     trained = _trainable_parameters(networks.factorized)
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
-    best = _BestState(networks.factorized, networks.divergence())
+    best = _BestState(networks.factorized, _initial_divergence(networks))
     interval = max(1, min(steps // 10, len(networks.batches)))  # steps between measurements
     order, started, before = torch.Generator().manual_seed(seed), time.perf_counter(), best.divergence
     step = 0
@@ -142,6 +148,17 @@ def distill(
     best.restore()
     result = DistillResult(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
     return cast(_Network, networks.restore_modes()), result
+
+
+def _initial_divergence(networks: TeacherStudent) -> float:
+    """Return the divergence before training. Raises WeightError or CalibrationError if it is NaN or Inf."""
+    divergence = mean_and_error(networks.initial_divergences())[0]
+    if not math.isfinite(divergence):
+        raise CalibrationError(
+            "the factorized network's output is NaN or Inf on the held-out batches, although its weights are finite. "
+            "If it is in half precision, convert both networks with .float() before training."
+        )
+    return divergence
 
 
 def _learning_rate(lr: float, step: int, done: float) -> float:

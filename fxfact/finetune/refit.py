@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfact.calibration import MAX_SEED, Batches, generator_seed, mean_and_error, run_batch, significantly_negative
+from fxfact.calibration import (
+    MAX_SEED,
+    Batches,
+    Transform,
+    generator_seed,
+    mean_and_error,
+    run_batch,
+    significantly_negative,
+    with_batch_options,
+)
 from fxfact.capture import ExampleInputs
 from fxfact.conv import from_torch, spec_of, to_torch
 from fxfact.errors import ArgumentError, check_int
@@ -60,6 +69,8 @@ def refit(
     means: bool = True,
     example_inputs: ExampleInputs | None = None,
     likelihood: object = None,
+    transform: Transform | None = None,
+    max_samples: int | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> tuple[_Network, RefitResult]:
@@ -85,6 +96,8 @@ def refit(
             without bias.
         example_inputs: Arguments of the model, as for ``fxfact.plan``.
         likelihood: How to read the output, as for ``fxfact.plan``.
+        transform: Makes of each batch what the model is called with, as for ``fxfact.plan``.
+        max_samples: How many samples to take at most, as for ``fxfact.plan``.
         seed: Draws the positions at which outputs are compared.
         progress: True for tqdm's progress bar, or a callable with tqdm's signature.
 
@@ -97,13 +110,15 @@ def refit(
         CalibrationError: The batches do not fit the network, or outputs cannot be compared.
         CaptureError: A copy of ``factorized`` would lose hooks.
         PlanError: ``factorized`` was not made by a plan, or the plan was made for another network.
+        WeightError: A network computes NaN or Inf because of its own weights.
     """
     if not last_stages and not means:
         raise ArgumentError("refit has nothing to do: pass last_stages=True or means=True")
     seed = check_int("seed", seed, 0, MAX_SEED)
     started = time.perf_counter()
+    (batches,) = with_batch_options(transform, max_samples, batches=batches)
     networks = TeacherStudent(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
-    before = networks.divergences()
+    before = networks.initial_divergences()
     paths = _refit_chains(networks, seed, progress, last_stages=last_stages, means=means)
     after, result = networks.divergences(), cast(_Network, networks.restore_modes())
     ends = [mean_and_error(values)[0] for values in (before, after)]
@@ -148,20 +163,23 @@ def record_targets(networks: TeacherStudent, seed: int) -> list[RefitTarget]:
     }
     reached: dict[str, RefitTarget] = {}
     latest: list[tuple[RefitTarget, weakref.ref[Tensor], int]] = []  # outputs, and how often they were written to
+    resized: set[str] = set()  # called with an output_size, so the patches of the last stage are not known
     sources: dict[str, set[str | None]] = {}  # of each norm's inputs: paths of convolutions, None for others
 
-    def after_conv(module: nn.Module, args: Any, output: Tensor) -> None:
+    def after_conv(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         target = reached.setdefault(convs[module].path, convs[module])
         latest.append((target, weakref.ref(output), _write_count(output)))
         calls = target.outputs[-1]
         position_seed = _position_seed(seed, len(target.outputs) - 1, len(calls))
         calls.append(at_positions(output, spec_of(module).order, position_seed))
+        if len(args) > 1 or kwargs.get("output_size") is not None:
+            resized.add(target.path)
 
     def before_norm(module: nn.Module, args: Any) -> None:
         paths = [target.path for target, output, count in latest if args and _is_unchanged(args[0], output(), count)]
         sources.setdefault(norms[module], set()).update(paths or [None])
 
-    handles = [module.register_forward_hook(after_conv) for module in convs]
+    handles = [module.register_forward_hook(after_conv, with_kwargs=True) for module in convs]
     handles += [module.register_forward_pre_hook(before_norm) for module in norms]
     for batch in networks.batches:
         for target in convs.values():
@@ -173,7 +191,7 @@ def record_targets(networks: TeacherStudent, seed: int) -> list[RefitTarget]:
     for norm, paths in sources.items():
         if len(paths) == 1 and (path := paths.pop()):
             reached[path].norm = norm
-    return list(reached.values())
+    return [target for path, target in reached.items() if path not in resized]
 
 
 def _is_unchanged(tensor: Any, output: Tensor | None, count: int) -> bool:

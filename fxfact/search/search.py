@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,35 +19,26 @@ from fxfact.calibration import (
     split_held_out,
 )
 from fxfact.capture import Captured, ExampleInputs
-from fxfact.conv import Cost
 from fxfact.errors import ArgumentError, CalibrationError
 from fxfact.passes import DecomposeOptions, Decomposition
 from fxfact.planning import (
-    Budget,
     BudgetAllocator,
     FixedRanks,
     Latency,
-    LayerOptions,
     Loss,
     Macs,
     Params,
     Plan,
     PlanDraft,
     SearchScope,
-    allocate,
     draft_plan,
 )
-from fxfact.search.inference import DenseBaseline, best_inference_passes
-from fxfact.search.latency_model import MeasuredLatencyModel
-from fxfact.search.latency_search import LatencySearch
+from fxfact.search.latency_plan import LatencyPlanner
 from fxfact.search.plan_loss import PlanLoss
-from fxfact.utils import alias_copy, to_eval, warn_caller
+from fxfact.search.propose import PlanProposer, Propose, best_plan
+from fxfact.utils import alias_copy, to_eval
 
-_USUAL_NORMALIZATION = 0.5  # of ``allocate``
-_EVEN_NORMALIZATION = 1.0  # spreads the loss increases more evenly over the layers
 _HALVINGS = 8
-
-Propose = Callable[[Budget, float], Plan]  # for a budget and a normalization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +91,12 @@ def search(
     has_budget = isinstance(strategy, BudgetAllocator)
     _check_requests(strategy, data)
 
+    # Candidates: the layers that may change. A budget that they cannot meet is refused before anything expensive.
+    draft = draft_plan(captured, scope)
+    budget = strategy.budget if isinstance(strategy, BudgetAllocator) and loss is None else None
+    if isinstance(strategy, BudgetAllocator) and budget is not None and not isinstance(budget, Latency):
+        strategy.check_budget(draft.candidates, draft.network)
+
     # Statistics: given by the caller, or collected from the caller's batches. The original is run on the batches to
     # measure on first, so that outputs that cannot be measured are refused before the expensive part.
     batches = _split_batches(captured, data, has_budget=has_budget, needs_held_out=loss is not None)
@@ -107,68 +104,39 @@ def search(
     evaluator = (
         None if plan_network is None else DivergenceEvaluator(plan_network, batches.measuring, _likelihood(data))
     )
+    latency_planner = None
+    if isinstance(strategy, BudgetAllocator) and isinstance(budget, Latency):
+        latency_planner = LatencyPlanner(captured, draft, budget)
+        latency_planner.check_budget(strategy)
     statistics = _statistics(captured, data, batches, options)
 
-    # Candidates: the layers that may change, and the plan for them if their ranks are fixed.
-    draft = draft_plan(captured, scope)
+    # Fixed ranks, or propose, measure, decide.
     if isinstance(strategy, FixedRanks):
         fixed = replace(strategy, statistics=statistics)
         allocation = fixed.choose(draft.candidates, draft.network)
         return SearchResult(draft.to_plan(allocation, uses_statistics=fixed.uses_statistics), statistics, {})
-
-    # Propose, measure, decide.
     allocator = replace(strategy, statistics=statistics)
     plan_loss = None
     if plan_network is not None and evaluator is not None and statistics is not None:
         plan_loss = PlanLoss(captured, plan_network, statistics, evaluator, options, on_held_out=batches.held_out)
-    if isinstance(allocator.budget, Latency):
-        plan = _plan_for_latency(captured, draft, allocator, allocator.budget, plan_loss)
+    if latency_planner is not None:
+        plan = latency_planner.plan(allocator, plan_loss)
     else:
-        if loss is None:
-            allocator.budget.amount(draft.network)  # refuses unknown MACs before errors are computed
-        layers = allocator.layer_options(draft.candidates)
-        proposer = PlanProposer(draft, layers, draft.network, allocator.uses_statistics)
-        if loss is None:
-            plan = _best_plan(allocator.budget, proposer.propose, plan_loss)
-        else:
-            plan = _cheapest_plan(loss, proposer.propose, plan_loss, Params if captured.macs is None else Macs)
+        plan = _plan_for_size(captured, draft, allocator, plan_loss, loss)
     return SearchResult(plan, statistics, {} if plan_loss is None else plan_loss.decompositions)
 
 
-@dataclass(frozen=True, eq=False)
-class PlanProposer:
-    """Proposes plans for budgets. Everything expensive was computed before; a proposal is one allocation.
-
-    Attributes:
-        draft: the plan before ranks are chosen.
-        layers: what could become of each candidate.
-        network: the cost of the whole dense network.
-        uses_statistics: whether the options assume that chains are fitted in the metric of statistics.
-        inference_passes: the exact passes that follow, if the network will only be run.
-    """
-
-    draft: PlanDraft
-    layers: tuple[LayerOptions, ...]
-    network: Cost
-    uses_statistics: bool
-    inference_passes: tuple[str, ...] = ()
-
-    def propose(self, budget: Budget, normalization: float) -> Plan:
-        """Return the plan for a budget. Raises BudgetError if no network meets it."""
-        allocation = allocate(self.layers, self.network, budget, normalization)
-        plan = self.draft.to_plan(allocation, uses_statistics=self.uses_statistics)
-        return replace(plan, network=self.network, inference_passes=self.inference_passes)
-
-
-def _best_plan(budget: Budget, propose: Propose, plan_loss: PlanLoss | None) -> Plan:
-    """Return the plan that is expected to be best, or a more even one if that measures clearly better."""
-    plan = propose(budget, _USUAL_NORMALIZATION)
-    if plan_loss is None:
-        return plan
-    even = propose(budget, _EVEN_NORMALIZATION)
-    if plan_loss.is_clearly_better(even, plan):
-        plan = replace(even, pareto_points=plan.pareto_points)
-    return replace(plan, measured_loss_increase=plan_loss.mean(plan)) if plan_loss.on_held_out else plan
+def _plan_for_size(
+    captured: Captured, draft: PlanDraft, allocator: BudgetAllocator, plan_loss: PlanLoss | None, loss: Loss | None
+) -> Plan:
+    """Return the plan for a budget of MACs or parameters, or the cheapest one within a bound on the loss."""
+    if loss is None:
+        allocator.check_budget(draft.candidates, draft.network)  # again: no gradient may have reached some layers
+    layers = allocator.layer_options(draft.candidates)
+    proposer = PlanProposer(draft, layers, draft.network, allocator.uses_statistics)
+    if loss is None:
+        return best_plan(allocator.budget, proposer.propose, plan_loss)
+    return _cheapest_plan(loss, proposer.propose, plan_loss, Params if captured.macs is None else Macs)
 
 
 def _cheapest_plan(loss: Loss, propose: Propose, plan_loss: PlanLoss | None, unit: type[Macs | Params]) -> Plan:
@@ -177,7 +145,7 @@ def _cheapest_plan(loss: Loss, propose: Propose, plan_loss: PlanLoss | None, uni
     The share of the dense cost is found by halving the interval between the cheapest network and the dense one eight
     times.
     """
-    dense = _best_plan(unit(1.0), propose, plan_loss)
+    dense = best_plan(unit(1.0), propose, plan_loss)
     network = dense.network.macs or dense.network.params
     cheapest = dense.pareto_points[0].cost if dense.pareto_points else dense.network
     low, high = (cheapest.macs or cheapest.params) / network, 1.0
@@ -188,7 +156,7 @@ def _cheapest_plan(loss: Loss, propose: Propose, plan_loss: PlanLoss | None, uni
         best = replace(best, measured_loss_increase=0.0)
     for _ in range(_HALVINGS if dense.pareto_points else 0):
         middle = (low + high) / 2
-        plan = _best_plan(unit(middle), propose, plan_loss)
+        plan = best_plan(unit(middle), propose, plan_loss)
         if _is_within(plan, loss):
             best, high = plan, middle
         else:
@@ -198,31 +166,6 @@ def _cheapest_plan(loss: Loss, propose: Propose, plan_loss: PlanLoss | None, uni
 
 def _is_within(plan: Plan, loss: Loss) -> bool:
     return plan.measured_loss_increase is not None and plan.measured_loss_increase <= loss.nats
-
-
-def _plan_for_latency(
-    captured: Captured, draft: PlanDraft, allocator: BudgetAllocator, budget: Latency, plan_loss: PlanLoss | None
-) -> Plan:
-    """Return the plan for a budget of milliseconds; for one of MACs if the machine is too busy to measure times."""
-    fastest = best_inference_passes(captured, compiled=budget.compiled, timer=budget.timer)
-    model = MeasuredLatencyModel(captured.sites, fastest, compiled=budget.compiled, timer=budget.timer)
-    layers = replace(allocator, latency_model=model).layer_options(draft.candidates)  # measures every chain
-    model.save()
-    baseline = DenseBaseline(captured, model.passes, compiled=budget.compiled, timer=budget.timer)
-    network_ms = min(fastest.ms, baseline.milliseconds())  # at the speed at which the layers were measured
-    network = replace(draft.network, ms=network_ms)
-    if model.is_noisy:
-        share = min(1.0, budget.allowed(network) / network_ms)
-        warn_caller(
-            f"the machine is under load, times spread too much to plan by: the budget is {share:.2f} of the MACs "
-            "instead. Try again when it is idle."
-        )
-        layers = allocator.layer_options(draft.candidates)
-        by_macs = PlanProposer(draft, layers, network, allocator.uses_statistics, model.passes)
-        return _best_plan(Macs(share), by_macs.propose, plan_loss)
-    proposer = PlanProposer(draft, layers, network, allocator.uses_statistics, model.passes)
-    latency_search = LatencySearch(captured, baseline, proposer.propose, network_ms)
-    return _best_plan(budget, latency_search.propose, plan_loss)
 
 
 def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData) -> None:
@@ -270,9 +213,9 @@ def _split_batches(
     batch is held out for it. Other budgets measure on every fourth batch, and learn from it as well.
     """
     learning = None if isinstance(data.calibration, Statistics) else data.calibration
-    held_out = [] if data.held_out is None else _as_list(captured, data.held_out, "held_out")
+    held_out = [] if data.held_out is None else _as_list(captured, data.held_out)
     if learning is not None and has_budget:
-        learning = _as_list(captured, learning, "calibration")
+        learning = _as_list(captured, learning)
         if needs_held_out and not held_out:
             learning, held_out = split_held_out(learning)
     if held_out and data.calibration is None:
@@ -288,8 +231,8 @@ def _split_batches(
     return _SplitBatches(learning, measuring, bool(held_out))
 
 
-def _as_list(captured: Captured, batches: Batches, name: str) -> list[ExampleInputs]:
-    return list(iter_batches(captured.network, batches, captured.example_inputs, name=name))
+def _as_list(captured: Captured, batches: Batches) -> list[ExampleInputs]:
+    return list(iter_batches(captured.network, batches, captured.example_inputs))
 
 
 def _likelihood(data: CalibrationData) -> object:

@@ -20,7 +20,7 @@ from fxfact.errors import (
 )
 from fxfact.factorizations import Tucker
 from fxfact.passes import FactorizeConvs
-from tests.support import Small, apart, copied_state, has_state
+from tests.support import Small, apart, copied_state, has_state, skip_reasons
 
 
 @pytest.mark.parametrize(
@@ -166,3 +166,50 @@ def test_apply_cuts_batches_to_its_example_inputs_as_factorize_does(color_images
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
     without = fxfact.apply(fxfact.plan_of(small), model, calibration=batches, likelihood="categorical")
     assert any(not torch.equal(a, b) for a, b in zip(small.parameters(), without.parameters(), strict=True))
+
+
+# Calls that rewrite nothing
+
+
+def test_call_that_rewrites_nothing_warns_with_the_most_frequent_reasons(image: Tensor) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(4, 4, 1) for _ in range(3)),
+        *(nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2)),
+        nn.Conv2d(4, 4, 3, padding=1),
+    ).eval()
+    with pytest.warns(UserWarning, match="factorize rewrote none") as record:
+        small = fxfact.factorize(model, "tucker", rank=0.5, exclude="5", example_inputs=image)
+    (warning,) = record
+    text = str(warning.message)
+    reasons = skip_reasons(small)
+    assert text.startswith("factorize rewrote none of the 6 convolutions of Sequential: 3× ")
+    assert text.index(f"3× {reasons['0']}") < text.index(f"2× {reasons['3']}") < text.index("1× excluded")
+    assert warning.filename == __file__
+    assert small(image).equal(model(image))
+    with pytest.warns(UserWarning, match="apply rewrote none of the 6 convolutions"):
+        fxfact.apply(fxfact.plan_of(small), model)
+
+
+def test_reasons_that_differ_in_details_are_counted_together() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv1d(3, 4, 3), nn.Conv1d(4, 5, 3))
+    with pytest.warns(UserWarning, match=r"none of the 3 convolutions of Sequential: 3× it would grow: \d+ → \d+ para"):
+        fxfact.factorize(model, "channel_svd", rank=99)
+
+
+@pytest.mark.parametrize("capture", ["trace", "modules", "export"])
+def test_every_front_end_warns(small: Small, image: Tensor, capture: Any) -> None:
+    model: Any = torch.export.export(small, (image,)) if capture == "export" else small
+    options: dict[str, Any] = {} if capture == "export" else {"example_inputs": image, "capture": capture}
+    with pytest.warns(UserWarning, match="factorize rewrote none of the 2 convolutions"):
+        fxfact.factorize(model, include="first", rank={"first": fxfact.ranks.Energy(1.0)}, **options)
+    with pytest.warns(UserWarning, match="factorize rewrote nothing: no convolution was found in Sequential"):
+        fxfact.factorize(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_calls_that_rewrite_something_and_empty_structures_do_not_warn(
+    small: Small, image: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    fxfact.factorize(small, rank=0.5, include="second", example_inputs=image)
+    plan = fxfact.plan(small, exclude="*")
+    fxfact.apply(plan, small, weights="empty")
+    assert not [each for each in recwarn if "rewrote" in str(each.message)]

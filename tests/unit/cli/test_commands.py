@@ -91,6 +91,24 @@ def test_likelihood_and_include_change_the_plan(workspace: Path, run_json: RunJs
     assert len({plan["decisions"][1]["predicted_loss_increase"] for plan in plans.values()}) == 2
 
 
+def test_max_samples_limits_the_data(workspace: Path, capsys: pytest.CaptureFixture[str], run_json: RunJson) -> None:
+    data = ["--calibration", "data.npy", "--batch", "8", "--keep-statistics", "kept.npz"]
+    run_json("plan", "net.pt2", "--rank", "0.5", *data, "--max-samples", "19")
+    assert fxfact.Statistics.load("kept.npz").samples == 19
+    run_json("plan", "net.pt2", "--macs", "0.6", *data, "--max-samples", "999")
+    assert fxfact.Statistics.load("kept.npz").samples == 48
+    assert main(["plan", "net.pt2", "--rank", "0.5", "--max-samples", "19"]) == 1
+    assert "--max-samples is only used with data" in capsys.readouterr().err
+
+
+def test_compress_warns_if_it_rewrites_nothing(workspace: Path, run_json: RunJson) -> None:
+    with pytest.warns(UserWarning, match=r"factorize rewrote none of the 2 convolutions of .*: 2× excluded"):
+        assert run_json("compress", "net.pt2", "-o", "same.pt2", "--exclude", "*")["rewritten"] == 0
+    assert run_json("plan", "net.pt2", "--exclude", "*", "-o", "plan.json")["rewritten"] == 0
+    with pytest.warns(UserWarning, match="apply rewrote none of the 2 convolutions"):
+        run_json("compress", "net.pt2", "-o", "same.pt2", "--plan", "plan.json")
+
+
 def test_fold_weights_reaches_computed_weights(workspace: Path, run_json: RunJson) -> None:
     assert run_json("plan", "shop:normed", *SHAPE)["rewritten"] == 0
     assert run_json("plan", "shop:normed", *SHAPE, "--fold-weights")["rewritten"] == 1

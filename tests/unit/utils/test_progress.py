@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -25,6 +26,11 @@ def test_a_function_is_called_as_tqdm_is() -> None:
     assert shown == [(2, "decomposing"), "a", "b"]
 
 
+@pytest.mark.parametrize("total", [1, 2, 5, None])
+def test_a_total_that_was_estimated_wrong_loses_nothing(total: int | None) -> None:
+    assert list(with_progress(iter("ab"), total, "calibrating", lambda results, **_: results)) == ["a", "b"]
+
+
 def test_without_progress_the_results_are_returned_as_they_are() -> None:
     results = iter("ab")
     assert with_progress(results, 2, "decomposing", False) is results
@@ -43,8 +49,9 @@ def test_without_tqdm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_functions_that_lose_items_or_return_no_iterable_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="must yield every item"):
-        list(with_progress(iter("ab"), 2, "decomposing", lambda results, **_: list(results)[:-1]))
-    assert list(with_progress(iter("ab"), None, "decomposing", lambda results, **_: list(results)[:-1])) == ["a"]
+    for total in (2, None, 1, 9):
+        for lossy in (lambda results, **_: list(results)[:-1], lambda results, **_: islice(results, 1)):
+            with pytest.raises(ArgumentError, match="must yield every item"):
+                list(with_progress(iter("ab"), total, "decomposing", lossy))
     with pytest.raises(ArgumentTypeError, match="must return an iterable, as tqdm does, got 3"):
         with_progress(iter("ab"), 2, "decomposing", lambda *_, **__: 3)  # type: ignore[arg-type, return-value]
