@@ -32,7 +32,7 @@ def cp(
     pencil, which are exact for a tensor of this rank if it does not exceed the second largest mode.
 
     Args:
-        tensor: the tensor (n_0, n_1, …).
+        tensor: the tensor (n_0, n_1, …), or a matrix.
         rank: the number of components.
         sweeps: the largest number of sweeps.
         tolerance: ends the descent if a sweep lowers the relative error by less.
@@ -187,7 +187,7 @@ def _slices_start(tensor: Tensor, rank: int) -> list[Tensor]:
         ordered = (ordered.movedim(k, -1) @ basis).movedim(-1, k)
     pairs = []
     for flat, index in enumerate(product(*(range(size) for size in ordered.shape[2:]))):
-        matrix = ordered.flatten(2)[..., flat]
+        matrix = ordered.reshape(*ordered.shape[:2], -1)[..., flat]  # a matrix has no further modes to flatten
         right = leading_basis(matrix.T, matrix.shape[1]).columns
         left = matrix @ right
         pairs += [(size, index, j, left, right) for j, size in enumerate(left.norm(dim=0).tolist())]

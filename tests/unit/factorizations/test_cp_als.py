@@ -41,6 +41,17 @@ def test_cp_is_exact_at_its_largest_rank() -> None:
         assert apart(tensor, outer(cp(tensor, rank + 3, sweeps=10, tolerance=0))) < 1e-13
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (5, 5), (1, 6), (7, 1), (8, 6, 1), (1, 8, 1, 6)])
+@pytest.mark.parametrize("rank", [1, 3, 5, 9])
+def test_cp_of_a_matrix_is_its_truncated_svd(shape: tuple[int, ...], rank: int) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    factors = cp(tensor, rank, sweeps=200, tolerance=1e-9)
+    assert [factor.shape for factor in factors] == [(size, rank) for size in shape]
+    values = torch.linalg.svdvals(tensor.squeeze()[None] if tensor.squeeze().ndim < 2 else tensor.squeeze())
+    best = float(values[rank:].norm() / values.norm())
+    assert apart(tensor, outer(factors)) == pytest.approx(best, rel=1e-4, abs=1e-12)
+
+
 def test_cp_stays_bounded_if_components_tend_to_cancel() -> None:
     """a∘a∘b + a∘b∘a + b∘a∘a has rank 3, and is a limit of rank-2 tensors whose components grow without end."""
     a, b = torch.eye(6, dtype=torch.float64)[:2]
