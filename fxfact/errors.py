@@ -28,7 +28,10 @@ class RankError(FxfactError, ValueError):
 
 
 class WeightError(FxfactError, ValueError):
-    """A weight cannot be decomposed: it contains NaN or Inf, is on the meta device, or is not a float tensor."""
+    """A weight cannot be decomposed: it contains NaN or Inf, is on the meta device, or is not a float tensor.
+
+    Also raised when something is written to the weight of a factorized layer that its stages cannot express.
+    """
 
 
 class RefusedError(FxfactError, ValueError):

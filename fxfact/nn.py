@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fxfact.conv import (
+    ComposedChain,
+    ComposedLayer,
     ConvSpec,
+    OwnParameters,
     Sizes,
     Skip,
-    compose_modules,
     compose_weights,
     composed_spec,
     computes_weight,
     is_conv,
     read_conv,
+    run_stages,
     run_weight,
+    takes_output_size,
     write_chain,
     write_conv,
 )
-from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
+from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError, WeightError
 from fxfact.factorizations import (
     CPFactorized,
     Factorization,
@@ -95,7 +99,7 @@ class Structure:
         return [weights[0], compose_weights(space, weights[1:-1]), weights[-1]]
 
 
-class FactorizedConv(nn.Module):
+class FactorizedConv(ComposedLayer):
     """A convolution with 1 to 3 spatial axes, held as the stages of a factorization.
 
     Input (batch, in, *size) or (in, *size), output (batch, out, *size) or (out, *size), as for ``nn.Conv2d``, whose
@@ -132,6 +136,7 @@ class FactorizedConv(nn.Module):
     """
 
     default_factorization: ClassVar[str | None] = None
+    _weight_in_torch_layout = False
 
     def __init__(  # noqa: PLR0917 (the positions of nn.Conv2d)
         self,
@@ -219,6 +224,8 @@ class FactorizedConv(nn.Module):
             raise RefusedError(f"{type(conv).__name__}: {layer.reason}")
         structure = Structure.parse(layer.spec, cls._method(factorization), rank, implementation)
         weights = None
+        if decompose_weights and layer.weight.is_meta:
+            raise WeightError("the weight is on the meta device and has no values. Pass decompose_weights=False.")
         if decompose_weights:
             chain = structure.factorization.decompose(layer, structure.rank, generator=generator)
             weights = structure.stage_weights([stage.weight for stage in chain.layers])
@@ -242,6 +249,7 @@ class FactorizedConv(nn.Module):
         self, structure: Structure, like: Tensor, bias: Tensor | None, weights: Sequence[Tensor] | None = None
     ) -> None:
         super().__init__()
+        vars(self)["_parameters"] = OwnParameters(self, {})
         self._structure = structure
         values = weights or [like.new_empty(spec.weight_shape) for spec in structure.stages]
         modules = write_chain(structure.stages, values, bias, like=like)
@@ -264,13 +272,20 @@ class FactorizedConv(nn.Module):
         if (bias := convs[-1].bias) is not None:
             _draw(bias, 1 / math.sqrt(fan_in), generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size)."""
-        if self.implementation == "reconstructed":
-            return run_weight(self._structure.spec, self.weight, self.bias, x)
-        for stage in self.stages:
-            x = stage(x)
-        return x
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Map (batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size).
+
+        Args:
+            x: the input.
+            output_size: the size of the output, as the forward of ``nn.ConvTranspose2d`` takes it. Only for layers that
+                ``from_conv`` made of a transposed convolution.
+        """
+        spec = self._structure.spec
+        if self.implementation != "reconstructed":
+            return run_stages(self.stages, spec, x, output_size)
+        if takes_output_size(output_size, spec):
+            spec = spec.for_output_size(tuple(x.shape[-spec.order :]), output_size)
+        return run_weight(spec, self._composed(), self.bias, x)
 
     @torch.inference_mode(False)
     def to_conv(self) -> nn.Module:
@@ -282,22 +297,11 @@ class FactorizedConv(nn.Module):
         """
         like = self._convs()[0].weight
         with torch.no_grad(), no_reduced_precision(like.device):
-            weight = self.weight.clone(memory_format=torch.contiguous_format).requires_grad_(like.requires_grad)
+            weight = self._composed().clone(memory_format=torch.contiguous_format)
         bias = self.bias
         copied = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
-        (conv,) = write_conv(self._structure.spec, weight, copied)
+        (conv,) = write_conv(self._structure.spec, weight.requires_grad_(like.requires_grad), copied)
         return conv.train(self.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense kernel (out, in / groups, *kernel), composed at every access."""
-        return compose_modules(self._structure.stages, self.stages)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias (out,), which the last stage holds."""
-        bias: Tensor | None = self._convs()[-1].bias
-        return bias
 
     @property
     def factorization(self) -> Factorization:
@@ -330,7 +334,16 @@ class FactorizedConv(nn.Module):
 
     def _convs(self) -> list[Any]:
         """Return the stages without the padding modules between them."""
-        return [stage for stage in self.stages if is_conv(stage)]
+        return list(self._chain().convs.values())
+
+    def _chain(self) -> ComposedChain:
+        convs = {f"stages.{name}": stage for name, stage in self.stages.named_children() if is_conv(stage)}
+        return ComposedChain(self._structure.spec, self._structure.stages, convs)
+
+    def _has_bias(self, bias: bool) -> None:
+        before = self._structure
+        stages = (*before.stages[:-1], replace(before.stages[-1], bias=bias))
+        self._structure = replace(before, spec=replace(before.spec, bias=bias), stages=stages)
 
 
 def _fan_in(spec: ConvSpec) -> int:

@@ -17,6 +17,7 @@ from fxfact.conv.chain import (
     run_weight,
     to_torch,
 )
+from fxfact.conv.composed_layer import ComposedLayer, OwnParameters
 from fxfact.conv.cost import Cost, format_amount, format_change
 from fxfact.conv.factorized_module import FactorizedModule, factorize_module, stages_in
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
@@ -27,11 +28,15 @@ from fxfact.conv.modules import (
     TRANSPOSED_TYPES,
     compose_modules,
     computes_weight,
+    decides_size,
     has_hooks,
     insert_base,
     is_conv,
+    overrides_conv_forward,
     read_conv,
+    run_stages,
     spec_of,
+    takes_output_size,
     torch_conv_class,
     why_state_unsupported,
     why_unsupported,
@@ -41,6 +46,7 @@ from fxfact.conv.modules import (
 )
 from fxfact.conv.site import ConvSite, Skip, mark_tied, path_of
 from fxfact.conv.spec import ConvSpec, Sizes, as_tuples, chain_cost, pad_amounts
+from fxfact.conv.stage_writes import ComposedChain
 
 __all__ = [
     "CHANNELS_LAST",
@@ -48,6 +54,8 @@ __all__ = [
     "PLAIN_TYPES",
     "POINTWISE_TYPES",
     "TRANSPOSED_TYPES",
+    "ComposedChain",
+    "ComposedLayer",
     "ConvCall",
     "ConvChain",
     "ConvLayer",
@@ -57,6 +65,7 @@ __all__ = [
     "FactorizedModule",
     "KroneckerFisher",
     "KroneckerMoment",
+    "OwnParameters",
     "Sizes",
     "Skip",
     "as_matrix",
@@ -67,6 +76,7 @@ __all__ = [
     "compose_weights",
     "composed_spec",
     "computes_weight",
+    "decides_size",
     "differentiates_conv",
     "factorize_module",
     "format_amount",
@@ -77,17 +87,20 @@ __all__ = [
     "is_conv",
     "looks_like_conv",
     "mark_tied",
+    "overrides_conv_forward",
     "pad_amounts",
     "padded",
     "path_of",
     "read_call",
     "read_conv",
     "run",
+    "run_stages",
     "run_weight",
     "spec_of",
     "sqrt_and_inverse",
     "stages_in",
     "supports_onednn",
+    "takes_output_size",
     "to_torch",
     "torch_conv_class",
     "why_state_unsupported",

@@ -7,55 +7,60 @@ they have the same names as in a rewritten graph. It keeps the modules and tenso
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from threading import local
 from types import MappingProxyType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxfact.conv.chain import to_torch
+from fxfact.conv.composed_layer import ComposedLayer, OwnParameters
 from fxfact.conv.functional import read_call
 from fxfact.conv.kernels import PLAIN_TYPES
-from fxfact.conv.modules import compose_modules, insert_base, is_conv, torch_conv_class
+from fxfact.conv.modules import (
+    CHANNELS_LAST,
+    insert_base,
+    is_conv,
+    is_conv_class,
+    memory_format_of,
+    overrides_conv_forward,
+    run_stages,
+    torch_conv_class,
+)
 from fxfact.conv.spec import ConvSpec
+from fxfact.conv.stage_writes import ComposedChain
 from fxfact.errors import ArgumentError
+from fxfact.utils import no_reduced_precision
 
-_READ_ONLY = ("weight", "bias", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
+_READ_ONLY = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
 
 
-class FactorizedModule(nn.Module):
+class FactorizedModule(ComposedLayer):
     """Runs its stages instead of the convolution. This base is inserted between PyTorch's class and its subclass."""
 
     _dense: ConvSpec
     _specs: tuple[ConvSpec, ...]
     _stage_names: tuple[str, ...]
 
-    def forward(self, input: Tensor, output_size: object = None) -> Tensor:
-        """Return the output (batch, out, *size) for an input (batch, in, *size), or both without a batch."""
-        if output_size is not None:
-            raise ArgumentError("a factorized transposed convolution takes no output_size. Exclude it from the plan.")
-        for stage in self._chain_stages:
-            input = stage(input)
-        return input
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return the output (batch, out, *size) for an input (batch, in, *size), or both without a batch.
+
+        ``output_size`` is for transposed convolutions only, as in PyTorch.
+        """
+        return self._run_chain(input, output_size)
+
+    def _run_chain(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        return run_stages(self._chain_stages, self._dense, input, output_size)
 
     @property
     def _chain_stages(self) -> tuple[nn.Module, ...]:
         """The modules of the chain, in order, without other modules that the convolution holds."""
         return tuple(cast(nn.Module, self._modules[name]) for name in self._stage_names)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense kernel in PyTorch's layout. Every access composes it anew, so writing to it has no effect."""
-        return to_torch(self._dense, compose_modules(self._specs, self._convs()))
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias (out,) of the last stage."""
-        bias: Tensor | None = self._convs()[-1].bias
-        return bias
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _READ_ONLY:
@@ -70,8 +75,40 @@ class FactorizedModule(nn.Module):
         return [stage for stage in self._chain_stages if is_conv(stage)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        kind = next(base for base in type(self).__mro__ if not issubclass(base, FactorizedModule))
-        return _new_factorized, (kind,), vars(self)
+        return _new_factorized, (_original_class(self),), vars(self)
+
+    @torch.inference_mode(False)
+    def to_conv(self) -> nn.Module:
+        """Compose the layer to the convolution that it replaced.
+
+        Returns:
+            A new convolution of the original class with the composed kernel in its weight, and with copies of the other
+            tensors and modules that this layer holds.
+        """
+        convs = self._convs()
+        with torch.no_grad(), no_reduced_precision(convs[0].weight.device):
+            weight = self._composed().clone(memory_format=torch.contiguous_format)
+        if any(memory_format_of(conv.weight) is not torch.contiguous_format for conv in convs):
+            weight = weight.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
+        conv, bias = copy.deepcopy(self), self.bias
+        for name in self._stage_names:
+            del conv._modules[name]
+        for name in ("_dense", "_specs", "_stage_names", "_path"):
+            vars(conv).pop(name)
+        vars(conv)["_parameters"] = dict(conv._parameters)
+        cast(Any, conv).__class__ = _original_class(self)
+        trained = any(stage.weight.requires_grad for stage in convs)
+        conv.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
+        conv.register_parameter("bias", None if bias is None else copy.deepcopy(cast(nn.Parameter, bias)))
+        return conv
+
+    def _chain(self) -> ComposedChain:
+        stages = zip(self._stage_names, self._chain_stages, strict=True)
+        return ComposedChain(self._dense, self._specs, {name: stage for name, stage in stages if is_conv(stage)})
+
+    def _has_bias(self, bias: bool) -> None:
+        specs = (*self._specs[:-1], replace(self._specs[-1], bias=bias))
+        vars(self).update(_dense=replace(self._dense, bias=bias), _specs=specs)
 
 
 class _ThreadState(local):
@@ -91,12 +128,12 @@ class _FactorizedSubclass(FactorizedModule):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        first = self._convs()[0].weight
-        shape = to_torch(self._dense, first.new_empty(()).expand(self._dense.weight_shape)).shape
-        kernel, before = first.new_full((), float("nan")).expand(shape), _THREAD.kernels
+        first = next(self._convs()[0].parameters())  # not an attribute, which torch.fx would take for a read of it
+        nan = torch.full((), float("nan"), dtype=first.dtype, device=first.device)
+        kernel, before = nan.expand(self._dense.torch_weight_shape), _THREAD.kernels
         _THREAD.kernels = {**before, id(self): kernel}
         try:
-            with _RedirectConv(kernel, lambda input: FactorizedModule.forward(self, input)):
+            with _RedirectConv(self._dense, kernel, self._run_chain):
                 return super().forward(*args, **kwargs)
         finally:
             _THREAD.kernels = before
@@ -108,20 +145,39 @@ class _FactorizedSubclass(FactorizedModule):
         return FactorizedModule.weight.__get__(self) if kernel is None else kernel
 
 
-class _RedirectConv(TorchFunctionMode):
-    """Calls ``run`` instead of a functional convolution with the weight ``kernel``."""
+class _FactorizedConvForward(FactorizedModule):
+    """For a subclass that replaces ``_conv_forward``: PyTorch's ``forward`` calls it, and it calls a function."""
 
-    def __init__(self, kernel: Tensor, run: Callable[[Tensor], Tensor]) -> None:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return what ``_conv_forward`` of the subclass returns."""
+        output: Tensor = super(FactorizedModule, self).forward(input)
+        return output
+
+
+class _RedirectConv(TorchFunctionMode):
+    """Calls ``run`` instead of a functional convolution with the weight ``kernel`` and the settings of ``dense``."""
+
+    def __init__(self, dense: ConvSpec, kernel: Tensor, run: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.kernel, self.run = kernel, run
+        self.dense, self.kernel, self.run = dense, kernel, run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = read_call(func, args, kwargs or {})
-        return self.run(call.input) if call and call.weight is self.kernel else func(*args, **(kwargs or {}))
+        if call is None or call.weight is not self.kernel:
+            return func(*args, **(kwargs or {}))
+        spec = call.spec_for(self.kernel.shape, bias=call.bias is not None)
+        if spec == self.dense:
+            return self.run(call.input)
+        if spec.transposed and replace(spec, output_padding=self.dense.output_padding) == self.dense:
+            return self.run(call.input, spec.output_size(tuple(call.input.shape[-spec.order :])))
+        raise ArgumentError(
+            f"forward calls a factorized convolution as {spec}, but it replaces {self.dense}. Exclude this convolution "
+            "when you factorize the model, or keep its settings."
+        )
 
 
 def factorize_module(
-    module: nn.Module, dense: ConvSpec, specs: Sequence[ConvSpec], stages: Sequence[nn.Module]
+    module: nn.Module, dense: ConvSpec, specs: Sequence[ConvSpec], stages: Sequence[nn.Module], path: str = ""
 ) -> None:
     """Turn a convolution module in place into a FactorizedModule that runs ``stages``.
 
@@ -132,14 +188,17 @@ def factorize_module(
         dense: The spec of the convolution.
         specs: The specs of the stages, without pad modules.
         stages: The modules of the stages, as ``write_chain`` returns them.
+        path: The path of the module in its network, for messages.
     """
     kind: Any = type(module)
     module.__class__ = _factorized_class(kind)
     for name in ("weight", "bias"):
-        module._parameters.pop(name, None)
+        if name == "weight" or dense.bias or module._parameters.get(name) is None:
+            module._parameters.pop(name, None)
     first = 1 + max((int(name) for name in module._modules if name.isdecimal()), default=-1)  # no name is taken twice
     names = tuple(str(first + index) for index in range(len(stages)))
-    vars(module).update(_dense=dense, _specs=tuple(specs), _stage_names=names)
+    vars(module).update(_dense=dense, _specs=tuple(specs), _stage_names=names, _path=path)
+    vars(module)["_parameters"] = OwnParameters(cast(ComposedLayer, module), module._parameters)
     for name, stage in zip(names, stages, strict=True):
         module.add_module(name, stage.train(module.training))
 
@@ -154,9 +213,15 @@ def stages_in(module: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(child for name, child in module.named_children() if name.isdecimal())
 
 
+def _original_class(module: FactorizedModule) -> type:
+    """Return the class that the module had before, or PyTorch's if it computed the same differently."""
+    return next(base for base in type(module).__mro__ if is_conv_class(base) and not issubclass(base, FactorizedModule))
+
+
 @cache
 def _factorized_class(kind: Any) -> Any:
-    base = insert_base(kind, FactorizedModule, "Factorized")
+    addition = _FactorizedConvForward if overrides_conv_forward(kind) else FactorizedModule
+    base = insert_base(kind, addition, "Factorized")
     if PLAIN_TYPES.get(kind, kind) is torch_conv_class(kind):
         return base
     return type(base.__name__, (_FactorizedSubclass, base), {"__module__": __name__})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fxfact.conv.chain import ConvLayer, compose_weights, from_torch, to_torch
 from fxfact.conv.kernels import PLAIN_TYPES
 from fxfact.conv.site import Skip
 from fxfact.conv.spec import ConvSpec, pad_amounts, same_padding
-from fxfact.errors import SpecError
+from fxfact.errors import ArgumentError, SpecError
 
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -32,6 +32,11 @@ def is_conv(module: nn.Module) -> bool:
     return isinstance(module, _CONV_AND_TRANSPOSED_TYPES)
 
 
+def is_conv_class(kind: type) -> bool:
+    """Whether a class is one of PyTorch's convolutions, transposed or not, or a subclass."""
+    return issubclass(kind, _CONV_AND_TRANSPOSED_TYPES)
+
+
 def torch_conv_class(kind: type) -> type[nn.Module]:
     """Return the class of PyTorch that a class of convolutions derives from."""
     return next(base for base in kind.__mro__ if base in _CONV_AND_TRANSPOSED_TYPES)
@@ -48,6 +53,11 @@ def insert_base(kind: type, addition: type, prefix: str) -> type:
     return inserted if kind is base else type(f"{prefix}{kind.__name__}", (kind, inserted), body)
 
 
+def overrides_conv_forward(kind: type) -> bool:
+    """Whether a class of convolutions replaces ``_conv_forward``, which PyTorch's ``forward`` calls."""
+    return getattr(kind, "_conv_forward", None) is not getattr(torch_conv_class(kind), "_conv_forward", None)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module has forward or backward hooks, which run when it is called."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -59,6 +69,8 @@ def read_conv(module: nn.Module) -> ConvLayer | Skip:
     if reason := why_unsupported(module):
         return Skip(reason)
     assert isinstance(module, nn.modules.conv._ConvNd)
+    if list(module.children()) or {*module._parameters, *module._buffers} - {"weight", "bias"}:
+        return Skip("it holds modules or tensors of its own, which a chain would lose")
     spec = spec_of(module)
     return ConvLayer(spec, from_torch(spec, module.weight), module.bias)
 
@@ -71,14 +83,16 @@ def why_unsupported(module: nn.Module) -> str:
     if reason := why_state_unsupported(module):
         return reason
     if kind not in {*CONV_TYPES, *TRANSPOSED_TYPES, *PLAIN_TYPES}:
-        return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__} that may compute something else"
-    if list(module.children()) or {*module._parameters, *module._buffers} - {"weight", "bias"}:
-        return "it holds modules or tensors of its own, which a chain would lose"
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return f"{name} is a subclass of {torch_conv_class(kind).__name__} that may compute something else"
     return "it has hooks, which a factorized convolution would lose" if has_hooks(module) else ""
 
 
 def why_state_unsupported(module: nn.Module) -> str:
     """Return why a convolution module does not compute what its attributes say, or "" if it does."""
+    if kind := next((base for base in type(module).__mro__ if base.__module__.startswith("torch.ao.")), None):
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return f"{name} quantizes its weight: factorize the model before you prepare it for quantization"
     if computes_weight(module):
         return "its weight or bias is computed from other parameters: fold_weights=True folds those of torch.nn.utils"
     if {"forward", "_conv_forward"} & set(vars(module)):
@@ -104,10 +118,8 @@ def _why_inconsistent(module: nn.Module) -> str:
     except SpecError as error:
         return str(error)
     found = tuple(cast(Tensor, module.weight).shape)
-    first = (spec.in_channels, spec.out_channels // spec.groups)
-    shape = (*first, *spec.kernel_size) if spec.transposed else spec.weight_shape
-    if found != shape:
-        return f"its attributes describe a weight of {shape}, but its weight is {found}"
+    if found != spec.torch_weight_shape:
+        return f"its attributes describe a weight of {spec.torch_weight_shape}, but its weight is {found}"
     amounts = cast(Any, module)._reversed_padding_repeated_twice
     if spec.padding_mode != "zeros" and list(amounts) != pad_amounts(spec.padding):
         return f"its padding was changed after construction, but padding_mode={spec.padding_mode!r} uses the old one"
@@ -181,6 +193,52 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
     return [*pads, module]
 
 
+def run_stages(
+    stages: Iterable[nn.Module], spec: ConvSpec, input: Tensor, output_size: Sequence[int] | None = None
+) -> Tensor:
+    """Run the modules of a chain that equals a convolution with this spec.
+
+    Args:
+        stages: The modules, in order.
+        spec: The spec of the convolution.
+        input: The input ``(batch, in, *size)``, or ``(in, *size)`` without a batch.
+        output_size: The size of the output that a transposed convolution returns, as its ``forward`` takes it.
+
+    Raises:
+        ArgumentError: If the convolution is not transposed, or cannot return an output of this size.
+    """
+    if not takes_output_size(output_size, spec):
+        for stage in stages:
+            input = stage(input)
+        return input
+    for stage in stages:
+        if isinstance(stage, TRANSPOSED_TYPES):
+            axes = enumerate(decides_size(stage), start=-spec.order)
+            input = stage(input, [output_size[axis] if decides else input.shape[axis] for axis, decides in axes])
+        else:
+            input = stage(input)
+    wanted = output_size[-spec.order :]
+    if isinstance(wanted, Sequence) and tuple(input.shape[-spec.order :]) != tuple(wanted):
+        raise ArgumentError(f"output_size={tuple(wanted)} is not possible: the output is {tuple(input.shape)}")
+    return input
+
+
+def takes_output_size(output_size: Sequence[int] | None, spec: ConvSpec) -> TypeGuard[Sequence[int]]:
+    """Whether a convolution is called with an output size. Raises ArgumentError if it is not transposed."""
+    if spec.transposed or output_size is None:
+        return output_size is not None
+    if isinstance(output_size, Sequence):  # not a proxy, which torch.fx passes for every argument of a root module
+        raise ArgumentError("only a transposed convolution takes an output_size. Call this one without it.")
+    return False
+
+
+def decides_size(stage: nn.Module) -> tuple[bool, ...]:
+    """Return for each spatial axis whether a transposed stage of a chain works along it, and so decides its size."""
+    assert isinstance(stage, nn.modules.conv._ConvNd)
+    axes = zip(stage.kernel_size, stage.stride, stage.padding, strict=True)
+    return tuple(k > 1 or s > 1 or p != 0 for k, s, p in axes)
+
+
 def write_chain(
     specs: Sequence[ConvSpec], weights: Sequence[Tensor], bias: Tensor | None, *, like: Tensor
 ) -> list[nn.Module]:
@@ -210,7 +268,7 @@ def _parameter_like(weight: Tensor, like: Tensor) -> nn.Parameter:
 
     PyTorch chooses the format to compute in by the strides, even those of a 1×1 kernel, where others would be valid.
     """
-    old, new = weight.detach(), torch.empty_like(weight, memory_format=_memory_format(like), requires_grad=False)
+    old, new = weight.detach(), torch.empty_like(weight, memory_format=memory_format_of(like), requires_grad=False)
     return nn.Parameter(old if old.stride() == new.stride() else new.copy_(old), requires_grad=like.requires_grad)
 
 
@@ -220,7 +278,8 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
+def memory_format_of(weight: Tensor) -> torch.memory_format:
+    """Return the memory format of a weight. A weight that fits both is contiguous."""
     last = CHANNELS_LAST.get(weight.ndim, torch.contiguous_format)
     channels_last = weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
     return last if channels_last else torch.contiguous_format

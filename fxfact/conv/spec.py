@@ -177,6 +177,12 @@ class ConvSpec:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
+    def torch_weight_shape(self) -> Sizes:
+        """The shape of the weight in PyTorch's layout: ``(in, out / groups, *kernel)`` for transposed convolutions."""
+        transposed = (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+        return transposed if self.transposed else self.weight_shape
+
+    @property
     def params(self) -> int:
         """The number of parameters: the weight and the bias."""
         return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
@@ -204,6 +210,22 @@ class ConvSpec:
         if self.transposed:
             return tuple((n - 1) * s - sum(p) + d * (k - 1) + extra + 1 for n, k, s, p, d, extra in axes)
         return tuple((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes)
+
+    def for_output_size(self, input_size: Sizes, output_size: Sequence[int]) -> ConvSpec:
+        """Return the transposed convolution with the ``output_padding`` that leads to an output size.
+
+        Args:
+            input_size: The spatial size of the input, one int per axis.
+            output_size: The size of the output. Its last entries are the spatial ones.
+
+        Raises:
+            SpecError: If the convolution is not transposed, or has no output of this size.
+        """
+        least = replace(self, output_padding=(0,) * self.order).output_size(input_size)
+        extra = tuple(size - low for size, low in zip(output_size[-self.order :], least, strict=True))
+        if not self.transposed or any(not 0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
+            raise SpecError(f"{self} has no output of size {tuple(output_size)} for an input of size {input_size}")
+        return replace(self, output_padding=extra)
 
     def macs(self, input_size: Sizes) -> int:
         """Return the multiply-accumulates (MACs) for one sample.

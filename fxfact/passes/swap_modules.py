@@ -23,20 +23,22 @@ def swap_modules(
     *,
     statistics: Statistics | None = None,
     known: Mapping[str, Decomposition] | None = None,
+    skipped: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Return a copy of ``network`` with a factorized module for every planned convolution.
 
+    ``skipped`` has the reasons of convolutions that are no sites, by path.
     Raises PlanError, WeightError, RankError, CalibrationError.
     """
-    plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()})
+    plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()}, skipped)
     result = copy_with_shared(network, {id(sites[decision.path].weight) for decision in plan.rewrites})
     copied_sites = {path: _site_in_copy(result, site) for path, site in sites.items()}
-    errors = {}
+    errors, digests = {}, {}
     for chain in planned_chains(plan, copied_sites, options, statistics=statistics, known=known):
         dense, stages = sites[chain.path].spec, plan[chain.path].stages
-        factorize_module(result.get_submodule(chain.path), dense, stages, chain.stages)
-        errors[chain.path] = chain.relative_error
-    add_record(result, PassRecord(plan, errors))
+        factorize_module(result.get_submodule(chain.path), dense, stages, chain.stages, chain.path)
+        errors[chain.path], digests[chain.path] = chain.relative_error, chain.weight_digest()
+    add_record(result, PassRecord(plan, errors, digests))
     log_pass("swap_modules", plan, result)
     return result
 
@@ -45,4 +47,4 @@ def _site_in_copy(network: nn.Module, site: ConvSite) -> ConvSite:
     parameters = network.get_submodule(site.path)._parameters
     weight = parameters["weight"]
     assert weight is not None
-    return replace(site, weight=weight, bias=parameters.get("bias"))
+    return replace(site, weight=weight, bias=parameters.get("bias") if site.spec.bias else None)
