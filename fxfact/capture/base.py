@@ -7,7 +7,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any, Literal, NamedTuple, cast
 
@@ -53,6 +53,9 @@ class Captured:
         compared: whether the network was compared with the model on ``example_inputs``.
         example_inputs: the example inputs, if any.
         refused: why other front ends were not used.
+        lost_members: public methods and properties of the model's class that the network does not have.
+        adapters: for the paths of layers that belong to an adapter, such as LoRA, the names of the adapter and its
+            owner.
     """
 
     frontend: Frontend
@@ -67,6 +70,8 @@ class Captured:
     compared: bool = False
     example_inputs: ExampleInputs | None = None
     refused: tuple[str, ...] = ()
+    lost_members: tuple[str, ...] = ()
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[ConvSite, ...]:

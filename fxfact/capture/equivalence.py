@@ -48,9 +48,11 @@ class EquivalenceCheck:
         network, name = copies.get(), type(model).__name__
         with _evaluation_mode(network), _explain_failure(name):
             guard = ParameterGuard(network)
-            with guard, OriginalTensorGuard(model):
-                output = run_model(network, example_inputs)
-            guard.check()
+            try:
+                with guard, OriginalTensorGuard(model):
+                    output = run_model(network, example_inputs)
+            finally:
+                guard.check()
             if reason := difference(output, output, strictness=_STRICTNESS):
                 raise CaptureError(f"{name} cannot be compared: {reason}. Return tensors, or pass no example_inputs.")
             runs = [(example_inputs, output)]
@@ -100,6 +102,21 @@ class EquivalenceCheck:
             record = record_modules(network, self.runs[0][0])
         self._check_repeated(record.output)
         return record
+
+    def check_parameters(self, network: nn.Module) -> None:
+        """Run a private copy in training mode, and raise ParameterChangedError if it changes a parameter.
+
+        Modules keep their modes if any of them is in training mode. A model that does not run in training mode, such as
+        one with batch norms and a single value for each channel, is not checked.
+
+        Args:
+            network: the copy, which cannot be used again.
+        """
+        if not any(module.training for module in network.modules()):
+            network.train()
+        with ParameterGuard(network) as guard, OriginalTensorGuard(self.model), contextlib.suppress(Exception):
+            run_model(network, self.runs[0][0])
+        guard.check()
 
     def check_deterministic(self, network: nn.Module) -> None:
         """Run a private copy again. Raises CaptureError if the second run differs from the first."""

@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_unflatten
 
 from fxfact.capture.base import Arguments, Captured, reason_of, samples_of
+from fxfact.capture.trace_checks import check_parameters
 from fxfact.errors import CaptureError
 from fxfact.graph import checked_match, fold_computed_weights, record_macs
 from fxfact.utils import alias_copy
@@ -26,10 +27,12 @@ def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) ->
         fold_weights: whether to fold weights that the graph computes from parameters.
 
     Raises:
+        ParameterChangedError: if the program changes a parameter.
         CaptureError: if the program has lost its example inputs.
     """
     graph_module = alias_copy(program.module(check_guards=False))
     assert isinstance(graph_module, fx.GraphModule)
+    check_parameters(graph_module.graph, graph_module)
     if fold_weights:
         fold_computed_weights(graph_module)
     graph_module.recompile()

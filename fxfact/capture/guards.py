@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxfact.errors import CaptureError
-from fxfact.utils import storage_of
+from fxfact.utils import storages_of
 
 _PYTHON = (NoneType, bool, int, float, complex, str, bytes, type, Enum, EllipsisType, FunctionType, BuiltinFunctionType)
 _IMMUTABLE = (*_PYTHON, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -97,7 +97,7 @@ def _parts(value: Any) -> list[Any]:
         return [*vars(value), *vars(value).values()]
     if isinstance(value, Tensor):
         grad = value.grad if value.is_leaf else None
-        return [value._version, storage_of(value), value.requires_grad, grad, value._backward_hooks, vars(value)]
+        return [value._version, storages_of(value), value.requires_grad, grad, value._backward_hooks, vars(value)]
     if isinstance(value, dict | list | tuple | set | frozenset):
         parts = [*value, *value.values()] if isinstance(value, dict) else [*value]
         return [*parts, getattr(value, "__dict__", None) or None]
@@ -120,8 +120,12 @@ def _is_same(before: list[Any] | None, after: list[Any] | None) -> bool:
     )
 
 
+class ParameterChangedError(CaptureError):
+    """forward changes a parameter, so no front end can take the model."""
+
+
 class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises CaptureError before an operator writes to a parameter.
+    """Raises ParameterChangedError before an operator writes to a parameter.
 
     Args:
         network: a private copy of the model. Its parameters use the model's memory.
@@ -133,36 +137,48 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._network = network
         self._before = _parameter_identities(network)
-        self._names = {storage: name for name, (_, storage) in self._before.items() if storage is not None}
+        self._error: ParameterChangedError | None = None
+        self._names = {storage: name for name, (_, storages, _) in self._before.items() for storage in storages}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for index, name in _written_arguments(func):
+        for index, name in written_arguments(func):
             for tensor in tree_leaves(args[index] if index < len(args) else kwargs.get(name)):
-                if isinstance(tensor, Tensor) and (storage := storage_of(tensor)) in self._names:
-                    raise _changed_error(self._names[storage])
+                for storage in storages_of(tensor) if isinstance(tensor, Tensor) else ():
+                    if storage in self._names:
+                        self._error = changed_error(self._names[storage])
+                        raise self._error
         return func(*args, **kwargs)
 
     def check(self) -> None:
-        """Raise CaptureError if a parameter was replaced, or was given other memory."""
+        """Raise ParameterChangedError if a parameter was replaced, or its memory or its requires_grad was.
+
+        Raise it also if an operator was to write to a parameter, in case that the code inside has caught the error.
+        """
+        if self._error is not None:
+            raise self._error
         now = _parameter_identities(self._network)
         for name in self._before | now:
             if self._before.get(name) != now.get(name):
-                raise _changed_error(name)
+                raise changed_error(name)
 
 
-def _parameter_identities(network: nn.Module) -> dict[str, tuple[int, int | None]]:
-    return {name: (id(tensor), storage_of(tensor)) for name, tensor in network.named_parameters()}
+def _parameter_identities(network: nn.Module) -> dict[str, tuple[int, tuple[int, ...], bool]]:
+    return {name: (id(p), storages_of(p), p.requires_grad) for name, p in network.named_parameters()}
 
 
-def _changed_error(name: str) -> CaptureError:
-    return CaptureError(f"{name}: forward changes this parameter, which a factorized network could not do.")
+def changed_error(name: str) -> ParameterChangedError:
+    """Return the error for a forward that changes a parameter."""
+    return ParameterChangedError(
+        f"{name}: forward changes this parameter, which a factorized network could not do. Move the change out of "
+        "forward, for example into the training loop."
+    )
 
 
 @cache
-def _written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
+def written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
     """Return the positions and names of the arguments that an operator writes to."""
     if isinstance(func, HigherOrderOperator):
         return ()

@@ -8,23 +8,26 @@ from fnmatch import fnmatchcase
 from typing import Literal, cast, get_args
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
+from fxfact.capture.adapters import find_adapters
 from fxfact.capture.base import Captured, ExampleInputs, Frontend, reason_of, seeded_rng
 from fxfact.capture.equivalence import EquivalenceCheck
 from fxfact.capture.export import capture_exported
 from fxfact.capture.fold_parametrizations import fold_parametrizations
-from fxfact.capture.guards import ParameterGuard, PrivateCopy
+from fxfact.capture.guards import ParameterChangedError, ParameterGuard, PrivateCopy
 from fxfact.capture.modules import capture_modules, dense_replacements
 from fxfact.capture.trace import capture_graph
-from fxfact.conv import ConvSite, Skip, has_hooks, path_of
+from fxfact.conv import ConvSite, ConvSpec, Skip, has_hooks, path_of
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
 from fxfact.utils import alias_copy
 
 CaptureMode = Literal["auto", "trace", "modules", "export"]
-_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule")
+_MAX_LISTED = 5  # lost members that a reason names
 
 
 @torch.inference_mode(False)  # tensors made in inference mode have no version, and writes to them go unnoticed
@@ -33,9 +36,10 @@ def capture(
     example_inputs: ExampleInputs | None = None,
     *,
     how: CaptureMode = "auto",
+    keep_members: bool = False,
     fold_weights: bool = False,
     leaf_modules: str | Sequence[str] = (),
-    trusted: Collection[str] | None = None,
+    trusted: Mapping[str, ConvSpec] | None = None,
 ) -> Captured:
     """Make a model ready for rewriting. The model itself is not changed.
 
@@ -46,15 +50,18 @@ def capture(
         how: the front end. 'trace' makes one graph of the model. 'modules' keeps the model's Python code and replaces
             its convolution modules. 'export' is for an exported program. 'auto' takes 'export' for an exported
             program. For a module with example inputs it takes 'trace' or 'modules', whichever reaches more
-            convolutions, and 'trace' if both reach all. Without example inputs it takes 'trace'.
+            convolutions, and 'trace' if both reach as many. Without example inputs it takes 'trace'.
+        keep_members: whether 'auto' takes 'modules' where both reach as many convolutions and a graph would lose
+            public methods or properties of the model's class.
         fold_weights: whether to turn weights that are computed from other parameters into parameters.
         leaf_modules: globs on the paths of modules that tracing keeps whole.
-        trusted: for 'modules', the paths of the convolutions that an earlier capture found.
+        trusted: for 'modules', what the convolutions compute that an earlier capture found, by path.
 
     Returns:
         The captured model.
 
     Raises:
+        ParameterChangedError: if forward changes a parameter, also if only in training mode.
         ArgumentError: if ``how`` does not fit the model, or a glob matches no module.
         ArgumentTypeError: if the model is no module and no exported program.
         CaptureError: if no front end can capture the model. The message has the reason of each.
@@ -64,14 +71,15 @@ def capture(
     if isinstance(model, ExportedProgram):
         if how not in ("auto", "export"):
             raise ArgumentError(f"an ExportedProgram is captured by 'export', got capture={how!r}")
-        return capture_exported(model, fold_weights=fold_weights)
+        exported = capture_exported(model, fold_weights=fold_weights)
+        return replace(exported, adapters=find_adapters(exported.network))
     check_model(model)
     if how == "export":
         raise ArgumentError("capture='export' is for an ExportedProgram: pass torch.export.export(model, args)")
     plain = PrivateCopy(lambda: alias_copy(model))
     copies = PrivateCopy(lambda: _folded_copy(model)) if fold_weights else plain
     globs = _globs(leaf_modules, copies.get())
-    without_values = any(parameter.is_meta for parameter in model.parameters())
+    without_values = _is_on_meta(model, example_inputs)
     check = None if example_inputs is None or without_values else EquivalenceCheck.of(model, plain, example_inputs)
     frontends: dict[Frontend, Callable[[], Captured]] = {
         "trace": lambda: _compared_graph(
@@ -82,8 +90,13 @@ def capture(
     selected = {frontend: run_frontend for frontend, run_frontend in frontends.items() if how in ("auto", frontend)}
     if how == "auto" and check is None:
         del selected["modules"]  # only a run can show what forward does with its convolutions
-    advice = " Use capture='auto' or 'modules'." if check else " Pass example_inputs, or use capture='modules'."
-    best = _best(selected, type(model).__name__, "" if "modules" in selected else advice)
+    advice = _advice(selected, how, example_inputs, check)
+    if trusted is not None:  # the caller applies a plan, which says how to capture
+        advice = f" The plan was made for a model that {how!r} can capture. Make a new plan of this one."
+    best = _best(selected, type(model).__name__, advice, keep_members)
+    if how == "auto" and best.lost_members:
+        best = replace(best, refused=_explain_loss(best, with_inputs=check is not None))
+    best = replace(best, adapters=find_adapters(model))
     return replace(best, example_inputs=example_inputs, fold_weights=fold_weights, leaf_modules=globs)
 
 
@@ -103,10 +116,18 @@ def check_model(model: object) -> None:
     check_kept_by_copies(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a ScriptModule has no Python code. Pass the nn.Module that it was made from.")
-    if name in _WRAPPERS or name.startswith("FSDP"):
+    if name in _WRAPPERS:
         raise CaptureError(
             f"{name} wraps the network: factorize what it wraps (.module, ._orig_mod), then wrap the result."
         )
+    for path, module in model.named_modules():
+        if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+            raise CaptureError(
+                f"{path or 'the model'} is a {type(module).__name__}, whose parameters are split among processes. "
+                "Factorize the model before fully_shard or FullyShardedDataParallel, or load the unsharded state "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a new "
+                "model and factorize that."
+            )
     for path, tensor in model.named_parameters():
         if is_lazy(tensor):
             raise CaptureError(f"{path}: the parameter is lazy and has no shape. Run the model once on an input first.")
@@ -117,10 +138,17 @@ def check_model(model: object) -> None:
 def check_kept_by_copies(model: nn.Module) -> None:
     """Raise CaptureError for a GraphModule with hooks or a replaced forward, which copies of it lose."""
     for path, module in model.named_modules():
-        if isinstance(module, fx.GraphModule) and ("forward" in vars(module) or has_hooks(module)):
+        if not isinstance(module, fx.GraphModule):
+            continue
+        place = f"the GraphModule {f'at {path} ' if path else ''}"
+        if any(kind.__name__ == "_StatefulGraphModule" for kind in type(module).__mro__):
+            way = "Use the original module there" if path else "Pass the ExportedProgram"
             raise CaptureError(
-                f"the GraphModule {f'at {path} ' if path else ''}has hooks or a forward of its own, which copies of it "
-                "lose. Remove them before. If it is the module() of an exported program, pass the program itself."
+                f"{place}is the module() of an ExportedProgram, whose checks of the inputs a copy of it loses. {way}."
+            )
+        if "forward" in vars(module) or has_hooks(module):
+            raise CaptureError(
+                f"{place}has hooks or a forward of its own, which copies of it lose. Remove them before."
             )
 
 
@@ -156,9 +184,11 @@ def _compared_modules(
     copies: PrivateCopy,
     example_inputs: ExampleInputs | None,
     check: EquivalenceCheck | None,
-    trusted: Collection[str] | None,
+    trusted: Mapping[str, ConvSpec] | None,
 ) -> Captured:
     """Capture by modules, and skip every convolution whose replacement does not compute the same."""
+    if check:
+        check.check_parameters(copies.take())
     record = check.record(copies.take()) if check else None
     captured = capture_modules(copies.get(), example_inputs, record, trusted)
     if check is None:
@@ -183,10 +213,28 @@ def _wrong_sites(captured: Captured, sites: Sequence[ConvSite], check: Equivalen
     return _wrong_sites(captured, sites[:half], check) | _wrong_sites(captured, sites[half:], check)
 
 
-def _best(frontends: Mapping[Frontend, Callable[[], Captured]], name: str, advice: str) -> Captured:
+def _advice(
+    selected: Collection[Frontend],
+    how: CaptureMode,
+    example_inputs: ExampleInputs | None,
+    check: EquivalenceCheck | None,
+) -> str:
+    """Say how a caller can use the front end 'modules', if it was not tried."""
+    if "modules" in selected:
+        return ""
+    if how == "trace" and check is not None:
+        return " Use capture='auto' or 'modules'."
+    can_pass_inputs = how == "auto" and example_inputs is None
+    return " Pass example_inputs, or use capture='modules'." if can_pass_inputs else " Use capture='modules'."
+
+
+def _best(frontends: Mapping[Frontend, Callable[[], Captured]], name: str, advice: str, keep_members: bool) -> Captured:
     """Run front ends until one reaches every convolution. Return the one that reaches most.
 
+    With ``keep_members`` the last one is preferred among equals if the others lose members of the model's class.
+
     Raises:
+        ParameterChangedError: if forward changes a parameter.
         CaptureError: if all front ends fail. The message ends with the advice.
     """
     best: Captured | None = None
@@ -194,15 +242,51 @@ def _best(frontends: Mapping[Frontend, Callable[[], Captured]], name: str, advic
     for frontend, run_frontend in frontends.items():
         try:
             found = run_frontend()
+        except ParameterChangedError:
+            raise
         except CaptureError as error:
             refused.append(f"{frontend}: {str(error).rstrip('.')}")
             continue
-        if best is None or len(found.sites) > len(best.sites):
-            if best is not None:
-                refused.append(f"{best.frontend}: {len(best.sites)} convolutions, not {len(found.sites)}")
+        if best is None:
             best = found
-        if all(isinstance(item, ConvSite) for item in found.found):
+        elif len(found.sites) > len(best.sites):
+            refused.append(f"{best.frontend}: {len(best.sites)} convolutions, not {len(found.sites)}")
+            best = found
+        elif keep_members and best.lost_members and len(found.sites) == len(best.sites):
+            refused.append(f"{best.frontend}: the graph would lose {_list_members(best)}")
+            best = found
+        elif keep_members and best.lost_members:
+            refused.append(f"{found.frontend}: {len(found.sites)} convolutions, not {len(best.sites)}")
+        is_complete = all(isinstance(item, ConvSite) for item in best.found)
+        if is_complete and not (keep_members and best.lost_members):
             break
     if best is None:
         raise CaptureError(f"{name} cannot be captured. {'; '.join(refused)}.{advice}")
     return replace(best, refused=tuple(refused))
+
+
+def _explain_loss(captured: Captured, *, with_inputs: bool) -> tuple[str, ...]:
+    """Add to the reasons against 'modules' which members of the model's class the graph has lost."""
+    reasons = {reason.partition(":")[0]: reason for reason in captured.refused}
+    why = "because capture='auto' prefers a graph here" if with_inputs else "without a run on example_inputs"
+    reason = reasons.get("modules", f"modules: not tried, {why}")
+    return (*(r for r in captured.refused if r != reason), f"{reason}. The graph loses {_list_members(captured)}")
+
+
+def _list_members(captured: Captured) -> str:
+    names, more = captured.lost_members[:_MAX_LISTED], len(captured.lost_members) - _MAX_LISTED
+    return f"{', '.join(names)}{f' and {more} more methods or properties' if more > 0 else ''} of {captured.model}"
+
+
+def _is_on_meta(model: nn.Module, example_inputs: ExampleInputs | None) -> bool:
+    """Return whether the model has no values to run with. Raises CaptureError if the example inputs have values."""
+    names = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    devices = {str(leaf.device) for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)} - {"meta"}
+    if names and devices:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CaptureError(
+            f"{', '.join(names[:3])}{more} of {type(model).__name__} are on the meta device and have no values, but "
+            f"example_inputs are on {', '.join(sorted(devices))}. Move the inputs to the meta device (x.to('meta')), "
+            "or give the model values: model.to_empty(device=...), then load_state_dict."
+        )
+    return any(parameter.is_meta for parameter in model.parameters())

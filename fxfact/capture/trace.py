@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxfact.capture.attribute_reads import lost_members
 from fxfact.capture.base import Captured, ExampleInputs, check_arguments, reason_of, samples_of, seeded_rng
-from fxfact.capture.guards import ParameterGuard, PrivateCopy
-from fxfact.capture.trace_checks import ContextReads, is_constant
-from fxfact.capture.tracer import Trace, TraceSettings, trace
+from fxfact.capture.guards import ParameterChangedError, ParameterGuard, PrivateCopy
+from fxfact.capture.trace_checks import check_parameters, is_constant
+from fxfact.capture.traced_module import TracedGraphModule, keep_attributes
+from fxfact.capture.tracer import Observed, Trace, TraceSettings, trace
 from fxfact.conv import Skip, is_conv
 from fxfact.errors import CaptureError
 from fxfact.graph import checked_match, fold_computed_weights, get_tensor, record_shapes
@@ -35,20 +37,26 @@ def capture_graph(
         leaf_modules: globs on the paths of modules that are not traced into.
 
     Raises:
+        ParameterChangedError: if forward changes a parameter.
         CaptureError: if torch.fx cannot trace the model, or if the graph would lose something: hooks, attributes that
-            forward sets, gradients or autocast that it turns on or off, or a dependence on the training mode or on
-            optional arguments.
+            forward sets, a context or setting of PyTorch that it changes (gradients, autocast, hooks for saved
+            tensors, modes, flags of backends), or a dependence on the training mode or on optional arguments.
     """
     own = copies.get()
+    traced: fx.GraphModule
+    lost: tuple[str, ...]
     name, modes = type(own).__name__, {module.training for module in own.modules()}
     if isinstance(own, fx.GraphModule):
-        traced = own
+        traced, lost = own, ()
+        check_parameters(own.graph, own)
     else:
-        reads = ContextReads()
-        first = trace(own, leaf_modules, reads)
-        _check_settings(copies, first, modes, leaf_modules, reads)
-        _check_optional_arguments(copies, first, leaf_modules, reads)
-        traced = _graph_module(first, name)
+        observed = Observed()
+        first = trace(own, leaf_modules, observed)
+        _check_settings(copies, first, modes, leaf_modules, observed)
+        _check_optional_arguments(copies, first, leaf_modules, observed)
+        traced, read = _graph_module(first, name), observed.attributes.values
+        keep_attributes(traced, own, read)
+        lost = lost_members(own, traced, read)
         set_metadata(traced, get_metadata(own))
     copies.discard()  # the graph module keeps its leaf modules
     known = dict(own.named_modules())
@@ -68,40 +76,43 @@ def capture_graph(
         found=(*found.found, *_unreached(own, traced, folded)),
         macs=None if total is None else total // samples,
         samples=samples,
+        lost_members=lost,
     )
 
 
 def _graph_module(traced: Trace, name: str) -> fx.GraphModule:
     try:
-        return fx.GraphModule(traced.root, traced.graph, name)
+        return TracedGraphModule(traced.root, traced.graph, name)
     except Exception as error:
         raise CaptureError(f"torch.fx cannot make a module of the graph: {reason_of(error)}") from error
 
 
 def _check_settings(
-    copies: PrivateCopy, first: Trace, modes: Collection[bool], leaf_modules: Sequence[str], reads: ContextReads
+    copies: PrivateCopy, first: Trace, modes: Collection[bool], leaf_modules: Sequence[str], observed: Observed
 ) -> None:
     """Trace again with other settings, and raise CaptureError if the graph differs.
 
     If forward does not ask whether gradients or autocast are on, only the training mode can make a difference. Then one
-    trace in the other mode is enough. It changes the other settings too, in case that ``reads`` has missed a question.
+    trace in the other mode is enough. It changes the other settings too, in case that ``calls`` has missed a question.
     Otherwise every combination of training mode and gradients is traced, and autocast.
     """
 
     def mismatch(settings: TraceSettings) -> str:
         try:
-            second = trace(copies.get(), leaf_modules, reads, settings)
+            second = trace(copies.get(), leaf_modules, observed, settings)
+        except ParameterChangedError:
+            raise
         except CaptureError as error:
             return f"traced with {settings}, it fails: {error}"
         if second.code != first.code:
             return f"forward depends on {_switches(settings)}, which tracing would freeze"
-        if not (settings.autocast and reads.found) and not _same_constants(first, second):
+        if not (settings.autocast and observed.calls.reads) and not _same_constants(first, second):
             return "forward creates a tensor whose values differ between calls. Tracing would freeze it"
         return ""
 
     changed = [TraceSettings(not mode, gradients=False, autocast=True, seed=2) for mode in modes]
-    reason = "" if reads.found else next(filter(None, map(mismatch, changed)), "")
-    if reads.found:
+    reason = "" if observed.calls.reads else next(filter(None, map(mismatch, changed)), "")
+    if observed.calls.reads:
         pairs = [(mode, gradients) for mode in (True, False) for gradients in (True, False)]
         others = [TraceSettings(*pair, seed=2) for pair in pairs if not (pair[1] and modes == {pair[0]})]
         reason = next(filter(None, map(mismatch, [*others, TraceSettings(autocast=True)])), "")
@@ -116,14 +127,14 @@ def _switches(settings: TraceSettings) -> str:
 
 
 def _check_optional_arguments(
-    copies: PrivateCopy, first: Trace, leaf_modules: Sequence[str], reads: ContextReads
+    copies: PrivateCopy, first: Trace, leaf_modules: Sequence[str], observed: Observed
 ) -> None:
     """Trace again without optional arguments, and raise CaptureError if the graph differs."""
     signature = inspect.signature(first.root.forward).parameters.values()
     optional = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
     if not optional:
         return
-    second = trace(copies.get(), leaf_modules, reads, TraceSettings(), optional)
+    second = trace(copies.get(), leaf_modules, observed, TraceSettings(), optional)
     if _operations(first.graph) != _operations(second.graph):
         raise CaptureError(f"forward depends on whether {', '.join(optional)} is given, which tracing would freeze")
 

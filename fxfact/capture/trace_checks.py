@@ -1,109 +1,48 @@
-"""Finds what a traced graph would lose: attributes, hooks, in-place writes, and the settings of PyTorch."""
+"""Finds what a traced graph would lose: attributes, hooks, and in-place writes."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType, FunctionType, MethodType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.autograd import Function
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._pytree import tree_leaves
 
+from fxfact.capture.guards import changed_error, written_arguments
 from fxfact.conv import has_hooks, is_conv
 from fxfact.errors import CaptureError
 
 _IN_PLACE = {"setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))}
-_DEVICES = ("cpu", "cuda")
-_APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
-_READ_NAMES = ["is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled", "_is_any_autocast_enabled"]
-_READ_FUNCTIONS = frozenset(getattr(torch._C, name) for name in _READ_NAMES)
-
-TorchContext = tuple[bool | torch.dtype, ...]
-
-
-class ContextReads:
-    """Notices whether the code inside asks PyTorch if gradients or autocast are on.
-
-    The functions that tell, such as ``torch.is_grad_enabled``, are written in C, and no mode of PyTorch sees them.
-    Python's profiling hook sees every call of theirs in this thread, also of functions that were imported by name.
-    If another profiler that is written in C has the hook, then ``found`` is always True.
-
-    Attributes:
-        found: whether such a call was seen.
-    """
-
-    def __init__(self) -> None:
-        self.found = False
-        self._previous: Any = None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch the calls of this thread."""
-        self._previous = sys.getprofile()
-        if not isinstance(self._previous, FunctionType | MethodType | None):
-            self.found = True
-            yield
-            return
-        sys.setprofile(self._profile)
-        try:
-            yield
-        finally:
-            sys.setprofile(self._previous)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not watch inside, which saves time and leaves out what torch.fx and fxfact read themselves."""
-        watching = sys.getprofile() == self._profile  # not in another thread
-        if watching:
-            sys.setprofile(self._previous)
-        try:
-            yield
-        finally:
-            if watching:
-                sys.setprofile(self._profile)
-
-    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "c_call" and argument in _READ_FUNCTIONS:
-            self.found = True
-        if self._previous is not None:
-            self._previous(frame, event, argument)
-
-
-def current_context() -> TorchContext:
-    """Return whether gradients are on, and for each device whether autocast is on and its dtype."""
-    gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
-    return (gradients, *(value for pair in autocast for value in pair))
-
-
-def context_change(before: TorchContext) -> str:
-    """Say how forward has changed the context, or "" if it has not."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _APPLY:
-            return "calls an autograd.Function"
-        frame = frame.f_back  # type: ignore[assignment]
-    now = current_context()
-    if now[0] != before[0]:
-        return f"turns gradients {'on' if now[0] else 'off'}"
-    return "" if now == before else "turns autocast on or off"
-
-
-@contextmanager
-def autocast_everywhere() -> Iterator[None]:
-    """Turn autocast on for every device, present or not, so that a forward that turns it off is noticed."""
-    before = {device: torch.is_autocast_enabled(device) for device in _DEVICES}
-    try:
-        for device in before:
-            torch.set_autocast_enabled(device, True)
-        yield
-    finally:
-        for device, enabled in before.items():
-            torch.set_autocast_enabled(device, enabled)
+_SIZES = {
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "ndimension",
+    "stride",
+    "storage_offset",
+    "element_size",
+    "item",
+    "__len__",
+}
+_SIZE_ATTRIBUTES = {"shape", "ndim", "itemsize", "nbytes", "dtype", "device"}
+_VIEWS = {
+    "data",
+    "T",
+    "mT",
+    "detach",
+    "view",
+    "view_as",
+    "reshape",
+    "getitem",
+    "select",
+    "narrow",
+    "flatten",
+    "squeeze",
+}
+_VIEWS |= {"unsqueeze", "permute", "transpose", "t", "movedim", "alias", "chunk", "split", "unbind", "slice", "expand"}
 
 
 def check_methods(model: nn.Module) -> None:
@@ -170,17 +109,81 @@ def check_in_place(graph: fx.Graph, overwritten: Mapping[fx.Node, fx.Node]) -> N
             graph has ``+`` there.
     """
     for old, new in overwritten.items():
-        if any(user > new for user in old.users):
+        if not _is_number(old) and any(user > new for user in old.users):
             raise CaptureError(
                 "forward changes a tensor in place and then uses it under another name. A traced graph would use the "
                 "tensor before the change"
             )
     for node in graph.nodes:
-        first = node.args[0] if node.args else None
-        name = getattr(node.target, "__name__", str(node.target))
-        writes = name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if writes and isinstance(first, fx.Node) and is_constant(first):
+        if any(map(is_constant, _written(node))):
             raise CaptureError("forward writes to a tensor that it creates. Tracing would freeze that tensor")
+
+
+def check_parameters(graph: fx.Graph, model: nn.Module) -> None:
+    """Raise ParameterChangedError if an operation of the graph writes to a parameter of the model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = {node: str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target in parameters}
+    _check_writes(graph, model, known)
+
+
+def _check_writes(graph: fx.Graph, owner: nn.Module, sources: dict[fx.Node, str]) -> None:
+    """Check a graph, and the graphs that its operators take.
+
+    Args:
+        graph: the graph.
+        owner: the module that has the attributes of the graph.
+        sources: the names of the parameters that nodes are, or are views of.
+    """
+    for node in graph.nodes:
+        for operand in _written(node):
+            if operand in sources:
+                raise changed_error(sources[operand])
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and first in sources and _is_view(node):
+            sources[node] = sources[first]
+        if isinstance(node.target, HigherOrderOperator):
+            modules = dict(owner.named_children())
+            operands = [leaf for leaf in tree_leaves(node.args) if isinstance(leaf, fx.Node)]
+            values = [operand for operand in operands if operand.target not in modules]
+            for called in (modules[str(operand.target)] for operand in operands if operand.target in modules):
+                assert isinstance(called, fx.GraphModule)
+                inputs = [inner for inner in called.graph.nodes if inner.op == "placeholder"]
+                pairs = zip(reversed(inputs), reversed(values), strict=False)  # a condition comes before the inputs
+                _check_writes(called.graph, called, {one: sources[value] for one, value in pairs if value in sources})
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return the operands that an operation writes to."""
+    if isinstance(node.target, OpOverload):
+        values = [node.args[i] for i, _ in written_arguments(node.target) if i < len(node.args)]
+    else:
+        name = str(getattr(node.target, "__name__", node.target))
+        is_write = name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        values = [*(node.args[:1] if is_write else ()), node.kwargs.get("out")]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, fx.Node)]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Return whether the result of an operation may use the memory of its first operand."""
+    if isinstance(node.target, OpOverload):
+        return any(value.alias_info is not None for value in node.target._schema.returns)
+    name = str(getattr(node.target, "__name__", node.target))
+    return (node.args[1] if name == "getattr" else name) in _VIEWS
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Return whether a value is surely no tensor, such as a size. Augmented assignments do not write to it."""
+    if node.op == "placeholder":
+        return node.type in (int, float, bool)
+    if node.op == "call_method":
+        return node.target in _SIZES
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _SIZE_ATTRIBUTES
+    operands = [operand for operand in tree_leaves((node.args, node.kwargs)) if isinstance(operand, fx.Node)]
+    is_arithmetic = getattr(node.target, "__module__", "") in ("_operator", "math", "builtins")
+    return node.target is len or (is_arithmetic and bool(operands) and all(map(_is_number, operands)))
 
 
 def is_constant(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from threading import RLock, get_ident
 from typing import Any
@@ -15,19 +15,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxfact.capture.attribute_reads import AttributeReads
 from fxfact.capture.base import reason_of, rng_states, seeded_rng
 from fxfact.capture.guards import ParameterGuard
+from fxfact.capture.torch_context import ContextCalls, autocast_everywhere, context_change, current_context
 from fxfact.capture.trace_checks import (
-    ContextReads,
-    autocast_everywhere,
     buffer_versions,
     check_attributes,
     check_hooks,
     check_in_place,
     check_methods,
-    context_change,
+    check_parameters,
     conv_attributes,
-    current_context,
 )
 from fxfact.conv import PLAIN_TYPES
 from fxfact.errors import CaptureError
@@ -64,22 +63,22 @@ class _Tracer(fx.Tracer):
 
     Args:
         leaf_modules: globs on the paths of further leaves.
-        reads: notices what forward reads.
+        calls: notices what forward reads.
     """
 
     record_stack_traces = True
 
     # All arguments have defaults, because torch.fx creates a tracer without arguments to unpickle a graph.
-    def __init__(self, leaf_modules: Sequence[str] = (), reads: ContextReads | None = None) -> None:
+    def __init__(self, leaf_modules: Sequence[str] = (), calls: ContextCalls | None = None) -> None:
         super().__init__()
         self._leaf_modules, self._thread = leaf_modules, get_ident()
-        self._reads = ContextReads() if reads is None else reads
+        self._calls = ContextCalls() if calls is None else calls
         self._context = current_context()
         self.overwritten: dict[fx.Node, fx.Node] = {}  # by ``+=`` and the like, which the graph has as ``+``
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         requested = any(fnmatchcase(qualified_name, pattern) for pattern in self._leaf_modules)
-        opaque = isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations")
+        opaque = isinstance(module, torch.jit.ScriptModule) or "parametrizations" in module._modules
         return requested or opaque or type(module) in PLAIN_TYPES or super().is_leaf_module(module, qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -98,15 +97,19 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        with self._reads.paused():
+        with self._calls.paused():
             return super().create_proxy(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        with self._reads.paused():
+        self.check_context()
+        return _Value(node, self)
+
+    def check_context(self) -> None:
+        """Raise CaptureError if forward has changed the context of PyTorch since the trace began."""
+        with self._calls.paused():
             change = context_change(self._context)
         if change:
             raise CaptureError(f"forward {change}, which a traced graph would not do")
-        return _Value(node, self)
 
     def _is_my_thread(self) -> bool:
         return get_ident() == self._thread
@@ -115,17 +118,30 @@ class _Tracer(fx.Tracer):
 class _TraceGuard(ParameterGuard):  # type: ignore[no-untyped-call]
     """Also notices operators on numbers that forward creates: their result may depend on gradients and autocast."""
 
-    def __init__(self, network: nn.Module, reads: ContextReads) -> None:
+    def __init__(self, network: nn.Module, calls: ContextCalls) -> None:
         super().__init__(network)
-        self._reads = reads
+        self._calls = calls
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not torch.ops.aten.lift_fresh.default:  # which torch.tensor calls
             numbers = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
-            self._reads.found |= any(value.is_floating_point() or value.is_complex() for value in numbers)
+            self._calls.reads |= any(value.is_floating_point() or value.is_complex() for value in numbers)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What forward was seen to do in all traces of a model.
+
+    Attributes:
+        calls: whether it asks for the context of PyTorch, or changes it.
+        attributes: the attributes of modules that it reads.
+    """
+
+    calls: ContextCalls = field(default_factory=ContextCalls)
+    attributes: AttributeReads = field(default_factory=AttributeReads)
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,7 @@ class Trace:
 def trace(
     own: nn.Module,
     leaf_modules: Sequence[str],
-    reads: ContextReads,
+    observed: Observed,
     settings: TraceSettings | None = None,
     given: dict[str, Any] | None = None,
 ) -> Trace:
@@ -177,20 +193,22 @@ def trace(
     Args:
         own: a private copy of the model. The trace may add tensors to it.
         leaf_modules: globs on the paths of modules that are not traced into.
-        reads: notices what forward reads.
+        observed: records what forward does.
         settings: the settings of a trace that is only compared with another. Its nodes have no stack traces.
         given: values for arguments, by name.
 
     Raises:
+        ParameterChangedError: if forward changes a parameter.
         CaptureError: if torch.fx cannot trace the model, or the graph would lose something that forward does.
     """
     check_methods(own)
     buffers, convs = buffer_versions(own), conv_attributes(own)
     with _training(own, None if settings is None else settings.training):
-        tracer, graph = _run_tracer(own, leaf_modules, reads, settings, given)
+        tracer, graph = _run_tracer(own, leaf_modules, observed, settings, given)
     check_hooks(tracer, own)
     check_attributes(own, buffers, convs)
     check_in_place(graph, tracer.overwritten)
+    check_parameters(graph, own)
     for node in graph.nodes:
         if isinstance(node.type, str):  # a postponed annotation, which torch.fx cannot pickle
             node.type = None
@@ -200,25 +218,32 @@ def trace(
 def _run_tracer(
     own: nn.Module,
     leaf_modules: Sequence[str],
-    reads: ContextReads,
+    observed: Observed,
     settings: TraceSettings | None,
     given: dict[str, Any] | None,
 ) -> tuple[_Tracer, fx.Graph]:
     how = settings or TraceSettings()
     autocast = autocast_everywhere() if how.autocast else nullcontext()
-    with torch.set_grad_enabled(how.gradients), autocast, _TraceGuard(own, reads) as guard, seeded_rng(how.seed):
-        tracer, states = _Tracer(leaf_modules, reads), rng_states()
+    calls = observed.calls
+    with torch.set_grad_enabled(how.gradients), autocast, _TraceGuard(own, calls) as guard, seeded_rng(how.seed):
+        tracer, states = _Tracer(leaf_modules, calls), rng_states()
         tracer.record_stack_traces = settings is None
         try:
-            with _TRACE_LOCK, reads.watching():
+            with _TRACE_LOCK, observed.attributes.recording(own), calls.watching():
                 graph = tracer.trace(own, concrete_args=given)
+            tracer.check_context()
         except CaptureError:
             raise
         except Exception as error:
+            guard.check()
             raise CaptureError(f"torch.fx cannot trace forward: {reason_of(error)}") from error
         if rng_states() != states:
             raise CaptureError("forward draws random numbers, which tracing would freeze")
     guard.check()
+    if calls.changes:
+        raise CaptureError(
+            f"forward changes settings of PyTorch ({', '.join(calls.changes)}), which a graph would not do"
+        )
     return tracer, graph
 
 

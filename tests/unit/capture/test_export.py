@@ -116,8 +116,10 @@ def test_program_in_the_wrong_form_is_refused(small: Small, image: Tensor) -> No
     whole = export(small, (image,))
     with pytest.raises(ArgumentError, match="captured by 'export'"):
         fxfact.plan(whole, capture="trace")
-    with pytest.raises(CaptureError, match="pass the program itself"):
+    with pytest.raises(CaptureError, match=r"module\(\) of an ExportedProgram.*\. Pass the ExportedProgram\."):
         fxfact.plan(whole.module())
+    with pytest.raises(CaptureError, match=r"GraphModule at 0 is the module\(\).*Use the original module there"):
+        fxfact.plan(nn.Sequential(whole.module()))
     whole._example_inputs = None
     with pytest.raises(CaptureError, match="no example_inputs"):
         fxfact.plan(whole)

@@ -22,6 +22,11 @@ def test_capture_says_why_the_requested_front_end_fails(image: Tensor) -> None:
         fxfact.factorize(Branching(), example_inputs=image, capture="trace")
     with pytest.raises(CaptureError, match=r"\. Pass example_inputs, or use capture='modules'\.$"):
         fxfact.factorize(Branching())
+    for inputs in (None, image.to("meta")):  # a model without values cannot be run
+        model = Branching() if inputs is None else Branching().to("meta")
+        with pytest.raises(CaptureError, match=r"\. Use capture='modules'\.$"):
+            fxfact.plan(model, example_inputs=inputs, capture="trace")
+        assert len(fxfact.plan(model, example_inputs=inputs, capture="modules").rewrites) == 2
 
 
 def test_capture_selects_the_front_end_that_reaches_more_convolutions(small: Small, image: Tensor) -> None:
@@ -52,13 +57,33 @@ def test_capture_does_not_run_a_model_on_the_meta_device(image: Tensor) -> None:
     assert plan.network.macs == capture(Small(), image).macs
 
 
+def test_capture_names_meta_parameters_if_the_inputs_have_values(small: Small, image: Tensor) -> None:
+    words = r"^{} of Small are on the meta device and have no values, but example_inputs are on cpu\. Move .*to_empty"
+    with pytest.raises(CaptureError, match=words.format(r"first\.weight, first\.bias, norm\.weight and 7 more")):
+        fxfact.plan(Small().to("meta"), example_inputs=image)
+    small.second.to("meta")
+    for how in ("auto", "trace", "modules"):
+        with pytest.raises(CaptureError, match=words.format(r"second\.weight")):
+            fxfact.plan(small, example_inputs={"x": image}, capture=how)
+
+
 def test_capture_refuses_wrappers_and_says_what_to_pass(small: Small) -> None:
+    for wrapped in (nn.DataParallel(small), torch.compile(small)):
+        with pytest.raises(CaptureError, match="wraps the network: factorize what it wraps"):
+            fxfact.factorize(wrapped)
+
+
+def test_capture_refuses_sharded_models_and_says_when_to_factorize() -> None:
     class FSDPSmall(Small):
         """What torch.distributed.fsdp.fully_shard makes of a class is called so."""
 
-    for wrapped in (nn.DataParallel(small), torch.compile(small), FSDPSmall()):
-        with pytest.raises(CaptureError, match="wraps the network: factorize what it wraps"):
-            fxfact.factorize(wrapped)
+    class FullyShardedDataParallel(nn.Sequential):
+        """The wrapper of the older API."""
+
+    whole, part = FSDPSmall(), nn.Sequential(FSDPSmall())  # fully_shard is usually called on the blocks too
+    for model, place in ((whole, "the model"), (part, "0"), (FullyShardedDataParallel(Small()), "the model")):
+        with pytest.raises(CaptureError, match=rf"^{place} is a F.*before fully_shard.*unsharded state"):
+            fxfact.factorize(model)
 
 
 def test_capture_skips_sparse_quantized_and_complex_weights(image: Tensor) -> None:

@@ -392,6 +392,50 @@ def test_trace_accepts_numbers_that_forward_computes_whatever_their_dtype_under_
     assert fxfact.plan_of(factorized(Computing(), image)).capture == "trace"
 
 
+NUMBERS: dict[str, Callable[[Tensor], Any]] = {
+    "shape": lambda x: x.shape[2],
+    "size": lambda x: x.size(-1),
+    "all sizes": lambda x: x.size()[0],
+    "ndim": lambda x: x.ndim,
+    "numel": lambda x: x.numel(),
+    "computed": lambda x: x.shape[2] // 2 * -x.dim(),
+    "an item": lambda x: x.sum().item(),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_trace_accepts_augmented_assignments_to_numbers(image: Tensor, name: str) -> None:
+    class Counting(Small):
+        def forward(self, x: Tensor, scale: int) -> Tensor:
+            n = before = NUMBERS[name](x)
+            n += 1
+            n *= 2
+            n -= scale
+            scale += 1
+            return super().forward(x) * (n / 100) + before / 100
+
+    inputs, model = (image, 2), Counting().eval()
+    result = factorized(model, inputs, capture="trace")
+    expected = factorized(model, inputs, capture="modules")(*inputs)
+    assert result(*inputs).allclose(expected, atol=1e-4, rtol=1e-4)
+
+
+def test_trace_refuses_augmented_assignments_to_tensors_with_two_names(image: Tensor) -> None:
+    for change in (lambda x: x, lambda x: x[0], lambda x: x.shape[1] * x, lambda x: x.view(x.shape)):
+
+        class Writing(Small):
+            way = staticmethod(change)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = super().forward(x)
+                z = before = self.way(y)
+                z += 1
+                return y.sum() + before
+
+        with pytest.raises(CaptureError, match="in place and then uses it under another name"):
+            fxfact.plan(Writing(), capture="trace")
+
+
 def test_trace_starts_every_time_from_the_state_of_the_model(image: Tensor) -> None:
     class Caching(Small):
         def __init__(self) -> None:
