@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from fxfact.analysis.report_data import Block, BlockDiagram, format_rank
 from fxfact.capture import Captured
-from fxfact.conv import ConvSite, Cost, chain_cost, is_conv, spec_of
+from fxfact.conv import ConvSite, Cost, chain_cost, is_conv, spec_of, stages_in
 from fxfact.graph import GraphSite, macs_by_node, match
 from fxfact.passes import pass_history
 
@@ -131,10 +131,11 @@ def _module_blocks(
     """Yield one block for every chain and for every other module without children."""
     for path, module in network.named_modules():
         is_chain = path in chains
-        if not is_chain and (path.rpartition(".")[0] in chains or list(module.children())):
+        owner, _, name = path.rpartition(".")
+        if not is_chain and ((owner in chains and name.isdecimal()) or list(module.children())):
             continue
         if is_chain:
-            specs = [spec_of(stage) for stage in module.children() if is_conv(stage)]
+            specs = [spec_of(stage) for stage in stages_in(module) if is_conv(stage)]
         else:
             specs = [sites[path].spec] if path in sites else []
         sizes = sites[path].input_sizes(samples) if specs and path in sites else None

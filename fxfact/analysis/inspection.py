@@ -88,7 +88,7 @@ def inspect(
     items_by_path: dict[str, list[ConvSite | Skip]] = {}
     for item in captured.found:
         name = path_of(item)
-        path = next((path for path in records if name.startswith(f"{path}.")), name)
+        path = next((path for path in records if _is_stage(name, path)), name)
         items_by_path.setdefault(path, []).append(item)
     rows = tuple(_conv_row(path, items, records, captured) for path, items in items_by_path.items())
     graph = captured.network if nodes and isinstance(captured.network, fx.GraphModule) else None
@@ -154,7 +154,7 @@ def _conv_row(
         costs = [chain_cost([stage], None) for stage in decision.stages]
     method = decision.factorization if decision else None
     rank = decision.rank if decision else None
-    rewritten_again = any(other.startswith(f"{path}.") for other in records)
+    rewritten_again = any(_is_stage(other, path) for other in records)
     return ConvRow(
         path=path,
         origin=str(decision.spec if decision else ""),
@@ -165,6 +165,11 @@ def _conv_row(
         relative_error=None if record is None or rewritten_again else record.relative_error[path],
         remark="; ".join(item.reason for item in items if isinstance(item, Skip)),
     )
+
+
+def _is_stage(name: str, path: str) -> bool:
+    """Return whether a name is that of a stage of the chain at a path, or of a stage's own chain."""
+    return name.startswith(f"{path}.") and name[len(path) + 1 :].partition(".")[0].isdecimal()
 
 
 def _table_row(row: ConvRow) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfact.conv import compose_modules, to_torch
+from fxfact.conv import compose_modules, stages_in, to_torch
 from fxfact.errors import PlanError
 from fxfact.graph import weight_at
 from fxfact.passes import MergePointwise, OneDNN, PointwiseLinear, capture_as_planned, run_passes
@@ -37,13 +37,13 @@ def copy_as_module(network: nn.Module | ExportedProgram) -> nn.Module:
 def stages_of(network: nn.Module, decision: Decision) -> list[nn.Module]:
     """Return the modules that replaced a convolution. Raises PlanError if they are not the ones that the plan made."""
     try:
-        children = network.get_submodule(decision.path).children()
+        found = stages_in(network.get_submodule(decision.path))
     except AttributeError as error:
         raise PlanError(
             f"{decision.path}: the plan put a chain here, and the network has no module of this name. "
             "Pass the network that the plan made."
         ) from error
-    stages = [stage for stage in children if isinstance(getattr(stage, "weight", None), Tensor)]
+    stages = [stage for stage in found if isinstance(getattr(stage, "weight", None), Tensor)]
     planned = [(spec, torch.empty(spec.weight_shape, device="meta")) for spec in decision.stages]
     if [stage.weight.shape for stage in stages] != [to_torch(spec, weight).shape for spec, weight in planned]:
         raise PlanError(

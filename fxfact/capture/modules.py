@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fxfact.capture.base import Captured, ExampleInputs, samples_of
 from fxfact.capture.recorder import ConvCalls, ModuleRecord
 from fxfact.conv import (
     ConvSite,
+    ConvSpec,
     FactorizedModule,
     Skip,
     factorize_module,
@@ -29,7 +30,7 @@ def capture_modules(
     own: nn.Module,
     example_inputs: ExampleInputs | None,
     record: ModuleRecord | None,
-    trusted: Collection[str] | None = None,
+    trusted: Mapping[str, ConvSpec] | None = None,
 ) -> Captured:
     """Find the convolution modules that a FactorizedModule can replace, and the reason why it cannot replace others.
 
@@ -38,8 +39,9 @@ def capture_modules(
         example_inputs: the inputs, which are only counted.
         record: the record of a run. It tells which convolutions are called, on which shapes, and how their weights are
             used.
-        trusted: without a record, the paths that may be replaced, in the order of their calls. By default a subclass of
-            a convolution of PyTorch is skipped, because its forward may compute something else.
+        trusted: without a record, what the convolutions that may be replaced compute, by path, in the order of their
+            calls. By default a subclass of a convolution of PyTorch is skipped, because its forward may compute
+            something else.
     """
     convs = {path: m for path, m in own.named_modules() if is_conv(m) and not isinstance(m, FactorizedModule)}
     order = [path for path in (record.calls if record else trusted or ()) if path in convs]
@@ -66,31 +68,40 @@ def dense_replacements(captured: Captured, sites: Sequence[ConvSite]) -> nn.Modu
     result = copy_structure(captured.network)
     for site in sites:
         module = result.get_submodule(site.path)
-        stages = write_conv(site.spec, cast(Tensor, module.weight), module._parameters.get("bias"))
+        bias = module._parameters["bias"] if site.spec.bias else None
+        stages = write_conv(site.spec, cast(Tensor, module.weight), bias)
         factorize_module(module, site.spec, [site.spec], stages)
     return result
 
 
 def _parse(
-    path: str, module: nn.Module, record: ModuleRecord | None, trusted: Collection[str] | None
+    path: str, module: nn.Module, record: ModuleRecord | None, trusted: Mapping[str, ConvSpec] | None
 ) -> ConvSite | Skip:
     if reason := _why_not_replaceable(path, module, record, trusted):
         return Skip(reason, path)
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
     shapes = tuple(record.calls[path].shapes) if record else None
-    return ConvSite(path=path, spec=spec_of(module), weight=weight, bias=bias, input_shapes=shapes)
+    spec = next(iter(record.calls[path].specs)) if record else _trusted_spec(path, module, trusted)
+    return ConvSite(path=path, spec=spec, weight=weight, bias=bias if spec.bias else None, input_shapes=shapes)
+
+
+def _trusted_spec(path: str, module: nn.Module, trusted: Mapping[str, ConvSpec] | None) -> ConvSpec:
+    """Return what a subclass was seen to compute in an earlier run, or else what the attributes of the module say."""
+    found, known = spec_of(module), (trusted or {}).get(path)
+    is_plain = type(module) is torch_conv_class(type(module))
+    if is_plain or known is None or (found.weight_shape, found.transposed) != (known.weight_shape, known.transposed):
+        return found
+    return known
 
 
 def _why_not_replaceable(
-    path: str, module: nn.Module, record: ModuleRecord | None, trusted: Collection[str] | None
+    path: str, module: nn.Module, record: ModuleRecord | None, trusted: Mapping[str, ConvSpec] | None
 ) -> str:
     """Say why a FactorizedModule cannot replace the module, or return "" if it can."""
     if trusted is not None and path not in trusted:
         return "the plan leaves it"
     if reason := why_state_unsupported(module):
         return reason
-    if list(module.children()):
-        return "it has modules of its own, which a replacement would not have"
     if record is not None:
         calls = record.calls.get(path, ConvCalls())
         return "; ".join(calls.obstacles) if calls.shapes or calls.obstacles else "forward does not call it"

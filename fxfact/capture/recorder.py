@@ -27,6 +27,7 @@ from fxfact.conv import (
     insert_base,
     is_conv,
     looks_like_conv,
+    overrides_conv_forward,
     read_call,
     spec_of,
 )
@@ -40,10 +41,12 @@ class ConvCalls:
     """The calls of one convolution module.
 
     Attributes:
+        specs: what the calls compute, as the keys of a dict. More than one is an obstacle.
         shapes: the input shape of every call.
         obstacles: reasons why the module cannot be replaced, as the keys of a dict, which keeps their order.
     """
 
+    specs: dict[ConvSpec, None] = field(default_factory=dict)
     shapes: list[Sizes] = field(default_factory=list)
     obstacles: dict[str, None] = field(default_factory=dict)
 
@@ -124,15 +127,24 @@ class _Recording:
                 module.__class__ = insert_base(type(module), _Probe, "Watched")
 
     @contextlib.contextmanager
-    def computing(self, path: str, input: Any) -> Iterator[None]:
-        """Record a call of a convolution that computes what PyTorch's class does. The call is inside the context."""
-        self.calls[path].shapes.append(tuple(input.shape))
+    def computing(self, path: str, spec: ConvSpec, input: Any) -> Iterator[None]:
+        """Record a call of a convolution. The call is inside the context."""
+        calls = self.calls[path]
+        calls.shapes.append(tuple(input.shape))
+        calls.specs[spec] = None
+        if len(calls.specs) > 1:
+            calls.obstacles["its forward convolves with different settings"] = None
         weight = self.convs[path]._parameters.get("weight")
         self.inside.append(None if weight is None else self.paths.name_of(weight))
         try:
             yield
         finally:
             self.inside.pop()
+
+    def caller_of(self, call: ConvCall) -> str | None:
+        """Return the path of the running convolution module that passes its own weight to this call, if one does."""
+        running = (path for path in reversed(self.modules) if path in self.convs)
+        return next((path for path in running if call.weight is self.convs[path]._parameters.get("weight")), None)
 
     def _enter(self, path: str, module: nn.Module, args: Any) -> None:
         self.modules.append(path)
@@ -151,11 +163,11 @@ class _Probe(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         log, path = vars(self)["_probe"]
-        if args or any(value is not None for value in kwargs.values()):
-            log.calls[path].obstacles["it is called with other arguments than one input"] = None
-        if spec_of(self) != log.specs.get(path):
+        spec = spec_of(self)
+        if spec != log.specs.get(path):
             log.calls[path].obstacles["its attributes are changed while the model runs"] = None
-        with log.computing(path, input):
+        by_function = overrides_conv_forward(type(self))  # then _FunctionRecorder records it
+        with contextlib.nullcontext() if by_function else log.computing(path, spec, input):
             output: Tensor = super().forward(input, *args, **kwargs)
             return output
 
@@ -170,22 +182,18 @@ class _FunctionRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, log = kwargs or {}, self._log
         call = read_call(func, args, kwargs)
-        module = log.convs.get(log.where)
-        if call is None or module is None or log.inside or call.weight is not module._parameters.get("weight"):
+        path = None if call is None or log.inside else log.caller_of(call)
+        if call is None or path is None:
             return func(*args, **kwargs)
-        if not _matches_attributes(module, call):
-            log.calls[log.where].obstacles["its forward convolves in another way than its attributes say"] = None
-        with log.computing(log.where, call.input):
+        try:
+            spec = call.spec_for(call.weight.shape, bias=call.bias is not None)
+        except SpecError as error:
+            log.calls[path].obstacles[str(error)] = None
             return func(*args, **kwargs)
-
-
-def _matches_attributes(module: nn.Module, call: ConvCall) -> bool:
-    """Return whether a functional call computes what the attributes of the module describe."""
-    try:
-        same_bias = call.bias is module._parameters.get("bias")
-        return same_bias and spec_of(module) == call.spec_for(call.weight.shape, bias=call.bias is not None)
-    except SpecError:
-        return False
+        if call.bias is not None and call.bias is not log.convs[path]._parameters.get("bias"):
+            log.calls[path].obstacles["its forward computes its bias"] = None
+        with log.computing(path, spec, call.input):
+            return func(*args, **kwargs)
 
 
 class _OperatorRecorder(ParameterGuard):  # type: ignore[no-untyped-call]

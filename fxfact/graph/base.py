@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -33,6 +34,13 @@ def conv_input(call: fx.Node) -> fx.Node:
     source = call.args[0] if call.args else call.kwargs["input"]
     assert isinstance(source, fx.Node)
     return source
+
+
+def output_size_of(call: fx.Node) -> Any:
+    """Return the output size with which a node calls a transposed convolution module, or None."""
+    if call.op != "call_module":
+        return None
+    return call.args[1] if len(call.args) > 1 else call.kwargs.get("output_size")
 
 
 def shape_of(node: fx.Node) -> Sizes | None:

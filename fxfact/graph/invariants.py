@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from fxfact.errors import GraphError
-from fxfact.graph.base import GraphSite, conv_input, shape_of
+from fxfact.graph.base import GraphSite, conv_input, output_size_of, shape_of
 from fxfact.graph.match import Match, match
 
 
@@ -54,7 +54,7 @@ def _check_shapes(sites: Sequence[GraphSite], when: str) -> None:
         spec = site.spec
         for node in site.nodes:
             before, after = shape_of(conv_input(node)), shape_of(node)
-            if before is None or after is None:
+            if before is None or after is None or output_size_of(node) is not None:
                 continue
             expected = (*before[: -spec.order - 1], spec.out_channels, *spec.output_size(before[-spec.order :]))
             if after != expected:

@@ -97,8 +97,9 @@ def lower(lifted: Lifted, rewritten: fx.GraphModule, sites: Sequence[GraphSite])
     factors, last = list[Factor](), inputs[-1]
     stages: dict[str, tuple[nn.Module, fx.Node, fx.Node | None]] = {}
     for site in sites:
-        children = [(name, m) for name, m in rewritten.get_submodule(site.path).named_children() if is_conv(m)]
-        for index, (name, module) in enumerate(children):
+        children = rewritten.get_submodule(site.path).named_children()
+        convs = [(name, m) for name, m in children if name.isdecimal() and is_conv(m)]
+        for index, (name, module) in enumerate(convs):
             with graph.inserting_after(last):
                 last = graph.placeholder(f"fxfact_factor_{len(factors)}")
             factors.append(Factor(site.path, index))

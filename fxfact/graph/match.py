@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxfact.conv import (
+    TRANSPOSED_TYPES,
     ConvCall,
     Sizes,
     Skip,
@@ -94,10 +95,8 @@ def _parse_module(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
         if inside:
             return Skip(f"{type(module).__name__} is a leaf of the trace; inside it is {', '.join(inside)}", path)
         return Skip(f"{type(module).__name__} is not a convolution")
-    if reason := why_unsupported(module):
+    if reason := why_unsupported(module) or _why_call_unsupported(module, node):
         return Skip(reason, path)
-    if len(node.all_input_nodes) != 1 or len(node.args) + len(node.kwargs) != 1:
-        return Skip("it is called with other arguments than one input", path)
     assert isinstance(module, nn.modules.conv._ConvNd)
     return GraphSite(
         path=path,
@@ -109,6 +108,19 @@ def _parse_module(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
     )
 
 
+def _why_call_unsupported(module: nn.Module, node: fx.Node) -> str:
+    """Return why stages cannot replace this call of a convolution module, or "" if they can."""
+    names = ("input", "output_size") if isinstance(module, TRANSPOSED_TYPES) else ("input",)
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if len(node.args) > len(names) or not arguments.keys() <= {*names}:
+        return "it is called with other arguments than its input"
+    if not isinstance(arguments.get("input"), fx.Node):
+        return "its input is no value of the graph"
+    if any(name.isdecimal() for name, _ in module.named_children()):
+        return "it holds modules with the names that its stages would have"
+    return ""
+
+
 def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> GraphSite | Skip:
     tensors = []
     for role, read in (("weight", call.weight), ("bias", call.bias)):
@@ -116,7 +128,9 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
         if read is not None and not fixed:
             given = isinstance(read, fx.Node) and read.op == "placeholder"
             how = "the graph's input" if given else "computed in the graph by"
-            return Skip(f"its {role} is {how} {getattr(read, 'name', read)}", node.name)
+            name = str(getattr(read, "name", read))
+            advice = ": factorize the model before you prepare it for quantization" if "fake_quant" in name else ""
+            return Skip(f"its {role} is {how} {name}{advice}", node.name)
         tensors.append(None if read is None else get_tensor(root, str(read.target)))
     weight, bias = tensors
     if not isinstance(call.input, fx.Node) or weight is None or any(map(_holds_node, call.settings.values())):
@@ -153,10 +167,11 @@ def _convs_in_region(root: fx.GraphModule, target: str) -> list[str]:
 
 
 def _path_of(root: fx.GraphModule, weight: str) -> str:
-    """Return the path of the module that owns the weight if it is a convolution module, otherwise the weight's path."""
+    """Return the path of the module that owns the weight if it can hold stages, otherwise the weight's path."""
     owner, _, name = weight.rpartition(".")
-    is_conv_module = owner and name == "weight" and not list(root.get_submodule(owner).children())
-    return owner if is_conv_module else weight
+    children = root.get_submodule(owner).named_children() if owner else ()
+    holds_stages = owner and name == "weight" and not any(child.isdecimal() for child, _ in children)
+    return owner if holds_stages else weight
 
 
 def _input_shapes(nodes: list[fx.Node]) -> tuple[Sizes, ...] | None:

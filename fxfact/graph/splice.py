@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from fxfact.conv import is_conv, spec_of
-from fxfact.graph.base import GraphSite, conv_input, is_in_called_module
+from fxfact.conv import TRANSPOSED_TYPES, decides_size, is_conv, spec_of
+from fxfact.graph.base import GraphSite, conv_input, is_in_called_module, output_size_of
 
 _STALE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "type")
 
@@ -35,10 +36,11 @@ def splice(
     _install(graph_module, site, stages)
     calls: list[list[fx.Node]] = [[] for _ in stages]
     for node in site.nodes:
-        value = conv_input(node)
+        value, output_size = conv_input(node), output_size_of(node)
         with graph_module.graph.inserting_before(node):
             for index in range(len(stages)):
-                value = graph_module.graph.call_module(f"{site.path}.{index}", (value,))
+                target = f"{site.path}.{index}"
+                value = graph_module.graph.call_module(target, _arguments(stages[index], value, output_size))
                 value.meta = {key: item for key, item in node.meta.items() if key not in _STALE}
                 action = [NodeSourceAction.REPLACE, NodeSourceAction.CREATE]
                 value.meta["from_node"] = [NodeSource(node, pass_name, action)]
@@ -73,4 +75,39 @@ def _install(root: fx.GraphModule, site: GraphSite, stages: Sequence[nn.Module])
             root.get_submodule(site.path).add_module(str(index), stage)
         return
     parent, _, child = site.path.rpartition(".")
-    root.get_submodule(parent).add_module(child, nn.Sequential(*stages).train(stages[0].training))
+    old = nn.Module() if site.attributes else root.get_submodule(site.path)
+    root.get_submodule(parent).add_module(child, _holder(old, stages))
+
+
+def _holder(old: nn.Module, stages: Sequence[nn.Module]) -> nn.Module:
+    """Return a module with the stages, and with the modules and tensors of the old one that are not the convolution's.
+
+    It can only be called if there are no such modules.
+    """
+    children = [(name, child) for name, child in old._modules.items() if child is not None]
+    holder = nn.Module() if children else nn.Sequential()
+    for name, child in [*children, *((str(index), stage) for index, stage in enumerate(stages))]:
+        holder.add_module(name, child)
+    own = {name: tensor for name, tensor in old._parameters.items() if name not in ("weight", "bias")}
+    for name, parameter in own.items():
+        holder.register_parameter(name, parameter)
+    for name, buffer in old._buffers.items():
+        holder.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    holder.training = stages[0].training
+    return holder
+
+
+def _arguments(stage: nn.Module, input: fx.Node, output_size: Any) -> tuple[Any, ...]:
+    """Return the arguments with which a stage computes its part of an output of this size, as ``call_stage`` does."""
+    if output_size is None or not isinstance(stage, TRANSPOSED_TYPES):
+        return (input,)
+    graph, decides = input.graph, decides_size(stage)
+    sizes: list[Any] = []
+    for axis, own in enumerate(decides, start=-len(decides)):
+        if not own:
+            sizes.append(graph.call_method("size", (input, axis)))
+        elif isinstance(output_size, fx.Node):
+            sizes.append(graph.call_function(operator.getitem, (output_size, axis)))
+        else:
+            sizes.append(output_size[axis])
+    return (input, sizes)

@@ -13,6 +13,8 @@ from torch.export import ExportedProgram
 
 from fxfact.calibration import Statistics
 from fxfact.capture import Captured, CaptureMode, ExampleInputs, capture, reexport
+from fxfact.conv import Skip
+from fxfact.errors import PlanError
 from fxfact.passes.decomposition import DecomposeOptions, Decomposition
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.history import PassRecord, add_record, pass_history, set_history
@@ -25,14 +27,19 @@ from fxfact.utils import to_eval
 def capture_as_planned(
     model: nn.Module | ExportedProgram, plan: Plan, example_inputs: ExampleInputs | None = None
 ) -> Captured:
-    """Capture the model in the way that the plan was made for. Raises ArgumentError, CaptureError."""
+    """Capture the model in the way that the plan was made for. Raises ArgumentError, CaptureError, PlanError."""
+    if plan.capture == "export" and isinstance(model, nn.Module):
+        raise PlanError(
+            "the plan was made for an ExportedProgram. Pass torch.export.export(model, args), or make a plan of the "
+            "module."
+        )
     return capture(
         model,
         example_inputs,
         how="auto" if isinstance(model, ExportedProgram) else cast(CaptureMode, plan.capture),
         fold_weights=plan.fold_weights,
         leaf_modules=plan.leaf_modules,
-        trusted=[decision.path for decision in plan if decision.spec is not None],
+        trusted={decision.path: decision.spec for decision in plan if decision.spec is not None},
     )
 
 
@@ -63,7 +70,10 @@ def apply_plan(
     plan = replace(plan, capture=captured.frontend)  # a plan for a program's module may be applied to the program
     if captured.frontend == "modules":
         sites = {site.path: site for site in captured.sites}
-        swapped = swap_modules(captured.network, sites, plan, options, statistics=statistics, known=known)
+        skipped = {item.subject: item.reason for item in captured.found if isinstance(item, Skip)}
+        swapped = swap_modules(
+            captured.network, sites, plan, options, statistics=statistics, known=known, skipped=skipped
+        )
         return run_passes(to_eval(swapped), plan.inference_passes) if plan.inference_passes else swapped
     factorize_convs = FactorizeConvs(plan, options=options, statistics=statistics, known=known)
     result = factorize_convs(cast(fx.GraphModule, captured.network))

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfact
-from fxfact.errors import ArgumentError, PlanError
-from tests.support import Branching, Small, apart, factorized, skip_reasons
+from fxfact.errors import ArgumentError, PlanError, WeightError
+from tests.support import Branching, Small, apart, factorized
 
 
 def test_replacement_has_the_attributes_and_the_output_of_the_convolution(image: Tensor) -> None:
@@ -31,9 +31,10 @@ def test_replacement_has_the_attributes_and_the_output_of_the_convolution(image:
         assert (new.bias is None) == (old.bias is None)
         x = torch.randn(2, old.in_channels, 7, 7)
         assert apart(F.conv2d(x, new.weight, new.bias, new.stride, new.padding), new(x)) < 1e-5
-        for attribute in ("weight", "stride"):
-            with pytest.raises(ArgumentError, match=rf"{attribute} of a factorized convolution.* its stages 0, 1, 2"):
-                setattr(new, attribute, getattr(old, attribute))
+        with pytest.raises(ArgumentError, match=r"stride of a factorized convolution.* its stages 0, 1, 2"):
+            new.stride = old.stride
+        with pytest.raises(WeightError, match=rf"^{name} \(FactorizedConv2d\).* its stages 0, 1, 2"):
+            new.weight = old.weight
 
 
 def test_modules_result_has_the_names_of_a_graph_and_can_be_copied_trained_and_inspected(image: Tensor) -> None:
@@ -129,23 +130,7 @@ def test_modules_plan_is_applied_only_to_a_model_that_it_fits(image: Tensor) -> 
         fxfact.apply(plan, Other())
 
 
-def test_modules_skips_a_transposed_convolution_that_is_called_with_an_output_size(image: Tensor) -> None:
-    class Resizing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.ConvTranspose2d(4, 4, 3, stride=2)
-            self.again = nn.ConvTranspose2d(4, 4, 3, stride=2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.again(self.up(x if x.sum() > 1e9 else x + 1, output_size=(22, 22)))
-
-    result = factorized(Resizing(), image)
-    assert skip_reasons(result) == {"up": "it is called with other arguments than one input"}
-    with pytest.raises(ArgumentError, match="output_size"):
-        result.again(image, output_size=(22, 22))
-
-
-def test_modules_skips_convolutions_that_hold_other_tensors_or_modules(image: Tensor) -> None:
+def test_convolutions_keep_other_tensors_and_modules_that_they_hold(image: Tensor) -> None:
     class Laden(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,12 +143,15 @@ def test_modules_skips_convolutions_that_hold_other_tensors_or_modules(image: Te
             return self.two(x) + self.two.side(x)
 
     model = Laden()
-    result = factorized(model, image)
-    assert [decision.path for decision in fxfact.plan_of(result).rewrites] == ["one", "two.side"]
-    assert result.one.gain.equal(model.one.gain)
-    traced = fxfact.plan(model, capture="trace")
-    assert "it holds modules or tensors of its own" in traced["one"].reason
-    assert "it holds modules or tensors of its own" in traced["two"].reason
+    for how in ("trace", "modules"):
+        result = factorized(model, image, capture=how, verify=True)
+        assert {decision.path for decision in fxfact.plan_of(result).rewrites} == {"one", "two", "two.side"}
+        assert result.get_submodule("one").gain.equal(model.one.gain)
+        assert copy.deepcopy(result)(image).equal(result(image))
+        twin = fxfact.apply(fxfact.plan_of(result), model, weights="empty")
+        twin.load_state_dict(result.state_dict())
+        assert twin(image).equal(result(image))
+    assert result.get_submodule("two.side.0").weight is not None
 
 
 def test_replacement_of_a_subclass_runs_in_several_threads_at_once(image: Tensor) -> None:

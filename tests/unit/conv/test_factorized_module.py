@@ -84,21 +84,22 @@ def test_another_use_of_the_weight_in_forward_shows_in_the_output() -> None:
     assert module.weight.isfinite().all(), "outside of forward it is the composed kernel"
 
 
-def test_attributes_that_follow_from_the_stages_cannot_be_set() -> None:
-    module, _ = swapped(nn.Conv2d(4, 6, 3, padding=1))
-    for name in ("weight", "bias", "stride", "padding", "groups"):
-        with pytest.raises(ArgumentError, match=rf"{name} of a factorized convolution.* its stages 0, 1"):
-            setattr(module, name, getattr(module, name))
-    module.note = "other attributes can be set"
-
-
-def test_a_factorized_transposed_convolution_takes_no_output_size() -> None:
+def test_a_factorized_transposed_convolution_returns_the_output_size_that_it_is_called_with() -> None:
     stages = (
         ConvSpec.parse(4, 3, (1, 1)),
         ConvSpec.parse(3, 6, (3, 3), stride=2, transposed=True, bias=True),
     )
-    module, whole = swapped(nn.ConvTranspose2d(4, 6, 3, stride=2), stages)
+    dense = nn.ConvTranspose2d(4, 6, 3, stride=2)
+    module, whole = swapped(copy.deepcopy(dense), stages)
     x = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(module(x), run(whole, x), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ArgumentError, match="output_size"):
-        module(x, output_size=(12, 12))
+    dense.weight, dense.bias = nn.Parameter(module.weight.detach().clone()), nn.Parameter(whole.bias)
+    for size in ((12, 12), [2, 6, 11, 12], torch.Size((12, 11)), (11, 11)):
+        torch.testing.assert_close(module(x, size), dense(x, size), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module(x[0], output_size=size[-2:]), dense(x[0], size[-2:]), rtol=1e-4, atol=1e-4)
+    for size in ((13, 12), (12, 10)):
+        with pytest.raises(ValueError, match="requested an output size"):
+            module(x, output_size=size)
+    plain, _ = swapped(nn.Conv2d(4, 6, 3, padding=1))
+    with pytest.raises(ArgumentError, match="only a transposed convolution takes an output_size"):
+        plain(x, output_size=(5, 5))
