@@ -8,6 +8,7 @@ from html import escape
 from fxfact.analysis.report_data import (
     ConvReport,
     ReportData,
+    format_approximation_error,
     format_error,
     format_graph_check,
     format_rank,
@@ -77,11 +78,11 @@ def _summary(data: ReportData) -> Iterable[str]:
         ("MACs per sample", format_change(before.macs, after.macs)),
         (f"milliseconds, {format_threads(data.threads)}", format_change(*data.milliseconds)),
         ("MB of activations at the peak", format_change(*to_megabytes(data.activation_bytes))),
-        ("relative error of the output", format_error(data.end_to_end_error)),
         ("convolutions rewritten", f"{rewritten} of {len(data.convolutions)}"),
     ]
+    yield f"<p><b>{escape(format_approximation_error(data.end_to_end_error))}</b></p>"
     style = "soft" if data.ok else "wrong"
-    for line in format_graph_check(data.graph_error, data.tolerance, data.changed).splitlines():
+    for line in format_graph_check(data.graph_error, data.tolerance, data.changed, data.overflow).splitlines():
         yield f'<p class="{style}">{escape(line)}</p>'
     yield '<div class="tiles">'
     yield from (f"<div><b>{escape(value or '?')}</b>{escape(name)}</div>" for name, value in tiles)
@@ -121,7 +122,7 @@ def _rewritten_table(convolutions: Sequence[ConvReport]) -> Iterable[str]:
     )
     heads = ["convolution", "became", "parameters", "MACs", "ms", "peak MB", "kernel error", "output error", "spectra"]
     has_predictions = any(conv.predicted_loss_increase is not None for conv in convolutions)
-    heads[-1:-1] = ["predicted loss increase, nats"] if has_predictions else []
+    heads[-1:-1] = ["loss increase predicted by the plan, nats"] if has_predictions else []
     yield f"<table><thead><tr>{_cells('th', heads)}</tr></thead><tbody>"
     max_params = max(max(conv.before.params, conv.after.params) for conv in convolutions)
     max_macs = max(max(conv.before.macs or 0, conv.after.macs or 0) for conv in convolutions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,8 +87,8 @@ class ConvReport:
             sizes are unknown.
         kernel_error: Error of the composed kernel.
         output_error: Error of the output on the input that the convolution gets in the original.
-        predicted_loss_increase: Predicted increase of the loss, in nats per sample (1 nat of KL divergence is
-            log₂ e = 1.44 bits).
+        predicted_loss_increase: Increase of the loss that the plan predicted, in nats per sample (1 nat of KL divergence
+            is log₂ e = 1.44 bits). It does not know of refitting and training since.
         reason: Why the convolution was left dense.
         note: A remark on the rank.
         spectra: Singular values of the unfoldings that the ranks belong to.
@@ -127,7 +128,8 @@ class ReportData:
         end_to_end_error: ``Verification.end_to_end``.
         tolerance: ``Verification.tolerance``.
         changed: ``Verification.changed``.
-        ok: ``Verification.ok``.
+        overflow: ``Verification.overflow``.
+        ok: ``Verification.ok``: whether the graph is correct. It says nothing about the approximation error.
         convolutions: One entry for every convolution of the original.
         diagrams: Block diagrams of both networks.
     """
@@ -144,6 +146,7 @@ class ReportData:
     end_to_end_error: float
     tolerance: float
     changed: tuple[str, ...]
+    overflow: str | None
     ok: bool
     convolutions: tuple[ConvReport, ...]
     diagrams: tuple[BlockDiagram, BlockDiagram]
@@ -161,9 +164,9 @@ class ReportData:
         changes = [format_change(*pair) for pair in pairs]
         rows.append(["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""])
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 9 + [50])
-        check = format_graph_check(self.graph_error, self.tolerance, self.changed)
+        check = format_graph_check(self.graph_error, self.tolerance, self.changed, self.overflow)
         return (
-            f"{table}\n\n{check}\n"
+            f"{format_approximation_error(self.end_to_end_error)}\n\n{table}\n\n{check}\n"
             f"ms: {format_threads(self.threads)}; peak MB: activations; kernel, output: relative errors"
         )
 
@@ -172,19 +175,39 @@ class ReportData:
         return {"format": "fxfact report", "version": 1, **asdict(self)}
 
 
-def format_graph_check(error: float, tolerance: float, changed: Sequence[str]) -> str:
+def format_approximation_error(error: float) -> str:
+    """Say what the factorization costs on the example inputs."""
+    percent = 100 * error
+    if not math.isfinite(error):
+        return "approximation error unknown: on these inputs, an output differs from the original's in shape, NaN or Inf"
+    amount = f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
+    return f"approximation error {amount} %: relative error of the output against the original, on these inputs"
+
+
+def format_graph_check(error: float, tolerance: float, changed: Sequence[str], overflow: str | None = None) -> str:
     """Say what was verified on the example inputs, with what result."""
-    check = f"(relative error {error:.2e}, tolerance {tolerance:.0e})"
-    if error <= tolerance:
+    check = f"(relative error {error:.2e}, tolerance {tolerance:.0e}{', in single precision' if overflow else ''})"
+    if overflow and math.isnan(error):
+        result = "graph check not possible: the networks cannot be run in single precision"
+    elif error <= tolerance:
         result = f"graph check passed: on these inputs, the network equals the original with the same kernels {check}"
     else:
         result = (
             f"graph check FAILED: on these inputs, the network differs from the original with the same kernels {check}"
         )
-    if not changed:
-        return result
-    names = ", ".join(changed)
-    return f"{result}\nchanged after factorization, and for this check taken from the factorized network: {names}"
+    lines = [f"OVERFLOW: {format_overflow(overflow)}", result] if overflow else [result]
+    if changed:
+        names = ", ".join(changed)
+        lines.append(f"changed after factorization, and for this check taken from the factorized network: {names}")
+    return "\n".join(lines)
+
+
+def format_overflow(stage: str) -> str:
+    """Say which stage overflows, and what to do about it."""
+    return (
+        f"the output of {stage} overflows on these inputs, while the output of the original is finite. Convert the "
+        f"network to bfloat16 or float32, or keep this convolution dense with exclude={stage.rpartition('.')[0]!r}."
+    )
 
 
 def format_threads(count: int) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfact.analysis.overflow import first_overflow, is_finite, single_precision_error
 from fxfact.analysis.reference import (
     composed_kernels,
     conv_weight,
@@ -25,15 +26,26 @@ from fxfact.analysis.reference import (
     prepare_original,
     stages_of,
 )
-from fxfact.analysis.report_data import format_graph_check
+from fxfact.analysis.report_data import format_approximation_error, format_graph_check, format_overflow
 from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model
 from fxfact.conv import looks_like_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, VerificationError
 from fxfact.graph import with_kernels
 from fxfact.passes import last_plan
 from fxfact.planning import Plan
-from fxfact.utils import StorageIndex, alias_copy, full_precision, relative_error, to_eval, tolerance_for
+from fxfact.utils import (
+    StorageIndex,
+    alias_copy,
+    check_finite_state,
+    full_precision,
+    plain_tensors,
+    relative_error,
+    seeded_randn,
+    to_eval,
+    tolerance_for,
+)
 
+_SAFETY = 5  # between what rounding did in a few trials and the tolerance
 _TENSOR_SHARE = 0.01  # a tensor has changed if it differs by more than this share of an output's tolerance
 
 
@@ -63,12 +75,16 @@ class Verification:
         graph: Error against the reference, which is the original with its kernels replaced by the composed kernels of
             the factorized network. It is rounding only if the rewrite is correct. If the plan folds weights or prepares
             the network for inference, this also covers the difference between the original before and after that.
-        end_to_end: Error against the original itself. It is the cost of the approximation.
+        end_to_end: Error against the original itself: the approximation error, which is what the factorization costs.
         tolerance: Largest ``graph`` that counts as rounding: 1e-10 in double precision, 1e-4 in single precision and
-            5e-2 in half precision.
+            5e-2 in half precision. It is larger if rounding moves the output by more, as it does if layers quantize
+            their inputs: five times what changes of the kernels by a tenth of these numbers cause.
         sites: Errors of every rewritten convolution.
         changed: Names of other tensors that are not the original's any more, for example after ``refit``, ``distill``
             or training. The reference takes them from the factorized network, so ``graph`` says nothing about them.
+        overflow: Name of the first stage whose output overflows, for example in half precision, while the output of the
+            original is finite. Then ``graph`` is the error in single precision, or NaN if the networks cannot be run in
+            it. None if no stage overflows.
     """
 
     graph: float
@@ -76,11 +92,15 @@ class Verification:
     tolerance: float
     sites: tuple[SiteErrors, ...]
     changed: tuple[str, ...] = ()
+    overflow: str | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the network computed the same as the reference on these inputs, up to rounding."""
-        return self.graph <= self.tolerance
+        """Whether the network computed the same as the reference on these inputs, up to rounding.
+
+        This says that the graph is correct. It says nothing about the approximation error, ``end_to_end``.
+        """
+        return self.graph <= self.tolerance and self.overflow is None
 
     def __str__(self) -> str:
         rows = [
@@ -89,8 +109,8 @@ class Verification:
         ]
         table = tabulate(rows, ["convolution", "kernel", "output"], disable_numparse=True)
         return (
-            f"{table}\n\n{format_graph_check(self.graph, self.tolerance, self.changed)}\n"
-            f"end to end: relative error {self.end_to_end:.2e} against the original\n"
+            f"{table}\n\n{format_approximation_error(self.end_to_end)}\n"
+            f"{format_graph_check(self.graph, self.tolerance, self.changed, self.overflow)}\n"
             "The table has relative errors. kernel: of the composed kernel; may be large if calibration data showed\n"
             "that it matters little. output: of the convolution, on its input in the original."
         )
@@ -119,6 +139,7 @@ def verify(
         ArgumentTypeError: A network is neither a module nor an ExportedProgram.
         CaptureError: A network cannot be copied, or fails on these inputs.
         PlanError: ``factorized`` was not made by a plan, was changed since, or was made of another model.
+        WeightError: A network computes NaN or Inf because of its own weights.
     """
     if example_inputs is None:
         programs = [network for network in (original, factorized) if isinstance(network, ExportedProgram)]
@@ -136,6 +157,8 @@ def check_rewrite(
     The relative tolerance is that of ``Verification``. No other tensor may differ from the original's.
     """
     verified = _verify(original, factorized, example_inputs, may_be_trained=False)
+    if verified.overflow is not None and not verified.graph > verified.tolerance:
+        raise VerificationError(format_overflow(verified.overflow))
     if not verified.ok:
         raise VerificationError(
             f"the rewritten network differs from the original with the same kernels by {verified.graph:.2e} "
@@ -165,13 +188,43 @@ def _verify(
         preparation_error = relative_error(original_output, _run(prepared, example_inputs))
     changed = _adopt_changed_tensors(reference, rewritten, plan) if may_be_trained else ()
     expected, found = _run(reference, example_inputs), _run(rewritten, example_inputs)
+    for role, network, output in (
+        ("the original", prepared, original_output),
+        ("the factorized network", rewritten, found),
+    ):
+        if not is_finite(output):
+            check_finite_state(network, role)
+    graph_error = max(relative_error(expected, found), preparation_error)
+    tolerance = tolerance_for([expected, *site_errors.conv_dtypes.values(), *kernels.values()])
+    overflow = None
+    if is_finite(original_output) and not (graph_error <= tolerance and is_finite(found)):
+        overflow = first_overflow(rewritten, plan, example_inputs)
+    if overflow is not None:
+        graph_error = single_precision_error(reference, rewritten, example_inputs)
+    elif graph_error > tolerance:
+        tolerance = max(tolerance, _SAFETY * _effect_of_rounding(reference, kernels, example_inputs, tolerance))
     return Verification(
-        graph=max(relative_error(expected, found), preparation_error),
+        graph=graph_error,
         end_to_end=relative_error(original_output, found),
-        tolerance=tolerance_for([expected, *site_errors.conv_dtypes.values(), *kernels.values()]),
+        tolerance=tolerance,
         sites=site_errors.errors,
         changed=changed,
+        overflow=overflow,
     )
+
+
+def _effect_of_rounding(
+    reference: nn.Module, kernels: Mapping[str, Tensor], example_inputs: ExampleInputs, tolerance: float
+) -> float:
+    """Return how far the output moves, at most of a few trials, if all kernels change by a tenth of the tolerance.
+
+    It usually moves by as much. If layers round their inputs, as quantized ones do, it moves by their steps.
+    """
+    expected, effects = _run(alias_copy(reference), example_inputs), []
+    for size in (tolerance / 10, -tolerance / 10, tolerance / 30):
+        moved = {path: kernel * (1 + size * seeded_randn(kernel.shape).to(kernel)) for path, kernel in kernels.items()}
+        effects.append(relative_error(expected, _run(with_kernels(alias_copy(reference), moved), example_inputs)))
+    return max(effects)
 
 
 class _SiteErrorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -229,17 +282,27 @@ def _adopt_changed_tensors(reference: nn.Module, factorized: nn.Module, plan: Pl
             for name, old in store.items():
                 path = f"{prefix}.{name}".removeprefix(".")
                 new = held.get(path)
-                if new is not None and _has_changed(old, new):
+                if new is not None and _has_changed(path, old, new):
                     changed.append(path)
                     store[name] = nn.Parameter(new, requires_grad=False) if store is module._parameters else new
     return tuple(changed)
 
 
-def _has_changed(old: Tensor | None, new: Tensor) -> bool:
-    """Whether two floating-point tensors of one shape differ by more than rounding."""
+def _has_changed(path: str, old: Tensor | None, new: Tensor) -> bool:
+    """Whether two floating-point tensors of one shape differ by more than rounding. Raises CaptureError."""
     if old is None or old.shape != new.shape or not (old.is_floating_point() or old.is_complex()):
         return False
-    return relative_error(old, new) > tolerance_for(old) * _TENSOR_SHARE
+    ones, others = plain_tensors(old.detach()), plain_tensors(new.detach())
+    if [(one.shape, one.dtype) for one in ones] != [(other.shape, other.dtype) for other in others]:
+        return True
+    pairs = zip(ones, others, strict=True)
+    try:
+        return any(relative_error(one, other) > tolerance_for(one) * _TENSOR_SHARE for one, other in pairs)
+    except Exception as error:  # operators of a tensor class may raise anything
+        raise CaptureError(
+            f"{path}: tensors of the class {type(old).__name__} cannot be compared: {reason_of(error)}. Define "
+            "__tensor_flatten__ and __tensor_unflatten__ in the class, or verify before such tensors are put in."
+        ) from error
 
 
 def _run(network: nn.Module, example_inputs: ExampleInputs) -> Any:
