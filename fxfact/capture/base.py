@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from fxfact.conv import ConvSite, Skip
+from fxfact.conv import ConvSite, Skip, path_of
 from fxfact.errors import CaptureError
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Frontend = Literal["trace", "modules", "export"]
 _RNG_LOCK = RLock()
+_REASONS = 3  # that a message has
 
 
 class Arguments(NamedTuple):
@@ -77,6 +78,20 @@ class Captured:
     def sites(self) -> tuple[ConvSite, ...]:
         """The convolutions that can be rewritten."""
         return tuple(found for found in self.found if isinstance(found, ConvSite))
+
+    def check_sites(self) -> None:
+        """Raise CaptureError if no convolution can be rewritten, with the first reasons."""
+        if self.sites:
+            return
+        if not self.found:
+            raise CaptureError(f"{self.model} calls no convolution, so there is nothing to learn from data.")
+        reasons = [f"{path_of(item)}: {item.reason}" for item in self.found[:_REASONS] if isinstance(item, Skip)]
+        more = [f"and {len(self.found) - len(reasons)} more"] if len(self.found) > len(reasons) else []
+        others = "".join(f" Not captured by {refused}." for refused in self.refused)
+        raise CaptureError(
+            f"none of the {len(self.found)} convolutions of {self.model} can be rewritten, so no data are read. "
+            f"{'; '.join([*reasons, *more])}.{others} fxfact.plan without data shows all reasons."
+        )
 
 
 def arguments_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -95,7 +95,7 @@ def draft_plan(captured: Captured, scope: SearchScope) -> PlanDraft:
         if leader.spec is None or leader.tied_to:
             continue
         group = [decision for decision in decisions.values() if leader.path in (decision.path, decision.tied_to)]
-        reasons = (_why_left_out(decision, included, excluded) for decision in group)
+        reasons = (_why_left_out(decision, included, excluded, captured.adapters) for decision in group)
         if left_out := next((reason for reason in reasons if reason), None):
             decisions |= {decision.path: _decide(decision, left_out) for decision in group}
             continue
@@ -156,13 +156,17 @@ def _why_larger(group: Sequence[Decision]) -> Skip | None:
     return Skip(f"it would grow: {', '.join(grown)}")
 
 
-def _why_left_out(decision: Decision, included: _Predicate | None, excluded: _Predicate | None) -> Skip | None:
+def _why_left_out(
+    decision: Decision, included: _Predicate | None, excluded: _Predicate | None, adapters: Mapping[str, str]
+) -> Skip | None:
     assert decision.spec is not None
     owner = f" ({decision.path}, which shares its weight)" if decision.tied_to else ""
     if included is not None and not included(decision.path, decision.spec):
         return Skip(f"not included{owner}")
     if excluded is not None and excluded(decision.path, decision.spec):
         return Skip(f"excluded{owner}")
+    if included is None and (adapter := adapters.get(decision.path)):
+        return Skip(f"it belongs to {adapter}: merge the adapter first, or name the convolution in include={owner}")
     return None
 
 
