@@ -203,11 +203,13 @@ class Factorization(ChainLayout):
         return [metric.loss_increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
 
     @final
-    def error_bounds(self, layer: ConvLayer, ranks: Sequence[Rank]) -> list[float] | None:
-        """Return ‖W − Ŵ‖² / ‖W‖² at each of the ranks, or an upper bound on it, from singular values.
+    def error_estimates(self, layer: ConvLayer, ranks: Sequence[Rank]) -> list[float] | None:
+        """Return ‖W − Ŵ‖² / ‖W‖² at each of the ranks, or an estimate of it, from singular values.
 
-        The values are exact for the SVDs (Eckart and Young 1936). For Tucker and TT they are sums over the modes (De
-        Lathauwer, De Moor and Vandewalle 2000; Oseledets 2011).
+        The values are exact for the SVDs (Eckart and Young 1936). Tucker and TT truncate one mode after the other. Mode
+        m alone loses the share e_m of a kernel's energy, and all modes together lose between the largest e_m and Σ e_m
+        (De Lathauwer, De Moor and Vandewalle 2000; Oseledets 2011). The estimate 1 - Π (1 - e_m) assumes that every
+        mode loses its share of what the others keep.
 
         Args:
             layer: the convolution with its weight.
@@ -223,10 +225,15 @@ class Factorization(ChainLayout):
                 spectra = self._spectra(block, part)
             if not spectra:
                 return None
-            total += float(part.square().sum())
-            tails = [spectrum.double().flip(0).cumsum(0).flip(0).tolist() for spectrum in spectra]
+            energy = float(part.square().sum())
+            if not energy:
+                continue
+            sums = [spectrum.double().flip(0).cumsum(0).flip(0) for spectrum in spectra]
+            tails = [(tail / energy).clamp_max(1).tolist() for tail in sums]
             for k, rank in enumerate(ranks):
-                lost[k] += sum(tail[r] for tail, r in zip(tails, rank, strict=True) if r < len(tail))
+                kept = math.prod(1 - tail[r] for tail, r in zip(tails, rank, strict=True) if r < len(tail))
+                lost[k] += energy * (1 - kept)
+            total += energy
         return [min(1.0, value / total) if total else 0.0 for value in lost]
 
     @final
@@ -273,7 +280,10 @@ def check_weight(weight: Tensor) -> None:
     if not weight.dtype.is_floating_point:
         raise WeightError(f"the weight must be floating-point, got {weight.dtype}. Convert the model to a float type.")
     if weight.is_meta:
-        raise WeightError("the weight is on the meta device and has no values. Materialise it, or use weights='empty'.")
+        raise WeightError(
+            "the weight is on the meta device and has no values. Load its values first. Only plans with fixed ranks, "
+            "and fxfact.apply(plan, model, weights='empty'), need none."
+        )
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
         raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Fix or exclude it.")

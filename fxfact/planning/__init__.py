@@ -1,7 +1,7 @@
 """From a request or a budget to a ``Plan``. Runs no network."""
 
 from fxfact.planning import rank_rules
-from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate
+from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, least_amount
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
 from fxfact.planning.build import PlanDraft, SearchScope, Selection, build_plan, draft_plan
 from fxfact.planning.decision import Decision
@@ -53,6 +53,7 @@ __all__ = [
     "allocate",
     "build_plan",
     "draft_plan",
+    "least_amount",
     "parse_factorizations",
     "rank_rules",
 ]

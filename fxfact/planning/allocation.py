@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple, final
 
 from fxfact.calibration import Statistics
@@ -21,9 +22,11 @@ from fxfact.utils import CLOCK_RESOLUTION_MS, Progress, ordered_map, with_progre
 
 _MAX_RANKS = 40  # candidates of one factorization
 _PARETO_POINTS = 40
+_SMALLEST_RANKS = 2  # of each factorization, to find out what can be reached
 _NO_COST = Cost(0, 0, 0.0)
 _MAX_TIME_SHARE = 0.97  # of the dense layer's time; a chain must be at least this much faster
 _MIN_MS = 1000 * CLOCK_RESOLUTION_MS  # layers that take less cannot be compared by this machine's clock
+_MIN_KEPT = 1e-6  # of the energy of a layer's output; below it the energy loss is not a logarithm any more
 _DENSE = Skip("the budget lets it stay as it is")
 
 
@@ -40,9 +43,9 @@ class LayerOptions:
     """Everything that could become of one layer.
 
     Attributes:
-        options: the dense layer first. Loss increases are in nats for one sample; without statistics they are squared
-            relative errors of the kernel.
-        loss_without_layer: the loss increase if the layer's output were lost altogether, in the same unit.
+        options: the dense layer first. Loss increases are in nats for one sample; without statistics they are
+            ``energy_loss`` of the layer's output.
+        loss_without_layer: the loss increase in nats if the layer's output were lost altogether; 1 without statistics.
     """
 
     options: tuple[Option, ...]
@@ -76,12 +79,40 @@ def allocate(layers: Sequence[LayerOptions], network: Cost, budget: Budget, norm
         BudgetError: if not even the cheapest options meet the budget.
     """
     knapsack = Knapsack([_knapsack_class(layer, budget, normalization) for layer in layers])
-    fixed = budget.amount(network) - sum(budget.amount(layer.dense.cost) for layer in layers)
-    picked = knapsack.at(budget.allowed(network) - fixed)
+    picked = knapsack.at(budget.allowed(network) - _fixed_amount(layers, network, budget))
     if picked is None:
-        raise budget.unmet_error(fixed + knapsack.least, network)
+        raise budget.unmet_error(least_amount(layers, network, budget), network)
     choices = tuple(layer.options[k].choice for layer, k in zip(layers, picked, strict=True))
     return Allocation(choices, _pareto_points(layers, knapsack, network, budget))
+
+
+def least_amount(layers: Sequence[LayerOptions], network: Cost, budget: Budget) -> float:
+    """Return the least that the network costs, in the budget's unit: with the cheapest option of every layer."""
+    cheapest = (min(budget.amount(option.cost) for option in layer.options) for layer in layers)
+    return _fixed_amount(layers, network, budget) + sum(cheapest)
+
+
+def _fixed_amount(layers: Sequence[LayerOptions], network: Cost, budget: Budget) -> float:
+    """Return the cost of everything but these layers, in the budget's unit."""
+    return budget.amount(network) - sum(budget.amount(layer.dense.cost) for layer in layers)
+
+
+def energy_loss(error: float) -> float:
+    """Return what a relative squared error costs without statistics: -log(1 - e).
+
+    The chain that is closest to a kernel keeps the share 1 - e of the energy of the layer's output (for white inputs).
+    The shares that consecutive layers keep multiply, so their logarithms add up. The cost is e while e is small, and
+    grows without bound as the output is lost. From 1 - 1e-6 on it rises steeply instead, but stays finite and
+    increasing, so that the least bad rank is still known.
+
+    Args:
+        error: e = ‖W − Ŵ‖² / ‖W‖², or an estimate of it.
+
+    Returns:
+        The cost.
+    """
+    kept = max(1 - error, _MIN_KEPT)
+    return -math.log(kept) + max(0.0, _MIN_KEPT - (1 - error)) / _MIN_KEPT**2
 
 
 def _knapsack_class(layer: LayerOptions, budget: Budget, normalization: float) -> Class:
@@ -124,7 +155,7 @@ class BudgetAllocator(RankStrategy):
     Attributes:
         budget: the bound for the whole network.
         factorizations: the factorizations to consider, by path.
-        statistics: calibration statistics. Without them, errors are squared relative errors of kernels.
+        statistics: calibration statistics. Without them, the ``energy_loss`` of every kernel counts.
         multiple: ranks are multiples of this, or full.
         normalization: see ``allocate``.
         latency_model: required by a budget of milliseconds.
@@ -155,8 +186,30 @@ class BudgetAllocator(RankStrategy):
         """Raises BudgetError if not even the smallest ranks meet the budget."""
         if self.latency_model is not None:
             network = replace(network, ms=self.latency_model.network_ms)
-        self.budget.amount(network)  # refuses unknown MACs before errors are computed
+        self.check_budget(candidates, network)
         return allocate(self.layer_options(candidates), network, self.budget, self.normalization)
+
+    def check_budget(self, candidates: Sequence[Candidate], network: Cost) -> None:
+        """Raise BudgetError if the smallest ranks do not meet the budget. Computes no errors."""
+        self.budget.amount(network)  # refuses unknown MACs
+        least = least_amount(self.smallest_options(candidates), network, self.budget)
+        if least > self.budget.allowed(network):
+            raise self.budget.unmet_error(least, network)
+
+    def smallest_options(self, candidates: Sequence[Candidate]) -> tuple[LayerOptions, ...]:
+        """Return for each candidate the dense layer and the smallest ranks of each factorization, without errors.
+
+        Those are two, because the smallest one is not always the fastest.
+        """
+        self.factorizations.check([candidate.path for candidate in candidates], "factorization")
+        layers = []
+        for candidate in candidates:
+            ranked = []
+            for factorization, _, costs in self._ranks_to_choose(candidate):
+                smallest = dict(islice(costs.items(), _SMALLEST_RANKS))
+                ranked.append(_RankedChains(factorization, smallest, [0.0] * len(smallest)))
+            layers.append(LayerOptions(tuple(self._options(candidate, ranked)), 1.0))
+        return tuple(layers)
 
     def layer_options(self, candidates: Sequence[Candidate]) -> tuple[LayerOptions, ...]:
         """Return what could become of each candidate. Errors are computed first, then latencies are measured.
@@ -168,7 +221,7 @@ class BudgetAllocator(RankStrategy):
         families = [self._families(candidate) for candidate in candidates]
         self._compute_curves([family for own in families for family in own])
         return tuple(
-            LayerOptions(tuple(self._options(candidate, own)), loss)
+            LayerOptions(tuple(self._options(candidate, [self._with_increases(family) for family in own])), loss)
             for candidate, own, loss in zip(candidates, families, losses, strict=True)
         )
 
@@ -186,19 +239,23 @@ class BudgetAllocator(RankStrategy):
 
     def _families(self, candidate: Candidate) -> list[_Family]:
         """Return the factorizations that could replace a layer, with the ranks to choose from."""
-        if not self._has_gradients(candidate):
+        ranked = self._ranks_to_choose(candidate)
+        if not ranked:
             return []
         weight = candidate.weight_digest()
         statistics = "no statistics" if self.statistics is None else self.statistics.digest(candidate.path)
+        return [
+            _Family(f, candidate, cache_key(f, candidate.spec, curve_ranks, weight, statistics), curve_ranks, costs)
+            for f, curve_ranks, costs in ranked
+        ]
+
+    def _ranks_to_choose(self, candidate: Candidate) -> list[tuple[Factorization, Sequence[Rank], Mapping[Rank, Cost]]]:
+        """Return each factorization that could replace a layer, with what ``_ranks`` returns."""
+        if not self._has_gradients(candidate):
+            return []
         factorizations, _ = self.factorizations.get(candidate.path)
-        families = []
-        for factorization in factorizations or ():
-            if not factorization.rejects(candidate.spec):
-                curve_ranks, costs = self._ranks(factorization, candidate)
-                if costs:
-                    key = cache_key(factorization, candidate.spec, curve_ranks, weight, statistics)
-                    families.append(_Family(factorization, candidate, key, curve_ranks, costs))
-        return families
+        fitting = [f for f in factorizations or () if not f.rejects(candidate.spec)]
+        return [(f, curve_ranks, costs) for f in fitting for curve_ranks, costs in [self._ranks(f, candidate)] if costs]
 
     def _ranks(self, factorization: Factorization, candidate: Candidate) -> tuple[Sequence[Rank], Mapping[Rank, Cost]]:
         """Return the ranks of the error curve, and the ranks to choose from with their costs, both ascending."""
@@ -212,6 +269,17 @@ class BudgetAllocator(RankStrategy):
             costs = _affordable(candidate, factorization, chosen)
         return curve_ranks or list(costs), costs
 
+    def _why_dense(self, candidate: Candidate) -> Skip:
+        """Return the reason why a layer has no option but to stay dense."""
+        if not self._has_gradients(candidate):
+            return Skip("no gradient reached it in calibration")
+        factorizations, _ = self.factorizations.get(candidate.path)
+        if factorizations is None:
+            return Skip("no factorization is given for it")
+        refused = [skip.reason for f in factorizations if (skip := f.rejects(candidate.spec)) is not None]
+        larger = [] if len(refused) == len(factorizations) else ["no chain would be smaller"]
+        return Skip("; ".join(dict.fromkeys([*refused, *larger])))
+
     def _compute_curves(self, families: Sequence[_Family]) -> None:
         """Compute the curves that are not in the cache. Large kernels go first, so that all workers finish together."""
         new = [family for family in families if family.key not in self.error_curves]
@@ -224,18 +292,24 @@ class BudgetAllocator(RankStrategy):
         for family, curve in zip(new, curves, strict=True):
             self.error_curves[family.key] = curve
 
-    def _options(self, candidate: Candidate, families: Sequence[_Family]) -> list[Option]:
-        if not self._has_gradients(candidate):
-            return [Option(Skip("no gradient reached it in calibration"), candidate.dense_cost, 0.0)]
+    def _with_increases(self, family: _Family) -> _RankedChains:
+        """Return the chains of a family with their expected loss increases."""
+        increases = interpolate(self.error_curves[family.key], list(family.costs))
+        if self.statistics is None:
+            increases = [energy_loss(error) for error in increases]
+        return _RankedChains(family.factorization, family.costs, increases)
+
+    def _options(self, candidate: Candidate, families: Sequence[_RankedChains]) -> list[Option]:
+        """Return the dense layer, then the chains. With a latency model, only those that are faster."""
         dense_ms: float | None = None
         chain_ms: Sequence[Sequence[float | None]] = [[None] * len(family.costs) for family in families]
         if self.latency_model is not None:
             ranked = [(family.factorization, list(family.costs)) for family in families]
             dense_ms, chain_ms = chain_latencies(self.latency_model, candidate, ranked)
-        options = [Option(_DENSE, replace(candidate.dense_cost, ms=dense_ms), 0.0)]
+        reason = _DENSE if families else self._why_dense(candidate)
+        options = [Option(reason, replace(candidate.dense_cost, ms=dense_ms), 0.0)]
         for family, latencies in zip(families, chain_ms, strict=True):
-            increases = interpolate(self.error_curves[family.key], list(family.costs))
-            for (rank, cost), increase, ms in zip(family.costs.items(), increases, latencies, strict=True):
+            for (rank, cost), increase, ms in zip(family.costs.items(), family.increases, latencies, strict=True):
                 choice = Choice(
                     family.factorization,
                     rank,
@@ -243,7 +317,15 @@ class BudgetAllocator(RankStrategy):
                     latencies_ms=None if dense_ms is None or ms is None else (dense_ms, ms),
                 )
                 options.append(Option(choice, cost if ms is None else replace(cost, ms=ms), increase))
-        return options if dense_ms is None else _faster_options(options, dense_ms)
+        return options if dense_ms is None or not families else _faster_options(options, dense_ms)
+
+
+class _RankedChains(NamedTuple):
+    """One factorization of one layer: the ranks to choose from with their costs, and their loss increases."""
+
+    factorization: Factorization
+    costs: Mapping[Rank, Cost]
+    increases: Sequence[float]
 
 
 @dataclass(frozen=True, eq=False)

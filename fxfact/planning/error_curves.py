@@ -116,13 +116,13 @@ def error_curve(
 ) -> ErrorCurve:
     """Return the estimated loss increase in nats for candidate ranks, ascending.
 
-    Without ``fisher`` the values are ‖W − Ŵ‖² / ‖W‖², or an upper bound on it. This is the expensive part of planning;
+    Without ``fisher`` the values are ‖W − Ŵ‖² / ‖W‖², or an estimate of it. This is the expensive part of planning;
     it takes and returns values only, so that it can run in another process. If no closed form gives all increases,
     they are computed at up to six ranks, closer to each other among the small ranks, where they change most.
     """
     with no_reduced_precision(layer.weight.device):
-        if fisher is None and (bounds := factorization.error_bounds(layer, ranks)) is not None:
-            return list(zip(ranks, bounds, strict=True))
+        if fisher is None and (estimates := factorization.error_estimates(layer, ranks)) is not None:
+            return list(zip(ranks, estimates, strict=True))
         positions = np.linspace(0, _LARGEST_COMPUTED, _MAX_COMPUTED_RANKS) ** 1.5 * (len(ranks) - 1)
         computed = [ranks[k] for k in np.unique(positions.round().astype(int))]
         if fisher is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,22 +27,26 @@ class ParetoFront:
     Attributes:
         network: the cost of the dense network.
         points: the networks, cheapest first.
+        uses_statistics: whether the points have loss increases in nats. Without data, the table has the share of the
+            output's energy that the chains are expected to lose.
     """
 
     network: Cost
     points: Sequence[ParetoPoint]
+    uses_statistics: bool = True
 
     def __str__(self) -> str:
         units = self._known_units()
         rows = [
-            [*(text for unit in units for text in self._cells(unit, point)), f"{point.predicted_loss_increase:.3g}"]
+            [*(text for unit in units for text in self._cells(unit, point)), f"{self._loss(point):.3g}"]
             for point in self.points
         ]
-        header = [*(text for unit in units for text in (unit, "of all")), "loss +"]
+        loss = "loss +" if self.uses_statistics else "energy lost"
+        header = [*(text for unit in units for text in (unit, "of all")), loss]
         return tabulate(rows, header, disable_numparse=True)
 
     def plot(self) -> Any:
-        """Draw the expected loss increase over the share of the cost.
+        """Draw the expected loss increase over the share of the cost. Without data, draw the share of the energy lost.
 
         The cost is in milliseconds if they are known, else in MACs, else in parameters.
 
@@ -59,11 +64,16 @@ class ParetoFront:
         figure = Figure(layout="constrained")
         axes = figure.subplots()
         shares = [self._share(unit, point) for point in self.points]
-        axes.semilogy(shares, [max(point.predicted_loss_increase, 1e-9) for point in self.points], marker=".")
+        axes.semilogy(shares, [max(self._loss(point), 1e-9) for point in self.points], marker=".")
         axes.set_xlabel(f"share of the {unit}")
-        axes.set_ylabel("expected increase of the loss (nats)")
+        nats, share = "expected increase of the loss (nats)", "share of the output's energy that is lost"
+        axes.set_ylabel(nats if self.uses_statistics else share)
         axes.grid(visible=True, alpha=0.3)
         return figure
+
+    def _loss(self, point: ParetoPoint) -> float:
+        increase = point.predicted_loss_increase
+        return increase if self.uses_statistics else -math.expm1(-increase)
 
     def _known_units(self) -> list[str]:
         return [unit for unit, amount in _UNITS.items() if amount(self.network)]

@@ -82,7 +82,7 @@ class Plan:
         """The networks that other budgets would have given. Raises PlanError for a plan without a budget."""
         if not self.pareto_points:
             raise PlanError("the plan was made without a budget, so it knows no other. Pass budget=fxfact.Macs(0.5).")
-        return ParetoFront(network=self.network, points=self.pareto_points)
+        return ParetoFront(network=self.network, points=self.pareto_points, uses_statistics=self.uses_statistics)
 
     @cached_property
     def rewrites(self) -> tuple[Decision, ...]:
@@ -148,11 +148,14 @@ class Plan:
         changed = [replace(d, **new) if together & {d.path, d.tied_to} else d for d in self.decisions]
         return replace(self, decisions=tuple(changed), measured_loss_increase=None, measured_ms=None)
 
-    def check_fits(self, convolutions: Mapping[str, tuple[ConvSpec, str | None]]) -> None:
+    def check_fits(
+        self, convolutions: Mapping[str, tuple[ConvSpec, str | None]], skipped: Mapping[str, str] | None = None
+    ) -> None:
         """Check that the plan was made for these convolutions.
 
         Args:
             convolutions: by path, the spec, and the path of the convolution that holds the same weight or None.
+            skipped: by path, why other convolutions cannot be rewritten, for the message.
 
         Raises:
             PlanError: if they differ; the message names the first differences.
@@ -162,6 +165,11 @@ class Plan:
         if planned == found:
             return
         theirs, ours = ({path: _describe(value) for path, value in each.items()} for each in (planned, found))
+        ours |= {
+            path: f"one that cannot be rewritten ({reason})"
+            for path, reason in (skipped or {}).items()
+            if path in theirs and path not in ours
+        }
         different = first_differences("the plan", theirs, "the model", ours)
         raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 

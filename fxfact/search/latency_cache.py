@@ -67,6 +67,10 @@ class LatencyCache:
         """Return the times of a layer by layout, in milliseconds. Times added to the dict are kept."""
         return self._times.setdefault(layer, {})
 
+    def clear(self) -> None:
+        """Forget all times."""
+        self._times.clear()
+
     def save(self) -> None:
         """Write the file, or warn if it cannot be written."""
         content = {**_FORMAT, "machine": self._machine, "ms": self._times}

@@ -73,6 +73,12 @@ class MeasuredLatencyModel:
             self._speed[layer] = measured[0] / known[keys[0]]
         return [known[key] * self._speed[layer] for key in keys]
 
+    def forget(self) -> None:
+        """Forget all times, so that all layers and chains are measured again."""
+        self._cache.clear()
+        self._spreads.clear()
+        self._speed.clear()
+
     def save(self) -> None:
         """Write the cache to its file, unless the machine was under load."""
         if self._spreads and not self.is_noisy:

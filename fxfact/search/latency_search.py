@@ -21,18 +21,23 @@ from fxfact.search.inference import DenseBaseline
 from fxfact.utils import CLOCK_RESOLUTION_MS, seeded_randn, warn_caller
 
 _MAX_TRIALS = 5
-_MAX_REPEATS = 3  # measurements of the fastest plan before the budget is refused
+_MAX_REPEATS = 3  # measurements of the fastest plan before the budget is refused, and of an implausible one
+_EARLY_TOLERANCE = 0.1  # the share of the budget by which the smallest ranks must miss it to be refused at once
 _TOLERANCE = 0.03  # a plan may measure this share of the budget below it, or by chance above it
-_MIN_TIME_SHARE = 0.05  # the least share of a layer's time that its chain can take, and of predicted savings
+_MIN_TIME_SHARE = 0.05  # the least share of a layer's time that its chain usually takes, and of predicted savings
 _MARGIN = 0.2  # of the search interval, at both ends, where no plan is asked for
 
 
 class LatencyTrial(NamedTuple):
-    """A plan, the milliseconds that it was asked for, and the milliseconds that its network measured."""
+    """A plan, the milliseconds that it was asked for, and the milliseconds that its network measured.
+
+    ``is_plausible`` says whether its chains can have saved what the network saved.
+    """
 
     plan: Plan
     asked_ms: float
     measured_ms: float
+    is_plausible: bool
 
 
 class LatencySearch:
@@ -40,6 +45,9 @@ class LatencySearch:
 
     Chains do not save the same time in a network as alone: their inputs are in the caches, and compilers fuse them. The
     search therefore varies the milliseconds that plans are asked for until the network measures the budget.
+
+    ``is_implausible`` says whether a plan was returned whose network saved more than its chains can save. Then the
+    times of the network or those of the layers are wrong, as on a machine under load, and so are the ranks.
 
     Args:
         captured: the network.
@@ -57,6 +65,16 @@ class LatencySearch:
     ) -> None:
         self._captured, self._baseline, self._propose, self._network_ms = captured, baseline, propose, network_ms
         self._start_ms: float | None = None  # what the best plan of the last search was asked for
+        self.is_implausible = False
+
+    def check_reachable(self, budget: Budget) -> None:
+        """Raise BudgetError if the fastest network measures more than the budget by a tenth or more."""
+        plan, _, _ = self._plan_for(CLOCK_RESOLUTION_MS, normalization=0.0)
+        target, times = budget.allowed(plan.network), [self._measure(plan)]
+        while median(times) > target * (1 + _EARLY_TOLERANCE):
+            if len(times) == _MAX_REPEATS:
+                raise budget.unmet_error(median(times), plan.network)
+            times.append(self._measure(plan))
 
     def propose(self, budget: Budget, normalization: float) -> Plan:
         """Try up to five plans. Return the slowest one that meets the budget, or the fastest one with a warning.
@@ -75,8 +93,10 @@ class LatencySearch:
             times = measured[rewrites]
             if not times or (is_fastest and median(times) > target):  # again, in case the machine was disturbed
                 times.append(self._measure(plan))
+            while not _is_plausible(plan, median(times)) and len(times) < _MAX_REPEATS:
+                times.append(self._measure(plan))
             ms = median(times)
-            trials[rewrites] = LatencyTrial(_with_measured(plan, ms), asked, ms)
+            trials[rewrites] = LatencyTrial(_with_measured(plan, ms), asked, ms, _is_plausible(plan, ms))
             is_refused = is_fastest and ms > target * (1 + _TOLERANCE)
             is_close = abs(ms / target - 1) < _TOLERANCE
             if is_close or not rewrites or (is_refused and len(times) == _MAX_REPEATS):
@@ -84,6 +104,7 @@ class LatencySearch:
             asked = interval.next_asked(asked, ms)
         best = _best_trial(list(trials.values()), target, budget if is_refused else None)
         self._start_ms = best.asked_ms
+        self.is_implausible |= not best.is_plausible
         return best.plan
 
     def _plan_for(self, asked: float, normalization: float) -> tuple[Plan, float, bool]:
@@ -115,6 +136,18 @@ class LatencySearch:
         return self._network_ms * network_ms / dense_ms
 
 
+def _is_plausible(plan: Plan, measured_ms: float) -> bool:
+    """Return whether the chains of a plan can save what its network saved."""
+    latencies = [decision.latencies_ms for decision in plan.rewrites if decision.latencies_ms is not None]
+    most = sum(_most_saved(dense, chain) for dense, chain in latencies if chain < dense)
+    return (plan.network.ms or 0.0) - measured_ms <= most
+
+
+def _most_saved(dense: float, chain: float) -> float:
+    """Return the most milliseconds that a chain can save: nearly all, or all but half of what it takes alone."""
+    return dense - min(_MIN_TIME_SHARE * dense, chain / 2)
+
+
 def _with_measured(plan: Plan, measured_ms: float) -> Plan:
     """Return the plan with the latencies of its chains scaled so that they save what the network saved."""
     network_ms = plan.network.ms
@@ -128,9 +161,9 @@ def _savings_factor(latencies: Sequence[tuple[float, float]], saved: float) -> f
 
     Args:
         latencies: milliseconds of each layer and of its chain.
-        saved: milliseconds that they saved together. No chain saves more than nearly all of its layer's time.
+        saved: milliseconds that they saved together. No chain saves more than ``_most_saved``.
     """
-    savings = [(dense - chain, (1 - _MIN_TIME_SHARE) * dense) for dense, chain in latencies if chain < dense]
+    savings = [(dense - chain, _most_saved(dense, chain)) for dense, chain in latencies if chain < dense]
     free, factor = sum(saving for saving, _ in savings), 1.0
     for saving, limit in sorted(savings, key=lambda pair: pair[1] / pair[0]):  # those that reach their limit first
         factor = max(saved / free, _MIN_TIME_SHARE)
@@ -144,7 +177,7 @@ def _scale_savings(plan: Plan, factor: float) -> Plan:
     """Return the plan with the predicted savings of its chains, and of its Pareto front, multiplied."""
 
     def scaled(dense: float, chain: float) -> float:
-        return max(dense - factor * (dense - chain), _MIN_TIME_SHARE * dense)
+        return dense - min(factor * (dense - chain), _most_saved(dense, chain))
 
     def scaled_decision(decision: Decision) -> Decision:
         if decision.factorization is None or decision.latencies_ms is None:
@@ -160,10 +193,14 @@ def _scale_savings(plan: Plan, factor: float) -> Plan:
 
 
 def _best_trial(trials: list[LatencyTrial], target: float, refused: Budget | None) -> LatencyTrial:
-    """Return the slowest trial within the budget, else the fastest with a warning, or raise for a refused budget."""
+    """Return the slowest trial within the budget, else the fastest with a warning, or raise for a refused budget.
+
+    Implausible trials are returned only if no other one is within the budget.
+    """
     within = [trial for trial in trials if trial.measured_ms <= target * (1 + _TOLERANCE)]
     if within:
-        return max(within, key=lambda trial: trial.measured_ms)
+        plausible = [trial for trial in within if trial.is_plausible]
+        return max(plausible or within, key=lambda trial: trial.measured_ms)
     best = min(trials, key=lambda trial: trial.measured_ms)
     if refused is not None:
         raise refused.unmet_error(best.measured_ms, best.plan.network)

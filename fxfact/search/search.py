@@ -86,10 +86,13 @@ def search(
             unit the cost is counted.
 
     Raises:
-        ArgumentError, BudgetError, CalibrationError, RankError, TimingError, WeightError.
+        ArgumentError, BudgetError, CalibrationError, CaptureError, RankError, TimingError, WeightError.
     """
     has_budget = isinstance(strategy, BudgetAllocator)
     _check_requests(strategy, data)
+
+    if data.calibration is not None or data.held_out is not None:
+        captured.check_sites()
 
     # Candidates: the layers that may change. A budget that they cannot meet is refused before anything expensive.
     draft = draft_plan(captured, scope)

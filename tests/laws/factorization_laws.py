@@ -48,13 +48,13 @@ class FactorizationLaws:
     Attributes:
         rejected: the names of the convolutions in ``tests.support.SPECS`` that the factorization rejects.
         kernel_size: of a convolution that it accepts.
-        bounds: whether ``error_bounds`` is 'exact', an 'upper' bound, or 'none'.
+        estimates: whether ``error_estimates`` is 'exact', not less than the error ('upper'), or 'none'.
         stages_at_full_rank: the least number of stages at ``max_rank``.
     """
 
     rejected: frozenset[str] = frozenset()
     kernel_size: tuple[int, ...] = (3, 3)
-    bounds: Literal["exact", "upper", "none"] = "none"
+    estimates: Literal["exact", "upper", "none"] = "none"
     stages_at_full_rank: int = 2
 
     def make(self) -> Factorization:
@@ -197,21 +197,21 @@ class FactorizationLaws:
         assert (run(chain, x) - dense).norm() <= 1e-11 * dense.norm()
 
     @pytest.mark.parametrize("name", ["plain", "groups", "transposed", "3-D", "pointwise", "one axis"])
-    def test_error_is_within_its_bound(self, name: str) -> None:
+    def test_error_is_within_its_estimate(self, name: str) -> None:
         factorization, spec = self.make(), SPECS[name]
         if name in self.rejected:
             return
         layer, ranks = random_layer(spec), factorization.ranks(spec)
-        bounds = factorization.error_bounds(layer, ranks)
-        assert (bounds is None) == (self.bounds == "none")
-        if bounds is None:
+        estimates = factorization.error_estimates(layer, ranks)
+        assert (estimates is None) == (self.estimates == "none")
+        if estimates is None:
             return
-        for rank, bound in list(zip(ranks, bounds, strict=True))[:: max(1, len(ranks) // 4)]:
+        for rank, estimate in list(zip(ranks, estimates, strict=True))[:: max(1, len(ranks) // 4)]:
             error = apart(layer.weight, compose(factorization.decompose(layer, rank))) ** 2
-            assert error <= 1.001 * bound + 1e-5
-            if self.bounds == "exact":
-                assert error == pytest.approx(bound, abs=1e-5)
-        assert bounds == sorted(bounds, reverse=True)
+            assert error <= 1.001 * estimate + 1e-5
+            if self.estimates == "exact":
+                assert error == pytest.approx(estimate, abs=1e-5)
+        assert estimates == sorted(estimates, reverse=True)
 
     def test_chain_in_a_metric_is_closer_in_it_than_that_in_the_frobenius_norm(self, accepted: ConvSpec) -> None:
         factorization, layer, metric = self.make(), random_layer(accepted), random_fisher(accepted)

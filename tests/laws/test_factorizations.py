@@ -32,7 +32,7 @@ ONE_AXIS = frozenset({"1-D", "1-D circular", "one axis", "transposed 1-D"})
 
 class TestCPMobilenet(FactorizationLaws):
     rejected = POINTWISE | DEPTHWISE
-    bounds = "upper"
+    estimates = "upper"
 
     def make(self) -> Factorization:
         return CPMobilenet()
@@ -43,7 +43,7 @@ class TestCPMobilenet(FactorizationLaws):
 
 class TestCPFactorized(FactorizationLaws):
     rejected = POINTWISE | DEPTHWISE
-    bounds = "upper"
+    estimates = "upper"
 
     def make(self) -> Factorization:
         return CPFactorized()
@@ -54,7 +54,7 @@ class TestCPFactorized(FactorizationLaws):
 
 class TestTucker(FactorizationLaws):
     rejected = POINTWISE | DEPTHWISE
-    bounds = "upper"
+    estimates = "upper"
     stages_at_full_rank = 1
 
     def make(self) -> Factorization:
@@ -63,7 +63,7 @@ class TestTucker(FactorizationLaws):
 
 class TestTuckerWithFullSides(FactorizationLaws):
     rejected = POINTWISE | DEPTHWISE
-    bounds = "upper"
+    estimates = "upper"
 
     def make(self) -> Factorization:
         return Tucker(keep_full_sides=True)
@@ -71,7 +71,7 @@ class TestTuckerWithFullSides(FactorizationLaws):
 
 class TestTT(FactorizationLaws):
     rejected = POINTWISE | DEPTHWISE
-    bounds = "upper"
+    estimates = "upper"
 
     def make(self) -> Factorization:
         return TT()
@@ -79,7 +79,7 @@ class TestTT(FactorizationLaws):
 
 class TestSpatialSVD(FactorizationLaws):
     rejected = POINTWISE | ONE_AXIS
-    bounds = "exact"
+    estimates = "exact"
 
     def make(self) -> Factorization:
         return SpatialSVD()
@@ -87,7 +87,7 @@ class TestSpatialSVD(FactorizationLaws):
 
 class TestSpatialSVDWithLastAxesFirst(FactorizationLaws):
     rejected = POINTWISE | ONE_AXIS
-    bounds = "exact"
+    estimates = "exact"
 
     def make(self) -> Factorization:
         return SpatialSVD(last_axes_first=True)
@@ -95,7 +95,7 @@ class TestSpatialSVDWithLastAxesFirst(FactorizationLaws):
 
 class TestChannelSVD(FactorizationLaws):
     rejected = POINTWISE | DEPTHWISE | {"one output channel"}
-    bounds = "exact"
+    estimates = "exact"
 
     def make(self) -> Factorization:
         return ChannelSVD()
@@ -104,7 +104,7 @@ class TestChannelSVD(FactorizationLaws):
 class TestPointwiseSVD(FactorizationLaws):
     rejected = frozenset(SPECS) - POINTWISE
     kernel_size = (1, 1)
-    bounds = "exact"
+    estimates = "exact"
 
     def make(self) -> Factorization:
         return PointwiseSVD()

@@ -40,9 +40,9 @@ def test_errors_are_relative_for_any_size_of_the_weights(factor: float) -> None:
     spec = ConvSpec.parse(8, 8, (3, 3))
     layer = ConvLayer(spec, factor * torch.randn(spec.weight_shape, generator=torch.Generator().manual_seed(0)))
     unit = ConvLayer(spec, layer.weight / factor)
-    (bound,) = ChannelSVD().error_bounds(layer, [(2,)]) or ()
-    (expected,) = ChannelSVD().error_bounds(unit, [(2,)]) or ()
-    assert bound == pytest.approx(expected, rel=1e-3)
+    (estimate,) = ChannelSVD().error_estimates(layer, [(2,)]) or ()
+    (expected,) = ChannelSVD().error_estimates(unit, [(2,)]) or ()
+    assert estimate == pytest.approx(expected, rel=1e-3)
     assert relative_square_error(layer, ChannelSVD(), (2,)) == pytest.approx(expected, rel=1e-3)
     metric = KroneckerFisher(KroneckerMoment((torch.eye(72)[None],)), KroneckerMoment((torch.eye(8)[None],)))
     if factor < 1e19:  # above, the squares overflow

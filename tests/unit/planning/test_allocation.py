@@ -31,9 +31,10 @@ from fxfact.planning import (
     allocate,
     build_plan,
     draft_plan,
+    least_amount,
     parse_factorizations,
 )
-from fxfact.planning.allocation import Option
+from fxfact.planning.allocation import Option, energy_loss
 from fxfact.planning.error_curves import interpolate
 from fxfact.utils import CLOCK_RESOLUTION_MS
 
@@ -52,6 +53,27 @@ def layer(*options: tuple[int, float], dense_macs: int = 1000, loss_without_laye
 
 def ranks(choices: Sequence[Choice | Skip]) -> list[int | None]:
     return [choice.rank[0] if isinstance(choice, Choice) else None for choice in choices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthwiseFirst(Factorization):
+    """Depthwise k×k, R maps of every channel → 1×1: an SVD of every input channel's kernels."""
+
+    name = "depthwise_first"
+
+    def _rejects(self, block: ConvSpec) -> str | None:
+        return "transposed" if block.transposed else None
+
+    def _max_rank(self, block: ConvSpec) -> tuple[int, ...]:
+        return (min(math.prod(block.kernel_size), block.out_channels),)
+
+    def _stages(self, block: ConvSpec, rank: tuple[int, ...]) -> tuple[ConvSpec, ...]:
+        maps = block.in_channels * rank[0]
+        return (replace(block, out_channels=maps, groups=block.in_channels), pointwise(block, maps, block.out_channels))
+
+    def _weights(self, block: ConvSpec, weight: Tensor, rank: tuple[int, ...], random: Any) -> tuple[Tensor, ...]:
+        parts = [truncated_svd(part.flatten(1), *rank) for part in weight.unbind(1)]
+        return torch.cat([right for _, right in parts]), torch.cat([left for left, _ in parts], 1)
 
 
 # The pure function
@@ -138,6 +160,33 @@ def test_allocate_leaves_out_pareto_points_that_are_worse_than_cheaper_ones() ->
     assert increases == sorted(increases, reverse=True)
 
 
+# What an error costs without statistics
+
+
+def test_energy_loss_is_the_error_while_small_and_adds_up_over_layers() -> None:
+    assert energy_loss(0.0) == 0.0
+    assert energy_loss(1e-4) == pytest.approx(1e-4, rel=1e-4)
+    assert energy_loss(0.3) + energy_loss(0.5) == pytest.approx(energy_loss(1 - 0.7 * 0.5))
+
+
+def test_energy_loss_grows_without_bound_but_stays_finite_and_increasing() -> None:
+    errors = [0.0, 0.5, 0.9, 0.99, 1 - 1e-5, 1 - 1e-7, 1.0, 1.0 + 1e-6, 1.5, 40.0]
+    losses = [energy_loss(error) for error in errors]
+    assert losses == sorted(set(losses))
+    assert losses[errors.index(1.0)] > 1000 * energy_loss(0.99) * len(errors)
+    assert math.isfinite(losses[-1])
+
+
+def test_allocate_gives_no_layer_up_for_others_unless_the_budget_asks_for_it() -> None:
+    """A chain of 100 MACs loses all of a layer; the same MACs can be saved by halving the energy of eight layers."""
+    lost = layer((100, energy_loss(1.0)))
+    halved = [layer((880, energy_loss(0.5)), (100, energy_loss(1.2))) for _ in range(8)]
+    choices = allocate([lost, *halved], NETWORK, fxfact.Macs(at_most=9100)).choices
+    assert ranks(choices) == [None, *[1] * 8]
+    assert ranks(allocate([lost, *halved], NETWORK, fxfact.Macs(at_most=8200)).choices)[0] == 1  # not error 1.2
+    assert ranks(allocate([lost, *halved], NETWORK, fxfact.Macs(at_most=1900)).choices) == [1, *[2] * 8]
+
+
 # The options that the allocator makes
 
 
@@ -148,7 +197,14 @@ def allocator(budget: Any, methods: object = "channel_svd", **options: Any) -> B
 def test_layer_options_start_with_the_dense_layer_and_cost_no_more(model: nn.Module, x: Tensor) -> None:
     draft = draft_plan(capture(model, x[:1]), SearchScope())
     methods = [kind() for kind in FACTORIZATIONS if "cp" not in kind.name]
-    options = allocator(fxfact.Macs(0.5), methods).layer_options(draft.candidates)
+    curves = fxfact.ErrorCurveCache()
+    options = allocator(fxfact.Macs(0.5), methods, error_curves=curves).layer_options(draft.candidates)
+    keys = {
+        (method, candidate.path): key
+        for method, candidate in itertools.product(methods, draft.candidates)
+        for key in curves
+        if key.startswith(f"{method.name} ") and candidate.weight_digest() in key
+    }
     assert len(options) == len(draft.candidates) == 3
     for candidate, own in zip(draft.candidates, options, strict=True):
         assert isinstance(own.dense.choice, Skip)
@@ -161,7 +217,8 @@ def test_layer_options_start_with_the_dense_layer_and_cost_no_more(model: nn.Mod
             assert choice.predicted_loss_increase is None
             assert cost == candidate.cost(choice.factorization, choice.rank)
             assert not cost.exceeds(candidate.dense_cost)
-            assert 0 <= increase <= 1.5
+            (error,) = interpolate(curves[keys[choice.factorization, candidate.path]], [choice.rank])
+            assert increase == energy_loss(error) >= error
 
 
 def test_layer_options_with_statistics_are_in_nats(model: nn.Module, x: Tensor) -> None:
@@ -190,6 +247,66 @@ def test_layer_without_gradients_has_only_its_dense_option(model: nn.Module, x: 
     draft = draft_plan(capture(model, x[:1]), SearchScope())
     *_, up = allocator(fxfact.Macs(0.5), statistics=seen).layer_options(draft.candidates)
     assert [option.choice for option in up.options] == [Skip("no gradient reached it in calibration")]
+    timed = allocator(
+        fxfact.Latency(0.5),
+        statistics=seen,
+        latency_model=FakeLatencies({"first": 3.0, "grouped": 2.0, "up": 1.0}, 0.5),
+    )
+    for options in (timed.layer_options(draft.candidates), timed.smallest_options(draft.candidates)):
+        (dense,) = options[-1].options
+        assert dense.choice == Skip("no gradient reached it in calibration")
+        assert dense.cost.ms == 1.0
+
+
+@pytest.mark.parametrize(
+    ("methods", "reasons"),
+    [
+        ({"first": "tt"}, [None, "no factorization is given for it", "no factorization is given for it"]),
+        ("pointwise_svd", ["the kernel is 3×3, not 1×1"] * 3),
+        (["pointwise_svd", DepthwiseFirst()], [None, None, "the kernel is 3×3, not 1×1; transposed"]),
+    ],
+    ids=["by path", "rejected", "rejected by two"],
+)
+@pytest.mark.parametrize("timed", [False, True])
+def test_layer_without_chains_says_why(
+    methods: Any, reasons: list[str | None], timed: bool, model: nn.Module, x: Tensor
+) -> None:
+    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    model_of_times = FakeLatencies({"first": 3.0, "grouped": 2.0, "up": CLOCK_RESOLUTION_MS}, 0.5) if timed else None
+    options = allocator(fxfact.Params(0.9), methods, latency_model=model_of_times).layer_options(draft.candidates)
+    assert [len(own.options) == 1 for own in options] == [reason is not None for reason in reasons]
+    for own, reason in zip(options, reasons, strict=True):
+        assert isinstance(own.dense.choice, Skip)
+        assert reason in (None, own.dense.choice.reason)
+        assert (own.dense.cost.ms is not None) == timed
+
+
+def test_smallest_options_cost_as_little_as_all_options_and_compute_no_errors(model: nn.Module, x: Tensor) -> None:
+    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    for budget in (fxfact.Macs(0.5), fxfact.Params(0.5)):
+        for multiple in (1, 4):
+            chooser = allocator(budget, ["tucker", "spatial_svd", "tt"], multiple=multiple)
+            smallest = chooser.smallest_options(draft.candidates)
+            assert not len(chooser.error_curves)
+            found = [
+                least_amount(own, draft.network, budget) for own in (smallest, chooser.layer_options(draft.candidates))
+            ]
+            assert found[0] == found[1] < budget.amount(draft.network)
+
+
+@pytest.mark.parametrize("kind", [fxfact.Macs, fxfact.Params])
+def test_budget_that_cannot_be_met_is_refused_before_errors_are_computed(
+    kind: type[fxfact.Macs | fxfact.Params], model: nn.Module, x: Tensor
+) -> None:
+    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    chooser = allocator(kind(0.01), ["tucker", "spatial_svd"])
+    least = least_amount(chooser.smallest_options(draft.candidates), draft.network, kind(0.01))
+    with pytest.raises(BudgetError, match="can go down to") as caught:
+        chooser.choose(draft.candidates, draft.network)
+    assert caught.value.least == least
+    assert not len(chooser.error_curves)
+    reachable = replace(chooser, budget=kind(at_most=least))
+    assert len(reachable.choose(draft.candidates, draft.network).choices) == 3
 
 
 def test_layer_options_check_patterns_and_weights(model: nn.Module, x: Tensor) -> None:
@@ -335,27 +452,6 @@ def test_budget_is_met_if_convolutions_that_share_a_weight_differ(
         assert [decision.path for decision in plan.rewrites] == ["two", "three"]
         (point,) = {point.cost for point in plan.pareto_points if point.cost.macs == plan.after.macs}
         assert point.params == plan.after.params
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthwiseFirst(Factorization):
-    """Depthwise k×k, R maps of every channel → 1×1: an SVD of every input channel's kernels."""
-
-    name = "depthwise_first"
-
-    def _rejects(self, block: ConvSpec) -> str | None:
-        return "transposed" if block.transposed else None
-
-    def _max_rank(self, block: ConvSpec) -> tuple[int, ...]:
-        return (min(math.prod(block.kernel_size), block.out_channels),)
-
-    def _stages(self, block: ConvSpec, rank: tuple[int, ...]) -> tuple[ConvSpec, ...]:
-        maps = block.in_channels * rank[0]
-        return (replace(block, out_channels=maps, groups=block.in_channels), pointwise(block, maps, block.out_channels))
-
-    def _weights(self, block: ConvSpec, weight: Tensor, rank: tuple[int, ...], random: Any) -> tuple[Tensor, ...]:
-        parts = [truncated_svd(part.flatten(1), *rank) for part in weight.unbind(1)]
-        return torch.cat([right for _, right in parts]), torch.cat([left for left, _ in parts], 1)
 
 
 def test_factorization_with_grouped_first_stage_is_planned_on_data(model: nn.Module, x: Tensor) -> None:

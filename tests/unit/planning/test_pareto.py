@@ -29,6 +29,9 @@ def test_pareto_front_prints_shares_of_the_units_that_are_known() -> None:
     assert lines[0].split() == ["parameters", "of", "all", "MACs", "of", "all", "ms", "of", "all", "loss", "+"]
     assert lines[2].split() == ["100", "0.25", "2,000", "0.20", "1", "0.25", "0.5"]
     assert lines[3].split() == ["400", "1.00", "8,000", "0.80", "3", "0.75", "0.125"]
+    without_data = str(ParetoFront(network=Cost(400, 10_000, 4.0), points=points, uses_statistics=False)).splitlines()
+    assert without_data[0].split()[-2:] == ["energy", "lost"]
+    assert [line.split()[-1] for line in without_data[2:]] == ["0.393", "0.118"]  # 1 - exp(-0.5), 1 - exp(-0.125)
     header = str(ParetoFront(network=Cost(400, None), points=points)).splitlines()[0]
     assert header.split() == ["parameters", "of", "all", "loss", "+"]
 

@@ -240,7 +240,8 @@ def test_latency_warns_if_the_result_is_far_from_the_budget(
     three_convs: ThreeConvs, x: Tensor, error_curves: fxfact.ErrorCurveCache
 ) -> None:
     taken = iter([[40.0, 30.0, 40.0, 35.0], [32.0], [30.0, 15.0], [30.0, 25.0]])  # variants, dense, trial, result
-    budget = fxfact.Latency(0.5, timer=FakeTimer(side_by_side=lambda calls: next(taken)))
+    timer = FakeTimer(lambda calls: [[4 * millions_of_macs(c)] * 3 for c in calls], lambda calls: next(taken))
+    budget = fxfact.Latency(0.5, timer=timer)
     with pytest.warns(UserWarning, match=r"measures 25 ms and the dense network 30 ms.*not what was asked"):
         small = fxfact.factorize(three_convs, budget=budget, example_inputs=x, error_curves=error_curves)
     assert fxfact.plan_of(small).measured_ms == (30.0, 25.0)

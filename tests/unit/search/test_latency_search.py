@@ -63,7 +63,9 @@ def test_latency_budget_is_met_as_measured(
     assert plan.measured_ms is not None
     assert plan.measured_ms[1] == pytest.approx(plan.after.ms, rel=0.05)
     assert not small.training
-    assert all(rank % 8 == 0 or rank in (32, 48, 3) for decision in plan.rewrites for rank in decision.rank or ())
+    large = [decision for decision in plan.rewrites if decision.path != "first"]  # which has few ranks, so any will do
+    assert large
+    assert all(rank % 8 == 0 or rank in (32, 48, 3) for decision in large for rank in decision.rank or ())
     assert "ms" in str(plan)
     assert fxfact.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     again = fxfact.apply(plan, model)
