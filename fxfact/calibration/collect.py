@@ -53,6 +53,7 @@ def collect_statistics(
     process returns the same statistics. Sample k of rank r of w then counts as sample k · w + r, which is how
     ``DistributedSampler`` distributes them. Raises CalibrationError.
     """
+    captured.check_sites()
     network = _gradient_free_copy(captured.network)
     sites = [site for site in captured.sites if site.tied_to is None]
     weights = {site.path: weight for site in sites if (weight := weight_at(network, site.path)) is not None}

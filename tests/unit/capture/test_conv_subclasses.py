@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import fxfact
 from fxfact.conv import FactorizedModule, is_conv
-from fxfact.errors import ArgumentError
+from fxfact.errors import ArgumentError, CaptureError
 from tests.support import apart, factorized, skip_reasons
 
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -348,3 +349,52 @@ def test_quantization_aware_convolutions_say_that_they_come_later() -> None:
         assert found["0"].reason.startswith("torch.ao.nn.qat.modules.conv.Conv2d quantizes its weight: factorize the ")
     exported = fxfact.plan(torch.export.export(nn.Sequential(conv).eval(), (torch.randn(2, 8, 9, 9),)))
     assert "before you prepare it for quantization" in exported.decisions[0].reason
+
+
+def test_a_model_without_reachable_convolutions_says_so_before_data_are_read() -> None:
+    class Unreached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = Standardizing(), Standardizing(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x).relu())
+            return self.head((x if x.sum() < 1e9 else x + 1).mean((2, 3)))
+
+    read = []
+
+    class Data:
+        def __iter__(self) -> Iterator[Tensor]:
+            for number in range(4):
+                read.append(number)
+                yield torch.randn(4, 8, 9, 9)
+
+    model, words = (
+        Unreached().eval(),
+        "none of the 2 convolutions of Unreached can be rewritten.* a: its weight is also",
+    )
+    calls: list[Callable[[], object]] = [
+        lambda: fxfact.plan(model, rank=0.5, calibration=Data()),
+        lambda: fxfact.plan(model, budget=fxfact.Macs(0.5), calibration=Data()),
+        lambda: fxfact.plan(model, budget=fxfact.Loss(0.5), calibration=Data()),
+        lambda: fxfact.calibrate(model, Data()),
+    ]
+    for call in calls:
+        read.clear()
+        with pytest.raises(CaptureError, match=words):
+            call()
+        assert read == [0], "the sample to capture the model with"
+    assert not fxfact.plan(model, example_inputs=torch.randn(4, 8, 9, 9)).rewrites
+    with pytest.raises(CaptureError, match="calls no convolution"):
+        fxfact.calibrate(nn.Sequential(nn.ReLU()), Data())
+
+
+def test_data_reach_convolutions_that_hold_modules() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(network(PaddedByAModule, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    data = torch.randn(16, 8, 9, 8).split(4)
+    for how in ("trace", "modules"):
+        statistics = fxfact.calibrate(body, data, capture=how)  # type: ignore[arg-type]
+        assert set(statistics.specs) == {"0.0", "0.2"}
+        result = fxfact.factorize(body, "tucker", rank=0.6, calibration=statistics, example_inputs=data[0], capture=how)  # type: ignore[arg-type]
+        assert fxfact.verify(body, result, data[0]).ok
