@@ -107,19 +107,21 @@ def unbalanced(factorization: Factorization, layer: ConvLayer, rank: Any) -> Con
 
 def row_of(factorization: Factorization, dtype: str, count: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    draw, shares, before, overflows = random.Random(seed), [], [], 0
+    draw, shares, before, overflows, overflows_before = random.Random(seed), [], [], 0, 0
     for layer, rank in random_cases(factorization, count, draw):
         dense, x = in_dtype(layer, DTYPES[dtype]), random_input(layer.spec, draw)
         largest, dense_peak = 10 ** draw.uniform(2, math.log10(6e4)), float(run(layer, x).abs().max())
         x = (x * min(largest / dense_peak, 6e4 / float(x.abs().max()))).to(DTYPES[dtype])
-        chain = factorization.decompose(dense, rank)
+        chain, other = factorization.decompose(dense, rank), unbalanced(factorization, layer, rank)
         shares.append(inner_share(chain, x))
-        before.append(inner_share(unbalanced(factorization, layer, rank), x))
-        overflows += bool(run(dense, x).isfinite().all()) and not all(map(math.isfinite, peaks(chain, x)))
+        before.append(inner_share(other, x))
+        if bool(run(dense, x).isfinite().all()):
+            overflows += not all(map(math.isfinite, peaks(chain, x)))
+            overflows_before += not all(map(math.isfinite, peaks(in_dtype(other, DTYPES[dtype]), x)))
     return {
         "factorization": factorization.name, "dtype": dtype, "layers": count, "overflows": overflows,
         "inner / output, 99 %": sorted(shares)[int(0.99 * (count - 1))], "largest": max(shares),
-        "not balanced": max(before),
+        "not balanced": max(before), "overflows, not balanced": overflows_before,
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def inner_peak(chain: ConvChain, x: Tensor) -> float:
     """The largest absolute value between the stages, as a share of the largest one of the output."""
     peaks = []
     for layer in chain.layers:
-        x = run(replace(layer, spec=replace(layer.spec, bias=False), bias=None), x)
+        x = run(ConvLayer(replace(layer.spec, bias=False), layer.weight.float()), x)
         peaks.append(float(x.abs().max()))
     return max(peaks[:-1], default=0.0) / peaks[-1]
 
@@ -44,8 +44,13 @@ def test_peaks_between_the_stages_are_about_those_of_the_output(factorization: F
     by_channel = 2 * torch.randn(1, shape[1], *[1] * spec.order, generator=generator)
     inputs = {"noise": noise, "rectified": noise.relu(), "constant": 0.3 * noise + 1, "by channel": noise + by_channel}
     ranks = factorization.ranks(spec)
-    for common, rank in ((0.0, ranks[0]), (0.3, ranks[len(ranks) // 2]), (-2.0, ranks[-1])):
-        layer = ConvLayer(replace(spec, bias=False), random_weight(spec, generator, common))
+    cases = (
+        (0.0, ranks[0], torch.float16),
+        (0.3, ranks[len(ranks) // 2], torch.bfloat16),
+        (-2.0, ranks[-1], torch.half),
+    )
+    for common, rank, dtype in cases:
+        layer = ConvLayer(replace(spec, bias=False), random_weight(spec, generator, common).to(dtype))
         chain = quick(factorization).decompose(layer, rank)
         for kind, x in inputs.items():
             assert inner_peak(chain, x) < 2, (kind, common, rank)
