@@ -72,9 +72,9 @@ def own_classes(module: nn.Module) -> list[type]:
 def lost_members(model: nn.Module, network: nn.Module, read: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the methods and properties of a model's classes that users may need and that a graph does not have.
 
-    These are the public members of the model's own class. Members that forward uses, or that only ``__init__`` calls,
-    count as helpers. For inner modules they are the methods of nn.Module that a class overrides, such as ``train``,
-    because the graph would use those of nn.Module without notice.
+    These are the public members of the model's own class. Members that forward uses, or that ``__init__`` calls, also
+    through others, count as helpers. For inner modules they are the methods of nn.Module that a class overrides, such as
+    ``train``, because the graph would use those of nn.Module without notice.
 
     Args:
         model: the model.
@@ -86,7 +86,7 @@ def lost_members(model: nn.Module, network: nn.Module, read: Mapping[str, Mappin
         if id(module) in kept:
             continue
         kinds = own_classes(module)
-        helpers = {name for kind in kinds for name in _names_in(vars(kind).get("__init__"))} | {*read.get(path, ())}
+        helpers = _builders(kinds) | {*read.get(path, ())}
         members = {
             name: None for kind in kinds for name, value in vars(kind).items() if hasattr(type(value), "__get__")
         }
@@ -98,6 +98,13 @@ def lost_members(model: nn.Module, network: nn.Module, read: Mapping[str, Mappin
     return tuple(name for name in lost if not hasattr(network, name) or hasattr(nn.Module, name.rpartition(".")[2]))
 
 
-def _names_in(function: Any) -> tuple[str, ...]:
-    code = getattr(function, "__code__", None)
-    return code.co_names if code is not None else ()
+def _builders(kinds: list[type]) -> set[str]:
+    """Return the names that the code of ``__init__`` has, and that of the methods that it names, and so on."""
+    names, waiting = set[str](), ["__init__"]
+    while waiting:
+        name = waiting.pop()
+        codes = [getattr(vars(kind).get(name), "__code__", None) for kind in kinds]
+        found = {each for code in codes if code is not None for each in code.co_names} - names
+        names |= found
+        waiting += found
+    return names

@@ -94,6 +94,9 @@ def test_class_with_helpers_only_is_traced(image: Tensor) -> None:
 
         def __init__(self) -> None:
             super().__init__()
+            self._set_up()
+
+        def _set_up(self) -> None:
             self.init_weights()
 
         def init_weights(self) -> None:
