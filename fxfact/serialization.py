@@ -24,12 +24,23 @@ from fxfact.errors import ArgumentTypeError, FileError, FxfactError, error_conte
 from fxfact.factorizations import Factorization
 from fxfact.passes import PassRecord, pass_history, set_history
 from fxfact.planning import Plan
-from fxfact.utils import atomic_write, check_harmless, check_path, copy_with_shared
+from fxfact.utils import (
+    atomic_write,
+    check_harmless,
+    check_loadable,
+    check_path,
+    copy_with_shared,
+    explain_refused,
+    is_wrapper,
+    refused_classes,
+    reproducible_archive,
+    storages_of,
+)
 
 _Path = str | os.PathLike[str]
 _FactorizationTypes = Sequence[type[Factorization]]
 
-_FORMAT = {"format": "fxfact network", "version": 1}
+_FORMAT = {"format": "fxfact network", "version": 2}
 _HISTORY_FILE = "fxfact.json"  # among the extra files of a .pt2 archive
 
 
@@ -128,7 +139,8 @@ def _save_state_dict(network: nn.Module, path: _Path) -> None:
                 f"{path}: the state dict's {name} is a {type(value).__name__}, and only tensors can be saved. "
                 "Remove get_extra_state from its module."
             )
-    tensors = {name: value.detach().contiguous() for name, value in state.items()}
+    tensors = _separate(state)
+    check_loadable(path, tensors)
     try:
         with atomic_write(path) as file:
             torch.save({"fxfact": _history_to_text(pass_history(network)), "state": tensors}, file)
@@ -136,15 +148,32 @@ def _save_state_dict(network: nn.Module, path: _Path) -> None:
         raise FileError(f"{path}: the network cannot be written there: {error}") from error
 
 
+def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the rest of the memory that they are views of. Tensors that are the same stay so."""
+    found: dict[tuple[object, ...], Tensor] = {}
+    separate = {}
+    for name, value in state.items():
+        tensor = value.detach()
+        if type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested:
+            key = (*storages_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+            is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            tensor = found.setdefault(key, tensor.contiguous() if is_whole else _compact(tensor))
+        separate[name] = tensor
+    return separate
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _load_state_dict(path: _Path, model: nn.Module, factorizations: _FactorizationTypes) -> nn.Module:
     """Factorize a copy of the model as the saved plans say, without decomposing, and load the saved tensors into it."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds
-        first_line = str(error).splitlines()[0] if str(error) else ""
+        reason = explain_refused(refused_classes(path)) or f" {type(error).__name__}: {str(error).partition(os.linesep)[0]}"
         raise FileError(
-            f"{path}: the file was not loaded, because it is damaged or holds more than tensors: "
-            f"{type(error).__name__}: {first_line}"
+            f"{path}: the file was not loaded, because it is damaged or holds more than tensors.{reason}"
         ) from error
     if not isinstance(data, Mapping) or not isinstance(data.get("state"), Mapping):
         raise FileError(f"{path}: fxfact.save did not write this file. Load a plain state dict by load_state_dict.")
@@ -157,38 +186,48 @@ def _load_state_dict(path: _Path, model: nn.Module, factorizations: _Factorizati
     if saved != expected:
         differences = first_differences("the file", saved, "the model", expected)
         raise FileError(f"{path}: the file holds another network. {differences}. Pass the model that was factorized.")
-    if any(tensor.is_meta for tensor in own_state.values()):
-        network.load_state_dict(_materialize(data["state"], own_state), assign=True)
-    else:
-        network.load_state_dict(dict(data["state"]))
+    network.load_state_dict(_loaded_tensors(data["state"], own_state), assign=True)
     set_history(network, history)
     return network
 
 
-def _materialize(state: Mapping[str, Tensor], own_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the saved tensors as parameters and buffers to assign; parameters that the module shares stay shared."""
+def _loaded_tensors(state: Mapping[str, Tensor], own_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the saved tensors as parameters and buffers to assign; parameters that the module shares stay shared.
+
+    They have the device and the strides of the module's tensors, but their own class: a weight that was saved quantized
+    is quantized, whether or not the module's is.
+    """
     made: dict[int, Tensor] = {}
     for name, old in own_state.items():
-        new = nn.Parameter(state[name], old.requires_grad) if isinstance(old, nn.Parameter) else state[name]
-        made.setdefault(id(old), new)
+        if id(old) not in made:
+            new = state[name]
+            if type(new) is Tensor and not (old.is_meta or is_wrapper(old) or old.is_nested):
+                new = torch.empty_like(old, requires_grad=False).copy_(new)
+            elif not old.is_meta:
+                new = new.to(old.device)
+            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return {name: made[id(old)] for name, old in own_state.items()}
 
 
 def _describe(value: Any) -> str:
     """Return dtype and shape of a state dict's value."""
     kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
-    return f"{kind} {tuple(getattr(value, 'shape', ()))}"
+    shape = "nested" if getattr(value, "is_nested", False) else tuple(getattr(value, "shape", ()))
+    return f"{kind} {shape}"
 
 
 # Programs
 
 
 def _save_program(program: ExportedProgram, path: _Path) -> None:
+    constants = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
+    check_loadable(path, {**program.state_dict, **constants})
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={_HISTORY_FILE: _history_to_text(pass_history(program))})
+    archive = reproducible_archive(buffer)
     try:
         with atomic_write(path) as file:
-            file.write(buffer.getbuffer())
+            file.write(archive)
     except OSError as error:
         raise FileError(f"{path}: the program cannot be written there: {error}") from error
 
@@ -238,7 +277,14 @@ class _ReaderErrors(logging.Filter):
 
 def _history_to_text(history: Sequence[PassRecord]) -> str:
     """Return the plans that were applied, oldest first, with the errors of their kernels, as JSON."""
-    records = [{"plan": record.plan.to_json(), "relative_error": dict(record.relative_error)} for record in history]
+    records = [
+        {
+            "plan": record.plan.to_json(),
+            "relative_error": dict(record.relative_error),
+            "weight_digest": dict(record.weight_digest),
+        }
+        for record in history
+    ]
     return json.dumps({**_FORMAT, "history": records})
 
 
@@ -252,6 +298,7 @@ def _history_from_text(path: _Path, text: object, factorizations: _Factorization
             PassRecord(
                 Plan.from_json(record["plan"], factorizations=factorizations),
                 _parse_relative_errors(record["relative_error"]),
+                _parse_weight_digests(record["weight_digest"]),
             )
             for record in data["history"]
         )
@@ -267,3 +314,9 @@ def _parse_relative_errors(values: Any) -> dict[str, float | None]:
         if not isinstance(values, Mapping) or not all(v is None or isinstance(v, int | float) for v in values.values()):
             raise FileError(f"expected numbers by path, found {str(values)[:80]}")
     return {str(path): None if value is None else float(value) for path, value in values.items()}
+
+
+def _parse_weight_digests(values: Any) -> dict[str, str]:
+    if not isinstance(values, Mapping) or not all(isinstance(value, str) for value in values.values()):
+        raise FileError(f"weight_digest: expected strings by path, found {str(values)[:80]}")
+    return {str(path): value for path, value in values.items()}

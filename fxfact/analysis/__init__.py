@@ -2,7 +2,7 @@
 
 from fxfact.analysis.dot import to_dot
 from fxfact.analysis.inspection import diff, inspect
-from fxfact.analysis.reference import prepare_original, stages_of
+from fxfact.analysis.reference import prepare_original, stages_of, update_kernel_errors
 from fxfact.analysis.report_data import format_threads
 from fxfact.analysis.reports import Report, report
 from fxfact.analysis.verification import Verification, check_rewrite, verify
@@ -18,5 +18,6 @@ __all__ = [
     "report",
     "stages_of",
     "to_dot",
+    "update_kernel_errors",
     "verify",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import zip_longest
 from textwrap import shorten
@@ -12,11 +12,17 @@ from tabulate import tabulate
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from fxfact.analysis.reference import current_error, kernel_error, prepare_original
 from fxfact.capture import Captured, ExampleInputs, capture
 from fxfact.conv import ConvLayer, ConvSite, ConvSpec, Cost, Skip, chain_cost, is_conv, path_of, read_conv
 from fxfact.errors import ArgumentError, CaptureError
 from fxfact.graph import match
-from fxfact.passes import PassRecord, pass_history
+from fxfact.passes import PassRecord, last_plan, pass_history
+
+_CHANGED = (
+    "changed since: the weights have changed since this error was computed. verify shows today's, and so does inspect "
+    "if you pass original=."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +36,9 @@ class ConvRow:
         rank: The factorization's rank.
         stages: The convolutions that run in its place.
         cost: Parameters and MACs of the stages, for one sample.
-        relative_error: ‖Ŵ − W‖_F / ‖W‖_F of the kernel, or None if it is unknown, as for a stage that was factorized
-            again.
+        relative_error: ‖Ŵ − W‖_F / ‖W‖_F of the kernel as it is now, or None if it is unknown: the weights changed
+            since ``recorded_error``, or a stage was factorized again.
+        recorded_error: The error when the kernel was decomposed, or after ``refit`` or ``distill``; None if unknown.
         remark: Why it cannot be rewritten.
     """
 
@@ -42,6 +49,7 @@ class ConvRow:
     stages: tuple[ConvSpec, ...]
     cost: Cost
     relative_error: float | None
+    recorded_error: float | None
     remark: str
 
 
@@ -61,18 +69,25 @@ class Inspection:
         headers = ["path", "from", "factorization", "rank", "stages", "parameters", "MACs", "error", "remark"]
         table = tabulate(map(_table_row, self.rows), headers, disable_numparse=True, maxcolwidths=[None] * 8 + [60])
         nodes = tabulate(self.nodes, ["node", "verdict"], disable_numparse=True)
-        return f"{table}\n\n{nodes}" if self.nodes else table
+        changed = any(row.relative_error is None and row.recorded_error is not None for row in self.rows)
+        return "\n\n".join([table, *([_CHANGED] if changed else []), *([nodes] if self.nodes else [])])
 
 
 def inspect(
-    model: nn.Module | ExportedProgram, *, example_inputs: ExampleInputs | None = None, nodes: bool = False
+    model: nn.Module | ExportedProgram,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    original: nn.Module | ExportedProgram | None = None,
+    nodes: bool = False,
 ) -> Inspection:
     """List every convolution of a network, factorized or not.
 
     Args:
         model: The network.
-        example_inputs: One call of the network, which gives the MACs. An ExportedProgram and a graph with recorded
-            shapes need none.
+        example_inputs: One call of the network, which gives the MACs. By default they are those of the inputs that an
+            ExportedProgram holds, or that the network was factorized with.
+        original: The network that was factorized. The errors are then computed from today's weights. By default they
+            are those of the decomposition, and of ``refit`` and ``distill``, if the weights have not changed since.
         nodes: Whether to list the graph's nodes too. A network that keeps the model's own Python has no graph, and so
             no nodes.
 
@@ -82,18 +97,35 @@ def inspect(
     Raises:
         ArgumentTypeError: ``model`` is neither a module nor an ExportedProgram.
         CaptureError: The network cannot be copied, or fails on ``example_inputs``.
+        PlanError: ``original`` was passed, and ``model`` was not made of it by a plan.
     """
     captured = capture_for_display(model, example_inputs)
-    records = {path: record for record in pass_history(model) for path in record.relative_error}
+    history = pass_history(model)
+    records = {path: record for record in history for path in record.relative_error}
+    errors = {path: current_error(captured.network, record, path) for path, record in records.items()}
+    if original is not None:
+        plan = last_plan(model)
+        prepared = prepare_original(original, plan)
+        errors |= {d.path: kernel_error(prepared, captured.network, d) for d in plan.rewrites}
     items_by_path: dict[str, list[ConvSite | Skip]] = {}
     for item in captured.found:
         name = path_of(item)
         path = next((path for path in records if _is_stage(name, path)), name)
         items_by_path.setdefault(path, []).append(item)
-    rows = tuple(_conv_row(path, items, records, captured) for path, items in items_by_path.items())
+    planned = {decision.path: decision for record in history for decision in record.plan}
+    rows = []
+    for path, items in items_by_path.items():
+        row = _conv_row(path, items, records.get(path), captured)
+        if row.cost.macs is None and captured.example_inputs is None and path in planned:
+            row = replace(row, cost=replace(row.cost, macs=planned[path].after.macs))
+        if path in records and not any(_is_stage(other, path) for other in records):  # no stage was factorized again
+            row = replace(row, relative_error=errors[path], recorded_error=records[path].relative_error[path])
+        rows.append(row)
     graph = captured.network if nodes and isinstance(captured.network, fx.GraphModule) else None
     verdicts = match(graph).verdicts if graph is not None else {}
-    return Inspection(rows=rows, nodes=tuple((node.name, _verdict_text(item)) for node, item in verdicts.items()))
+    return Inspection(
+        rows=tuple(rows), nodes=tuple((node.name, _verdict_text(item)) for node, item in verdicts.items())
+    )
 
 
 def diff(
@@ -142,11 +174,8 @@ def capture_for_display(model: nn.Module | ExportedProgram, example_inputs: Exam
         return capture(model, example_inputs, how="modules")
 
 
-def _conv_row(
-    path: str, items: list[ConvSite | Skip], records: Mapping[str, PassRecord], captured: Captured
-) -> ConvRow:
+def _conv_row(path: str, items: list[ConvSite | Skip], record: PassRecord | None, captured: Captured) -> ConvRow:
     """Make one row of the sites and skips that are the convolution at a path, or the stages of its chain."""
-    record = records.get(path)
     decision = record.plan[path] if record else None
     sites = [item for item in items if isinstance(item, ConvSite)]
     costs = [chain_cost([site.spec], site.input_sizes(captured.samples)) for site in sites]
@@ -154,7 +183,6 @@ def _conv_row(
         costs = [chain_cost([stage], None) for stage in decision.stages]
     method = decision.factorization if decision else None
     rank = decision.rank if decision else None
-    rewritten_again = any(_is_stage(other, path) for other in records)
     return ConvRow(
         path=path,
         origin=str(decision.spec if decision else ""),
@@ -162,7 +190,8 @@ def _conv_row(
         rank="" if rank is None else ",".join(map(str, rank)),
         stages=tuple(site.spec for site in sites) or (decision.stages if decision else ()),
         cost=sum(costs[1:], costs[0]) if costs else Cost(0, None),
-        relative_error=None if record is None or rewritten_again else record.relative_error[path],
+        relative_error=None,
+        recorded_error=None,
         remark="; ".join(item.reason for item in items if isinstance(item, Skip)),
     )
 
@@ -174,7 +203,9 @@ def _is_stage(name: str, path: str) -> bool:
 
 def _table_row(row: ConvRow) -> list[str]:
     macs = "" if row.cost.macs is None else f"{row.cost.macs:,}"
-    error = "" if row.relative_error is None else f"{row.relative_error:.3g}"
+    known = row.recorded_error if row.relative_error is None else row.relative_error
+    error = "" if known is None else f"{known:.3g}"
+    error += " (changed since)" if error and row.relative_error is None else ""
     stages = "\n".join(map(str, row.stages))
     params = f"{row.cost.params:,}" if row.stages else ""
     return [row.path, row.origin, row.factorization, row.rank, stages, params, macs, error, row.remark]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -11,9 +13,18 @@ from torch.export import ExportedProgram
 from fxfact.conv import compose_modules, stages_in, to_torch
 from fxfact.errors import PlanError
 from fxfact.graph import weight_at
-from fxfact.passes import MergePointwise, OneDNN, PointwiseLinear, capture_as_planned, run_passes
+from fxfact.passes import (
+    MergePointwise,
+    OneDNN,
+    PassRecord,
+    PointwiseLinear,
+    capture_as_planned,
+    pass_history,
+    run_passes,
+    set_history,
+)
 from fxfact.planning import Decision, Plan
-from fxfact.utils import alias_copy, no_reduced_precision, to_eval
+from fxfact.utils import alias_copy, no_reduced_precision, relative_error, tensor_digest, to_eval
 
 _REPLACES_CONVS = {MergePointwise.name, PointwiseLinear.name, OneDNN.name}
 
@@ -55,15 +66,53 @@ def stages_of(network: nn.Module, decision: Decision) -> list[nn.Module]:
 
 def composed_kernels(network: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Compose the stages at every rewritten path into one dense kernel, in PyTorch's layout."""
-    kernels = {}
-    with torch.no_grad():
-        for decision in plan.rewrites:
-            assert decision.spec is not None
-            stages = stages_of(network, decision)
-            with no_reduced_precision(cast(Tensor, stages[0].weight).device):
-                kernel = compose_modules(decision.stages, stages)
-            kernels[decision.path] = to_torch(decision.spec, kernel)
-    return kernels
+    return {decision.path: _composed_kernel(network, decision) for decision in plan.rewrites}
+
+
+@torch.no_grad()
+def _composed_kernel(network: nn.Module, decision: Decision) -> Tensor:
+    assert decision.spec is not None
+    stages = stages_of(network, decision)
+    with no_reduced_precision(cast(Tensor, stages[0].weight).device):
+        return to_torch(decision.spec, compose_modules(decision.stages, stages))
+
+
+def kernel_error(original: nn.Module, network: nn.Module, decision: Decision) -> float:
+    """Return ‖Ŵ − W‖_F / ‖W‖_F of a rewritten kernel as it is now, for a prepared original. Raises PlanError."""
+    weight, kernel = conv_weight(original, decision.path), _composed_kernel(network, decision)
+    if weight.shape != kernel.shape:
+        raise PlanError(
+            f"{decision.path}: the factorized network has a kernel {tuple(kernel.shape)} here, the original has "
+            f"{tuple(weight.shape)}. Pass the model that was factorized."
+        )
+    return relative_error(weight, kernel.to(weight.device))
+
+
+def _stages_digest(network: nn.Module, decision: Decision) -> str:
+    return tensor_digest(cast(Tensor, stage.weight) for stage in stages_of(network, decision))
+
+
+def current_error(network: nn.Module, record: PassRecord, path: str) -> float | None:
+    """Return the recorded error of a rewritten kernel; None if it is unknown or the weights changed since."""
+    try:
+        digest = _stages_digest(network, record.plan[path])
+    except PlanError:  # the stages were merged or replaced
+        return None
+    return record.relative_error[path] if digest and digest == record.weight_digest.get(path) else None
+
+
+def update_kernel_errors(network: nn.Module, original: nn.Module) -> None:
+    """Record the errors that the kernels of the last plan have now, for a prepared original.
+
+    Kernels that cannot be composed any more keep what was recorded.
+    """
+    *earlier, last = pass_history(network)
+    errors, digests = dict(last.relative_error), dict(last.weight_digest)
+    for decision in last.plan.rewrites:
+        with suppress(PlanError):
+            errors[decision.path] = kernel_error(original, network, decision)
+            digests[decision.path] = _stages_digest(network, decision)
+    set_history(network, (*earlier, replace(last, relative_error=errors, weight_digest=digests)))
 
 
 def conv_weight(original: nn.Module, path: str) -> Tensor:

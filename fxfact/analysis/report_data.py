@@ -87,8 +87,8 @@ class ConvReport:
             sizes are unknown.
         kernel_error: Error of the composed kernel.
         output_error: Error of the output on the input that the convolution gets in the original.
-        predicted_loss_increase: Increase of the loss that the plan predicted, in nats per sample (1 nat of KL divergence
-            is log₂ e = 1.44 bits). It does not know of refitting and training since.
+        predicted_loss_increase: Increase of the loss that the plan predicted, before any refitting or training, in nats
+            per sample (1 nat of KL divergence is log₂ e = 1.44 bits).
         reason: Why the convolution was left dense.
         note: A remark on the rank.
         spectra: Singular values of the unfoldings that the ranks belong to.
@@ -179,7 +179,7 @@ def format_approximation_error(error: float) -> str:
     """Say what the factorization costs on the example inputs."""
     percent = 100 * error
     if not math.isfinite(error):
-        return "approximation error unknown: on these inputs, an output differs from the original's in shape, NaN or Inf"
+        return "approximation error unknown: on these inputs, the outputs differ in shape, or in NaN or Inf"
     amount = f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
     return f"approximation error {amount} %: relative error of the output against the original, on these inputs"
 

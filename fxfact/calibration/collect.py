@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfact.calibration.batches import Batches, BatchReader, iter_batches, run_batch
 from fxfact.calibration.moments import MomentAccumulator, Window
 from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for, sums_of, variance_of
 from fxfact.calibration.statistics import Statistics
-from fxfact.capture import Captured
+from fxfact.capture import Captured, ExampleInputs
 from fxfact.errors import CalibrationError
 from fxfact.graph import weight_at
 from fxfact.utils import (
@@ -54,6 +55,7 @@ def collect_statistics(
     ``DistributedSampler`` distributes them. Raises CalibrationError.
     """
     captured.check_sites()
+    _check_not_quantized(captured.network)
     network = _gradient_free_copy(captured.network)
     sites = [site for site in captured.sites if site.tied_to is None]
     weights = {site.path: weight for site in sites if (weight := weight_at(network, site.path)) is not None}
@@ -65,9 +67,7 @@ def collect_statistics(
     random, known = _SampleRandom(seed), None
     output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     reader = BatchReader.of(batches)
-    coming = iter_batches(network, reader, captured.example_inputs)
-    first = next(coming)
-    for batch in with_progress(chain([first], coming), reader.count_batches(first), "calibrating", progress):
+    for batch in _with_progress(iter_batches(network, reader, captured.example_inputs), reader, progress):
         with torch.enable_grad():
             with collector:
                 output = run_batch(network, batch)
@@ -93,6 +93,14 @@ def collect_statistics(
     if not all(bool(tensor.isfinite().all()) for found in sums.values() for tensor in found.tensors):
         check_finite_state(network, "the model")
     return _statistics(sums, known, float(samples), variance_of(output_sums))
+
+
+def _with_progress(
+    batches: Iterator[ExampleInputs], reader: BatchReader, progress: Progress
+) -> Iterable[ExampleInputs]:
+    """Show the progress. How many batches a limit on samples allows is known once the first one is read."""
+    first = next(batches)
+    return with_progress(chain([first], batches), reader.count_batches(first), "calibrating", progress)
 
 
 def _check_output(network: nn.Module, tensors: Sequence[Tensor]) -> None:
@@ -237,6 +245,18 @@ class _GradientCollector(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None, None, None
         only_input = [True, False, False]
         return func(gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, only_input)
+
+
+def _check_not_quantized(network: nn.Module) -> None:
+    """Raise CalibrationError if a graph quantizes activations, where gradients end or do not mean anything."""
+    for node in network.graph.nodes if isinstance(network, fx.GraphModule) else ():
+        name = node.target.name() if isinstance(node.target, OpOverload) else ""
+        if "::quantize_" in name and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function":
+            raise CalibrationError(
+                f"calibration: the network quantizes activations ({node.name}: {name}), and no gradient leads through that. "
+                "Calibrate the network before it is quantized (fxfact.calibrate), and pass these statistics; or plan "
+                "without data."
+            )
 
 
 def _gradient_free_copy(network: nn.Module) -> nn.Module:

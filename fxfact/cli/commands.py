@@ -54,6 +54,7 @@ def inspect(args: Arguments) -> int:
             "parameters": row.cost.params,
             "macs": row.cost.macs,
             "relative_error": row.relative_error,
+            "recorded_error": row.recorded_error,
             "remark": row.remark,
         }
         for row in inspection.rows
@@ -126,11 +127,15 @@ def verify(args: Arguments) -> int:
             raise ArgumentError(f"{error} To compare only the outputs, pass --tolerance.") from error
         outputs = [_run(loaded.model, inputs) for loaded in (first, second)]
         graph, ok, end_to_end = None, None, relative_error(*outputs)
-        text = f"end-to-end error {end_to_end:.2e} (B has no plan of fxfact, so only the outputs were compared)"
-    within_tolerance = args.tolerance is None or end_to_end <= args.tolerance
+        text = f"relative difference {end_to_end:.2e} (B has no plan of fxfact, so only the outputs were compared)"
+    within_tolerance = None if args.tolerance is None else end_to_end <= args.tolerance
+    if within_tolerance is not None:
+        text += (
+            f"\nthe outputs differ by {'no more' if within_tolerance else 'MORE'} than --tolerance {args.tolerance:g}"
+        )
     data = {"graph": graph, "end_to_end": end_to_end, "ok": ok, "within_tolerance": within_tolerance}
     print_result(args, text, data)
-    return 3 if ok is False or not within_tolerance else 0
+    return 3 if ok is False or within_tolerance is False else 0
 
 
 def report(args: Arguments) -> int:

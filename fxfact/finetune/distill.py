@@ -147,7 +147,7 @@ def distill(
                 break
     best.restore()
     result = DistillResult(before=before, after=best.divergence, steps=step, seconds=time.perf_counter() - started)
-    return cast(_Network, networks.restore_modes()), result
+    return cast(_Network, networks.finished()), result
 
 
 def _initial_divergence(networks: TeacherStudent) -> float:
@@ -244,12 +244,15 @@ class _BestState:
                 "returned. Lower lr, or check whether augment returns NaN."
             )
         with torch.no_grad():
-            for name, parameter in self.network.named_parameters():
+            for name, parameter in self._trained():
                 parameter.copy_(self.state[name])
         self.network.zero_grad()
 
     def _current_state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
+        return {name: parameter.detach().clone() for name, parameter in self._trained()}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.network.named_parameters() if parameter.requires_grad]
 
 
 def _feature_hook(features: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -120,7 +120,7 @@ def refit(
     networks = TeacherStudent(factorized, original, batches, example_inputs=example_inputs, likelihood=likelihood)
     before = networks.initial_divergences()
     paths = _refit_chains(networks, seed, progress, last_stages=last_stages, means=means)
-    after, result = networks.divergences(), cast(_Network, networks.restore_modes())
+    after, result = networks.divergences(), cast(_Network, networks.finished())
     ends = [mean_and_error(values)[0] for values in (before, after)]
     if significantly_negative(before - after) or not math.isfinite(ends[1]):
         result, ends, paths = cast(_Network, copy_with_shared(factorized, set())), ends[:1] * 2, ()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fxfact.analysis import prepare_original, stages_of
+from fxfact.analysis import prepare_original, stages_of, update_kernel_errors
 from fxfact.calibration import Batches, DivergenceEvaluator, iter_batches, run_batch, split_held_out
 from fxfact.capture import ExampleInputs, check_kept_by_copies
 from fxfact.conv import is_conv, spec_of, torch_conv_class
@@ -17,7 +17,7 @@ from fxfact.errors import ArgumentTypeError, PlanError
 from fxfact.graph import get_tensor
 from fxfact.passes import last_plan
 from fxfact.planning import Decision, Plan
-from fxfact.utils import copy_with_shared, to_eval
+from fxfact.utils import check_finite_state, copy_with_shared, to_eval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +110,26 @@ class TeacherStudent:
         """Return the KL divergence of every held-out sample (n,), in nats."""
         return self._held_out.divergences(self.factorized)
 
+    def initial_divergences(self) -> Tensor:
+        """Return ``divergences`` before the factorized network is changed.
+
+        Raises WeightError if they are NaN or Inf because of its own tensors.
+        """
+        found = self.divergences()
+        if not bool(found.isfinite().all()):
+            check_finite_state(self.factorized, "the factorized network")
+        return found
+
     def divergence(self) -> float:
         """Return the mean KL divergence over the held-out samples, in nats."""
         return self._held_out.divergence(self.factorized)
 
-    def restore_modes(self) -> nn.Module:
-        """Set the factorized network to the training modes of the one that was passed in, and return it."""
+    def finished(self) -> nn.Module:
+        """Return the factorized network, with the training modes of the one that was passed in.
+
+        The errors that its kernels have now are recorded, for ``fxfact.inspect``.
+        """
+        update_kernel_errors(self.factorized, self.original)
         for name, module in self.factorized.named_modules():
             module.training = self._modes[name]
         return self.factorized

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -15,7 +15,7 @@ from fxfact.conv import ConvLayer, ConvSite, KroneckerFisher, compose, is_conv, 
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, error_context
 from fxfact.factorizations import check_generator, weight_scale
 from fxfact.planning import Decision, Plan
-from fxfact.utils import Progress, check_executor, no_reduced_precision, ordered_map, with_progress
+from fxfact.utils import Progress, check_executor, no_reduced_precision, ordered_map, tensor_digest, with_progress
 
 Weights = Literal["decompose", "empty"]
 DecomposeJob = tuple[ConvSite, Decision, int | None]  # with a seed for random initial factors
@@ -68,6 +68,10 @@ class PlannedChain:
     stages: list[nn.Module]
     relative_error: float | None
 
+    def weight_digest(self) -> str:
+        """Return the digest of the stages' weights; '' if they were left empty."""
+        return "" if self.relative_error is None else tensor_digest(_weights_of(self.stages))
+
 
 def planned_chains(
     plan: Plan,
@@ -108,9 +112,13 @@ def planned_chains(
             finished[decision.path] = next(decompositions)
         found = finished[site.tied_to or site.path]
         stages = write_chain(decision.stages, found.weights, site.bias, like=site.weight)
-        weights = [cast(Tensor, conv.weight) for conv in stages if is_conv(conv)]
-        finished[site.path] = Decomposition(weights, found.relative_error)
+        finished[site.path] = Decomposition(_weights_of(stages), found.relative_error)
         yield PlannedChain(site.path, stages, found.relative_error)
+
+
+def _weights_of(stages: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the weights of a chain's convolutions. The chain may have modules for padding."""
+    return [cast(Tensor, stage.weight) for stage in stages if is_conv(stage)]
 
 
 def _decompositions(

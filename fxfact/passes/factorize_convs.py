@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfact.calibration import Statistics
+from fxfact.conv import Skip
 from fxfact.errors import ArgumentTypeError
 from fxfact.graph import GraphSite, check_invariants, checked_match, refresh_shapes, splice, weight_at
 from fxfact.passes.decomposition import DecomposeOptions, Decomposition, planned_chains
@@ -52,6 +53,7 @@ class FactorizeConvs(PassBase):
             graph_module: the graph module.
 
         Raises:
+            ArgumentTypeError: if it is no graph module.
             GraphError: if a pass cannot work on the graph.
         """
         check_invariants(graph_module, self._occasion("before"), sites=())
@@ -80,19 +82,22 @@ class FactorizeConvs(PassBase):
             copied = copy_with_shared(graph_module, {id(weight) for weight in weights if weight is not None})
             assert isinstance(copied, fx.GraphModule)
             result = copied
-        sites = {site.path: site for site in checked_match(result, self._occasion("before")).sites}
-        self._plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()})
+        matched = checked_match(result, self._occasion("before"))
+        sites = {site.path: site for site in matched.sites}
+        skipped = {item.subject: item.reason for item in matched.found if isinstance(item, Skip)}
+        self._plan.check_fits({path: (site.spec, site.tied_to) for path, site in sites.items()}, skipped)
         if not self._plan.rewrites:
             return PassResult(graph_module, False)
         errors: dict[str, float | None] = {}
+        digests: dict[str, str] = {}
         stages: list[GraphSite] = []
         chains = planned_chains(self._plan, sites, self._options, statistics=self._statistics, known=self._known)
         for chain in chains:
             stages += splice(result, sites[chain.path], chain.stages, pass_name=f"fxfact.{type(self).__name__}")
-            errors[chain.path] = chain.relative_error
+            errors[chain.path], digests[chain.path] = chain.relative_error, chain.weight_digest()
         result.recompile()
         refresh_shapes(result)
-        add_record(result, PassRecord(self._plan, errors))
+        add_record(result, PassRecord(self._plan, errors, digests))
         dense = [site for path, site in sites.items() if path not in errors]
         check_invariants(result, self._occasion("after"), sites=[*dense, *stages])
         log_pass(type(self).__name__, self._plan, result)

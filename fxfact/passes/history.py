@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -25,10 +25,12 @@ class PassRecord:
     Attributes:
         plan: the plan.
         relative_error: ‖W − Ŵ‖_F / ‖W‖_F of each rewritten kernel by path. None if weights were left empty.
+        weight_digest: the ``tensor_digest`` of the stages' weights that have this error, by path.
     """
 
     plan: Plan
     relative_error: Mapping[str, float | None]
+    weight_digest: Mapping[str, str] = field(default_factory=dict)
 
 
 def pass_history(network: nn.Module | ExportedProgram) -> tuple[PassRecord, ...]:

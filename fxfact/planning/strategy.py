@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar, final
 
-import torch
-
 from fxfact.conv import ConvLayer, ConvSpec, Cost, Sizes, Skip, chain_cost
 from fxfact.errors import ArgumentError, error_context
 from fxfact.factorizations import Factorization, Rank, check_weight
+from fxfact.utils import tensor_digest
 
 T = TypeVar("T")
 Layout = Callable[[ConvSpec], tuple[ConvSpec, ...]]  # returns the stages that replace a convolution
@@ -48,10 +46,7 @@ class Candidate:
 
     def weight_digest(self) -> str:
         """Return a short hash of the weight's data type and values."""
-        weight = self.layer.weight.detach().cpu().contiguous()
-        digest = hashlib.sha256(str(weight.dtype).encode())
-        digest.update(weight.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return tensor_digest([self.layer.weight])
 
     @cached_property
     def dense_cost(self) -> Cost:
@@ -96,7 +91,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """A network on the Pareto front: its cost, and the expected increase of its loss in nats for one sample."""
+    """A network on the Pareto front: its cost, and the expected increase of its loss in nats for one sample.
+
+    Without data, the increase is -log of the share of the output's energy that the chains keep.
+    """
 
     cost: Cost
     predicted_loss_increase: float

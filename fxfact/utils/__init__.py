@@ -2,13 +2,24 @@
 
 from fxfact.utils.activation_memory import peak_bytes
 from fxfact.utils.atomic_write import as_json, atomic_write, check_path
-from fxfact.utils.compare import difference, relative_error, tensors_of, tolerance_for
+from fxfact.utils.compare import difference, plain_tensors_of, relative_error, tensors_of, tolerance_for
+from fxfact.utils.digest import tensor_digest
 from fxfact.utils.executor import check_executor, ordered_map, processes
-from fxfact.utils.model_copy import alias_copy, copy_structure, copy_with_shared, get_metadata, set_metadata, to_eval
+from fxfact.utils.finite_state import check_finite_state
+from fxfact.utils.model_copy import (
+    alias_copy,
+    copy_structure,
+    copy_with_shared,
+    dequantize_parameters,
+    get_metadata,
+    set_metadata,
+    to_eval,
+)
 from fxfact.utils.precision import full_precision, no_reduced_precision
 from fxfact.utils.progress import Progress, with_progress
-from fxfact.utils.pt2_safety import check_harmless
-from fxfact.utils.storage import StorageIndex, storage_of
+from fxfact.utils.pt2_reproducible import reproducible_archive
+from fxfact.utils.pt2_safety import check_harmless, check_loadable, explain_refused, refused_classes
+from fxfact.utils.storage import StorageIndex, is_wrapper, plain_tensors, storages_of
 from fxfact.utils.timing import (
     CLOCK_RESOLUTION_MS,
     Timer,
@@ -31,25 +42,35 @@ __all__ = [
     "as_timing_errors",
     "atomic_write",
     "check_executor",
+    "check_finite_state",
     "check_harmless",
+    "check_loadable",
     "check_path",
     "copy_structure",
     "copy_with_shared",
+    "dequantize_parameters",
     "difference",
+    "explain_refused",
     "full_precision",
     "get_metadata",
+    "is_wrapper",
     "milliseconds",
     "milliseconds_of_graphs",
     "no_reduced_precision",
     "ordered_map",
     "peak_bytes",
+    "plain_tensors",
+    "plain_tensors_of",
     "processes",
+    "refused_classes",
     "relative_error",
+    "reproducible_archive",
     "seeded_randn",
     "set_metadata",
     "side_by_side",
-    "storage_of",
+    "storages_of",
     "summarize_turns",
+    "tensor_digest",
     "tensors_of",
     "to_eval",
     "tolerance_for",

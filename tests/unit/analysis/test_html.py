@@ -55,7 +55,9 @@ def test_html_loads_nothing_and_escapes_names(report: Report) -> None:
 
 def test_html_headline_says_what_was_verified(report: Report) -> None:
     check = "on these inputs, the network equals the original with the same kernels"
-    assert f'<p class="soft">graph check passed: {check}' in report.to_html()
+    page = report.to_html()
+    cost = f"<p><b>approximation error {100 * report.end_to_end_error:.1f} %: relative error of the output"
+    assert 0 < page.index(cost) < page.index(f'<p class="soft">graph check passed: {check}')
     wrong = replace(report, graph_error=0.5, ok=False, changed=("norm.bias",)).to_html()
     assert '<p class="wrong">graph check FAILED: on these inputs, the network differs' in wrong
     assert '<p class="wrong">changed after factorization' in wrong

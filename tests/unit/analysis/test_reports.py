@@ -118,6 +118,7 @@ def test_report_is_the_same_for_every_capture(
 def test_report_says_what_was_verified(report: Report) -> None:
     check = "on these inputs, the network equals the original with the same kernels"
     assert f"graph check passed: {check}" in str(report)
+    assert str(report).startswith(f"approximation error {100 * report.end_to_end_error:.1f} %: relative error of the")
     assert "changed" not in str(report)
     wrong = str(replace(report, graph_error=0.5, ok=False))
     assert "graph check FAILED: on these inputs, the network differs" in wrong

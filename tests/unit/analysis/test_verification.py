@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.export import export
 
 import fxfact
+from fxfact.analysis.report_data import format_approximation_error
 from fxfact.conv import read_conv, run
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, PlanError
 from fxfact.factorizations import Tucker
@@ -130,3 +131,24 @@ def test_verify_reads_a_weight_that_is_a_plain_attribute() -> None:
     assert fxfact.verify(model, small, x).ok
     with pytest.raises(ArgumentTypeError, match=r"original must be a torch\.nn\.Module or ExportedProgram, got int"):
         fxfact.verify(3, small, x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [1, 0.5, 0.9])
+def test_verify_says_what_the_factorization_costs_apart_from_the_graph_check(
+    small: Small, image: Tensor, rank: float
+) -> None:
+    verified = fxfact.verify(small, fxfact.factorize(small, rank=rank, allow_growth=True), image)
+    cost, check = str(verified).split("\n\n")[1].splitlines()[:2]
+    assert cost.startswith(f"approximation error {100 * verified.end_to_end:.0f} %: relative error of the output")
+    assert check.startswith("graph check passed: on these inputs")
+    assert verified.ok
+    for word in ("near", "close", "right", " ok"):
+        assert word not in str(verified)
+
+
+def test_approximation_error_has_two_digits_or_is_unknown() -> None:
+    texts = {0.574: "57 %", 1.2345: "123 %", 0.0234: "2.3 %", 1.2e-7: "1.2e-05 %", 0.0: "0 %"}
+    for error, text in texts.items():
+        assert format_approximation_error(error).startswith(f"approximation error {text}: ")
+    for error in (float("inf"), float("nan")):
+        assert format_approximation_error(error).startswith("approximation error unknown: ")

@@ -33,6 +33,7 @@ def test_program_is_inspected_compressed_verified_reported_and_timed(
     verified = run_json("verify", "net.pt2", "small.pt2")
     assert verified["ok"]
     assert 0 < verified["end_to_end"] < 1
+    assert verified["within_tolerance"] is None
     assert not run_json("verify", "net.pt2", "small.pt2", "--tolerance", "1e-9", status=3)["within_tolerance"]
     reported = run_json("report", "net.pt2", "small.pt2", "-o", "report.html")
     assert reported["end_to_end_error"] == pytest.approx(verified["end_to_end"])
@@ -120,6 +121,22 @@ def test_verify_compares_outputs_of_networks_without_a_plan(workspace: Path, run
     assert other["end_to_end"] == pytest.approx(1.0)
     shapes = run_json("verify", "shop:small", "shop:normed", "--tolerance", "0.5", *SHAPE, status=3)
     assert shapes == {"graph": None, "end_to_end": None, "ok": None, "within_tolerance": False}
+
+
+def test_verify_speaks_of_closeness_only_with_a_tolerance(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "net.pt2", "-o", "small.pt2", "--rank", "0.3"]) == 0
+    said = {}
+    for tolerance, status in ((None, 0), ("2", 0), ("1e-6", 3)):
+        capsys.readouterr()
+        assert (
+            main(["verify", "net.pt2", "small.pt2", *([] if tolerance is None else ["--tolerance", tolerance])])
+            == status
+        )
+        said[tolerance] = capsys.readouterr().out
+    assert "--tolerance" not in said[None]
+    assert said["2"] == f"{said[None]}the outputs differ by no more than --tolerance 2\n"
+    assert said["1e-6"] == f"{said[None]}the outputs differ by MORE than --tolerance 1e-06\n"
+    assert "approximation error " in said[None]
 
 
 def test_verify_refuses_a_network_made_from_another_original(
