@@ -96,10 +96,11 @@ class LatencySearch:
             while not _is_plausible(plan, median(times)) and len(times) < _MAX_REPEATS:
                 times.append(self._measure(plan))
             ms = median(times)
-            trials[rewrites] = LatencyTrial(_with_measured(plan, ms), asked, ms, _is_plausible(plan, ms))
+            trial = trials[rewrites] = LatencyTrial(_with_measured(plan, ms), asked, ms, _is_plausible(plan, ms))
             is_refused = is_fastest and ms > target * (1 + _TOLERANCE)
             is_close = abs(ms / target - 1) < _TOLERANCE
-            if is_close or not rewrites or (is_refused and len(times) == _MAX_REPEATS):
+            is_refused_thrice = is_refused and len(times) == _MAX_REPEATS
+            if is_close or not rewrites or is_refused_thrice or not trial.is_plausible:
                 break
             asked = interval.next_asked(asked, ms)
         best = _best_trial(list(trials.values()), target, budget if is_refused else None)
@@ -195,13 +196,15 @@ def _scale_savings(plan: Plan, factor: float) -> Plan:
 def _best_trial(trials: list[LatencyTrial], target: float, refused: Budget | None) -> LatencyTrial:
     """Return the slowest trial within the budget, else the fastest with a warning, or raise for a refused budget.
 
-    Implausible trials are returned only if no other one is within the budget.
+    Implausible trials are returned only if no other one is within the budget, and without a warning.
     """
     within = [trial for trial in trials if trial.measured_ms <= target * (1 + _TOLERANCE)]
     if within:
         plausible = [trial for trial in within if trial.is_plausible]
         return max(plausible or within, key=lambda trial: trial.measured_ms)
     best = min(trials, key=lambda trial: trial.measured_ms)
+    if not best.is_plausible:
+        return best
     if refused is not None:
         raise refused.unmet_error(best.measured_ms, best.plan.network)
     warn_caller(
