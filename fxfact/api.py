@@ -181,8 +181,8 @@ def plan(
             mapping from path or glob to any of these. Default: 0.5.
         example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
             MACs and show which convolutions the model calls. The captured network is compared with the model on them,
-            in evaluation mode, without gradients, on copies. An ExportedProgram has its own. Default: the first sample
-            of the calibration batches.
+            in evaluation mode, without gradients, on copies. Default: what an ExportedProgram was exported with, or the
+            first sample of the calibration batches.
         budget: a bound on the cost of the network, instead of ``rank``: ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``,
             a share of the whole network's (or ``at_most=`` a number); ``fxfact.Latency(0.5)``, a share of the time of
             the dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or

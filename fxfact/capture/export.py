@@ -10,25 +10,28 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from fxfact.capture.base import Arguments, Captured, reason_of, samples_of
+from fxfact.capture.base import Arguments, Captured, ExampleInputs, arguments_of, reason_of, samples_of
 from fxfact.capture.trace_checks import check_parameters
 from fxfact.errors import CaptureError
-from fxfact.graph import checked_match, fold_computed_weights, record_macs
+from fxfact.graph import checked_match, fold_computed_weights, record_macs, record_shapes
 from fxfact.utils import alias_copy
 
 
-def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) -> Captured:
+def capture_exported(
+    program: ExportedProgram, example_inputs: ExampleInputs | None = None, *, fold_weights: bool = False
+) -> Captured:
     """Capture an exported program.
 
     Args:
         program: the program.
+        example_inputs: what to count sizes and MACs on. Default: what the program was exported with.
         fold_weights: whether to fold weights that the graph computes from parameters.
 
     Raises:
         ParameterChangedError: if the program changes a parameter.
-        CaptureError: if the program has lost its example inputs.
+        CaptureError: if the program has lost its example inputs, or does not run on others.
     """
     graph_module = alias_copy(program.module(check_guards=False))
     assert isinstance(graph_module, fx.GraphModule)
@@ -36,8 +39,12 @@ def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) ->
     if fold_weights:
         fold_computed_weights(graph_module)
     graph_module.recompile()
+    if example_inputs is None:
+        inputs = inputs_of(program)
+    else:
+        inputs = Arguments(*arguments_of(example_inputs))
+        _record_inputs(graph_module, program, inputs)
     found = checked_match(graph_module, "after the capture of an ExportedProgram")
-    inputs = inputs_of(program)
     samples = samples_of(inputs, found.sites)
     return Captured(
         frontend="export",
@@ -50,6 +57,21 @@ def capture_exported(program: ExportedProgram, *, fold_weights: bool = False) ->
         example_inputs=inputs,
         fold_weights=fold_weights,
     )
+
+
+def _record_inputs(graph_module: fx.GraphModule, program: ExportedProgram, inputs: Arguments) -> None:
+    """Record the shapes that all nodes have on these inputs, in place of those of the export. Raises CaptureError."""
+    _, expected = program.call_spec.in_spec.children()
+    names = expected.context if expected.type is dict else []
+    flat = tree_leaves((inputs.args, {name: inputs.kwargs[name] for name in names if name in inputs.kwargs}))
+    if len(flat) != program.call_spec.in_spec.num_leaves or set(names) != set(inputs.kwargs):
+        raise CaptureError(
+            f"example_inputs hold {len(flat)} values, and the ExportedProgram takes "
+            f"{program.call_spec.in_spec.num_leaves}. Pass inputs as it was exported with, or none."
+        )
+    record_shapes(graph_module, flat)
+    for node in graph_module.graph.nodes:
+        node.meta.pop("val", None)
 
 
 def reexport(program: ExportedProgram, graph_module: fx.GraphModule) -> ExportedProgram:

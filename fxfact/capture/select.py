@@ -71,7 +71,7 @@ def capture(
     if isinstance(model, ExportedProgram):
         if how not in ("auto", "export"):
             raise ArgumentError(f"an ExportedProgram is captured by 'export', got capture={how!r}")
-        exported = capture_exported(model, fold_weights=fold_weights)
+        exported = capture_exported(model, example_inputs, fold_weights=fold_weights)
         return replace(exported, adapters=find_adapters(exported.network))
     check_model(model)
     if how == "export":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfact
-from fxfact.errors import PlanError
+from fxfact.errors import CaptureError, PlanError
 from tests.support import Branching, FakeTimer, Small
 
 KINDS = [Small, Branching]
@@ -154,3 +154,33 @@ def test_macs_are_those_of_the_inputs_given_now_or_of_the_plan(kind: type[Small]
         for inputs, planned in ((None, image), (image, image), (larger, larger)):
             expected = [d.after.macs for d in fxfact.plan(model, "tucker", rank=0.5, example_inputs=planned)]
             assert [row.cost.macs for row in fxfact.inspect(network, example_inputs=inputs).rows] == expected
+
+
+def test_macs_of_a_program_are_those_of_the_inputs_given_now(small: Small, image: Tensor) -> None:
+    size, batch = torch.export.Dim("size", min=8, max=64), torch.export.Dim("batch", min=1)
+    program = torch.export.export(small, (image,), dynamic_shapes=({0: batch, 2: size, 3: size},))
+    result = fxfact.factorize(program, "tucker", rank=0.5)
+    larger = torch.randn(3, 4, 20, 20)
+    for inputs, planned in ((None, image), (larger, larger), ([larger], larger)):
+        plan = fxfact.plan(small, "tucker", rank=0.5, example_inputs=planned)
+        expected = [decision.after.macs for decision in plan]
+        assert [row.cost.macs for row in fxfact.inspect(result, example_inputs=inputs).rows] == expected
+        assert fxfact.plan(program, "tucker", rank=0.5, example_inputs=inputs).network == plan.network
+    report = fxfact.report(program, result, larger)
+    assert [conv.after.macs for conv in report.convolutions] == expected
+    assert report.before.macs == plan.network.macs
+    assert fxfact.factorize(program, "tucker", rank=0.5, example_inputs=larger, verify=True).module()(image).shape == (
+        len(image),
+        5,
+    )
+
+
+def test_inputs_that_a_program_does_not_take_are_refused(small: Small, image: Tensor) -> None:
+    program = torch.export.export(small, (image,))
+    for inputs, words in (
+        ((image, image), "hold 2 values, and the ExportedProgram takes 1"),
+        ({"x": image}, "Pass inputs as it was exported with, or none"),
+        (image[:, :2], "the network cannot run on example_inputs"),
+    ):
+        with pytest.raises(CaptureError, match=words):
+            fxfact.inspect(program, example_inputs=inputs)
