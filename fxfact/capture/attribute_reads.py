@@ -73,8 +73,8 @@ def lost_members(model: nn.Module, network: nn.Module, read: Mapping[str, Mappin
     """Return the methods and properties of a model's classes that users may need and that a graph does not have.
 
     These are the public members of the model's own class. Members that forward uses, or that ``__init__`` calls, also
-    through others, count as helpers. For inner modules they are the methods of nn.Module that a class overrides, such as
-    ``train``, because the graph would use those of nn.Module without notice.
+    through others, count as helpers. For inner modules they are the methods of nn.Module that a class overrides, such
+    as ``train``, because the graph would use those of nn.Module without notice.
 
     Args:
         model: the model.
