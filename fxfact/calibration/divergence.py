@@ -14,6 +14,7 @@ from fxfact.calibration.collect import all_reduce
 from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for, sums_of, variance_of
 from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
+from fxfact.utils import check_finite_state
 
 _SIGNIFICANT = 2.0  # standard errors
 
@@ -35,18 +36,21 @@ class DivergenceEvaluator:
     Raises:
         CalibrationError: The original fails on a batch, or its output is not finite; the output does not determine a
             likelihood; or the likelihood cannot measure.
+        WeightError: The output is not finite because weights of the original are not.
     """
 
     @torch.no_grad()
     def __init__(self, original: nn.Module, batches: Sequence[ExampleInputs], likelihood: object) -> None:
         self._batches = batches
         self._expected = [run_batch(original, batch) for batch in batches]
-        self.likelihood: Likelihood = likelihood_for(likelihood, self._expected[0])
+        self.likelihood: Likelihood = likelihood_for(likelihood, self._expected[0], measures=True)
         self.variance = variance_of(torch.stack([sums_of(float_tensors_of(y)) for y in self._expected]).sum(dim=0))
         if not all(map(self._is_measurable, self._expected)):
+            check_finite_state(original, "the original model")
             raise CalibrationError(
-                "the original model's output is NaN or Inf on this data, so no divergence from it can be measured. Fix "
-                "or drop the data, or mask with a large number instead of infinity."
+                "the original model's output is NaN or Inf on this data, although its weights are finite, so no "
+                "divergence from it can be measured. Drop the samples that give NaN or Inf. If all do, convert a model "
+                "in half precision with .float(), or mask with a large number instead of infinity."
             )
 
     def _is_measurable(self, output: Any) -> bool:

@@ -45,8 +45,9 @@ class Likelihood(ABC):
         Raises CalibrationError if the likelihood cannot measure.
         """
         raise CalibrationError(
-            f"a likelihood of your own ({self.name}) gives gradients, but it cannot measure a loss. Pass 'categorical' "
-            "or 'gaussian' for measuring."
+            f"a likelihood of your own ({self.name}) gives gradients, but it cannot measure a loss. Pass "
+            "likelihood='categorical' or 'gaussian'. fxfact.plan can still choose ranks by your own: pass besides "
+            "calibration=fxfact.calibrate(model, batches, likelihood=yours), held_out= and example_inputs=."
         )
 
     def training_loss(self, expected: Any, found: Any, variance: float) -> Tensor:
@@ -135,14 +136,15 @@ class CustomLoss(Likelihood):
         except Exception as error:
             raise CalibrationError(f"likelihood: the function failed on the model's output: {error!r}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise CalibrationError("likelihood: the function must return a scalar tensor that depends on the output")
+            raise CalibrationError(
+                "likelihood: the function must return a scalar tensor that depends differentiably on the output. "
+                "Return a sum over the samples, computed from the output without detach(), argmax or rounding."
+            )
         return [loss], [torch.ones_like(loss)]
 
 
 CATEGORICAL, GAUSSIAN = Categorical(), Gaussian()
-_WAY_OUT = (
-    "Pass likelihood='categorical' (classes on axis 1), 'gaussian' (numbers), or a function that returns a scalar loss."
-)
+_FUNCTION = "a function of the output that returns a scalar loss"
 
 
 def parse_likelihood(request: object) -> Likelihood | None:
@@ -162,15 +164,19 @@ def parse_likelihood(request: object) -> Likelihood | None:
             "the statistics were collected with a likelihood of your own, which gives gradients, but cannot measure a "
             "loss. Pass 'categorical' or 'gaussian' for measuring, or leave out held_out (a Loss budget needs it)."
         )
-    raise CalibrationError(f"likelihood cannot be {request!r}. {_WAY_OUT}")
+    raise CalibrationError(
+        f"likelihood cannot be {request!r}. Pass 'categorical' (classes on axis 1), 'gaussian' (numbers), or "
+        f"{_FUNCTION}."
+    )
 
 
-def likelihood_for(request: object, output: Any) -> Likelihood:
+def likelihood_for(request: object, output: Any, *, measures: bool = False) -> Likelihood:
     """Return the requested likelihood, or the categorical one if the output is, or has, logits of shape (n, classes).
 
-    Raises CalibrationError.
+    ``measures`` says that it has to measure a loss, which a function cannot. Raises CalibrationError.
     """
     known = parse_likelihood(request)
+    float_tensors_of(output)
     if known is not None:
         return known
     logits = _named_logits(output)
@@ -178,31 +184,59 @@ def likelihood_for(request: object, output: Any) -> Likelihood:
     if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1 and logits.is_floating_point():
         return CATEGORICAL
     shapes = [tuple(tensor.shape) for tensor in tensors_of(output)]
-    raise CalibrationError(f"the model's output, {shapes or 'no tensor'}, does not determine its loss. {_WAY_OUT}")
+    names = ["'categorical' (classes on axis 1)"] if _is_logits(_logits_among(output)) else []
+    ways = [*names, "'gaussian' (numbers)", *([] if measures else [_FUNCTION])]
+    raise CalibrationError(
+        f"the model's output, {shapes}, does not determine its loss. Pass likelihood={_one_of(ways)}."
+    )
 
 
 def logits_of(output: Any) -> Tensor:
     """Return the tensor of logits in an output. Raises CalibrationError."""
-    named = _named_logits(output)
-    found = [named] if named is not None else [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
-    if len(found) != 1 or found[0].ndim < 2 or found[0].shape[1] < 2:
+    found = _logits_among(output)
+    if not _is_logits(found):
         shapes = [tuple(tensor.shape) for tensor in found]
         raise CalibrationError(
-            f"likelihood='categorical' needs one tensor of logits (n, classes, …), got {shapes}. Pass 'gaussian', or a "
-            "function of the output that returns a scalar loss."
+            f"likelihood='categorical' needs one tensor of logits (n, classes, …), got {shapes}. Pass "
+            "likelihood='gaussian', or return nothing else than the logits."
         )
     return found[0]
 
 
+def _logits_among(output: Any) -> list[Tensor]:
+    """Return the tensors that could be the logits: the one of this name, or all floating-point ones."""
+    named = _named_logits(output)
+    return [named] if named is not None else [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+
+
+def _is_logits(found: Sequence[Tensor]) -> bool:
+    return len(found) == 1 and found[0].ndim > 1 and found[0].shape[1] > 1
+
+
+def _one_of(ways: Sequence[str]) -> str:
+    return " or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
+
+
 def float_tensors_of(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors of an output. Raises CalibrationError if there are none."""
-    found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.ndim > 0]
-    if not found:
-        raise CalibrationError(
-            "the output contains no floating-point tensor with an axis for the samples, which every likelihood needs. "
-            "Return one."
-        )
-    return found
+    """Return the floating-point tensors of an output.
+
+    Raises CalibrationError if there are none. The message says what the model could return instead.
+    """
+    tensors = list(tensors_of(output))
+    found = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim > 0]
+    if found:
+        return found
+    kinds = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors)
+    if any(tensor.is_floating_point() for tensor in tensors):
+        way_out = "Return one value for each sample (n,) instead of their sum or mean."
+    elif any(tensor.is_complex() for tensor in tensors):
+        way_out = "Return the real and imaginary parts: torch.view_as_real(output)."
+    else:
+        way_out = "Return the numbers that they are computed from: the logits instead of their argmax, for example."
+    raise CalibrationError(
+        f"the model returns {kinds or 'no tensors'}, and every likelihood needs a floating-point tensor with the "
+        f"samples on its first axis. {way_out}"
+    )
 
 
 def sums_of(tensors: Sequence[Tensor]) -> Tensor:

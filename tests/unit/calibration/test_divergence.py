@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.calibration import DivergenceEvaluator, mean_and_error, significantly_negative
-from fxfact.errors import CalibrationError
+from fxfact.errors import CalibrationError, WeightError
 
 
 def shifted(model: nn.Module, amount: float) -> nn.Module:
@@ -40,6 +40,8 @@ def test_gaussian_divergence_is_half_the_square_over_the_variance(model: nn.Modu
 
 def test_original_whose_output_is_not_finite_is_refused(model: nn.Module, x: Tensor) -> None:
     with pytest.raises(CalibrationError, match=r"the original model's output is NaN or Inf on this data.*mask with a"):
+        DivergenceEvaluator(model, (1e38 * x).split(7), "gaussian")
+    with pytest.raises(WeightError, match="because of its own weights: 1.bias has 1 Inf among 4 values"):
         DivergenceEvaluator(shifted(model, math.inf), x.split(7), "gaussian")
 
 
