@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxfact.capture import ExampleInputs, inputs_of
-from fxfact.errors import ArgumentError, CalibrationError, FileError
+from fxfact.errors import ArgumentError, CalibrationError, FileError, FxfactError
 from fxfact.serialization import load
 
 Arguments = argparse.Namespace
@@ -30,28 +31,38 @@ class LoadedModel(NamedTuple):
 def load_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> LoadedModel:
     """Load a .pt2 file, or call ``package.module:callable`` without arguments and load ``weights`` into the module.
 
-    Raises ArgumentError or FileError.
+    ``weights`` is a state dict, or a file that fxfact wrote, whose plan is then applied to the module. ``inputs`` become
+    the example inputs of a program that has none. Raises ArgumentError or FileError.
     """
     example_inputs = tuple(inputs) if inputs else None
     if text.endswith(".pt2"):
         if weights:
             raise ArgumentError("--weights only applies to package.module:callable. A .pt2 file contains its weights.")
         program: ExportedProgram = load(text)
+        if example_inputs and not program.example_inputs:
+            program.example_inputs = (example_inputs, {})
         return LoadedModel(program, example_inputs or (inputs_of(program) if program.example_inputs else None))
     model = _build_module(text)
     if weights:
         try:
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            if isinstance(state, Mapping) and "fxfact" in state:
+                model = load(weights, model)
+            else:
+                model.load_state_dict(state)
+        except FxfactError:
+            raise
         except Exception as error:  # torch.load raises many types for damaged files
             raise FileError(f"{weights}: cannot be loaded as the state dict of {text}: {error}") from error
     return LoadedModel(model.eval(), example_inputs)
 
 
 def load_described_model(args: Arguments) -> LoadedModel:
-    """Load MODEL. Raises ArgumentError if --input is given for a program, which has example inputs of its own."""
+    """Load MODEL. Raises ArgumentError if --input is given for a program that has other example inputs of its own."""
     loaded = load_model(args.model, args.input, args.weights)
-    if args.input and isinstance(loaded.model, ExportedProgram):
-        raise ArgumentError("A .pt2 file contains its example inputs. Remove --input.")
+    program = loaded.model
+    if args.input and isinstance(program, ExportedProgram) and program.example_inputs[0] is not loaded.inputs:
+        raise ArgumentError(f"{args.model} contains its example inputs. Remove --input.")
     return loaded
 
 
@@ -109,7 +120,8 @@ def callable_module(model: nn.Module | ExportedProgram) -> nn.Module:
 def _build_module(text: str) -> nn.Module:
     module_name, _, name = text.partition(":")
     if not name:
-        raise ArgumentError(f"MODEL must be a .pt2 file or package.module:callable, got {text!r}.")
+        way_out = " Pass a file of weights as --weights or --other-weights." if text.endswith((".pt", ".pth")) else ""
+        raise ArgumentError(f"MODEL must be a .pt2 file or package.module:callable, got {text!r}.{way_out}")
     try:
         model = getattr(importlib.import_module(module_name), name)()
     except Exception as error:

@@ -15,7 +15,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the argument for one network."""
     group = parser.add_argument_group("model")
     group.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    group.add_argument("--weights", metavar="FILE", help="a state dict to load into package.module:callable")
+    group.add_argument(
+        "--weights", metavar="FILE", help="a state dict, or what compress wrote, to load into package.module:callable"
+    )
     add_input(group)
     add_json(parser)
 
@@ -25,8 +27,8 @@ def add_two_models(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument("model", metavar="A", help=f"the original: {_MODEL_HELP}")
     group.add_argument("other", metavar="B", help="the network to compare with it, in one of the same two forms")
-    group.add_argument("--weights", metavar="FILE", help="a state dict to load into A")
-    group.add_argument("--other-weights", metavar="FILE", help="a state dict to load into B")
+    group.add_argument("--weights", metavar="FILE", help="a state dict, or what compress wrote, to load into A")
+    group.add_argument("--other-weights", metavar="FILE", help="a state dict, or what compress wrote, to load into B")
     add_input(group)
     add_json(parser)
 

@@ -34,11 +34,15 @@ _EXIT_STATUS = (
     "difference; 130 interrupted; 141 the output was closed by its reader"
 )
 _OPTION_OF = {
-    "example_inputs": "--input 1,3,224,224",
-    "calibration=": "--calibration DATA",
-    "fold_weights": "--fold-weights",
-    "multiple_of": "--multiple-of N",
-}  # how an argument of the Python API that an error names is passed on the command line
+    "example_inputs": ("input", "--input 1,3,224,224"),
+    "calibration": ("calibration", "--calibration DATA"),
+    "held_out": ("calibration", "--calibration DATA with --statistics FILE"),
+    "likelihood=": ("likelihood", "--likelihood categorical or gaussian"),
+    "fold_weights": ("fold_weights", "--fold-weights"),
+    "multiple_of": ("multiple_of", "--multiple-of N"),
+    "smaller batches": ("batch", "--batch N"),
+}  # by the argument of the Python API that an error names: the option in the parsed arguments, and how it is written
+_ONLY_IN_PYTHON = ("capture=", "leaf_modules", "transform=", "weights='empty'", "generator=", "allow_growth")
 
 
 class _Command(NamedTuple):
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except FxfactError as error:
-        print(f"fxfact: {_with_option_names(str(error))}", file=sys.stderr)
+        print(f"fxfact: {_with_option_names(str(error), args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -130,14 +134,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _with_option_names(message: str) -> str:
-    """Append the command-line options for the arguments of the Python API that a message names."""
+def _with_option_names(message: str, args: Arguments) -> str:
+    """Append how the arguments of the Python API that a message names are passed to this command."""
+
+    def names(argument: str) -> bool:  # but not as the subject of the message, as in "calibration: batch 3 is empty"
+        end = "" if argument.endswith("=") else r"(?![\w:])"
+        return re.search(rf"(?<![\w.-]){re.escape(argument)}{end}", message) is not None
+
     spelled = [
-        f"{name.rstrip('=')} is {option}"
-        for name, option in _OPTION_OF.items()
-        if re.search(rf"(?<![\w.]){name}", message)
+        f"{name.rstrip('=')} is {text}"
+        for name, (option, text) in _OPTION_OF.items()
+        if hasattr(args, option) and names(name)
     ]
-    return f"{message} (On the command line {', '.join(spelled)}.)" if spelled else message
+    python = [f"{name} can only be passed in Python" for name in _ONLY_IN_PYTHON if name in message]
+    return f"{message} (On the command line {', '.join([*spelled, *python])}.)" if spelled or python else message
 
 
 def _build_parser() -> argparse.ArgumentParser:
