@@ -63,7 +63,10 @@ class _CP(Factorization):
         self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None
     ) -> Sequence[Tensor]:
         if self.init == "random" and generator is None:
-            raise ArgumentError(f"{self.name} with init='random' needs generator=torch.Generator()")
+            raise ArgumentError(
+                f"{self.name} with init='random' needs generator=torch.Generator(). Pass one, or take init='svd', "
+                "which needs none."
+            )
         start = generator if self.init == "random" else None
         tensor = weight.reshape(self._tensor_shape(block))
         out, into, *space = cp(tensor, *rank, sweeps=self.sweeps, tolerance=self.tolerance, generator=start)

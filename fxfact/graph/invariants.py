@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from fxfact.errors import GraphError
+from fxfact.errors import ArgumentTypeError, GraphError
 from fxfact.graph.base import GraphSite, conv_input, output_size_of, shape_of
 from fxfact.graph.match import Match, match
 
@@ -26,6 +26,7 @@ def check_invariants(graph_module: fx.GraphModule, when: str, sites: Sequence[Gr
         sites: the convolutions of the graph, if the caller knows them. By default the graph is matched to find them.
 
     Raises:
+        ArgumentTypeError: if it is no graph module.
         GraphError: at the first violation.
     """
     _check_well_formed(graph_module, when)
@@ -41,6 +42,11 @@ def checked_match(graph_module: fx.GraphModule, when: str) -> Match:
 
 
 def _check_well_formed(graph_module: fx.GraphModule, when: str) -> None:
+    if not isinstance(graph_module, fx.GraphModule):
+        raise ArgumentTypeError(
+            f"{when}: expected a torch.fx.GraphModule, got {type(graph_module).__name__}. Pass "
+            "torch.fx.symbolic_trace(model), or call fxfact.apply(plan, model)."
+        )
     try:
         graph_module.graph.lint()
     except (RuntimeError, AttributeError) as error:

@@ -32,6 +32,7 @@ class InferencePass(PassBase):
             graph_module: the graph module.
 
         Raises:
+            ArgumentTypeError: if it is no graph module.
             GraphError: if a pass cannot work on the graph.
         """
         check_invariants(graph_module, f"before {type(self).__name__}")
