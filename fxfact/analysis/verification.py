@@ -160,10 +160,15 @@ def check_rewrite(
     if verified.overflow is not None and not verified.graph > verified.tolerance:
         raise VerificationError(format_overflow(verified.overflow))
     if not verified.ok:
+        cause = "This is a bug to report"
+        if last_plan(factorized).capture == "trace":
+            cause = (
+                "Either tracing lost some of the model's Python (a branch on values), which capture='modules' keeps, "
+                "or it is a bug to report"
+            )
         raise VerificationError(
             f"the rewritten network differs from the original with the same kernels by {verified.graph:.2e} "
-            f"(relative), more than the tolerance {verified.tolerance:.0e}, so its graph is wrong. Either tracing lost "
-            "some of the model's Python (a branch on values), which capture='modules' keeps, or it is a bug to report."
+            f"(relative), more than the tolerance {verified.tolerance:.0e}, so its graph is wrong. {cause}."
         )
 
 
@@ -290,7 +295,9 @@ def _adopt_changed_tensors(reference: nn.Module, factorized: nn.Module, plan: Pl
 
 def _has_changed(path: str, old: Tensor | None, new: Tensor) -> bool:
     """Whether two floating-point tensors of one shape differ by more than rounding. Raises CaptureError."""
-    if old is None or old.shape != new.shape or not (old.is_floating_point() or old.is_complex()):
+    if old is None or not (old.is_floating_point() or old.is_complex()):
+        return False
+    if not (old.is_nested or new.is_nested) and old.shape != new.shape:
         return False
     ones, others = plain_tensors(old.detach()), plain_tensors(new.detach())
     if [(one.shape, one.dtype) for one in ones] != [(other.shape, other.dtype) for other in others]:

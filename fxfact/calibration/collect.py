@@ -112,8 +112,8 @@ def _check_output(network: nn.Module, tensors: Sequence[Tensor]) -> None:
         check_finite_state(network, "the model")
         raise CalibrationError(
             "calibration: the model's output, or its loss, is NaN or Inf on this data, although its weights are "
-            "finite. Drop the samples that give NaN or Inf. If all do, convert a model in half precision with .float(), "
-            "or mask with a large number instead of infinity."
+            "finite. Drop the samples that give NaN or Inf. If all do, convert a model in half precision with "
+            ".float(), or mask with a large number instead of infinity."
         )
     if not any(tensor.requires_grad for tensor in tensors):
         _check_parameter_classes(network)

@@ -54,7 +54,7 @@ class EquivalenceCheck:
             finally:
                 guard.check()
             if reason := difference(output, output, strictness=_STRICTNESS):
-                raise CaptureError(f"{name} cannot be compared: {reason}. Return tensors, or pass no example_inputs.")
+                raise CaptureError(f"{name} cannot be compared: {reason}. Return tensors, or pass no inputs or data.")
             runs = [(example_inputs, output)]
             random_inputs = random_like(example_inputs)
             with contextlib.suppress(Exception):  # the model need not accept random inputs
@@ -127,7 +127,7 @@ class EquivalenceCheck:
         if reason := difference(self.runs[0][1], output, strictness=_STRICTNESS):
             raise CaptureError(
                 f"two runs of {type(self.model).__name__} from one seed differ: {reason}. Make it "
-                "deterministic, or pass no example_inputs."
+                "deterministic, or pass neither example_inputs nor data."
             )
 
 

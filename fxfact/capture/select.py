@@ -21,7 +21,7 @@ from fxfact.capture.fold_parametrizations import fold_parametrizations
 from fxfact.capture.guards import ParameterChangedError, ParameterGuard, PrivateCopy
 from fxfact.capture.modules import capture_modules, dense_replacements
 from fxfact.capture.trace import capture_graph
-from fxfact.conv import ConvSite, ConvSpec, Skip, has_hooks, path_of
+from fxfact.conv import FOLD_ADVICE, ConvSite, ConvSpec, Skip, has_hooks, path_of
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
 from fxfact.utils import alias_copy
 
@@ -96,8 +96,18 @@ def capture(
     best = _best(selected, type(model).__name__, advice, keep_members)
     if how == "auto" and best.lost_members:
         best = replace(best, refused=_explain_loss(best, with_inputs=check is not None))
+    if fold_weights:
+        best = replace(best, found=tuple(map(_without_fold_advice, best.found)))
     best = replace(best, adapters=find_adapters(model))
     return replace(best, example_inputs=example_inputs, fold_weights=fold_weights, leaf_modules=globs)
+
+
+def _without_fold_advice(item: ConvSite | Skip) -> ConvSite | Skip:
+    """Return the item with a reason that does not advise fold_weights=True, which was passed."""
+    if isinstance(item, ConvSite) or not item.reason.endswith(FOLD_ADVICE):
+        return item
+    reason = item.reason.removesuffix(FOLD_ADVICE)
+    return replace(item, reason=f"{reason}, and not by torch.nn.utils, so that fold_weights=True does not fold it")
 
 
 def check_model(model: object) -> None:

@@ -31,8 +31,8 @@ class LoadedModel(NamedTuple):
 def load_model(text: str, inputs: list[Tensor] | None, weights: str | None) -> LoadedModel:
     """Load a .pt2 file, or call ``package.module:callable`` without arguments and load ``weights`` into the module.
 
-    ``weights`` is a state dict, or a file that fxfact wrote, whose plan is then applied to the module. ``inputs`` become
-    the example inputs of a program that has none. Raises ArgumentError or FileError.
+    ``weights`` is a state dict, or a file that fxfact wrote, whose plan is then applied to the module. ``inputs``
+    become the example inputs of a program that has none. Raises ArgumentError or FileError.
     """
     example_inputs = tuple(inputs) if inputs else None
     if text.endswith(".pt2"):

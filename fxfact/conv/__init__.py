@@ -25,6 +25,7 @@ from fxfact.conv.functional import ConvCall, differentiates_conv, looks_like_con
 from fxfact.conv.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES, supports_onednn
 from fxfact.conv.modules import (
     CHANNELS_LAST,
+    FOLD_ADVICE,
     TRANSPOSED_TYPES,
     compose_modules,
     computes_weight,
@@ -50,6 +51,7 @@ from fxfact.conv.stage_writes import ComposedChain
 
 __all__ = [
     "CHANNELS_LAST",
+    "FOLD_ADVICE",
     "ONEDNN_TYPES",
     "PLAIN_TYPES",
     "POINTWISE_TYPES",

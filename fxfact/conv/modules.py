@@ -64,6 +64,9 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in names)
 
 
+FOLD_ADVICE = ": fold_weights=True folds those of torch.nn.utils"  # in reasons, while it was not passed
+
+
 def read_conv(module: nn.Module) -> ConvLayer | Skip:
     """Return the convolution that the module computes, with the module's tensors, or a Skip if it is not plain."""
     if reason := why_unsupported(module):
@@ -94,7 +97,7 @@ def why_state_unsupported(module: nn.Module) -> str:
         name = f"{kind.__module__}.{kind.__qualname__}"
         return f"{name} quantizes its weight: factorize the model before you prepare it for quantization"
     if computes_weight(module):
-        return "its weight or bias is computed from other parameters: fold_weights=True folds those of torch.nn.utils"
+        return f"its weight or bias is computed from other parameters{FOLD_ADVICE}"
     if {"forward", "_conv_forward"} & set(vars(module)):
         return "its forward was replaced on this instance"
     if module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks:

@@ -420,6 +420,28 @@ def test_advice_can_be_followed(situation: str) -> None:
     case.advised()
 
 
+class Doubling(nn.Conv2d):
+    """Computes its weight in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.raw = nn.Parameter(self._parameters.pop("weight").detach())  # type: ignore[union-attr]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.raw * 2
+
+
+def test_fold_weights_is_not_advised_after_it_was_passed() -> None:
+    options: dict[str, Any] = {"rank": 0.5, "example_inputs": X}
+    by_modules = fxfact.plan(nn.Sequential(Doubling()), capture="modules", **options)
+    assert by_modules["0"].reason.endswith("fold_weights=True folds those of torch.nn.utils")
+    by_modules = fxfact.plan(nn.Sequential(Doubling()), capture="modules", fold_weights=True, **options)
+    assert by_modules["0"].reason.endswith("so that fold_weights=True does not fold it")
+    weight_norm = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)))
+    assert fxfact.plan(weight_norm, capture="modules", fold_weights=True, **options).rewrites
+
+
 # On the command line
 
 
