@@ -31,6 +31,7 @@ from fxfact.utils import (
     check_path,
     copy_with_shared,
     explain_refused,
+    is_distributed,
     is_wrapper,
     refused_classes,
     reproducible_archive,
@@ -139,6 +140,12 @@ def _save_state_dict(network: nn.Module, path: _Path) -> None:
                 f"{path}: the state dict's {name} is a {type(value).__name__}, and only tensors can be saved. "
                 "Remove get_extra_state from its module."
             )
+        if is_distributed(value):
+            raise FileError(
+                f"{path}: the state dict's {name} is a {type(value).__name__}, which belongs to several processes. Load the "
+                "unsharded state (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) "
+                "into a copy of the network that is not distributed, and save that."
+            )
     tensors = _separate(state)
     check_loadable(path, tensors)
     try:
@@ -186,7 +193,13 @@ def _load_state_dict(path: _Path, model: nn.Module, factorizations: _Factorizati
     if saved != expected:
         differences = first_differences("the file", saved, "the model", expected)
         raise FileError(f"{path}: the file holds another network. {differences}. Pass the model that was factorized.")
-    network.load_state_dict(_loaded_tensors(data["state"], own_state), assign=True)
+    tensors = _loaded_tensors(data["state"], own_state)
+    nested = {name: tensor for name, tensor in tensors.items() if tensor.is_nested}  # whose sizes PyTorch cannot compare
+    rest = {name: tensor for name, tensor in tensors.items() if name not in nested}
+    network.load_state_dict(rest, assign=True, strict=not nested)
+    for name, tensor in nested.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, tensor)
     set_history(network, history)
     return network
 

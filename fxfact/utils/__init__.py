@@ -19,7 +19,7 @@ from fxfact.utils.precision import full_precision, no_reduced_precision
 from fxfact.utils.progress import Progress, with_progress
 from fxfact.utils.pt2_reproducible import reproducible_archive
 from fxfact.utils.pt2_safety import check_harmless, check_loadable, explain_refused, refused_classes
-from fxfact.utils.storage import StorageIndex, is_wrapper, plain_tensors, storages_of
+from fxfact.utils.storage import StorageIndex, is_distributed, is_wrapper, plain_tensors, storages_of
 from fxfact.utils.timing import (
     CLOCK_RESOLUTION_MS,
     Timer,
@@ -53,6 +53,7 @@ __all__ = [
     "explain_refused",
     "full_precision",
     "get_metadata",
+    "is_distributed",
     "is_wrapper",
     "milliseconds",
     "milliseconds_of_graphs",

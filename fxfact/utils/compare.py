@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfact.utils.storage import plain_tensors
+
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
@@ -30,11 +32,17 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
                 queue = [*vars(value).values(), *queue]
 
 
+def plain_tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors in an output, detached, with the tensors inside a wrapper subclass in its place."""
+    return [plain for tensor in tensors_of(output) for plain in plain_tensors(tensor.detach())]
+
+
 def relative_error(expected: Any, found: Any) -> float:
     """Return ‖found − expected‖ / ‖expected‖, the largest over all pairs of floating-point tensors of two outputs.
 
-    If there are no floating-point tensors, all tensors are compared. The error is infinite if the outputs differ in
-    the number or the shapes of the tensors, contain no tensors, or have NaN or Inf at different positions.
+    Of a wrapper subclass the tensors inside are compared. If there are no floating-point tensors, all are compared. The
+    error is infinite if the outputs differ in the number or the shapes of the tensors, contain no tensors, or have NaN
+    or Inf at different positions.
     """
     pairs = _tensors_to_compare(expected), _tensors_to_compare(found)
     if not pairs[0] or [tensor.shape for tensor in pairs[0]] != [tensor.shape for tensor in pairs[1]]:
@@ -48,7 +56,7 @@ def difference(expected: Any, found: Any, *, strictness: float) -> str:
     The number, dtypes and shapes of their tensors must be equal. The relative error of each tensor may be up to
     ``strictness`` times ``tolerance_for``.
     """
-    tensors, others = list(tensors_of(expected)), list(tensors_of(found))
+    tensors, others = plain_tensors_of(expected), plain_tensors_of(found)
     if not tensors:
         return "its output holds no tensors to compare"
     kinds = [[(tensor.dtype, tuple(tensor.shape)) for tensor in each] for each in (tensors, others)]
@@ -79,7 +87,7 @@ def _format_kinds(kinds: list[Any]) -> str:
 
 
 def _tensors_to_compare(output: Any) -> list[Tensor]:
-    tensors = list(tensors_of(output))
+    tensors = plain_tensors_of(output)
     floats = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
     return floats or tensors
 

@@ -6,14 +6,17 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxfact.errors import CaptureError
+from fxfact.utils.storage import is_wrapper
 
 _METADATA = "_fxfact"
+_ADVICE = "Make the class support clone() and detach(), or factorize before such tensors are put into the model."
 _PRESERVED = "_user_preserved_attributes"  # an entry of a graph module's meta that copy.deepcopy keeps
 
 
@@ -34,6 +37,27 @@ def copy_with_shared(module: nn.Module, shared: set[int]) -> nn.Module:
 def copy_structure(module: nn.Module) -> nn.Module:
     """Return a deep copy that shares all parameters. Raises CaptureError."""
     return copy_with_shared(module, set(map(id, module.parameters())))
+
+
+def dequantize_parameters(network: nn.Module) -> nn.Module:
+    """Give a network plain parameters in place of those of quantized tensor classes, and return it.
+
+    Gradients flow through them, while operators that quantize their inputs have none that mean anything. Parameters stay
+    whose class does not define ``dequantize()``, and those whose inner tensors an exported graph uses.
+    """
+    plain: dict[int, Any] = {}
+    for module in network.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.op == "call_function" and "access_subclass_inner_tensor" in str(node.target):
+                kept = attrgetter(str(node.args[0].target))(module)
+                plain[id(kept)] = kept
+    for module in network.modules():
+        for name, old in module._parameters.items():
+            if is_wrapper(old) and type(old).dequantize is not Tensor.dequantize:
+                if id(old) not in plain:
+                    plain[id(old)] = nn.Parameter(old.detach().dequantize(), old.requires_grad)
+                module._parameters[name] = plain[id(old)]
+    return network
 
 
 def to_eval(network: nn.Module) -> nn.Module:
@@ -72,7 +96,7 @@ def _alias(parameter: Tensor) -> Tensor:
         alias: Tensor = Tensor._make_subclass(cast(Any, type(parameter)), values, requires_grad)
     else:
         alias = nn.Parameter(values, requires_grad=requires_grad)
-    vars(alias).update(vars(parameter))
+    vars(alias).update({**vars(parameter), **vars(alias)})  # a wrapper subclass already has new inner tensors
     return alias
 
 
@@ -88,15 +112,24 @@ def _deep_copy(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # from copying an exported program's module
             copied = copy.deepcopy(module, {**detached, **memo})
     except Exception as error:
-        raise CaptureError(
-            f"{type(module).__name__} cannot be copied: {error}. Make it support copy.deepcopy."
-        ) from error
+        raise CaptureError(_why_uncopyable(module, memo, error)) from error
     for child, other in zip(module.modules(), copied.modules(), strict=False):
         if isinstance(child, torch.jit.ScriptModule):
             for one, two in zip(child.parameters(recurse=False), other.parameters(recurse=False), strict=True):
                 two.requires_grad_(one.requires_grad)
     set_metadata(copied, get_metadata(module))  # deepcopy loses it if the graph module was pickled before
     return copied
+
+
+def _why_uncopyable(module: nn.Module, shared: Mapping[int, Tensor], error: Exception) -> str:
+    """Return the message for a module that copy.deepcopy cannot copy. It names the tensor that cannot be copied, if any."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if id(tensor) not in shared and type(tensor) not in (Tensor, nn.Parameter):
+            try:
+                copy.deepcopy(tensor)
+            except Exception as reason:
+                return f"{name}: a tensor of the class {type(tensor).__name__} cannot be copied: {reason}. {_ADVICE}"
+    return f"{type(module).__name__} cannot be copied: {error}. Make it support copy.deepcopy."
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

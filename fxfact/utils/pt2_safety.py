@@ -12,18 +12,22 @@ import math
 import operator
 import os
 import re
+import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import sympy
 import torch
 import torch.utils._sympy.functions as sympy_functions
 from sympy.logic.boolalg import Boolean
+from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.nn import Parameter
 
 from fxfact.errors import FileError
 
+_SHOWN = 5  # classes that a message names
 _PAYLOAD_CONFIG = re.compile(r"data/(weights|constants)/[^/]+_config\.json")
 _MEMBER = re.compile(
     r"archive_format|archive_version|byteorder|\.data/[a-z_]+|models/[^/]+\.json|extra/.+|data/sample_inputs/[^/]+\.pt|"
@@ -59,8 +63,8 @@ def check_harmless(path: str | os.PathLike[str]) -> None:
                     f"{path}: the archive holds {member}, which is not part of a plain exported program. "
                     "The file was not read."
                 )
-            if member.startswith("data/sample_inputs/"):
-                _check_only_tensors(path, member, archive.read(name))
+            if member.startswith("data/sample_inputs/") and (data := archive.read(name)):  # empty without inputs
+                _check_only_tensors(path, member, data)
             if member.startswith("models/"):
                 for expected, text in _find_unsafe(_parse_json(path, member, archive.read(name))):
                     raise FileError(f"{path}: {text[:80]!r} in {member} is not {expected}. The file was not read.")
@@ -71,11 +75,55 @@ def check_harmless(path: str | os.PathLike[str]) -> None:
                     _check_only_tensors(path, payload_name, data)
 
 
+def refused_classes(file: str | os.PathLike[str] | BinaryIO) -> list[str]:
+    """Return the classes and functions in a file of torch.save that ``torch.load(weights_only=True)`` refuses."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # the file is damaged
+        return []
+
+
+def explain_refused(names: Sequence[str]) -> str:
+    """Say which classes these are and how to register them, or return "" if some are known to be no tensor classes."""
+    if not names or not all(map(_may_be_tensor_class, names)):
+        return ""
+    return (
+        f" It holds {', '.join(names[:_SHOWN])}. If these are tensor classes that you trust, import their package, which "
+        "registers them (torchao does), or call torch.serialization.add_safe_globals."
+    )
+
+
+def _may_be_tensor_class(name: str) -> bool:
+    """Whether a name is of a tensor class, or of a module that is not imported."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    return module not in sys.modules or (isinstance(found, type) and issubclass(found, Tensor))
+
+
+def check_loadable(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Raise FileError if tensors are of classes that cannot be pickled, or that no load would accept."""
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, Parameter):
+            buffer = io.BytesIO()
+            try:
+                torch.save(tensor, buffer)
+            except Exception as error:
+                raise FileError(f"{path}: {name}, a {type(tensor).__name__}, cannot be pickled: {error}") from error
+            buffer.seek(0)
+            if names := refused_classes(buffer):
+                raise FileError(
+                    f"{path}: {name} is a {type(tensor).__name__}, which could not be loaded again, because loading "
+                    f"executes nothing that is not registered as safe. Before you save, and before you load, call "
+                    f"torch.serialization.add_safe_globals for {', '.join(names[:_SHOWN])}."
+                )
+
+
 def _check_only_tensors(path: str | os.PathLike[str], member: str, data: bytes) -> None:
     try:
         torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:
-        raise FileError(f"{path}: {member} holds more than tensors. The file was not read.") from error
+        advice = explain_refused(refused_classes(io.BytesIO(data)))
+        raise FileError(f"{path}: {member} holds more than tensors. The file was not read.{advice}") from error
 
 
 def _parse_json(path: str | os.PathLike[str], member: str, data: bytes) -> Any:

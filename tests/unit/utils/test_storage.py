@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from fxfact.utils import StorageIndex, storage_of
+from fxfact.utils import StorageIndex, storages_of
 
 
 def test_aliases_and_views_are_found_and_copies_are_not() -> None:
@@ -24,13 +24,13 @@ def test_parts_of_one_storage_are_told_apart() -> None:
     model = nn.Linear(3, 2)
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
     index = StorageIndex(model.named_parameters())
-    assert storage_of(model.weight) == storage_of(model.bias)
+    assert storages_of(model.weight) == storages_of(model.bias)
     assert [index.name_of(parameter.detach()) for parameter in model.parameters()] == ["weight", "bias"]
     assert index.name_of(model.weight[:, :0]) is None, "an empty tensor uses no memory"
 
 
 def test_tensors_without_storage_have_no_name() -> None:
     sparse = torch.eye(3).to_sparse()
-    assert storage_of(sparse) is None
+    assert storages_of(sparse) == ()
     index = StorageIndex([("sparse", sparse)])
     assert index.name_of(sparse) is None
