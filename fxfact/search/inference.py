@@ -31,7 +31,6 @@ from fxfact.passes import (
 from fxfact.planning import Latency, Plan
 from fxfact.utils import Timer, alias_copy, as_timing_errors, copy_with_shared, difference, to_eval, warn_caller
 
-_ALWAYS = (FoldBatchNorms.name, MergePointwise.name)  # what ``for_inference`` does without measuring
 _MAX_RATIO = 1.1  # of the measured time to the budget, before a warning
 _TURNS = 100  # of whole networks
 _MAX_SECONDS = 12.0  # for these turns; there are fewer if they would take longer
@@ -61,7 +60,7 @@ def best_inference_passes(captured: Captured, *, compiled: bool, timer: Timer) -
     if captured.example_inputs is None:
         raise BudgetError("a budget of milliseconds needs example_inputs, on which to measure")
     can_fold = isinstance(captured.network, fx.GraphModule) and captured.program is None
-    folds: list[tuple[str, ...]] = [(FoldBatchNorms.name,)] if can_fold else []
+    folds: list[tuple[str, ...]] = [_folds(captured)] if can_fold and _folds(captured) else []
     computations, linear = _computations(captured), linear_passes(site.spec for site in captured.sites)
     variants: list[tuple[str, ...]]
     if captured.program is not None:
@@ -80,6 +79,17 @@ def best_inference_passes(captured: Captured, *, compiled: bool, timer: Timer) -
     else:
         is_possible = {*layout} <= {*passes}
     return FastestPasses(passes, ms, linear_undecided=is_possible)
+
+
+def _folds(captured: Captured) -> tuple[str, ...]:
+    """Return the pass that folds batch norms, unless a 1-D map has no batch axis.
+
+    ``nn.BatchNorm1d`` takes the channels of such a map for samples. A plan that is applied without example inputs
+    could not tell, and would fold it.
+    """
+    sites = [site for site in captured.sites if site.spec.order == 1]
+    unbatched = any(len(shape) == 2 for site in sites for shape in site.input_shapes or ())
+    return () if unbatched else (FoldBatchNorms.name,)
 
 
 def _computations(captured: Captured) -> list[tuple[str, ...]]:
@@ -121,12 +131,13 @@ def for_inference(model: nn.Module, example_inputs: ExampleInputs, *, timer: Tim
     if timer is not None and not isinstance(timer, Timer):
         raise ArgumentTypeError(f"timer must be a fxfact.utils.Timer, got {timer!r}")
     captured = capture(model, example_inputs)
-    folded = run_passes(to_eval(captured.network), _ALWAYS)
+    always = (*_folds(captured), MergePointwise.name)
+    folded = run_passes(to_eval(captured.network), always)
     variants = _computations(captured)
     best, _ = _fastest(folded, variants, example_inputs, compiled=False, timer=timer or Timer())
     network = copy_with_shared(run_passes(folded, best), set())
     if history := pass_history(network):
-        passes = tuple(dict.fromkeys((*history[-1].plan.inference_passes, *_ALWAYS, *best)))
+        passes = tuple(dict.fromkeys((*history[-1].plan.inference_passes, *always, *best)))
         update_plan(network, inference_passes=passes, capture=captured.frontend)  # so that the plan does the same again
     return network
 

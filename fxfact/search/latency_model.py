@@ -103,7 +103,7 @@ class MeasuredLatencyModel:
     def _measure(self, path: str, variants: Sequence[tuple[Layout, Sequence[str]]]) -> list[float]:
         """Return the milliseconds of layouts after passes."""
         weight = self._sites[path][0].weight
-        inputs = {shape: self._in_memory_format(seeded_randn(shape).to(weight)) for _, shape in self._calls(path)}
+        inputs = {shape: self._input_like(seeded_randn(shape).to(weight), spec) for spec, shape in self._calls(path)}
         calls = [partial(_run_calls, self._runnable(path, *variant, inputs)) for variant in variants]
         if self._compiled and weight.device.type == "cuda":
             turns = self._timer.graph_turns(calls, weight.device, repeats=_REPEATS, within=_MAX_SECONDS)
@@ -141,8 +141,10 @@ class MeasuredLatencyModel:
         """Return the passes that concern single convolutions. Compilers choose channels_last themselves."""
         return [name for name in MODULE_PASSES if name in passes or (name == ChannelsLast.name and self._compiled)]
 
-    def _in_memory_format(self, tensor: Tensor) -> Tensor:
-        formats = CHANNELS_LAST if ChannelsLast.name in self._module_passes(self.passes) else {}
+    def _input_like(self, tensor: Tensor, spec: ConvSpec) -> Tensor:
+        """Return an input in the memory format that it has after the passes. Without a batch axis it is contiguous."""
+        batched = tensor.ndim == spec.order + 2
+        formats = CHANNELS_LAST if batched and ChannelsLast.name in self._module_passes(self.passes) else {}
         return tensor.contiguous(memory_format=formats.get(tensor.ndim, torch.contiguous_format))
 
     def _calls(self, path: str) -> list[tuple[ConvSpec, Sizes]]:

@@ -61,5 +61,6 @@ def _packed(stage: nn.Module, x: Tensor) -> nn.Module:
 def _can_be_packed(stage: Any, x: Tensor) -> bool:
     if not is_conv(stage) or isinstance(stage, TRANSPOSED_TYPES) or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    plain = stage.padding_mode == "zeros" and not isinstance(stage.padding, str) and x.ndim >= 4
+    batched = x.ndim == len(stage.kernel_size) + 2
+    plain = stage.padding_mode == "zeros" and not isinstance(stage.padding, str) and batched and x.ndim >= 4
     return bool(plain and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"))
