@@ -108,8 +108,8 @@ def factorize(
         progress: see ``plan``.
 
     Returns:
-        A new network: a ``torch.fx.GraphModule`` if the model can be traced; otherwise a model of its own class, whose
-        Python code still runs; an ExportedProgram for an ExportedProgram. ``plan_of`` tells which, and why. Training
+        A new network: a ``torch.fx.GraphModule``, or a model of its own class, whose Python code still runs (see
+        ``capture``); an ExportedProgram for an ExportedProgram. ``plan_of`` tells which, and why. Training
         mode, device, dtype, memory format and requires_grad carry over. A warning says so, with the reasons, if no
         convolution is rewritten.
 
