@@ -23,9 +23,14 @@ from fxfact.capture.modules import capture_modules, dense_replacements
 from fxfact.capture.trace import capture_graph
 from fxfact.conv import FOLD_ADVICE, ConvSite, ConvSpec, Skip, has_hooks, path_of
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError
-from fxfact.utils import alias_copy
+from fxfact.utils import alias_copy, is_distributed
 
 CaptureMode = Literal["auto", "trace", "modules", "export"]
+_UNSHARDED_ADVICE = (
+    "Factorize the model before fully_shard, FullyShardedDataParallel or distribute_tensor, or load the unsharded state "
+    "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a new model and "
+    "factorize that."
+)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule")
 _MAX_LISTED = 5  # lost members that a reason names
 
@@ -134,13 +139,16 @@ def check_model(model: object) -> None:
         if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
             raise CaptureError(
                 f"{path or 'the model'} is a {type(module).__name__}, whose parameters are split among processes. "
-                "Factorize the model before fully_shard or FullyShardedDataParallel, or load the unsharded state "
-                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a new "
-                "model and factorize that."
+                f"{_UNSHARDED_ADVICE}"
             )
     for path, tensor in model.named_parameters():
         if is_lazy(tensor):
             raise CaptureError(f"{path}: the parameter is lazy and has no shape. Run the model once on an input first.")
+        if is_distributed(tensor):
+            raise CaptureError(
+                f"{path}: the parameter is a {type(tensor.data).__name__}, which belongs to several processes. "
+                f"{_UNSHARDED_ADVICE}"
+            )
         if tensor.is_inference():
             raise CaptureError(f"{path}: the parameter was made in inference mode. Make the model outside of it.")
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxfact.calibration import batch_call
 from fxfact.capture import ExampleInputs
+from fxfact.utils import plain_tensors_of, storages_of
 
 _MAX_BYTES = 1 << 30  # for the values that stopped runs still need
 _CONTEXT_CALLS = {  # each of them changes how the rest of the run computes
@@ -101,7 +102,7 @@ class _NodeRunner:
         self.call_number = {module: k for k, module in calls if count[module] == 1}
         self._signature = inspect.signature(network.forward)
         self._interpreter = fx.Interpreter(network)
-        self._own = {t.untyped_storage().data_ptr() for t in chain(network.parameters(), network.buffers())}
+        self._own = {id_ for t in chain(network.parameters(), network.buffers()) for id_ in storages_of(t)}
 
     def placeholder_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[fx.Node, Any]:
         """Return the value of each placeholder."""
@@ -119,9 +120,9 @@ class _NodeRunner:
 
     def size(self, values: dict[fx.Node, Any]) -> int:
         """Return the bytes of the values, without the network's own tensors."""
-        tensors = [leaf for leaf in tree_leaves(list(values.values())) if isinstance(leaf, Tensor)]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(size for pointer, size in storages.items() if pointer not in self._own)
+        leaves = [leaf for leaf in tree_leaves(list(values.values())) if isinstance(leaf, Tensor)]
+        sizes = {id_: t.untyped_storage().nbytes() for t in plain_tensors_of(leaves) for id_ in storages_of(t)}
+        return sum(size for id_, size in sizes.items() if id_ not in self._own)
 
 
 def _random_states() -> list[Tensor]:
