@@ -75,7 +75,7 @@ def test_an_output_size_is_read_in_every_spelling(spelling: str) -> None:
             model, "spatial_svd", rank=0.9, example_inputs=x, include="up", allow_growth=True, capture=how, verify=True
         )
         assert [decision.path for decision in fxfact.plan_of(result).rewrites] == ["up"]
-        assert apart(torch.export.export(result, (x,)).module()(x), result(x)) < 1e-6
+    assert apart(torch.export.export(result, (x,)).module()(x), result(x)) < 1e-6
     program = torch.export.export(model, (x,))
     exported = fxfact.factorize(program, "spatial_svd", rank=0.9, include="up", allow_growth=True)
     assert [decision.path for decision in fxfact.plan_of(exported).rewrites] == ["up"]
