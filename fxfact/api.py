@@ -42,6 +42,7 @@ from fxfact.planning import (
     RankRule,
     SearchScope,
     Selection,
+    describe_call,
     parse_factorizations,
 )
 from fxfact.search import CalibrationData, fall_back_if_slower, search
@@ -116,6 +117,7 @@ def factorize(
     Raises:
         FxfactError: what ``plan`` and ``apply`` raise, and VerificationError.
     """
+    call = describe_call(plan, locals())  # first, while the locals are the arguments
     options = DecomposeOptions(generator=generator, executor=executor, progress=progress)
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
     calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
@@ -130,7 +132,7 @@ def factorize(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
-    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth)
+    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
     found = search(captured, strategy, scope, data, options=options, loss=loss)
@@ -236,6 +238,7 @@ def plan(
         CalibrationError: if something is wrong with the data.
         TimingError: if the network does not run while it is timed.
     """
+    call = describe_call(plan, locals())  # first, while the locals are the arguments
     options = DecomposeOptions(executor=executor, progress=progress)
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
     calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
@@ -248,7 +251,7 @@ def plan(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
-    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth)
+    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
     return search(captured, strategy, scope, data, options=options, loss=loss).plan

@@ -142,9 +142,9 @@ def _save_state_dict(network: nn.Module, path: _Path) -> None:
             )
         if is_distributed(value):
             raise FileError(
-                f"{path}: the state dict's {name} is a {type(value).__name__}, which belongs to several processes. Load the "
-                "unsharded state (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) "
-                "into a copy of the network that is not distributed, and save that."
+                f"{path}: the state dict's {name} is a {type(value).__name__}, which belongs to several processes. "
+                "Load the unsharded state (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True) into a copy of the network that is not distributed, and save that."
             )
     tensors = _separate(state)
     check_loadable(path, tensors)
@@ -164,13 +164,10 @@ def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested:
             key = (*storages_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
             is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-            tensor = found.setdefault(key, tensor.contiguous() if is_whole else _compact(tensor))
+            plain = tensor.contiguous() if is_whole else tensor.clone(memory_format=torch.contiguous_format)
+            tensor = found.setdefault(key, plain)
         separate[name] = tensor
     return separate
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _load_state_dict(path: _Path, model: nn.Module, factorizations: _FactorizationTypes) -> nn.Module:
@@ -178,7 +175,8 @@ def _load_state_dict(path: _Path, model: nn.Module, factorizations: _Factorizati
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds
-        reason = explain_refused(refused_classes(path)) or f" {type(error).__name__}: {str(error).partition(os.linesep)[0]}"
+        first_line = str(error).partition("\n")[0]
+        reason = explain_refused(refused_classes(path)) or f" {type(error).__name__}: {first_line}"
         raise FileError(
             f"{path}: the file was not loaded, because it is damaged or holds more than tensors.{reason}"
         ) from error
@@ -193,15 +191,24 @@ def _load_state_dict(path: _Path, model: nn.Module, factorizations: _Factorizati
     if saved != expected:
         differences = first_differences("the file", saved, "the model", expected)
         raise FileError(f"{path}: the file holds another network. {differences}. Pass the model that was factorized.")
-    tensors = _loaded_tensors(data["state"], own_state)
-    nested = {name: tensor for name, tensor in tensors.items() if tensor.is_nested}  # whose sizes PyTorch cannot compare
-    rest = {name: tensor for name, tensor in tensors.items() if name not in nested}
-    network.load_state_dict(rest, assign=True, strict=not nested)
-    for name, tensor in nested.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(owner), attribute, tensor)
+    _put_in(network, own_state, data["state"])
     set_history(network, history)
     return network
+
+
+def _put_in(network: nn.Module, own_state: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Put the saved tensors into the network: into its own ones, or in their place where values cannot be copied."""
+    tensors = [*own_state.values(), *state.values()]
+    if not any(tensor.is_meta or tensor.is_nested or is_wrapper(tensor) for tensor in tensors):
+        network.load_state_dict(dict(state))
+        return
+    loaded = _loaded_tensors(state, own_state)
+    nested = [name for name, tensor in loaded.items() if tensor.is_nested]  # PyTorch cannot compare their sizes
+    rest = {name: tensor for name, tensor in loaded.items() if name not in nested}
+    network.load_state_dict(rest, assign=True, strict=not nested)
+    for name in nested:
+        owner, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, loaded[name])
 
 
 def _loaded_tensors(state: Mapping[str, Tensor], own_state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -129,8 +129,9 @@ def _check_parameter_classes(network: nn.Module) -> None:
         if is_wrapper(parameter):
             raise CalibrationError(
                 f"calibration: no gradient flows from the output to a convolution, perhaps because {name} is a "
-                f"{type(parameter).__name__}, whose operators pass none on, and whose class does not define dequantize(). "
-                "Pass the statistics of the network before it got such parameters (fxfact.calibrate), or factorize that."
+                f"{type(parameter).__name__}, whose operators pass none on, and which has no dequantize() of its own. "
+                "Calibrate the network before it gets such parameters (fxfact.calibrate), and pass these statistics; "
+                "or factorize it before."
             )
 
 
@@ -250,12 +251,12 @@ class _GradientCollector(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _check_not_quantized(network: nn.Module) -> None:
     """Raise CalibrationError if a graph quantizes activations, where gradients end or do not mean anything."""
     for node in network.graph.nodes if isinstance(network, fx.GraphModule) else ():
-        name = node.target.name() if isinstance(node.target, OpOverload) else ""
+        name = node.target._schema.name if isinstance(node.target, OpOverload) else ""
         if "::quantize_" in name and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function":
             raise CalibrationError(
-                f"calibration: the network quantizes activations ({node.name}: {name}), and no gradient leads through that. "
-                "Calibrate the network before it is quantized (fxfact.calibrate), and pass these statistics; or plan "
-                "without data."
+                f"calibration: the network quantizes activations ({node.name}: {name}), and no gradient leads through "
+                "that. Calibrate the network before it is quantized (fxfact.calibrate), and pass these statistics; or "
+                "plan without data."
             )
 
 

@@ -27,9 +27,9 @@ from fxfact.utils import alias_copy, is_distributed
 
 CaptureMode = Literal["auto", "trace", "modules", "export"]
 _UNSHARDED_ADVICE = (
-    "Factorize the model before fully_shard, FullyShardedDataParallel or distribute_tensor, or load the unsharded state "
-    "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a new model and "
-    "factorize that."
+    "Factorize the model before fully_shard, FullyShardedDataParallel or distribute_tensor, or load the unsharded "
+    "state (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a new model "
+    "and factorize that."
 )
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule")
 _MAX_LISTED = 5  # lost members that a reason names

@@ -4,6 +4,7 @@ from fxfact.planning import rank_rules
 from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, least_amount
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
 from fxfact.planning.build import PlanDraft, SearchScope, Selection, build_plan, draft_plan
+from fxfact.planning.call import describe_call
 from fxfact.planning.decision import Decision
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
@@ -52,6 +53,7 @@ __all__ = [
     "Selection",
     "allocate",
     "build_plan",
+    "describe_call",
     "draft_plan",
     "least_amount",
     "parse_factorizations",

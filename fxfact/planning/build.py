@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from fxfact.capture import Captured
 from fxfact.conv import ConvSite, ConvSpec, Cost, Skip, path_of
@@ -26,12 +27,14 @@ class SearchScope:
         exclude: the same, for layers to leave alone.
         allow_growth: also rewrite layers that would have more parameters or MACs.
         partial: the captured network is a part of a larger one, so a glob may fit nothing.
+        call: what ``Plan.call`` is to be.
     """
 
     include: Selection | None = None
     exclude: Selection | None = None
     allow_growth: bool = False
     partial: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,7 @@ class PlanDraft:
             refused=self.captured.refused,
             uses_statistics=uses_statistics,
             pareto_points=allocation.pareto_points,
+            call=self.scope.call,
         )
 
 

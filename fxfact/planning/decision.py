@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fxfact.conv import ConvSpec, Cost, Sizes, as_tuples, chain_cost
 from fxfact.errors import PlanError
 from fxfact.factorizations import Factorization, Rank
+from fxfact.planning.digits import significant, significant_pair
+
+_TUPLES = ("input_sizes", "rank", "latencies_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class Decision:
     latencies_ms: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "predicted_loss_increase", significant(self.predicted_loss_increase))
+        object.__setattr__(self, "latencies_ms", significant_pair(self.latencies_ms))
         if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
             raise PlanError(f"{self.path}: a rewrite needs a convolution, a factorization and a rank, got {self.rank}")
 
@@ -77,19 +82,25 @@ class Decision:
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:
-    """Return a decision as plain data."""
-    data = {field.name: getattr(decision, field.name) for field in fields(decision)}
-    data["spec"] = asdict(decision.spec) if decision.spec else None
+    """Return a decision as plain data, without fields that have their default."""
+    data = fields_to_json(decision)
+    data["spec"] = fields_to_json(decision.spec) if decision.spec else None
     if factorization := decision.factorization:
         options = {field.name: getattr(factorization, field.name) for field in fields(factorization)}
         data["factorization"] = {"name": factorization.name, "options": options}
     return data
 
 
+def fields_to_json(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that do not have their default, by name."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {field.name: values[field.name] for field in fields(record) if values[field.name] != field.default}
+
+
 def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Decision:
     """Return a decision from plain data. ``known`` has the factorizations by name. Raises PlanError."""
-    values = dict(data)
-    spec, factorization = values["spec"], values["factorization"]
+    values = {key: as_tuples(value) if key in _TUPLES else value for key, value in data.items()}
+    spec, factorization = values["spec"], values.get("factorization")
     if spec is not None:
         values["spec"] = ConvSpec.from_json(spec)
     if factorization is not None:
@@ -97,6 +108,4 @@ def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factori
         if name not in known:
             raise PlanError(f"unknown factorization {name!r}. Pass its class as factorizations=[...].")
         values["factorization"] = known[name](**factorization["options"])
-    for name in ("input_sizes", "rank", "latencies_ms"):
-        values[name] = as_tuples(values[name])
     return Decision(**values)

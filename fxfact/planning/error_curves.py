@@ -60,7 +60,7 @@ class ErrorCurveCache:
         Raises:
             PlanError: if the file cannot be written.
         """
-        content = {**_FILE_FORMAT, "curves": self._curves}
+        content = {**_FILE_FORMAT, "curves": dict(sorted(self._curves.items()))}
         try:
             with atomic_write(path) as file:
                 file.write(json.dumps(content, indent=0).encode())

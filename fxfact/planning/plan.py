@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ from fxfact.factorizations import (
     parse_rank_spec,
     resolve_rank,
 )
-from fxfact.planning.decision import Decision, decision_from_json, decision_to_json
+from fxfact.planning.call import installed_versions
+from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json
+from fxfact.planning.digits import significant, significant_cost, significant_pair
 from fxfact.planning.pareto import ParetoFront
+from fxfact.planning.plan_file import plan_text
 from fxfact.planning.strategy import ParetoPoint
 from fxfact.utils import atomic_write
 
-_FORMAT = {"format": "fxfact plan", "version": 5}
+_FORMAT = {"format": "fxfact plan", "version": 6}
+_LAST = ("decisions", "pareto_points")  # in a file
 _WAYS = {
     "trace": "as one graph ('trace')",
     "modules": "by its modules, which keep the model's own Python ('modules')",
@@ -55,6 +59,9 @@ class Plan:
             ``fxfact.for_inference``).
         measured_ms: milliseconds of the dense network in its fastest exact variant and of the result, measured in
             turns, if measured.
+        call: the arguments of ``fxfact.plan`` that are not the defaults, among them the budget, as plain data. Plans
+            made by different calls can be equal.
+        versions: the versions of fxfact and PyTorch that made the plan.
     """
 
     model: str
@@ -70,6 +77,13 @@ class Plan:
     measured_loss_increase: float | None = None
     inference_passes: tuple[str, ...] = ()
     measured_ms: tuple[float, float] | None = None
+    call: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    versions: Mapping[str, str] = field(default_factory=installed_versions, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "network", significant_cost(self.network))
+        object.__setattr__(self, "measured_loss_increase", significant(self.measured_loss_increase))
+        object.__setattr__(self, "measured_ms", significant_pair(self.measured_ms))
 
     @property
     def predicted_loss_increase(self) -> float | None:
@@ -203,7 +217,7 @@ class Plan:
         return "\n".join([table, *notes])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to a JSON file.
+        """Write the plan to a JSON file, with two lines for each convolution. Equal calls give equal files.
 
         Args:
             path: the file. It is written whole or not at all.
@@ -211,7 +225,7 @@ class Plan:
         Raises:
             PlanError: if the file cannot be written.
         """
-        text = json.dumps(self.to_json(), indent=1) + "\n"
+        text = plan_text(self.to_json())
         try:
             with atomic_write(path) as file:
                 file.write(text.encode())
@@ -240,16 +254,20 @@ class Plan:
             return cls.from_json(data, factorizations=factorizations)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as plain data: numbers, strings, lists and dicts.
+        """Return the plan as plain data: numbers, strings, lists and dicts, without fields that have their default.
 
         Returns:
             What ``from_json`` takes.
         """
-        decisions = [decision_to_json(decision) for decision in self.decisions]
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**_FORMAT, **plain, "network": asdict(self.network), "decisions": decisions} | {
-            "pareto_points": [asdict(point) for point in self.pareto_points]
-        }
+        data = {"versions": dict(self.versions), "call": dict(self.call), **fields_to_json(self)}
+        data["network"] = fields_to_json(self.network)
+        data["decisions"] = [decision_to_json(decision) for decision in self.decisions]
+        if self.pareto_points:
+            data["pareto_points"] = [
+                {**fields_to_json(point.cost), "predicted_loss_increase": point.predicted_loss_increase}
+                for point in self.pareto_points
+            ]
+        return {**_FORMAT, **{key: data[key] for key in data if key not in _LAST}, **_last(data)}
 
     @classmethod
     def from_json(cls, data: Any, *, factorizations: Sequence[type[Factorization]] = ()) -> Plan:
@@ -265,25 +283,45 @@ class Plan:
         Raises:
             PlanError: if the data is damaged or of another version.
         """
-        found = {key: data.get(key) for key in _FORMAT} if isinstance(data, dict) else type(data).__name__
-        if found != _FORMAT:
-            raise PlanError(f"expected a plan with {_FORMAT}, found {found}. Make the plan again.")
+        _check_format(data)
         known = {kind.name: kind for kind in (*FACTORIZATIONS, *factorizations)}
         try:
-            decisions = tuple(decision_from_json(entry, known) for entry in data["decisions"])
-            values = {field.name: as_tuples(data[field.name]) for field in fields(cls)}
-            points = tuple(
-                ParetoPoint(Cost(**point["cost"]), point["predicted_loss_increase"]) for point in data["pareto_points"]
-            )
-            plan = cls(
-                **{**values, "network": Cost(**data["network"]), "decisions": decisions, "pareto_points": points}
-            )
+            values = {key: as_tuples(value) for key, value in data.items() if key not in _FORMAT}
+            values |= {key: dict(data[key]) for key in ("call", "versions")}
+            values["network"] = Cost(**data["network"])
+            values["decisions"] = tuple(decision_from_json(entry, known) for entry in data["decisions"])
+            values["pareto_points"] = tuple(map(_point_from_json, data.get("pareto_points", ())))
+            plan = cls(**values)
             str(plan)  # computes every layout
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
         return plan
+
+
+def _check_format(data: Any) -> None:
+    """Raise PlanError unless the data is of a plan in the format of this version."""
+    found = data.get("format") if isinstance(data, dict) else type(data).__name__
+    if found != _FORMAT["format"]:
+        raise PlanError(
+            f"expected {_FORMAT['format']!r} as the format, found {found!r}. Pass a file that Plan.save wrote."
+        )
+    if data.get("version") != _FORMAT["version"]:
+        raise PlanError(
+            f"the plan has version {data.get('version')} of the format, and this fxfact reads version "
+            f"{_FORMAT['version']} only. Make the plan again (fxfact.plan, or fxfact plan in the shell), or load it "
+            "with the fxfact that wrote it."
+        )
+
+
+def _last(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: data[key] for key in _LAST if key in data}
+
+
+def _point_from_json(data: Mapping[str, Any]) -> ParetoPoint:
+    cost = {key: value for key, value in data.items() if key != "predicted_loss_increase"}
+    return ParetoPoint(Cost(**cost), data["predicted_loss_increase"])
 
 
 def _edited_choice(

@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar, final
 from fxfact.conv import ConvLayer, ConvSpec, Cost, Sizes, Skip, chain_cost
 from fxfact.errors import ArgumentError, error_context
 from fxfact.factorizations import Factorization, Rank, check_weight
+from fxfact.planning.digits import significant, significant_cost
 from fxfact.utils import tensor_digest
 
 T = TypeVar("T")
@@ -98,6 +99,10 @@ class ParetoPoint:
 
     cost: Cost
     predicted_loss_increase: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cost", significant_cost(self.cost))
+        object.__setattr__(self, "predicted_loss_increase", significant(self.predicted_loss_increase))
 
 
 @dataclass(frozen=True)

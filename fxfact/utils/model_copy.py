@@ -42,8 +42,8 @@ def copy_structure(module: nn.Module) -> nn.Module:
 def dequantize_parameters(network: nn.Module) -> nn.Module:
     """Give a network plain parameters in place of those of quantized tensor classes, and return it.
 
-    Gradients flow through them, while operators that quantize their inputs have none that mean anything. Parameters stay
-    whose class does not define ``dequantize()``, and those whose inner tensors an exported graph uses.
+    Gradients flow through them, while operators that quantize their inputs have none that mean anything. Parameters
+    whose class does not define ``dequantize()`` stay, and so do those whose inner tensors an exported graph uses.
     """
     plain: dict[int, Any] = {}
     for module in network.modules():
@@ -122,7 +122,7 @@ def _deep_copy(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
 
 
 def _why_uncopyable(module: nn.Module, shared: Mapping[int, Tensor], error: Exception) -> str:
-    """Return the message for a module that copy.deepcopy cannot copy. It names the tensor that cannot be copied, if any."""
+    """Return the message for a module that copy.deepcopy cannot copy. It names the tensor that is the reason."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if id(tensor) not in shared and type(tensor) not in (Tensor, nn.Parameter):
             try:

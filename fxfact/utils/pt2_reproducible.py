@@ -1,4 +1,4 @@
-"""Rewrites .pt2 archives without what differs between two equal runs: addresses, counters and folders of the machine."""
+"""Rewrites .pt2 archives without what differs between two equal runs: addresses, counters and folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reproducible_archive(archive: BinaryIO) -> memoryview:
     """
     copied = io.BytesIO()  # PyTorch's writer ends the process if a disk is full
     with zipfile.ZipFile(archive) as source:
-        writer = PT2ArchiveWriter(copied)  # type: ignore[arg-type]
+        writer = PT2ArchiveWriter(copied)
         for name in source.namelist():
             member = name.partition("/")[2]  # without the folder that all share
             if member not in _WRITTEN_BY_PYTORCH:

@@ -88,8 +88,8 @@ def explain_refused(names: Sequence[str]) -> str:
     if not names or not all(map(_may_be_tensor_class, names)):
         return ""
     return (
-        f" It holds {', '.join(names[:_SHOWN])}. If these are tensor classes that you trust, import their package, which "
-        "registers them (torchao does), or call torch.serialization.add_safe_globals."
+        f" It holds {', '.join(names[:_SHOWN])}. If these are tensor classes that you trust, import their package, "
+        "which registers them (torchao does), or call torch.serialization.add_safe_globals."
     )
 
 

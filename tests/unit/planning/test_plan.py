@@ -11,9 +11,11 @@ import pytest
 from torch import Tensor, nn
 
 import fxfact
+from fxfact.conv import Cost
 from fxfact.errors import ArgumentTypeError, PlanError, RankError
 from fxfact.factorizations import Tucker
 from fxfact.factorizations.cp import CPMobilenet
+from fxfact.planning import ParetoPoint
 from tests.support import ALL, Small, by_name, params_of, quick
 
 
@@ -132,6 +134,43 @@ def test_plan_survives_its_file(small: Small, image: Tensor, tmp_path: Path) -> 
     assert json.loads((tmp_path / "plan.json").read_text())["decisions"][0]["factorization"]["options"]["sweeps"] == 7
 
 
+def test_file_of_a_plan_has_two_lines_for_each_convolution(small: Small, image: Tensor, tmp_path: Path) -> None:
+    batches = [image, -image]
+    plan = fxfact.plan(small, "tucker", budget=fxfact.Macs(0.8), calibration=batches, exclude="first")
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text(encoding="utf-8")
+    data = json.loads(text)
+    assert data == json.loads(json.dumps(plan.to_json()))
+    assert data["call"]["budget"] == {"Macs": {"fraction": 0.8}}
+    lines = text.splitlines()
+    (start,) = (k for k, line in enumerate(lines) if line == ' "decisions": [')
+    assert [line.split(", ")[0] for line in lines[start + 1 : start + 5 : 2]] == [
+        '  {"path": "first"',
+        '  {"path": "second"',
+    ]
+    assert len(lines) == 2 * len(plan) + len(plan.pareto_points) + len(data) + 4
+    assert max(map(len, lines)) < 350
+    edited = plan.edited("second", skip="die Schicht bleibt, größer → nein")
+    edited.save(tmp_path / "edited.json")
+    others = (tmp_path / "edited.json").read_text(encoding="utf-8").splitlines()
+    assert [k for k, pair in enumerate(zip(lines, others, strict=True)) if len(set(pair)) > 1] == [start + 3]
+    assert "größer → nein" in others[start + 3]
+
+
+def test_estimates_and_measurements_have_six_digits(small: Small) -> None:
+    cost = Cost(10, 20, 1 / 3)
+    plan = replace(fxfact.plan(small), network=cost, measured_loss_increase=2e-9 / 3, measured_ms=(20 / 3, 1e5 / 3))
+    assert (plan.network.ms, plan.measured_loss_increase, plan.measured_ms) == (
+        0.333333,
+        6.66667e-10,
+        (6.66667, 33333.3),
+    )
+    decision = replace(plan["second"], predicted_loss_increase=1 / 3, latencies_ms=(1 / 3, 2 / 3))
+    assert (decision.predicted_loss_increase, decision.latencies_ms) == (0.333333, (0.333333, 0.666667))
+    point = ParetoPoint(cost, 1e-7 / 3)
+    assert (point.cost.ms, point.predicted_loss_increase) == (0.333333, 3.33333e-08)
+
+
 def test_plan_with_numpy_options_survives_its_file(small: Small, image: Tensor, tmp_path: Path) -> None:
     plan = fxfact.plan(
         small,
@@ -147,7 +186,9 @@ def test_plan_with_numpy_options_survives_its_file(small: Small, image: Tensor, 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda data: data | {"version": 99}, "version"),
+        (lambda data: data | {"version": 5}, r"version 5 of the format.*Make the plan again"),
+        (lambda data: data | {"format": "fxfact network"}, "fxfact network"),
+        (lambda data: data | {"captur": "modules"}, "captur"),
         (lambda data: [data], "list"),
         (lambda data: data | {"decisions": [{"path": "x"}]}, "damaged"),
         (lambda data: data | {"network": {"params": 1}}, "damaged"),
