@@ -9,7 +9,7 @@ from typing import Any
 from fxfact.conv import ConvSpec, Cost, Sizes, as_tuples, chain_cost
 from fxfact.errors import PlanError
 from fxfact.factorizations import Factorization, Rank
-from fxfact.planning.digits import significant, significant_pair
+from fxfact.planning.strategy import significant
 
 _TUPLES = ("input_sizes", "rank", "latencies_ms")
 
@@ -47,7 +47,6 @@ class Decision:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "predicted_loss_increase", significant(self.predicted_loss_increase))
-        object.__setattr__(self, "latencies_ms", significant_pair(self.latencies_ms))
         if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
             raise PlanError(f"{self.path}: a rewrite needs a convolution, a factorization and a rank, got {self.rank}")
 

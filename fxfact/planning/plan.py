@@ -24,10 +24,9 @@ from fxfact.factorizations import (
 )
 from fxfact.planning.call import installed_versions
 from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json
-from fxfact.planning.digits import significant, significant_cost, significant_pair
 from fxfact.planning.pareto import ParetoFront
 from fxfact.planning.plan_file import plan_text
-from fxfact.planning.strategy import ParetoPoint
+from fxfact.planning.strategy import ParetoPoint, significant
 from fxfact.utils import atomic_write
 
 _FORMAT = {"format": "fxfact plan", "version": 6}
@@ -81,9 +80,7 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=installed_versions, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "network", significant_cost(self.network))
         object.__setattr__(self, "measured_loss_increase", significant(self.measured_loss_increase))
-        object.__setattr__(self, "measured_ms", significant_pair(self.measured_ms))
 
     @property
     def predicted_loss_increase(self) -> float | None:

@@ -13,10 +13,10 @@ from typing import Generic, Protocol, TypeVar, final
 from fxfact.conv import ConvLayer, ConvSpec, Cost, Sizes, Skip, chain_cost
 from fxfact.errors import ArgumentError, error_context
 from fxfact.factorizations import Factorization, Rank, check_weight
-from fxfact.planning.digits import significant, significant_cost
 from fxfact.utils import tensor_digest
 
 T = TypeVar("T")
+_Nats = TypeVar("_Nats", float, float | None)
 Layout = Callable[[ConvSpec], tuple[ConvSpec, ...]]  # returns the stages that replace a convolution
 
 
@@ -90,6 +90,11 @@ class Choice:
     latencies_ms: tuple[float, float] | None = None
 
 
+def significant(nats: _Nats) -> _Nats:
+    """Return an increase of the loss with six significant digits: more than it has, and files of plans are read."""
+    return nats if nats is None else float(f"{nats:.6g}")
+
+
 @dataclass(frozen=True)
 class ParetoPoint:
     """A network on the Pareto front: its cost, and the expected increase of its loss in nats for one sample.
@@ -101,7 +106,6 @@ class ParetoPoint:
     predicted_loss_increase: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", significant_cost(self.cost))
         object.__setattr__(self, "predicted_loss_increase", significant(self.predicted_loss_increase))
 
 
