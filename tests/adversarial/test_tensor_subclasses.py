@@ -357,3 +357,26 @@ def test_a_convolution_with_such_a_weight_stays_dense() -> None:
         plan = fxfact.plan(model, rank=0.5, example_inputs=x, capture=capture)
         assert [decision.path for decision in plan.rewrites] == ["0.0"]
         assert "ForConvolutions" in plan["0.2"].reason
+
+
+class RoundsInputs(nn.Module):
+    """A layer that rounds its input to 5 bits, as layers with dynamic quantization do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.abs().amax(1, keepdim=True) / 15.5  # the largest value is halfway between two steps
+        return (x / step).round() * step
+
+
+def test_rounded_activations_are_no_wrong_graph_and_hide_none() -> None:
+    model = network(CONVS["2-D"][0]())
+    model[4] = nn.Sequential(RoundsInputs(), model[4])
+    errors = []
+    for seed in range(4):
+        x = torch.randn(64, 6, 9, 9, generator=torch.Generator().manual_seed(seed))
+        small = fxfact.factorize(model, rank=0.5, example_inputs=x, verify=True)
+        verified = fxfact.verify(model, small, x)
+        assert verified.ok
+        errors.append(verified.graph)
+    assert max(errors) > 1e-4, "the tolerance without rounded activations"
+    small.get_submodule("0.2").register_forward_hook(lambda module, args, output: 1.05 * output)
+    assert not fxfact.verify(model, small, x).ok
