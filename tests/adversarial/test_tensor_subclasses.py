@@ -378,5 +378,5 @@ def test_rounded_activations_are_no_wrong_graph_and_hide_none() -> None:
         assert verified.ok
         errors.append(verified.graph)
     assert max(errors) > 1e-4, "the tolerance without rounded activations"
-    small.get_submodule("0.2").register_forward_hook(lambda module, args, output: 1.05 * output)
+    small.get_submodule("4.1").register_forward_hook(lambda module, args, output: 1.05 * output)
     assert not fxfact.verify(model, small, x).ok
