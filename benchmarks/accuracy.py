@@ -30,7 +30,7 @@ from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
 from benchmarks.tasks import TASKS, Task, Tests
 from fxfact.calibration import Statistics, split_held_out
-from fxfact.calibration.outputs import float_tensors_of, likelihood_for
+from fxfact.calibration.likelihood import resolve_likelihood
 from fxfact.conv import KroneckerFisher, KroneckerMoment, from_torch
 from fxfact.errors import BudgetError
 from fxfact.planning.rank_rules import VBMF, Energy
@@ -63,15 +63,14 @@ class Measured:
         self._tests = Tests(tests.batches[:most], tests.score)
         self._kept = slice(1, None, 2) if task.shared else slice(None)
         self._expected, scores = zip(*self._tests.run(network), strict=True)
-        self._likelihood = likelihood_for(task.likelihood, self._expected[0])
-        self._variance = float(torch.cat([t.flatten() for y in self._expected for t in float_tensors_of(y)]).var())
+        self._likelihood = resolve_likelihood(None, network, tests.batches)
         self.dense = torch.cat(scores)[self._kept].double()
 
     def __call__(self, network: nn.Module) -> tuple[Tensor, Tensor]:
         scores, divergences = [], []
         for expected, (output, score) in zip(self._expected, self._tests.run(network), strict=True):
             scores.append(score)
-            divergences.append(self._likelihood.divergence(expected, output, self._variance))
+            divergences.append(self._likelihood.divergence(expected, output))
         return torch.cat(scores)[self._kept].double(), torch.cat(divergences)[self._kept]
 
 
@@ -131,9 +130,9 @@ class Trial:
 
     def on_data(self, samples: int, seed: int) -> Iterator[Row]:
         """Yield rows for the rules that use data: the inputs alone, and fxfact."""
-        task, batches = self._task, self._task.batches(samples, seed)
+        batches = self._task.batches(samples, seed)
         known: dict[str, Any] = {"samples": sum(map(len, batches)), "seed": seed}
-        ours = fxfact.calibrate(self._model, batches, likelihood=task.likelihood, seed=seed)
+        ours = fxfact.calibrate(self._model, batches, seed=seed)
         inputs = inputs_alone(ours, self._model)
         seen = split_held_out(batches)[1]  # the batches on which ``factorize`` compares plans
         for budget in self._budgets:
@@ -149,7 +148,7 @@ class Trial:
                     yield from self._better(budget, small, batches, known)
 
     def _better(self, budget: Any, small: nn.Module, batches: Any, known: dict[str, Any]) -> Iterator[Row]:
-        options: dict[str, Any] = {"likelihood": self._task.likelihood, "seed": known["seed"]}
+        options: dict[str, Any] = {"seed": known["seed"]}
         refitted, refit = fxfact.refit(small, self._model, batches, **options)
         yield replace(self._measured(budget, "ours, refitted", refitted, refit.seconds), **known)
         if self._given.distill:

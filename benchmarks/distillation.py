@@ -42,11 +42,10 @@ def flip_and_shift(images: Tensor, draw: torch.Generator) -> Tensor:
 def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str, Any]]:
     task, model = TASKS[name], NETWORKS[name].load()
     measure, batches = Measured(task, model, None), task.batches(given.samples, given.seed, 128)
-    options: dict[str, Any] = {"likelihood": task.likelihood}
     example = batches[0][:1]
-    small = fxfact.factorize(model, budget=fxfact.Macs(share), calibration=batches, example_inputs=example, **options)
+    small = fxfact.factorize(model, budget=fxfact.Macs(share), calibration=batches, example_inputs=example)
     plan = fxfact.plan_of(small)
-    options["seed"] = given.seed
+    options: dict[str, Any] = {"seed": given.seed}
     refitted, refit = fxfact.refit(small, model, batches, **options)
     augment = (
         partial(flip_and_shift, draw=torch.Generator().manual_seed(given.seed))

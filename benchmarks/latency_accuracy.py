@@ -48,7 +48,6 @@ class Comparison:
             budget=fxfact.Latency(share),
             calibration=self._batches,
             example_inputs=self._x,
-            likelihood=self._task.likelihood,
         )
         aim = self._faster(ours)
         found = [self._row(f"ours at {share}", ours, aim)]

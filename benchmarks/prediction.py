@@ -70,7 +70,7 @@ def main() -> None:
     rows, scatter = [], {}
     for name in given.networks:
         task, model = TASKS[name], NETWORKS[name].load()
-        statistics = fxfact.calibrate(model, task.batches(given.samples, 0), likelihood=task.likelihood)
+        statistics = fxfact.calibrate(model, task.batches(given.samples, 0))
         found = pairs_of(model, statistics, Measured(task, model, given.tests), given.pairs)
         predicted, measured = ([max(pair[key], 1e-12) for pair in found] for key in ("predicted", "measured"))
         low, middle, high = np.quantile(np.array(measured) / predicted, [0.25, 0.5, 0.75])

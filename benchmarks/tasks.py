@@ -47,7 +47,6 @@ class Task:
         calibration: unlabelled samples that are not tested.
         unit: the unit of the score.
         dense: the score of the trained dense network on all tests.
-        likelihood: what the output means, as for ``fxfact.calibrate``.
         shared: whether the calibration samples are the tests with even numbers, so that only the odd ones are tested.
     """
 
@@ -55,7 +54,6 @@ class Task:
     calibration: Callable[[], Tensor]
     unit: str
     dense: float
-    likelihood: str = "categorical"
     shared: bool = False
 
     def score(self, network: nn.Module) -> float:
@@ -192,8 +190,8 @@ TASKS: dict[str, Task] = {
         100 * 300 / 500,
         shared=True,
     ),
-    "dncnn": Task(denoising, noisy_patches, "PSNR dB", 30.397, "gaussian"),
-    "lapsrn": Task(super_resolution, small_patches, "PSNR dB", 31.645, "gaussian"),
+    "dncnn": Task(denoising, noisy_patches, "PSNR dB", 30.397),
+    "lapsrn": Task(super_resolution, small_patches, "PSNR dB", 31.645),
     "fashion_cnn": Task(
         lambda: classified(*fashion("test")), lambda: fashion("train")[0], "top-1 %", 100 * 9107 / 10000
     ),

@@ -25,7 +25,7 @@ not know each other:
 from fxfact import factorizations, nn, passes
 from fxfact.analysis import Report, Verification, diff, inspect, report, to_dot, verify
 from fxfact.api import apply, calibrate, factorize, plan, plan_of
-from fxfact.calibration import Statistics
+from fxfact.calibration import Likelihood, Statistics
 from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
@@ -44,6 +44,7 @@ __all__ = [
     "ErrorCurveCache",
     "FxfactError",
     "Latency",
+    "Likelihood",
     "Loss",
     "Macs",
     "Params",

@@ -51,7 +51,14 @@ from fxfact.utils import Progress, warn_caller
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
 _Ranks = RankSpec | RankRule | Mapping[str, RankSpec | RankRule]
 _Budget = Budget | Loss
-_Likelihood = str | Likelihood | Callable[[Any], Tensor]
+_Likelihood = (
+    str
+    | Likelihood
+    | Mapping[str, str | None]
+    | Sequence[str | None]
+    | Callable[[Any], Tensor]
+    | Callable[[Any, Any], Tensor]
+)
 _Model = TypeVar("_Model", nn.Module, ExportedProgram)
 
 
@@ -200,8 +207,13 @@ def plan(
             (of two or three, the last one). If ``calibration`` is ``Statistics``, you must pass them. For every budget
             a second plan, which spreads loss increases more evenly, is taken if it measures better by two standard
             errors on these batches, or on every fourth batch learned from. With ``Statistics`` alone it is not tried.
-        likelihood: the kind of outputs: 'categorical', logits with the classes on axis 1; 'gaussian', numbers; or a
-            function from the output to a summed loss. Default: 'categorical' for outputs of shape (n, classes).
+        likelihood: what the outputs mean, if the values do not show it (the plan prints how they were read): the name
+            of a distribution for all outputs, 'categorical' (logits, probabilities or log-probabilities of classes),
+            'bernoulli' (independent probabilities) or 'gaussian' (numbers); a mapping from the names of outputs to
+            these, with None for an output that is left out, or a sequence in the order of the outputs; a
+            differentiable function ``divergence(expected, found)`` that returns one number for each sample; an object
+            with the methods of ``fxfact.Likelihood``; or a function that maps the output to a scalar loss, which gives
+            gradients but cannot measure.
         transform: a function that makes of each batch what the model is called with: a tensor, a tuple of positional
             arguments or a mapping of keyword arguments. It is called on the batches of ``calibration`` and
             ``held_out``. Default: the batches are used as they are.
@@ -279,7 +291,7 @@ def apply(
         weights: 'decompose', or 'empty' for the structure alone, into which a state_dict can be loaded.
         calibration: the data that the plan was made with, as batches or as ``Statistics``. Only for plans that were
             made with data, which need it unless ``weights='empty'``.
-        likelihood: the kind of outputs, as for ``plan``. Only for batches.
+        likelihood: what the outputs mean, as for ``plan``. Only for batches.
         transform: makes of each batch what the model is called with, as for ``plan``. Only for batches.
         max_samples: how many samples to take at most, as for ``plan``. Only for batches.
         example_inputs: the example inputs of the plan. Batches are cut to their arguments, by default to those that

@@ -1,5 +1,6 @@
 """Calibration: turns data into statistics that say which errors the loss of a network tolerates."""
 
+from fxfact.calibration.batch_options import with_batch_options
 from fxfact.calibration.batches import (
     Batches,
     BatchReader,
@@ -10,34 +11,53 @@ from fxfact.calibration.batches import (
     run_batch,
     split_held_out,
     take_samples,
-    with_batch_options,
 )
-from fxfact.calibration.collect import MAX_SEED, collect_statistics, generator_seed, rank_and_world_size
+from fxfact.calibration.collect import (
+    MAX_SEED,
+    agreed_likelihood,
+    collect_statistics,
+    generator_seed,
+    rank_and_world_size,
+)
 from fxfact.calibration.divergence import DivergenceEvaluator, mean_and_error, significantly_negative
+from fxfact.calibration.likelihood import (
+    CustomLoss,
+    Likelihood,
+    own_likelihood,
+    parts_of,
+    resolve_likelihood,
+    training_loss,
+)
 from fxfact.calibration.moments import Window
-from fxfact.calibration.outputs import Likelihood, parse_likelihood
+from fxfact.calibration.output_parts import OutputPart
 from fxfact.calibration.statistics import Statistics
 
 __all__ = [
     "MAX_SEED",
     "BatchReader",
     "Batches",
+    "CustomLoss",
     "DivergenceEvaluator",
     "Likelihood",
+    "OutputPart",
     "Statistics",
     "Transform",
     "Window",
+    "agreed_likelihood",
     "batch_call",
     "collect_statistics",
     "first_sample",
     "generator_seed",
     "iter_batches",
     "mean_and_error",
-    "parse_likelihood",
+    "own_likelihood",
+    "parts_of",
     "rank_and_world_size",
+    "resolve_likelihood",
     "run_batch",
     "significantly_negative",
     "split_held_out",
     "take_samples",
+    "training_loss",
     "with_batch_options",
 ]

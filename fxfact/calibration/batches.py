@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxfact.calibration.statistics import Statistics
-from fxfact.capture import Arguments, ExampleInputs, copy_arguments, reason_of, seeded_rng
-from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, check_int
+from fxfact.capture import Arguments, ExampleInputs, copy_arguments, reason_of, samples_of, seeded_rng
+from fxfact.errors import CalibrationError
 
 Batches = Iterable[ExampleInputs]
 Transform = Callable[[Any], ExampleInputs]
@@ -87,41 +86,6 @@ class BatchReader:
         return limit if length is None else min(limit, length)
 
 
-def with_batch_options(
-    transform: Transform | None, max_samples: int | None, **given: Batches | Statistics | None
-) -> list[Any]:
-    """Return each of the caller's arguments that may be batches: a BatchReader with these options if it is.
-
-    Args:
-        transform: Makes of a batch what the model is called with.
-        max_samples: How many samples to take at most.
-        given: The caller's arguments by name. Statistics and None are returned as they are.
-
-    Raises:
-        ArgumentError: For options without batches, and a limit out of range.
-        ArgumentTypeError: For a transform that cannot be called.
-    """
-    if transform is not None and not callable(transform):
-        raise ArgumentTypeError(
-            "transform must be a function that makes of a batch what the model is called with, got "
-            f"{type(transform).__name__}"
-        )
-    if max_samples is not None:
-        max_samples = check_int("max_samples", max_samples, 1)
-    read = [
-        value
-        if value is None or isinstance(value, Statistics)
-        else BatchReader(value, name, transform, max_samples, has_transform=transform is not None)
-        for name, value in given.items()
-    ]
-    unused = [name for name, option in (("transform", transform), ("max_samples", max_samples)) if option is not None]
-    if unused and not any(isinstance(value, BatchReader) for value in read):
-        raise ArgumentError(
-            f"{unused[0]} is only used with batches. Remove it, or pass batches as {next(iter(given))}."
-        )
-    return read
-
-
 def iter_batches(network: nn.Module, batches: Batches, example_inputs: ExampleInputs | None) -> Iterator[ExampleInputs]:
     """Yield each batch as arguments of the model, on the model's device, up to the limit on samples.
 
@@ -177,6 +141,25 @@ def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, B
     first = next(iter_batches(network, replace(reader, batches=first_batches, transform=None), None))
     rest = replace(reader, batches=chain(first_batches, iterator), transform=None, length=reader.count_batches(first))
     return _first_samples(first, 1), rest
+
+
+def peek_batches(batches: Iterator[ExampleInputs], samples: int) -> tuple[list[ExampleInputs], Iterator[ExampleInputs]]:
+    """Return the first batches, with at least so many samples if there are so many, and an iterator over all."""
+    first: list[ExampleInputs] = []
+    count = 0
+    while count < samples:
+        try:
+            first.append(next(batches))
+        except StopIteration:
+            break
+        count += samples_of(first[-1])
+    return list(first), chain(_consume(first), batches)
+
+
+def _consume(batches: list[ExampleInputs]) -> Iterator[ExampleInputs]:
+    """Yield the batches, and forget each of them."""
+    while batches:
+        yield batches.pop(0)
 
 
 def run_batch(network: nn.Module, batch: ExampleInputs) -> Any:

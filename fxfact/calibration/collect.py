@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfact.calibration.batches import Batches, BatchReader, iter_batches, run_batch
+from fxfact.calibration.batches import Batches, BatchReader, iter_batches, peek_batches, run_batch
+from fxfact.calibration.likelihood import Likelihood, OutputLikelihood, count_samples, parts_of, resolve_likelihood
 from fxfact.calibration.moments import MomentAccumulator, Window
-from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for, sums_of, variance_of
+from fxfact.calibration.output_samples import READING_SAMPLES
 from fxfact.calibration.statistics import Statistics
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.errors import CalibrationError
@@ -27,6 +28,7 @@ from fxfact.utils import (
     dequantize_parameters,
     is_wrapper,
     no_reduced_precision,
+    tensors_of,
     to_eval,
     warn_caller,
     with_progress,
@@ -64,27 +66,26 @@ def collect_statistics(
     }
     _require_gradients(weights)
     collector = _GradientCollector(sums, weights)
-    random, known = _SampleRandom(seed), None
-    output_sums = torch.zeros(3, dtype=torch.float64, device="cpu")
-    reader = BatchReader.of(batches)
-    for batch in _with_progress(iter_batches(network, reader, captured.example_inputs), reader, progress):
+    random, reader = _SampleRandom(seed), BatchReader.of(batches)
+    first, taken = peek_batches(iter_batches(network, reader, captured.example_inputs), READING_SAMPLES)
+    known = agreed_likelihood(resolve_likelihood(likelihood, network, first))
+    del first
+    for batch in _with_progress(taken, reader, progress):
         with torch.enable_grad():
             with collector:
                 output = run_batch(network, batch)
-            known = known or likelihood_for(likelihood, output)
-            random.start_batch(known.count_samples(output, batch))
-            tensors, gradients = known.sample_gradients(output, random.normal_like)
-            _check_output(network, tensors)
-            output_sums += sums_of([tensor.detach() for tensor in float_tensors_of(output)])
-            differentiable = [k for k, tensor in enumerate(tensors) if tensor.requires_grad]
+            if isinstance(known, OutputLikelihood) and not random.samples:
+                known = _without_detached(known, output, network)
+            random.start_batch(count_samples(known, output, batch))
+            pairs = known.draw(output, random.normal_like)
+            _check_output(network, [tensor for tensor, _ in pairs])
+            differentiable = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
             with collector.collecting_at(random.fractions):
-                torch.autograd.backward([tensors[k] for k in differentiable], [gradients[k] for k in differentiable])
+                torch.autograd.backward([pair[0] for pair in differentiable], [pair[1] for pair in differentiable])
         random.finish_batch()
         collector.reset()
-    if known is None:
-        raise CalibrationError("calibration: there are no batches. Pass a few hundred samples.")
     samples = torch.tensor([float(random.samples)], dtype=torch.float64, device="cpu")
-    all_reduce([samples, output_sums, *(tensor for found in sums.values() for tensor in found.tensors)])
+    all_reduce([samples, *(tensor for found in sums.values() for tensor in found.tensors)])
     if samples == 1:
         warn_caller(
             f"{reader.name}: there is only one sample, and its statistics say little about other inputs. Pass a few "
@@ -92,7 +93,7 @@ def collect_statistics(
         )
     if not all(bool(tensor.isfinite().all()) for found in sums.values() for tensor in found.tensors):
         check_finite_state(network, "the model")
-    return _statistics(sums, known, float(samples), variance_of(output_sums))
+    return _statistics(sums, known, float(samples))
 
 
 def _with_progress(
@@ -123,6 +124,13 @@ def _check_output(network: nn.Module, tensors: Sequence[Tensor]) -> None:
         )
 
 
+def _without_detached(likelihood: OutputLikelihood, output: Any, network: nn.Module) -> OutputLikelihood:
+    """Leave out the outputs that no gradient flows from. Raises CalibrationError if none is left."""
+    if not any(tensor.requires_grad for tensor in tensors_of(output)):
+        _check_parameter_classes(network)
+    return likelihood.without_detached(output)
+
+
 def _check_parameter_classes(network: nn.Module) -> None:
     """Raise CalibrationError if the network has parameters of classes that may pass no gradients on."""
     for name, parameter in network.named_parameters():
@@ -135,9 +143,7 @@ def _check_parameter_classes(network: nn.Module) -> None:
             )
 
 
-def _statistics(
-    sums: Mapping[str, MomentAccumulator], likelihood: Likelihood, samples: float, variance: float
-) -> Statistics:
+def _statistics(sums: Mapping[str, MomentAccumulator], likelihood: Likelihood, samples: float) -> Statistics:
     """Return the statistics from the sums over all samples."""
     for path, found in sums.items():
         if not all(bool(tensor.isfinite().all()) for tensor in found.tensors):
@@ -145,7 +151,7 @@ def _statistics(
                 f"calibration: at {path} an input or a gradient is NaN or Inf, although the output is finite. A square "
                 "root at zero does that. Drop the sample (a blank one?), or keep the root away from zero."
             )
-    moments = {path: found.fisher(samples, likelihood.fisher_scale(variance)) for path, found in sums.items()}
+    moments = {path: found.fisher(samples) for path, found in sums.items()}
     if moments and not any(moments.values()):
         raise CalibrationError(
             "calibration: the gradients of the output reach no convolution. Pass a likelihood that depends on the "
@@ -153,11 +159,20 @@ def _statistics(
         )
     return Statistics(
         samples=int(samples),
-        likelihood=likelihood.name,
-        shrinkage=likelihood.shrinkage,
+        outputs=parts_of(likelihood),
+        likelihood=None if parts_of(likelihood) else likelihood,
         specs={path: found.spec for path, found in sums.items() if moments[path] is not None},
         moments={path: fisher for path, fisher in moments.items() if fisher is not None},
     )
+
+
+def agreed_likelihood(likelihood: Likelihood) -> Likelihood:
+    """Return the likelihood that the first process has read, in all processes."""
+    if rank_and_world_size()[1] == 1 or not isinstance(likelihood, OutputLikelihood):
+        return likelihood
+    box = [likelihood.parts]
+    dist.broadcast_object_list(box, src=0)
+    return OutputLikelihood(box[0])
 
 
 def generator_seed(seed: int, number: int) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxfact.calibration.batches import run_batch
 from fxfact.calibration.collect import all_reduce
-from fxfact.calibration.outputs import Likelihood, float_tensors_of, likelihood_for, sums_of, variance_of
+from fxfact.calibration.likelihood import Likelihood, resolve_likelihood
 from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
 from fxfact.utils import check_finite_state
@@ -31,21 +30,19 @@ class DivergenceEvaluator:
 
     Attributes:
         likelihood: The likelihood by which outputs are compared.
-        variance: The variance of the original's output, the unit of differences under the Gaussian likelihood.
 
     Raises:
-        CalibrationError: The original fails on a batch, or its output is not finite; the output does not determine a
-            likelihood; or the likelihood cannot measure.
+        CalibrationError: The original fails on a batch, or its output is not finite; or the likelihood does not fit the
+            outputs or cannot measure.
         WeightError: The output is not finite because weights of the original are not.
     """
 
     @torch.no_grad()
     def __init__(self, original: nn.Module, batches: Sequence[ExampleInputs], likelihood: object) -> None:
         self._batches = batches
+        self.likelihood: Likelihood = resolve_likelihood(likelihood, original, batches)
         self._expected = [run_batch(original, batch) for batch in batches]
-        self.likelihood: Likelihood = likelihood_for(likelihood, self._expected[0], measures=True)
-        self.variance = variance_of(torch.stack([sums_of(float_tensors_of(y)) for y in self._expected]).sum(dim=0))
-        if not all(map(self._is_measurable, self._expected)):
+        if not all(bool(self.likelihood.divergence(y, y).isfinite().all()) for y in self._expected):
             check_finite_state(original, "the original model")
             raise CalibrationError(
                 "the original model's output is NaN or Inf on this data, although its weights are finite, so no "
@@ -53,14 +50,11 @@ class DivergenceEvaluator:
                 "in half precision with .float(), or mask with a large number instead of infinity."
             )
 
-    def _is_measurable(self, output: Any) -> bool:
-        return bool(self.likelihood.divergence(output, output, self.variance).isfinite().all())
-
     @torch.no_grad()
     def divergences(self, network: nn.Module) -> Tensor:
         """Return the divergence of every sample (n,) of this process, in nats."""
         pairs = zip(self._expected, self._batches, strict=True)
-        parts = [self.likelihood.divergence(y, run_batch(network, x), self.variance) for y, x in pairs]
+        parts = [self.likelihood.divergence(y, run_batch(network, x)) for y, x in pairs]
         return torch.cat(parts).double().cpu()
 
     def divergence(self, network: nn.Module) -> float:

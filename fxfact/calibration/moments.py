@@ -78,13 +78,12 @@ class MomentAccumulator:
             _add_moment(channels, strip[..., None], 1.0)
         self.rows += narrow.shape[0] * math.prod(narrow.shape[2:]) if transposed else rows
 
-    def fisher(self, samples: float, scale: float) -> KroneckerFisher | None:
+    def fisher(self, samples: float) -> KroneckerFisher | None:
         """Return the mean moments in single precision, or None if no gradient reached the convolution.
 
-        Moments of gradients are means over ``samples`` and multiplied by ``scale``; moments of inputs are means over
-        positions.
+        Moments of gradients are means over ``samples``; moments of inputs are means over positions.
         """
-        output = KroneckerMoment(_kronecker_factors([factor * (scale / samples) for factor in self.output]))
+        output = KroneckerMoment(_kronecker_factors([factor / samples for factor in self.output]))
         if not float(self.rows) > 0 or not any(float(factor.abs().max()) > 0 for factor in output.factors):
             return None
         return KroneckerFisher(KroneckerMoment(_kronecker_factors([f / self.rows for f in self.input])), output)

@@ -1,263 +1,333 @@
-"""What an output means: the distribution whose Fisher information says which errors matter."""
+"""Reads what the outputs of a network mean from their values: which distribution each one has, along which axes."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, final
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import NormalDist
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxfact.capture import ExampleInputs, samples_of
+from fxfact.calibration.distributions import Bernoulli, Categorical, Gaussian
+from fxfact.calibration.output_parts import DISTRIBUTIONS, OutputPart, describe
+from fxfact.calibration.output_samples import OutputSamples
+from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
-from fxfact.utils import tensors_of
 
-Draw = Callable[[Tensor], Tensor]  # returns standard normal numbers in the shape of a tensor
-_FISHER_TEMPERATURE, _DISTILLATION_TEMPERATURE = 2.0, 4.0
-
-
-class Likelihood(ABC):
-    """How the output of a network is read: as a distribution of what it predicts."""
-
-    name: ClassVar[str]
-    shrinkage: ClassVar[float] = 0.5  # least shrinkage of the gradients' moments towards a multiple of the identity
-
-    @abstractmethod
-    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return tensors of the output, and a random gradient for each.
-
-        The covariance of the gradients times ``fisher_scale`` is the Fisher information of one sample.
-        """
-
-    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
-        """Return the number of samples in an output, which the network gave for ``batch``."""
-        return len(float_tensors_of(output)[0])
-
-    def fisher_scale(self, variance: float) -> float:
-        """Return the factor for the second moments of the gradients, given the variance of the output."""
-        return 1.0
-
-    def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """Return the KL divergence of ``found`` from the original's output ``expected``, for each sample (n,), in nats.
-
-        Raises CalibrationError if the likelihood cannot measure.
-        """
-        raise CalibrationError(
-            f"a likelihood of your own ({self.name}) gives gradients, but it cannot measure a loss. Pass "
-            "likelihood='categorical' or 'gaussian'. fxfact.plan can still choose ranks by your own: pass besides "
-            "calibration=fxfact.calibrate(model, batches, likelihood=yours), held_out= and example_inputs=."
-        )
-
-    def training_loss(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """Return the loss that distillation minimizes, for each sample (n,). By default it is the divergence."""
-        return self.divergence(expected, found, variance)
+_NAMES = ", ".join(map(repr, DISTRIBUTIONS))
+_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of probabilities that sum to 1
+_HALF_SUM_TOLERANCE = 3e-2
+_CONSTANT = 1e-6  # relative difference between samples
+_CERTAIN = 0.35  # mean of 4 p (1 − p) below which numbers in [0, 1] are probabilities
+_BLOCK_VALUES = 32  # of each channel, without which a block of channels may be in [0, 1] by chance
+_CONFIDENT = 0.4  # mean softmax of the winner from which on numbers are logits
+_STANDOUT = 1.5  # distance of the winner from the second, in units of that of normally distributed numbers
+_FREE_WINNERS = 0.3  # share of the winners' entropy that must be left where the position is known
+_LEAST_INFORMATION = 1e-3  # nats per sample below which a prediction counts as constant
+_INTERMEDIATE = ("hidden_state", "past_key_value", "attentions", "loss")  # parts of a name, beside outputs named logits
 
 
-@final
-class Categorical(Likelihood):
-    """Logits over classes on axis 1: (n, classes), or (n, classes, *positions) with a distribution at every position.
+def read_outputs(
+    network: nn.Module, batches: Sequence[ExampleInputs], request: object = None
+) -> tuple[OutputPart, ...]:
+    """Read and fit the distributions of a network's outputs.
 
-    The Fisher information is diag(p) − p pᵀ. Gradients are drawn as √p ∘ ε − p (√pᵀ ε) with ε ~ N(0, 1). They have the
-    same covariance as the gradients for sampled labels, without their rare large values. A network is more certain on
-    its training data than on other data, and than after factorization, so p is taken at temperature 2.
+    Every floating-point tensor is a part of its own. The axis of the samples is the one that follows the batch size.
+    Then the values decide, in this order: numbers that are equal for all samples are left out; an axis along which
+    numbers in [0, 1] sum to 1 holds probabilities, and one along which exponentials sum to 1 log-probabilities; other
+    numbers in [0, 1], mostly near 0 or 1, are independent probabilities; an axis with one clear winner, not the same
+    for all samples, holds logits; and all else are numbers.
+
+    Args:
+        network: the network, in evaluation mode.
+        batches: the first batches, with at least ``READING_SAMPLES`` samples if there are so many.
+        request: what the caller says about the outputs: the name of a distribution for all of them, a mapping from
+            their names, a sequence in their order (both with None for an output that is left out), or parts that were
+            read before.
+
+    Returns:
+        The parts, fitted to the outputs.
+
+    Raises:
+        CalibrationError: an output is NaN or Inf or changes its shape, the request does not fit the outputs, or no
+            output is left.
     """
-
-    name = "categorical"
-
-    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
-        """Return the number of samples that there are logits for."""
-        return len(logits_of(output))
-
-    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the logits and a random gradient, as the class describes."""
-        logits = logits_of(output)
-        p = F.softmax(logits.detach().float() / _FISHER_TEMPERATURE, dim=1)
-        noise = p.sqrt() * draw(logits)
-        return [logits], [(noise - p * noise.sum(dim=1, keepdim=True)).to(logits.dtype)]
-
-    def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """Return the KL divergence of the classes, summed over positions, for each sample (n,)."""
-        return _kl_divergence(expected, found, 1.0)
-
-    def training_loss(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """Return the divergence at temperature 4, times 4².
-
-        At that temperature less likely classes count as well (Hinton, Vinyals and Dean 2015).
-        """
-        return _DISTILLATION_TEMPERATURE**2 * _kl_divergence(expected, found, _DISTILLATION_TEMPERATURE)
+    outputs = OutputSamples(network, batches)
+    if isinstance(request, tuple) and all(isinstance(part, OutputPart) for part in request):
+        parts = [_known_part(part, outputs) for part in request]
+    else:
+        names = _requested_names(request, outputs)
+        parts = [part for name in outputs.names for part in _read_tensor(name, outputs, names)]
+        if all(part.distribution is None for part in parts):  # then samples that are all equal are no evidence
+            parts = [part for name in outputs.names for part in _read_tensor(name, outputs, names, constant=True)]
+    if all(part.distribution is None for part in parts):
+        raise CalibrationError(
+            f"the model's output has nothing that an error could be measured by: {describe(parts) or 'no tensors'}. "
+            f"{_way_out(outputs)}"
+        )
+    return tuple(_fitted(parts, outputs))
 
 
-@final
-class Gaussian(Likelihood):
-    """Every number of every floating-point tensor is normally distributed, with the variance of the whole output."""
-
-    name = "gaussian"
-
-    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the floating-point tensors and standard normal gradients."""
-        tensors = float_tensors_of(output)
-        return tensors, [draw(tensor).to(tensor.dtype) for tensor in tensors]
-
-    def fisher_scale(self, variance: float) -> float:
-        """Return 1 / variance."""
-        return 1 / variance if variance > 0 else 1.0
-
-    def divergence(self, expected: Any, found: Any, variance: float) -> Tensor:
-        """Return half the squared distance over the variance, summed over the output, for each sample (n,)."""
-        pairs = zip(float_tensors_of(expected), float_tensors_of(found), strict=True)
-        squares = [(other - one).double().square().reshape(len(one), -1).sum(dim=1) for one, other in pairs]
-        if len({len(square) for square in squares}) > 1:
-            raise CalibrationError(
-                f"likelihood='gaussian': the output's tensors have {sorted({len(square) for square in squares})} "
-                "samples on their first axis. Pass a model whose output tensors all have the batch on the first axis."
-            )
-        return torch.stack(squares).sum(dim=0) / 2 * self.fisher_scale(variance)
+def _way_out(outputs: OutputSamples) -> str:
+    """Say what a model could return instead of outputs that are all left out."""
+    tensors = [tensors[0] for tensors in outputs.tensors.values()]
+    if any(tensor.is_floating_point() and tensor.ndim for tensor in tensors):
+        return "Return numbers that depend on the input, with the samples on the first axis."
+    if any(tensor.is_floating_point() for tensor in tensors):
+        return "Return one value for each sample (n,) instead of their sum or mean."
+    if any(tensor.is_complex() for tensor in tensors):
+        return "Return the real and imaginary parts: torch.view_as_real(output)."
+    return "Return the numbers that they are computed from: the logits instead of their argmax, for example."
 
 
-@final
-class CustomLoss(Likelihood):
-    """A function that maps the output to a scalar, the loss summed over all samples. Its own gradient is used."""
-
-    name = "callable"
-
-    def __init__(self, loss: Callable[[Any], Tensor]) -> None:
-        self._loss = loss
-
-    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
-        """Return the number of samples in the batch, because nothing is known about the output."""
-        return samples_of(batch)
-
-    def sample_gradients(self, output: Any, draw: Draw) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the loss and the gradient 1."""
-        try:
-            loss = self._loss(output)
-        except Exception as error:
-            raise CalibrationError(f"likelihood: the function failed on the model's output: {error!r}") from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise CalibrationError(
-                "likelihood: the function must return a scalar tensor that depends differentiably on the output. "
-                "Return a sum over the samples, computed from the output without detach(), argmax or rounding."
-            )
-        return [loss], [torch.ones_like(loss)]
-
-
-CATEGORICAL, GAUSSIAN = Categorical(), Gaussian()
-_FUNCTION = "a function of the output that returns a scalar loss"
-
-
-def parse_likelihood(request: object) -> Likelihood | None:
-    """Return the likelihood for a caller's request, or None if the output has to determine it.
+def _requested_names(request: object, outputs: OutputSamples) -> dict[str, str | None]:
+    """Return the distributions that a caller named, by output. None leaves an output out.
 
     Raises CalibrationError.
     """
-    if request is None or isinstance(request, Likelihood):
-        return request
-    by_name = {known.name: known for known in (CATEGORICAL, GAUSSIAN)}
-    if isinstance(request, str) and request in by_name:
-        return by_name[request]
-    if callable(request):
-        return CustomLoss(request)
-    if request == CustomLoss.name:
-        raise CalibrationError(
-            "the statistics were collected with a likelihood of your own, which gives gradients, but cannot measure a "
-            "loss. Pass 'categorical' or 'gaussian' for measuring, or leave out held_out (a Loss budget needs it)."
-        )
-    raise CalibrationError(
-        f"likelihood cannot be {request!r}. Pass 'categorical' (classes on axis 1), 'gaussian' (numbers), or "
-        f"{_FUNCTION}."
-    )
-
-
-def likelihood_for(request: object, output: Any, *, measures: bool = False) -> Likelihood:
-    """Return the requested likelihood, or the categorical one if the output is, or has, logits of shape (n, classes).
-
-    ``measures`` says that it has to measure a loss, which a function cannot. Raises CalibrationError.
-    """
-    known = parse_likelihood(request)
-    float_tensors_of(output)
-    if known is not None:
-        return known
-    logits = _named_logits(output)
-    logits = output if logits is None else logits
-    if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1 and logits.is_floating_point():
-        return CATEGORICAL
-    shapes = [tuple(tensor.shape) for tensor in tensors_of(output)]
-    names = ["'categorical' (classes on axis 1)"] if _is_logits(_logits_among(output)) else []
-    ways = [*names, "'gaussian' (numbers)", *([] if measures else [_FUNCTION])]
-    raise CalibrationError(
-        f"the model's output, {shapes}, does not determine its loss. Pass likelihood={_one_of(ways)}."
-    )
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the tensor of logits in an output. Raises CalibrationError."""
-    found = _logits_among(output)
-    if not _is_logits(found):
-        shapes = [tuple(tensor.shape) for tensor in found]
-        raise CalibrationError(
-            f"likelihood='categorical' needs one tensor of logits (n, classes, …), got {shapes}. Pass "
-            "likelihood='gaussian', or return nothing else than the logits."
-        )
-    return found[0]
-
-
-def _logits_among(output: Any) -> list[Tensor]:
-    """Return the tensors that could be the logits: the one of this name, or all floating-point ones."""
-    named = _named_logits(output)
-    return [named] if named is not None else [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
-
-
-def _is_logits(found: Sequence[Tensor]) -> bool:
-    return len(found) == 1 and found[0].ndim > 1 and found[0].shape[1] > 1
-
-
-def _one_of(ways: Sequence[str]) -> str:
-    return " or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
-
-
-def float_tensors_of(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors of an output.
-
-    Raises CalibrationError if there are none. The message says what the model could return instead.
-    """
-    tensors = list(tensors_of(output))
-    found = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim > 0]
-    if found:
-        return found
-    kinds = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors)
-    if any(tensor.is_floating_point() for tensor in tensors):
-        way_out = "Return one value for each sample (n,) instead of their sum or mean."
-    elif any(tensor.is_complex() for tensor in tensors):
-        way_out = "Return the real and imaginary parts: torch.view_as_real(output)."
+    if request is None:
+        return {}
+    if isinstance(request, str):
+        name = _checked_name(request, "likelihood")
+        return {place: name for place in outputs.names if not outputs.why_unreadable(place)}
+    if isinstance(request, Mapping):
+        pairs = [(str(key), value) for key, value in request.items()]
     else:
-        way_out = "Return the numbers that they are computed from: the logits instead of their argmax, for example."
-    raise CalibrationError(
-        f"the model returns {kinds or 'no tensors'}, and every likelihood needs a floating-point tensor with the "
-        f"samples on its first axis. {way_out}"
-    )
+        assert isinstance(request, Sequence)
+        tops = list(dict.fromkeys(name.partition(".")[0] for name in outputs.names))
+        if len(tops) != len(request):
+            raise CalibrationError(
+                f"likelihood has {len(request)} entries, but the model returns {len(tops)} outputs: {', '.join(tops)}. "
+                "Pass one for each, None to leave it out."
+            )
+        pairs = list(zip(tops, request, strict=True))
+    names: dict[str, str | None] = {}
+    for key, value in pairs:
+        matching = [name for name in outputs.names if name == key or name.startswith(f"{key}.")]
+        if not matching:
+            known = ", ".join(map(repr, outputs.names))
+            raise CalibrationError(f"likelihood: there is no output {key!r}. The model returns {known}.")
+        for name in matching:
+            names[name] = None if value is None else _checked_name(value, f"likelihood[{key!r}]")
+            if value is not None and (obstacle := outputs.why_unreadable(name)):
+                raise CalibrationError(
+                    f"likelihood: the output {name!r} cannot be {value!r}, because it is {obstacle}. Pass None for it."
+                )
+    return names
 
 
-def sums_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the count, the sum and the sum of squares of all numbers in the tensors: (3,), on the CPU."""
-    sums = [
-        torch.stack([t.new_tensor(t.numel()).double(), t.double().sum(), t.double().square().sum()]) for t in tensors
-    ]
-    return torch.stack(sums).sum(dim=0).cpu()
+def _checked_name(name: object, place: str) -> str:
+    if name not in DISTRIBUTIONS:
+        raise CalibrationError(f"{place} cannot be {name!r}. Pass {_NAMES}, or None to leave an output out.")
+    return str(name)
 
 
-def variance_of(sums: Tensor) -> float:
-    """Return the variance of the numbers that ``sums_of`` summed up."""
-    count, total, squares = sums.tolist()
-    return max(0.0, squares / count - (total / count) ** 2) if count else 0.0
+def _read_tensor(
+    name: str, outputs: OutputSamples, requested: Mapping[str, str | None], *, constant: bool = False
+) -> list[OutputPart]:
+    """Return the parts of one tensor of the output. ``constant``: also if it is equal for all samples."""
+    first = outputs.tensors[name][0]
+    part = OutputPart(name=name, shape=tuple(first.shape))
+    if obstacle := outputs.why_unreadable(name):
+        return [replace(part, reason=obstacle)]
+    if name in requested and requested[name] is None:
+        return [replace(part, reason="as requested")]
+    if name not in requested and _is_intermediate(name, outputs.names):
+        return [replace(part, reason="an intermediate result by its name")]
+    outputs.check_finite(name)
+    axis, per_sample = outputs.axes[name] or (0, 1)
+    part = replace(part, sample_axis=axis, per_sample=per_sample)
+    asked = requested.get(name)
+    if asked is not None:
+        return [_read_as(asked, part, outputs)]
+    values = outputs.values(part)
+    if (
+        not constant
+        and len(values) > 1
+        and float((values - values[:1]).abs().max()) <= _CONSTANT * float(values.abs().max())
+    ):
+        return [replace(part, reason="equal for all samples")]
+    return _read_blocks(part, outputs) or [_read_values(part, outputs)]
 
 
-def _kl_divergence(expected: Any, found: Any, temperature: float) -> Tensor:
-    q, p = (F.log_softmax(logits_of(output).double() / temperature, dim=1) for output in (found, expected))
-    return (p.exp() * (p - q)).flatten(1).sum(dim=1)
+def _is_intermediate(name: str, names: Sequence[str]) -> bool:
+    """Return whether a name is one that model libraries give to intermediate results beside logits."""
+    has_logits = any(other.endswith("logits") for other in names)
+    return has_logits and any(word in name for word in _INTERMEDIATE)
 
 
-def _named_logits(output: Any) -> Tensor | None:
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return named if isinstance(named, Tensor) else None
+def _axes_of(part: OutputPart, outputs: OutputSamples) -> list[int]:
+    """Return the axes that classes or channels may be on: first axis 1, then the last axis, then the others."""
+    shape = outputs.tensors[part.name][0].shape
+    axes = [axis for axis in range(len(shape)) if axis != part.sample_axis]
+    return sorted(axes, key=lambda axis: (axis != axes[0], axis != axes[-1], axis))
+
+
+def _read_values(part: OutputPart, outputs: OutputSamples) -> OutputPart:
+    """Return a part with the distribution that its values show."""
+    axes = [part.channel_axis] if part.channels else _axes_of(part, outputs)
+    views: dict[int | None, OutputPart] = {axis: replace(part, channel_axis=axis) for axis in axes}
+    classes = {axis: view for axis, view in views.items() if outputs.values(view).shape[1] > 1}
+    for view in classes.values():
+        if form := _normalized_form(outputs.values(view), outputs.tensors[part.name][0].dtype):
+            return replace(view, distribution=Categorical(form))
+    values = outputs.values(part)
+    if _are_probabilities(values):
+        return replace(part, channel_axis=_channel_axis(views, outputs), distribution=Bernoulli())
+    for axis, view in classes.items():
+        if axis in axes[:2] and _are_logits(outputs.values(view)):
+            return replace(view, distribution=Categorical("logits"))
+    return replace(part, channel_axis=_channel_axis(views, outputs), distribution=Gaussian())
+
+
+def _read_blocks(part: OutputPart, outputs: OutputSamples) -> list[OutputPart]:
+    """Return the parts of a tensor that has probabilities in one block of its channels and other numbers beside them.
+
+    Detectors concatenate boxes and scores in this way. The list is empty if there are no such blocks.
+    """
+    for axis in _axes_of(part, outputs)[:2]:
+        view = replace(part, channel_axis=axis)
+        values = outputs.values(view)
+        flat = values.transpose(0, 1).flatten(1)
+        if flat.shape[1] < _BLOCK_VALUES:
+            continue
+        within = ((flat >= 0) & (flat <= 1)).all(1).tolist()
+        starts = [k for k in range(len(within)) if k == 0 or within[k] != within[k - 1]]
+        if not 2 <= len(starts) <= 3:
+            continue
+        blocks = [replace(view, channels=block) for block in zip(starts, [*starts[1:], len(within)], strict=True)]
+        read = [_read_values(block, outputs) for block in blocks]
+        inside = [block for block, start in zip(read, starts, strict=True) if within[start]]
+        if all(isinstance(block.distribution, Categorical | Bernoulli) for block in inside):
+            return read
+    return []
+
+
+def _normalized_form(values: Tensor, dtype: torch.dtype) -> str:
+    """Return 'probabilities' or 'log-probabilities' if the values along axis 1 are normalized, else ""."""
+    tolerance = _SUM_TOLERANCE.get(dtype, _HALF_SUM_TOLERANCE)
+    if float(values.min()) >= 0 and float((values.sum(1) - 1).abs().max()) <= tolerance:
+        return "probabilities"
+    if float(values.max()) <= tolerance and float(values.logsumexp(1).abs().max()) <= tolerance:
+        return "log-probabilities"
+    return ""
+
+
+def _are_probabilities(values: Tensor) -> bool:
+    """Return whether numbers are in [0, 1] and mostly certain. Intensities of pictures are mostly in between."""
+    if float(values.min()) < 0 or float(values.max()) > 1:
+        return False
+    return float((4 * values * (1 - values)).mean()) < _CERTAIN
+
+
+def _are_logits(values: Tensor) -> bool:
+    """Return whether the values along axis 1 have a clear winner, which is not the same for all samples.
+
+    A trained classifier is confident: its softmax gives the winner much of the probability, and the winner stands out
+    from the second by more than the largest of as many normally distributed numbers would. Of two classes, one goes up
+    as the other goes down.
+    """
+    classes = values.shape[1]
+    winners = nn.functional.one_hot(values.argmax(1), classes).double().reshape(len(values), -1, classes)
+    overall = float(torch.special.entr(winners.mean((0, 1))).sum())
+    by_position = float(torch.special.entr(winners.mean(0)).sum(1).mean())
+    if overall < math.log(1.1) or (len(values) > 1 and by_position < _FREE_WINNERS * overall):
+        return False  # coordinates of boxes have winners too, but nearly the same ones for every sample
+    values = values.transpose(0, 1).flatten(1).T  # (predictions, classes)
+    if float(values.softmax(1).amax(1).mean()) < _CONFIDENT:
+        return False
+    if classes == 2:
+        centered = values - values.mean(0)
+        return float((centered[:, 0] * centered[:, 1]).mean()) < -0.5 * float(centered.square().mean())
+    first, second = values.topk(2, dim=1).values.T
+    gap = ((first - second) / values.std(1).clamp_min(1e-300)).mean()
+    return float(gap) > _STANDOUT * _expected_gap(classes)
+
+
+def _expected_gap(count: int) -> float:
+    """Return the mean distance between the two largest of ``count`` standard normal numbers (Blom 1958)."""
+    largest, second = (NormalDist().inv_cdf((count - k - 0.375) / (count + 0.25)) for k in (0, 1))
+    return largest - second
+
+
+def _channel_axis(views: Mapping[int | None, OutputPart], outputs: OutputSamples) -> int | None:
+    """Return the axis along which the means of the numbers differ most, compared with how they spread.
+
+    Axis 1 (the first in ``views``) is preferred unless another has twice as large an F statistic.
+    """
+    best, most = next(iter(views), None), 0.0
+    for axis, view in views.items():
+        values = outputs.values(view).transpose(0, 1).flatten(1)
+        if len(values) < 2:
+            continue
+        between = values.mean(1).var() * values.shape[1]
+        ratio = float(between / values.var(1).mean().clamp_min(1e-300)) if values.shape[1] > 1 else 0.0
+        if ratio > (2 * most if most else 0.0):
+            best, most = axis, ratio
+    return best
+
+
+def _read_as(name: str, part: OutputPart, outputs: OutputSamples) -> OutputPart:
+    """Return a part with the distribution that the caller named, along the axis that its values show."""
+    views: dict[int | None, OutputPart] = {a: replace(part, channel_axis=a) for a in _axes_of(part, outputs)}
+    if name == Gaussian.name:
+        return replace(part, channel_axis=_channel_axis(views, outputs), distribution=Gaussian())
+    if name == Bernoulli.name:
+        values = outputs.values(part)
+        form = "probabilities" if float(values.min()) >= 0 and float(values.max()) <= 1 else "logits"
+        return replace(part, channel_axis=_channel_axis(views, outputs), distribution=Bernoulli(form))
+    classes = [view for view in views.values() if outputs.values(view).shape[1] > 1]
+    if not classes:
+        raise CalibrationError(
+            f"likelihood: the output {part.name!r} {part.shape} has no axis of classes, as 'categorical' needs it. "
+            "Pass 'bernoulli' for probabilities or logits of independent events, or 'gaussian'."
+        )
+    dtype = outputs.tensors[part.name][0].dtype
+    for view in classes:
+        if form := _normalized_form(outputs.values(view), dtype):
+            return replace(view, distribution=Categorical(form))
+    shown = [view for view in classes if _are_logits(outputs.values(view))]
+    return replace((shown or classes)[0], distribution=Categorical("logits"))
+
+
+def _known_part(part: OutputPart, outputs: OutputSamples) -> OutputPart:
+    """Return a part that was read before, if the network has it. Raises CalibrationError if it has not."""
+    if part.distribution is None:
+        return part
+    found = outputs.tensors.get(part.name)
+    if found is None or found[0].ndim != len(part.shape):
+        raise CalibrationError(
+            f"the plan or the statistics describe an output {part}, but the model returns "
+            f"{ {name: tuple(tensors[0].shape) for name, tensors in outputs.tensors.items()} }. Pass likelihood= again."
+        )
+    outputs.check_finite(part.name)
+    return part
+
+
+def _fitted(parts: Sequence[OutputPart], outputs: OutputSamples) -> list[OutputPart]:
+    """Fit the distributions to the outputs, and weight them so that none of several drowns the others.
+
+    The divergence of each part is divided by the information that it carries, which is what there is to lose, and
+    multiplied by the least information of all parts. A part that is as good as constant is left out.
+    """
+    fitted, information = [], {}
+    for k, part in enumerate(parts):
+        if part.distribution is not None:
+            values = outputs.values(part)
+            distribution = part.distribution.fitted(values)
+            information[k] = distribution.information(values)
+            fitted.append(replace(part, distribution=distribution, weight=1.0))
+        else:
+            fitted.append(part)
+    alive = {k: amount for k, amount in information.items() if amount >= _LEAST_INFORMATION}
+    if len(information) < 2 or not alive:
+        return fitted
+    least = min(alive.values())
+    for k in information:
+        if k in alive:
+            fitted[k] = replace(fitted[k], weight=least / alive[k])
+        else:
+            fitted[k] = replace(fitted[k], distribution=None, reason="almost equal for all samples")
+    return fitted

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fxfact.calibration.likelihood import Likelihood
+from fxfact.calibration.output_parts import OutputPart
 from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment
 from fxfact.errors import CalibrationError
 from fxfact.utils import atomic_write
 
-_FORMAT = {"format": "fxfact statistics", "version": 4}
+_FORMAT = {"format": "fxfact statistics", "version": 5}
 _DAMPING = 1e-3
+_LEAST_SHRINKAGE = 0.5  # of the moments of gradients towards a multiple of the identity
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,17 +33,18 @@ class Statistics:
 
     Attributes:
         samples: The number of samples.
-        likelihood: The name of the distribution that gradients were drawn from.
-        shrinkage: The least share by which moments of gradients are shrunk towards a multiple of the identity.
+        outputs: The network's outputs and the distributions that gradients were drawn from. Empty if the caller passed
+            a likelihood of their own.
         specs: The convolutions by path. Convolutions that share a weight are listed once, by the first path.
         moments: The moments of each convolution by path, without those that no gradient reached.
+        likelihood: The likelihood that the caller passed. Files do not hold it.
     """
 
     samples: int
-    likelihood: str
-    shrinkage: float
+    outputs: tuple[OutputPart, ...]
     specs: Mapping[str, ConvSpec]
     moments: Mapping[str, KroneckerFisher]
+    likelihood: Likelihood | None = None
 
     def fisher(self, path: str, spec: ConvSpec) -> KroneckerFisher | None:
         """Return the Fisher information of a convolution, regularized for planning.
@@ -65,7 +69,7 @@ class Statistics:
                 f"{path}: the statistics are of {self.specs[path]}, but the model has {spec}. Calibrate this model."
             )
         known = self.moments[path]
-        shrunk = KroneckerFisher(known.input.shrunk(self.samples), known.output.shrunk(self.samples, self.shrinkage))
+        shrunk = KroneckerFisher(known.input.shrunk(self.samples), known.output.shrunk(self.samples, _LEAST_SHRINKAGE))
         return shrunk.damped(_DAMPING)
 
     def check(self, paths: Sequence[str]) -> None:
@@ -87,8 +91,8 @@ class Statistics:
     def digest(self, path: str) -> str:
         """Return a digest of one layer's statistics, to be used as a cache key.
 
-        It covers the layer's spec, the number of samples, the likelihood, the shrinkage and the diagonals of the
-        moments. The diagonals are cheap to hash, and they differ if the data or the weights differ.
+        It covers the layer's spec, the number of samples and the diagonals of the moments. The diagonals are cheap to
+        hash, and they differ if the data or the weights differ.
 
         Args:
             path: The path of the convolution.
@@ -97,7 +101,7 @@ class Statistics:
             32 hexadecimal digits.
         """
         spec, moments = self.specs.get(path), self.moments.get(path)
-        header = [self.samples, self.likelihood, self.shrinkage, None if spec is None else vars(spec)]
+        header = [self.samples, None if spec is None else vars(spec)]
         result = hashlib.sha256(json.dumps(header).encode())
         for moment in () if moments is None else (moments.input, moments.output):
             for factor in moment.factors:
@@ -117,8 +121,7 @@ class Statistics:
         header = {
             **_FORMAT,
             "samples": self.samples,
-            "likelihood": self.likelihood,
-            "shrinkage": self.shrinkage,
+            "outputs": [part.to_json() for part in self.outputs],
             "specs": {name: vars(spec) for name, spec in self.specs.items()},
         }
         arrays = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
@@ -156,8 +159,7 @@ class Statistics:
                 )
             return cls(
                 samples=header["samples"],
-                likelihood=header["likelihood"],
-                shrinkage=header["shrinkage"],
+                outputs=tuple(map(OutputPart.from_json, header["outputs"])),
                 specs={name: ConvSpec.from_json(spec) for name, spec in header["specs"].items()},
                 moments={name: _moments(name, arrays) for name in header["specs"]},
             )

@@ -94,7 +94,7 @@ def compress(args: Arguments) -> int:
     with processes(args.workers) as executor:
         if args.plan:
             made = Plan.load(args.plan)
-            data, _ = read_data(args, loaded, held_out=made.measured_loss_increase is not None)
+            data, _ = read_data(args, loaded, held_out=made.measured_on_held_out)
             statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
         else:

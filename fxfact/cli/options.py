@@ -129,8 +129,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--likelihood",
-        choices=["categorical", "gaussian"],
-        help="the kind of output: logits of classes, or numbers (default: categorical if the output is (n, classes))",
+        choices=["categorical", "bernoulli", "gaussian"],
+        help="what all outputs are: classes, independent probabilities, or numbers (default: read from the data)",
     )
     group.add_argument("--statistics", metavar="FILE", help="statistics that an earlier plan --keep-statistics wrote")
     group.add_argument(

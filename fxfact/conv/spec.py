@@ -218,6 +218,9 @@ class ConvSpec:
             input_size: The spatial size of the input, one int per axis.
             output_size: The size of the output. Its last entries are the spatial ones.
 
+        Returns:
+            The convolution with this ``output_padding``.
+
         Raises:
             SpecError: If the convolution is not transposed, or has no output of this size.
         """

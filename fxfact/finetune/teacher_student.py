@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.analysis import prepare_original, stages_of, update_kernel_errors
-from fxfact.calibration import Batches, DivergenceEvaluator, iter_batches, run_batch, split_held_out
+from fxfact.calibration import Batches, DivergenceEvaluator, iter_batches, run_batch, split_held_out, training_loss
 from fxfact.capture import ExampleInputs, check_kept_by_copies
 from fxfact.conv import is_conv, spec_of, torch_conv_class
 from fxfact.errors import ArgumentTypeError, PlanError
@@ -97,14 +97,14 @@ class TeacherStudent:
         self._last_stages = {decision.path: stages_of(self.factorized, decision)[-1] for decision in comparable}
         self.batches, held_out = split_held_out(list(iter_batches(self.original, batches, example_inputs)))
         augmented = [augment_held_out(batch) for batch in held_out] if augment_held_out else []
-        self._held_out = DivergenceEvaluator(self.original, [*held_out, *augmented], likelihood)
+        request = likelihood or self.plan.outputs or None
+        self._held_out = DivergenceEvaluator(self.original, [*held_out, *augmented], request)
 
     def training_losses(self, batch: ExampleInputs) -> Tensor:
         """Return the loss between both outputs for each sample (n,), with gradients for the factorized network."""
         with torch.no_grad():
             expected = run_batch(self.original, batch)
-        likelihood, variance = self._held_out.likelihood, self._held_out.variance
-        return likelihood.training_loss(expected, run_batch(self.factorized, batch), variance)
+        return training_loss(self._held_out.likelihood, expected, run_batch(self.factorized, batch))
 
     def divergences(self) -> Tensor:
         """Return the KL divergence of every held-out sample (n,), in nats."""

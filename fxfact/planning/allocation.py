@@ -56,6 +56,17 @@ class LayerOptions:
         """The layer as it is."""
         return self.options[0]
 
+    def scaled(self, factor: float) -> LayerOptions:
+        """Return the same options with their loss increases multiplied by ``factor``."""
+        return self if factor == 1 else replace(self, options=tuple(_scaled(option, factor) for option in self.options))
+
+
+def _scaled(option: Option, factor: float) -> Option:
+    choice = option.choice
+    if isinstance(choice, Choice) and choice.predicted_loss_increase is not None:
+        choice = replace(choice, predicted_loss_increase=factor * choice.predicted_loss_increase)
+    return option._replace(choice=choice, predicted_loss_increase=factor * option.predicted_loss_increase)
+
 
 def allocate(layers: Sequence[LayerOptions], network: Cost, budget: Budget, normalization: float = 0.5) -> Allocation:
     """Choose one option for each layer: of all networks within the budget, the one with the least loss increase.

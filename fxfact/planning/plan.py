@@ -12,6 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxfact.calibration import OutputPart
 from fxfact.conv import ConvSpec, Cost, Skip, as_tuples, format_change
 from fxfact.errors import ArgumentTypeError, PlanError, error_context, first_differences
 from fxfact.factorizations import (
@@ -53,11 +54,13 @@ class Plan:
         refused: why other ways to capture the model were not taken.
         uses_statistics: whether the chains are to be fitted in the Fisher metric of calibration statistics.
         pareto_points: networks for other budgets, cheapest first. Empty without a budget.
-        measured_loss_increase: the increase of the loss on held-out data in nats for one sample, if measured.
+        measured_loss_increase: the increase of the loss in nats for one sample on batches of data, if measured.
+        measured_on_held_out: whether these are other batches than those that the plan was made from.
         inference_passes: names of exact passes that follow, so that the network runs fast (see
             ``fxfact.for_inference``).
         measured_ms: milliseconds of the dense network in its fastest exact variant and of the result, measured in
             turns, if measured.
+        outputs: the outputs of the network and what they mean, if the plan was made with data.
         call: the arguments of ``fxfact.plan`` that are not the defaults, among them the budget, as plain data. Plans
             made by different calls can be equal.
         versions: the versions of fxfact and PyTorch that made the plan.
@@ -74,8 +77,10 @@ class Plan:
     uses_statistics: bool = False
     pareto_points: tuple[ParetoPoint, ...] = ()
     measured_loss_increase: float | None = None
+    measured_on_held_out: bool = False
     inference_passes: tuple[str, ...] = ()
     measured_ms: tuple[float, float] | None = None
+    outputs: tuple[OutputPart, ...] = ()
     call: Mapping[str, Any] = field(default_factory=dict, compare=False)
     versions: Mapping[str, str] = field(default_factory=installed_versions, compare=False)
 
@@ -157,7 +162,9 @@ class Plan:
         new |= {"note": "", "predicted_loss_increase": None, "latencies_ms": None}
         together = {path, old.tied_to or path}
         changed = [replace(d, **new) if together & {d.path, d.tied_to} else d for d in self.decisions]
-        return replace(self, decisions=tuple(changed), measured_loss_increase=None, measured_ms=None)
+        return replace(
+            self, decisions=tuple(changed), measured_loss_increase=None, measured_on_held_out=False, measured_ms=None
+        )
 
     def check_fits(
         self, convolutions: Mapping[str, tuple[ConvSpec, str | None]], skipped: Mapping[str, str] | None = None
@@ -207,8 +214,13 @@ class Plan:
             notes[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
         if self.inference_passes:
             notes.append(f"for inference: {', '.join(self.inference_passes)}")
+        if self.outputs:
+            notes.append(f"outputs: {'; '.join(map(str, self.outputs))}")
         if self.measured_loss_increase is not None:
-            notes.append(f"measured on held-out data: the loss grows by {self.measured_loss_increase:.3g} nats")
+            where = "held-out data" if self.measured_on_held_out else "a part of the data"
+            predicted = self.predicted_loss_increase
+            expected = "" if predicted is None else f"predicted {predicted:.3g} nats, "
+            notes.append(f"loss increase: {expected}measured {self.measured_loss_increase:.3g} nats on {where}")
         if self.measured_ms is not None:
             notes.append("measured in turns: {:.3g} → {:.3g} ms".format(*self.measured_ms))
         return "\n".join([table, *notes])
@@ -258,6 +270,8 @@ class Plan:
         """
         data = {"versions": dict(self.versions), "call": dict(self.call), **fields_to_json(self)}
         data["network"] = fields_to_json(self.network)
+        if self.outputs:
+            data["outputs"] = [part.to_json() for part in self.outputs]
         data["decisions"] = [decision_to_json(decision) for decision in self.decisions]
         if self.pareto_points:
             data["pareto_points"] = [
@@ -287,6 +301,7 @@ class Plan:
             values |= {key: dict(data[key]) for key in ("call", "versions")}
             values["network"] = Cost(**data["network"])
             values["decisions"] = tuple(decision_from_json(entry, known) for entry in data["decisions"])
+            values["outputs"] = tuple(map(OutputPart.from_json, data.get("outputs", ())))
             values["pareto_points"] = tuple(map(_point_from_json, data.get("pareto_points", ())))
             plan = cls(**values)
             str(plan)  # computes every layout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from fxfact.errors import BudgetError
 from fxfact.passes import DecomposeOptions, Decomposition, apply_plan
 from fxfact.planning import Budget, Decision, Latency, ParetoPoint, Plan
 from fxfact.search.inference import DenseBaseline
+from fxfact.search.propose import Factors, Propose
 from fxfact.utils import CLOCK_RESOLUTION_MS, seeded_randn, warn_caller
 
 _MAX_TRIALS = 5
@@ -60,7 +61,7 @@ class LatencySearch:
         self,
         captured: Captured,
         baseline: DenseBaseline,
-        propose: Callable[[Budget, float], Plan],
+        propose: Propose,
         network_ms: float,
     ) -> None:
         self._captured, self._baseline, self._propose, self._network_ms = captured, baseline, propose, network_ms
@@ -69,14 +70,14 @@ class LatencySearch:
 
     def check_reachable(self, budget: Budget) -> None:
         """Raise BudgetError if the fastest network measures more than the budget by a tenth or more."""
-        plan, _, _ = self._plan_for(CLOCK_RESOLUTION_MS, normalization=0.0)
+        plan, _, _ = self._plan_for(CLOCK_RESOLUTION_MS, 0.0, {})
         target, times = budget.allowed(plan.network), [self._measure(plan)]
         while median(times) > target * (1 + _EARLY_TOLERANCE):
             if len(times) == _MAX_REPEATS:
                 raise budget.unmet_error(median(times), plan.network)
             times.append(self._measure(plan))
 
-    def propose(self, budget: Budget, normalization: float) -> Plan:
+    def propose(self, budget: Budget, normalization: float, factors: Factors) -> Plan:
         """Try up to five plans. Return the slowest one that meets the budget, or the fastest one with a warning.
 
         Raises:
@@ -88,7 +89,7 @@ class LatencySearch:
         measured: defaultdict[frozenset[str], list[float]] = defaultdict(list)
         asked, is_refused = self._start_ms or target, False
         for _ in range(_MAX_TRIALS):
-            plan, asked, is_fastest = self._plan_for(asked, normalization)
+            plan, asked, is_fastest = self._plan_for(asked, normalization, factors)
             rewrites = frozenset(decision.rewrite for decision in plan.rewrites)
             times = measured[rewrites]
             if not times or (is_fastest and median(times) > target):  # again, in case the machine was disturbed
@@ -108,18 +109,18 @@ class LatencySearch:
         self.is_implausible |= not best.is_plausible
         return best.plan
 
-    def _plan_for(self, asked: float, normalization: float) -> tuple[Plan, float, bool]:
+    def _plan_for(self, asked: float, normalization: float, factors: Factors) -> tuple[Plan, float, bool]:
         """Return a plan, the milliseconds that it was asked for, and whether it is the fastest plan.
 
         It is the plan for ``asked`` milliseconds, or the fastest one if no plan takes so few.
         """
         try:
-            return self._propose(Latency(at_most_ms=asked), normalization), asked, False
+            return self._propose(Latency(at_most_ms=asked), normalization, factors), asked, False
         except BudgetError as error:
             if error.least is None:
                 raise
             least = error.least * (1 + 1e-9)
-            return self._propose(Latency(at_most_ms=least), normalization), least, True
+            return self._propose(Latency(at_most_ms=least), normalization, factors), least, True
 
     def _measure(self, plan: Plan) -> float:
         """Return the milliseconds of the plan's network, holding random weights."""

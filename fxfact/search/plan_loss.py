@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -55,6 +55,11 @@ class PlanLoss:
         """Return the mean increase of the loss in nats for one sample."""
         return mean_and_error(self.divergences(plan), everywhere=True)[0]
 
+    def mean_alone(self, plan: Plan, path: str) -> float:
+        """Return the mean increase if only the layer at ``path`` is rewritten, with those that share its weight."""
+        rewrites = [decision for decision in plan.rewrites if path in (decision.path, decision.tied_to)]
+        return mean_and_error(self._divergences_of(rewrites), everywhere=True)[0]
+
     def is_clearly_better(self, plan: Plan, other: Plan) -> bool:
         """Return whether a plan measures better than another by more than may be chance.
 
@@ -64,9 +69,12 @@ class PlanLoss:
 
     def divergences(self, plan: Plan) -> Tensor:
         """Return the KL divergence of every sample (n,) in nats."""
-        key = frozenset(decision.rewrite for decision in plan.rewrites)
+        return self._divergences_of(plan.rewrites)
+
+    def _divergences_of(self, rewrites: Sequence[Decision]) -> Tensor:
+        key = frozenset(decision.rewrite for decision in rewrites)
         if key not in self._divergences:
-            leaders = {decision.path: _leader_decision(decision) for decision in plan.rewrites}
+            leaders = {decision.path: _leader_decision(decision) for decision in rewrites}
             self._decompose(leaders.values())
             kernels = {path: self._composed_kernel(decision) for path, decision in leaders.items()}
             network = with_kernels(self._fresh_network(), {**self._dense_kernels, **kernels})

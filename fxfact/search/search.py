@@ -7,15 +7,19 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from fxfact.calibration import (
     Batches,
+    CustomLoss,
     DivergenceEvaluator,
     Statistics,
+    agreed_likelihood,
     collect_statistics,
     iter_batches,
-    parse_likelihood,
+    own_likelihood,
     rank_and_world_size,
+    resolve_likelihood,
     split_held_out,
 )
 from fxfact.capture import Captured, ExampleInputs
@@ -35,7 +39,7 @@ from fxfact.planning import (
 )
 from fxfact.search.latency_plan import LatencyPlanner
 from fxfact.search.plan_loss import PlanLoss
-from fxfact.search.propose import PlanProposer, Propose, best_plan
+from fxfact.search.propose import PlanProposer, Propose, best_plan, warn_if_contradicted
 from fxfact.utils import alias_copy, to_eval
 
 _HALVINGS = 8
@@ -104,20 +108,19 @@ def search(
     # measure on first, so that outputs that cannot be measured are refused before the expensive part.
     batches = _split_batches(captured, data, has_budget=has_budget, needs_held_out=loss is not None)
     plan_network = to_eval(alias_copy(captured.network)) if batches.measuring else None
-    evaluator = (
-        None if plan_network is None else DivergenceEvaluator(plan_network, batches.measuring, _likelihood(data))
-    )
+    evaluator = None if plan_network is None else _evaluator(plan_network, data, batches)
     latency_planner = None
     if isinstance(strategy, BudgetAllocator) and isinstance(budget, Latency):
         latency_planner = LatencyPlanner(captured, draft, budget)
         latency_planner.check_budget(strategy)
-    statistics = _statistics(captured, data, batches, options)
+    statistics = _statistics(captured, data, batches, evaluator, options)
 
     # Fixed ranks, or propose, measure, decide.
     if isinstance(strategy, FixedRanks):
         fixed = replace(strategy, statistics=statistics)
         allocation = fixed.choose(draft.candidates, draft.network)
-        return SearchResult(draft.to_plan(allocation, uses_statistics=fixed.uses_statistics), statistics, {})
+        plan = draft.to_plan(allocation, uses_statistics=fixed.uses_statistics)
+        return SearchResult(_with_outputs(plan, statistics), statistics, {})
     allocator = replace(strategy, statistics=statistics)
     plan_loss = None
     if plan_network is not None and evaluator is not None and statistics is not None:
@@ -126,7 +129,21 @@ def search(
         plan = latency_planner.plan(allocator, plan_loss)
     else:
         plan = _plan_for_size(captured, draft, allocator, plan_loss, loss)
-    return SearchResult(plan, statistics, {} if plan_loss is None else plan_loss.decompositions)
+    warn_if_contradicted(plan)
+    decompositions = {} if plan_loss is None else plan_loss.decompositions
+    return SearchResult(_with_outputs(plan, statistics), statistics, decompositions)
+
+
+def _evaluator(network: nn.Module, data: CalibrationData, batches: _SplitBatches) -> DivergenceEvaluator:
+    """Read the outputs from the batches to learn from, and run the network on the batches to measure on."""
+    readable = batches.learning if isinstance(batches.learning, list) else batches.measuring
+    likelihood = agreed_likelihood(resolve_likelihood(_likelihood(data), network, readable))
+    return DivergenceEvaluator(network, batches.measuring, likelihood)
+
+
+def _with_outputs(plan: Plan, statistics: Statistics | None) -> Plan:
+    """Return the plan with what the statistics know about the outputs."""
+    return plan if statistics is None else replace(plan, outputs=statistics.outputs)
 
 
 def _plan_for_size(
@@ -175,13 +192,11 @@ def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationDat
     """Raise ArgumentError or CalibrationError for arguments that would have no effect or cannot work together."""
     if isinstance(strategy, FixedRanks) and data.held_out is not None:
         raise ArgumentError("held_out is only used with budget=. Remove it, or pass a budget.")
-    own = data.calibration.likelihood if isinstance(data.calibration, Statistics) else None
-    likelihood = parse_likelihood(data.likelihood)
-    unused = data.calibration is None or own not in (None, getattr(likelihood, "name", None))
-    if likelihood is not None and data.held_out is None and unused:
+    own_likelihood(data.likelihood)  # refuses what is none
+    if data.likelihood is not None and data.held_out is None and isinstance(data.calibration, Statistics | None):
         raise ArgumentError(
-            f"likelihood={data.likelihood!r} says what outputs mean for batches, and there are none"
-            + (f"; the statistics are of {own!r}. Calibrate again." if own else ": pass calibration.")
+            "likelihood says what outputs mean for batches, and there are none"
+            + (": pass calibration." if data.calibration is None else ". The statistics know it. Remove it.")
         )
     has_batches = data.held_out is not None or not isinstance(data.calibration, Statistics | None)
     has_latency = isinstance(strategy, BudgetAllocator) and isinstance(strategy.budget, Latency)
@@ -229,9 +244,14 @@ def _split_batches(
             "held_out=batches"
         )
     measuring = held_out
-    if has_budget and isinstance(learning, list) and not held_out and not callable(data.likelihood):
+    if has_budget and isinstance(learning, list) and not held_out and not _is_loss(data.likelihood):
         measuring = split_held_out(learning)[1] if len(learning) > 1 else learning
     return _SplitBatches(learning, measuring, bool(held_out))
+
+
+def _is_loss(request: object) -> bool:
+    """Return whether a likelihood cannot measure: a function of one output."""
+    return isinstance(own_likelihood(request), CustomLoss)
 
 
 def _as_list(captured: Captured, batches: Batches) -> list[ExampleInputs]:
@@ -239,18 +259,29 @@ def _as_list(captured: Captured, batches: Batches) -> list[ExampleInputs]:
 
 
 def _likelihood(data: CalibrationData) -> object:
-    """Return the likelihood that the caller gave, else the one of the statistics."""
-    if data.likelihood is None and isinstance(data.calibration, Statistics):
-        return data.calibration.likelihood
-    return data.likelihood
+    """Return the likelihood that the caller gave, else the one of the statistics. Raises CalibrationError."""
+    if data.likelihood is not None or not isinstance(data.calibration, Statistics):
+        return data.likelihood
+    known = data.calibration.outputs or data.calibration.likelihood
+    if known is None:
+        raise CalibrationError(
+            "the statistics were collected with a likelihood of your own, which their file does not hold. Pass it as "
+            "likelihood=."
+        )
+    return known
 
 
 def _statistics(
-    captured: Captured, data: CalibrationData, batches: _SplitBatches, options: DecomposeOptions
+    captured: Captured,
+    data: CalibrationData,
+    batches: _SplitBatches,
+    evaluator: DivergenceEvaluator | None,
+    options: DecomposeOptions,
 ) -> Statistics | None:
     statistics = data.calibration if isinstance(data.calibration, Statistics) else None
     if batches.learning is not None:
-        likelihood, progress = data.likelihood, options.progress
+        likelihood = data.likelihood if evaluator is None else evaluator.likelihood
+        progress = options.progress
         statistics = collect_statistics(captured, batches.learning, likelihood=likelihood, progress=progress)
     if statistics is not None:
         statistics.check([site.path for site in captured.sites])

@@ -2,7 +2,15 @@
 
 from fxfact.utils.activation_memory import peak_bytes
 from fxfact.utils.atomic_write import as_json, atomic_write, check_path
-from fxfact.utils.compare import difference, plain_tensors_of, relative_error, tensors_of, tolerance_for
+from fxfact.utils.compare import (
+    difference,
+    map_tensors,
+    named_tensors,
+    plain_tensors_of,
+    relative_error,
+    tensors_of,
+    tolerance_for,
+)
 from fxfact.utils.digest import tensor_digest
 from fxfact.utils.executor import check_executor, ordered_map, processes
 from fxfact.utils.finite_state import check_finite_state
@@ -55,8 +63,10 @@ __all__ = [
     "get_metadata",
     "is_distributed",
     "is_wrapper",
+    "map_tensors",
     "milliseconds",
     "milliseconds_of_graphs",
+    "named_tensors",
     "no_reduced_precision",
     "ordered_map",
     "peak_bytes",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,19 +18,52 @@ _HALF_TOLERANCE = 5e-2
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
     """Yield every tensor in the output of a network, also those in containers and in attributes of objects."""
-    queue, seen = [output], set()
+    return (tensor for _, tensor in named_tensors(output))
+
+
+def named_tensors(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor in the output of a network with its place: keys, indices and attributes joined by dots.
+
+    The place of an output that is a tensor is "".
+    """
+    queue, seen = [("", output)], set()
     while queue:
-        value = queue.pop(0)
+        place, value = queue.pop(0)
         if isinstance(value, Tensor):
-            yield value
+            yield place, value
         elif id(value) not in seen:
             seen.add(id(value))
-            if isinstance(value, Mapping):
-                queue = [*value.values(), *queue]
-            elif isinstance(value, list | tuple | set):
-                queue = [*value, *queue]
-            elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-                queue = [*vars(value).values(), *queue]
+            prefix = f"{place}." if place else ""
+            queue = [(f"{prefix}{key}", item) for key, item in _items_of(value)] + queue
+
+
+def map_tensors(change: Callable[[Tensor], Any], output: Any) -> Any:
+    """Return a copy of an output in which every tensor is replaced by ``change(tensor)``. Other values stay."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(map_tensors(change, value) for value in output))
+    if isinstance(output, list | tuple | set):
+        return type(output)(map_tensors(change, value) for value in output)
+    if not _items_of(output):
+        return output
+    result = copy.copy(output)
+    for key, value in _items_of(output):
+        if isinstance(output, Mapping):
+            result[key] = map_tensors(change, value)
+        else:
+            vars(result)[key] = map_tensors(change, value)
+    return result
+
+
+def _items_of(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, list | tuple | set):
+        fields = getattr(value, "_fields", None)
+        return list(zip(fields or range(len(value)), value, strict=True))
+    plain = hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module)
+    return list(vars(value).items()) if plain else []
 
 
 def plain_tensors_of(output: Any) -> list[Tensor]:

@@ -49,7 +49,8 @@ small = fxfact.apply(plan, model, calibration=statistics)
 fxfact.save(small, f"{stem}.pt")
 fxfact.save(fxfact.factorize(model, rank=0.5, example_inputs=image, capture="modules"), f"{stem}.modules.pt")
 batch = torch.export.Dim("batch", max=64)
-shapes = {"image": {0: batch, 2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}, "scale": {"by": {0: batch}}}
+height, width = torch.export.Dim("height", min=8), torch.export.Dim("width", min=8)
+shapes = {"image": {0: batch, 2: height, 3: width}, "scale": {"by": {0: batch}}}
 arguments = (image,), {"scale": {"by": torch.ones(4, 1, 1, 1)}}
 program = torch.export.export(model, *arguments, dynamic_shapes=shapes)
 fxfact.save(fxfact.factorize(program, "cp", rank=0.5), f"{stem}.pt2")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import fxfact
+from fxfact.capture import capture
 from fxfact.conv import Cost, Skip
 from fxfact.factorizations import FACTORIZATIONS, Factorization
 from fxfact.factorizations.matrix_svd import ChannelSVD
@@ -24,6 +27,8 @@ from fxfact.planning import (
     Layout,
     PlanDraft,
     RankStrategy,
+    SearchScope,
+    draft_plan,
     parse_factorizations,
 )
 from tests.laws.rank_strategy_laws import RankStrategyLaws, cost_after, make_model
@@ -75,6 +80,21 @@ class TestEnergy(RankStrategyLaws):
 
 
 class TestVBMF(RankStrategyLaws):
+    """On kernels of rank 2 with little noise, because VBMF finds no rank in noise alone."""
+
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        model = copy.deepcopy(make_model())
+        for parameter in model.parameters():
+            matrix = parameter.detach().flatten(1) if parameter.ndim > 1 else parameter.detach()[:, None]
+            u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+            parameter.data = ((u[:, :2] * s[:2]) @ v[:2] + 1e-3 * matrix).reshape(parameter.shape)
+        return model
+
+    @pytest.fixture
+    def draft(self, model: nn.Module) -> PlanDraft:
+        return draft_plan(capture(model, torch.zeros(1, 3, 13, 13)), SearchScope())
+
     def make(self, model: nn.Module, draft: PlanDraft) -> RankStrategy:
         return FixedRanks.parse("channel_svd", fxfact.ranks.VBMF())
 

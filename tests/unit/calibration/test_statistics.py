@@ -58,7 +58,7 @@ def test_file_of_another_version_is_refused(model: nn.Module, x: Tensor, tmp_pat
     header = json.loads(arrays["header"].tobytes()) | {"version": 3}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     np.savez(tmp_path / "old.npz", **arrays)
-    with pytest.raises(CalibrationError, match=r"old\.npz: expected .*'version': 4.*, got .*version 3\. Recalibrate"):
+    with pytest.raises(CalibrationError, match=r"old\.npz: expected .*'version': \d+.*, got .*version 3\. Recalibrate"):
         fxfact.Statistics.load(tmp_path / "old.npz")
 
 
@@ -110,8 +110,6 @@ def test_digest_tells_statistics_apart(tmp_path: Path) -> None:
     others = [
         calibrated(x + 0.01),
         replace(statistics, samples=13),
-        replace(statistics, likelihood="gaussian"),
-        replace(statistics, shrinkage=0.1),
         replace(
             statistics, specs={path: replace(spec, padding=((1, 1),) * 2) for path, spec in statistics.specs.items()}
         ),

@@ -29,7 +29,7 @@ def test_program_is_inspected_compressed_verified_reported_and_timed(
     )
     assert done["after"]["macs"] <= 0.5 * done["before"]["macs"]
     assert done["predicted_loss_increase"] > 0
-    assert done["measured_loss_increase"] is None
+    assert done["measured_loss_increase"] > 0
     verified = run_json("verify", "net.pt2", "small.pt2")
     assert verified["ok"]
     assert 0 < verified["end_to_end"] < 1
@@ -180,7 +180,7 @@ def test_plan_is_made_kept_and_applied(workspace: Path, capsys: pytest.CaptureFi
     assert "excluded" in capsys.readouterr().out
     assert run_json("plan", "net.pt2", "--rank", "0.5", "--calibration", "data.npy")["plan"]["uses_statistics"]
     bound = run_json("plan", "net.pt2", "--loss", "1e-4", "--calibration", "data.npy", "--batch", "24")
-    assert 0 < bound["measured_loss_increase"] <= 1e-4
+    assert 0 <= bound["measured_loss_increase"] <= 1e-4
 
 
 def test_error_curves_are_reused_by_later_plans(

@@ -32,7 +32,7 @@ class Masked(TwoOutputs):
 
 @pytest.mark.parametrize(
     ("model", "likelihood", "words"),
-    [(TwoOutputs(), "gaussian", r"\[8, 128\] samples on their first axis"), (Masked(), None, "output is NaN or Inf")],
+    [(TwoOutputs(), {"9": None}, "there is no output '9'"), (Masked(), None, "output is NaN or Inf")],
 )
 def test_outputs_that_cannot_be_compared_are_refused(
     model: nn.Module, likelihood: Any, words: str, data: Tensor

@@ -363,7 +363,10 @@ def test_normalization_lowers_increases_relative_to_losing_the_layer(smooth_imag
     convs = [nn.Conv2d(n, m, 3) for n, m in ((3, 12), (12, 16), (16, 20))]
     layers = [layer for conv in convs for layer in (conv, nn.ReLU())]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 5)).eval()
-    statistics, captured = fxfact.calibrate(model, smooth_images.split(8)), capture(model, smooth_images[:1])
+    statistics, captured = (
+        fxfact.calibrate(model, smooth_images.split(8), likelihood="categorical"),
+        capture(model, smooth_images[:1]),
+    )
     methods = ["tucker", "spatial_svd"]
     plans = [
         build_plan(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import fxfact
 from fxfact.calibration import DivergenceEvaluator, mean_and_error, split_held_out
-from fxfact.calibration.outputs import CATEGORICAL
 from fxfact.capture import capture
 from fxfact.errors import ArgumentError, BudgetError, CalibrationError, WeightError
 from fxfact.factorizations.cp import CPMobilenet
@@ -45,6 +44,8 @@ def planned(error_curves: fxfact.ErrorCurveCache) -> Callable[..., fxfact.Plan]:
     """Returns the plan of a model; curves are computed once for all tests."""
 
     def plan(model: nn.Module, factorization: Any = None, **arguments: Any) -> fxfact.Plan:
+        if not isinstance(arguments.get("calibration"), fxfact.Statistics | None):
+            arguments = {"likelihood": "categorical", **arguments}
         return fxfact.plan(
             model, factorization, example_inputs=images()[:1], **{"error_curves": error_curves, **arguments}
         )
@@ -64,8 +65,7 @@ class Score(nn.Module):
 
 
 def divergence(model: nn.Module, small: nn.Module, batches: tuple[Tensor, ...] | list[Any]) -> float:
-    with torch.no_grad():
-        return float(torch.cat([CATEGORICAL.divergence(model(x), small(x), 1.0) for x in batches]).mean())
+    return DivergenceEvaluator(model, list(batches), "categorical").divergence(small)
 
 
 # The data
@@ -84,9 +84,14 @@ def test_measured_loss_increase_is_that_of_the_network_on_held_out_data(
     given: dict[str, Any] = {"calibration": batches}  # a bound on the loss holds some of them out
     if not isinstance(budget, fxfact.Loss):
         given = {"calibration": kept, "held_out": held_out}
-    given |= {"budget": budget, "example_inputs": images()[:1], "error_curves": error_curves}
+    given |= {
+        "budget": budget,
+        "example_inputs": images()[:1],
+        "error_curves": error_curves,
+        "likelihood": "categorical",
+    }
     plan = fxfact.plan(model, methods, **given)
-    small = fxfact.apply(plan, model, calibration=fxfact.calibrate(model, kept))
+    small = fxfact.apply(plan, model, calibration=fxfact.calibrate(model, kept, likelihood="categorical"))
     assert plan.measured_loss_increase == pytest.approx(divergence(model, small, held_out), rel=1e-3)
     again = fxfact.factorize(model, methods, **given)
     assert fxfact.plan_of(again) == plan
@@ -98,10 +103,12 @@ def test_search_learns_from_all_data_if_none_are_held_out(
 ) -> None:
     batches = images().split(4)
     arguments: dict[str, Any] = {"budget": fxfact.Macs(0.3), "error_curves": error_curves}
-    small = fxfact.factorize(model, QUICK, calibration=batches, example_inputs=images()[:1], **arguments)
-    statistics = fxfact.calibrate(model, batches)
+    small = fxfact.factorize(
+        model, QUICK, calibration=batches, example_inputs=images()[:1], likelihood="categorical", **arguments
+    )
+    statistics = fxfact.calibrate(model, batches, likelihood="categorical")
     plan = planned(model, QUICK, calibration=statistics, held_out=split_held_out(batches)[1], **arguments)
-    assert fxfact.plan_of(small) == replace(plan, measured_loss_increase=None)
+    assert fxfact.plan_of(small) == replace(plan, measured_on_held_out=False)
     same = fxfact.apply(plan, model, calibration=statistics)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
 
@@ -162,14 +169,16 @@ def test_search_plans_with_a_likelihood_of_the_caller_but_does_not_measure(
     assert plan.rewrites
     assert plan.measured_loss_increase is None
     for measured in ({"budget": fxfact.Loss(0.1)}, {"budget": fxfact.Macs(0.5), "held_out": [images(1)]}):
-        with pytest.raises(CalibrationError, match="cannot measure a loss"):
+        with pytest.raises(CalibrationError, match="cannot measure how far"):
             planned(model, calibration=images().split(8), likelihood=own, **measured)
 
 
-def test_search_plans_with_one_batch_but_measures_nothing(
-    model: nn.Module, planned: Callable[..., fxfact.Plan]
-) -> None:
-    assert planned(model, QUICK, budget=fxfact.Macs(0.5), calibration=[images()]).measured_loss_increase is None
+def test_search_measures_on_the_only_batch(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
+    plan = planned(model, QUICK, budget=fxfact.Macs(0.5), calibration=[images()])
+    assert plan.measured_loss_increase is not None
+    assert not plan.measured_on_held_out
+    assert "measured" in str(plan).splitlines()[-1]
+    assert "nats on a part of the data" in str(plan).splitlines()[-1]
 
 
 def test_search_returns_the_statistics_and_the_decompositions_that_it_measured(model: nn.Module) -> None:
@@ -211,7 +220,7 @@ def test_search_takes_a_more_even_plan_if_it_measures_clearly_better(
 ) -> None:
     model, batches = deep_network(), images().split(8)
     measured_on = images(1).split(8) if held_out else split_held_out(batches)[1]
-    statistics = fxfact.calibrate(model, batches)
+    statistics = fxfact.calibrate(model, batches, likelihood="categorical")
     arguments: dict[str, Any] = {"factorization": "channel_svd", "budget": fxfact.Macs(share)}
     predicted = planned(model, calibration=statistics, **arguments)
     best = planned(model, calibration=batches, **arguments, **({"held_out": measured_on} if held_out else {}))
@@ -225,11 +234,12 @@ def test_search_takes_a_more_even_plan_if_it_measures_clearly_better(
     )
     mean, error = mean_and_error(found - usual)
     assert mean < -2 * error if even else mean == 0
-    assert best.measured_loss_increase == (pytest.approx(float(found.mean()), rel=1e-3) if held_out else None)
+    assert best.measured_loss_increase == pytest.approx(float(found.mean()), rel=1e-3)
+    assert best.measured_on_held_out is held_out
 
 
 def test_loss_budget_is_met_on_batches_of_the_caller(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
-    statistics, others = fxfact.calibrate(model, images().split(8)), images(1).split(8)
+    statistics, others = fxfact.calibrate(model, images().split(8), likelihood="categorical"), images(1).split(8)
     plan = planned(model, "channel_svd", budget=fxfact.Loss(1e-4), calibration=statistics, held_out=others)
     assert plan.rewrites
     assert divergence(model, fxfact.apply(plan, model, calibration=statistics), others) <= 1.001e-4

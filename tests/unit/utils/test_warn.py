@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact.search import latency_search
 from fxfact.utils import warn_caller
-from tests.support import FakeTimer, ThreeConvs
+from tests.support import FakeTimer, ThreeConvs, millions_of_macs
 
 
 def line_of_caller() -> int:
@@ -74,7 +74,7 @@ def first_of(*ms: float) -> Callable[[Sequence[Any]], list[float]]:
 
 def in_turn(*ms: list[float]) -> Callable[[Sequence[Any]], list[float]]:
     remaining = iter(ms)
-    return lambda calls: next(remaining)
+    return lambda calls: next(remaining, ms[-1])
 
 
 @pytest.fixture
@@ -120,7 +120,10 @@ def test_missed_latency_budget_warns_at_the_callers_line(
 
 
 def test_slow_result_warns_at_the_callers_line(network: ThreeConvs, x: Tensor) -> None:
-    timer = FakeTimer(side_by_side=in_turn([40.0, 30.0, 40.0, 35.0], [32.0], [30.0, 15.0], [30.0, 25.0]))
+    timer = FakeTimer(
+        lambda calls: [[4 * millions_of_macs(call)] * 3 for call in calls],
+        in_turn([40.0, 30.0, 40.0, 35.0], [32.0], [30.0, 15.0], [30.0, 25.0]),
+    )
     with pytest.warns(UserWarning, match="25 ms") as record:
         fxfact.factorize(network, ["channel_svd"], budget=fxfact.Latency(0.5, timer=timer), example_inputs=x)
     assert_here(record, "the dense network 30 ms")
