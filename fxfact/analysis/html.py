@@ -11,6 +11,7 @@ from fxfact.analysis.report_data import (
     format_approximation_error,
     format_error,
     format_graph_check,
+    format_loss,
     format_rank,
     format_threads,
     to_megabytes,
@@ -81,6 +82,8 @@ def _summary(data: ReportData) -> Iterable[str]:
         ("convolutions rewritten", f"{rewritten} of {len(data.convolutions)}"),
     ]
     yield f"<p><b>{escape(format_approximation_error(data.end_to_end_error))}</b></p>"
+    if data.loss_increase is not None:
+        yield f"<p>{escape(format_loss(data.loss_increase).strip())}</p>"
     style = "soft" if data.ok else "wrong"
     for line in format_graph_check(data.graph_error, data.tolerance, data.changed, data.overflow).splitlines():
         yield f'<p class="{style}">{escape(line)}</p>'

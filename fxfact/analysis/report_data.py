@@ -129,6 +129,7 @@ class ReportData:
         tolerance: ``Verification.tolerance``.
         changed: ``Verification.changed``.
         overflow: ``Verification.overflow``.
+        loss_increase: ``Verification.loss_increase``.
         ok: ``Verification.ok``: whether the graph is correct. It says nothing about the approximation error.
         convolutions: One entry for every convolution of the original.
         diagrams: Block diagrams of both networks.
@@ -147,6 +148,7 @@ class ReportData:
     tolerance: float
     changed: tuple[str, ...]
     overflow: str | None
+    loss_increase: float | None
     ok: bool
     convolutions: tuple[ConvReport, ...]
     diagrams: tuple[BlockDiagram, BlockDiagram]
@@ -166,13 +168,18 @@ class ReportData:
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 9 + [50])
         check = format_graph_check(self.graph_error, self.tolerance, self.changed, self.overflow)
         return (
-            f"{format_approximation_error(self.end_to_end_error)}\n\n{table}\n\n{check}\n"
+            f"{format_approximation_error(self.end_to_end_error)}{format_loss(self.loss_increase)}\n\n{table}\n\n{check}\n"
             f"ms: {format_threads(self.threads)}; peak MB: activations; kernel, output: relative errors"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data: numbers, strings, lists and dicts."""
         return {"format": "fxfact report", "version": 1, **asdict(self)}
+
+
+def format_loss(increase: float | None) -> str:
+    """Say by how much the loss grows on the example inputs, on a line of its own, or "" if that is not known."""
+    return "" if increase is None else f"\nloss increase on these inputs: {increase:.3g} nats per sample"
 
 
 def format_approximation_error(error: float) -> str:

@@ -126,8 +126,8 @@ def report(
         model=plan.model, capture=plan.capture, refused=plan.refused, before=plan.network, after=plan.after,
         milliseconds=(ms[0], ms[1]), activation_bytes=(peaks[0], peaks[1]), threads=torch.get_num_threads(),
         graph_error=verified.graph, end_to_end_error=verified.end_to_end, tolerance=verified.tolerance,
-        changed=verified.changed, overflow=verified.overflow, ok=verified.ok, convolutions=convolutions,
-        diagrams=diagrams,
+        changed=verified.changed, overflow=verified.overflow, loss_increase=verified.loss_increase, ok=verified.ok,
+        convolutions=convolutions, diagrams=diagrams,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -26,10 +26,11 @@ from fxfact.analysis.reference import (
     prepare_original,
     stages_of,
 )
-from fxfact.analysis.report_data import format_approximation_error, format_graph_check, format_overflow
-from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model
+from fxfact.analysis.report_data import format_approximation_error, format_graph_check, format_loss, format_overflow
+from fxfact.calibration import DivergenceEvaluator
+from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model, samples_of
 from fxfact.conv import looks_like_conv
-from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, VerificationError
+from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, CaptureError, VerificationError
 from fxfact.graph import with_kernels
 from fxfact.passes import last_plan
 from fxfact.planning import Plan
@@ -85,6 +86,8 @@ class Verification:
         overflow: Name of the first stage whose output overflows, for example in half precision, while the output of the
             original is finite. Then ``graph`` is the error in single precision, or NaN if the networks cannot be run in
             it. None if no stage overflows.
+        loss_increase: How far the outputs are from the original's, in nats for one sample, by what the plan says that
+            they mean. None if the plan was made without data, or there is only one sample.
     """
 
     graph: float
@@ -93,6 +96,7 @@ class Verification:
     sites: tuple[SiteErrors, ...]
     changed: tuple[str, ...] = ()
     overflow: str | None = None
+    loss_increase: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -109,7 +113,7 @@ class Verification:
         ]
         table = tabulate(rows, ["convolution", "kernel", "output"], disable_numparse=True)
         return (
-            f"{table}\n\n{format_approximation_error(self.end_to_end)}\n"
+            f"{table}\n\n{format_approximation_error(self.end_to_end)}{format_loss(self.loss_increase)}\n"
             f"{format_graph_check(self.graph, self.tolerance, self.changed, self.overflow)}\n"
             "The table has relative errors. kernel: of the composed kernel; may be large if calibration data showed\n"
             "that it matters little. output: of the convolution, on its input in the original."
@@ -146,7 +150,23 @@ def verify(
         if not programs:
             raise ArgumentError("verify compares outputs: pass example_inputs, one call of the two networks")
         example_inputs = inputs_of(programs[0])
-    return _verify(original, factorized, example_inputs, may_be_trained=True)
+    verified = _verify(original, factorized, example_inputs, may_be_trained=True)
+    return replace(verified, loss_increase=_loss_increase(original, factorized, example_inputs))
+
+
+@full_precision()
+def _loss_increase(
+    original: nn.Module | ExportedProgram, factorized: nn.Module | ExportedProgram, example_inputs: ExampleInputs
+) -> float | None:
+    """Return the divergence of the outputs, or None if the plan does not know what they mean."""
+    parts = last_plan(factorized).outputs
+    if not parts or samples_of(example_inputs) < 2:
+        return None
+    try:
+        evaluator = DivergenceEvaluator(to_eval(copy_as_module(original)), [example_inputs], parts)
+        return evaluator.divergence(to_eval(copy_as_module(factorized)))
+    except CalibrationError:  # these inputs give outputs that cannot be measured
+        return None
 
 
 def check_rewrite(

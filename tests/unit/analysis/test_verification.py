@@ -9,6 +9,7 @@ from torch.export import export
 
 import fxfact
 from fxfact.analysis.report_data import format_approximation_error
+from fxfact.calibration import DivergenceEvaluator
 from fxfact.conv import read_conv, run
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, PlanError
 from fxfact.factorizations import Tucker
@@ -36,6 +37,23 @@ def test_verify_gives_errors_by_site_and_end_to_end(kind: type[Small], image: Te
     text = str(verified)
     assert "second" in text
     assert "graph check passed: on these inputs" in text
+
+
+def test_verify_and_report_measure_the_loss_as_the_plan_reads_the_outputs(small: Small, image: Tensor) -> None:
+    batches = torch.randn(32, *image.shape[1:], generator=torch.Generator().manual_seed(0))
+    result = fxfact.factorize(small, "tucker", rank=0.3, example_inputs=image, calibration=batches.split(8))
+    evaluator = DivergenceEvaluator(small, [batches], fxfact.plan_of(result).outputs)
+    verified = fxfact.verify(small, result, batches)
+    assert verified.loss_increase == pytest.approx(evaluator.divergence(result), rel=1e-3)
+    assert verified.loss_increase > 0
+    assert "loss increase on these inputs:" in str(verified)
+    assert fxfact.verify(small, result, batches[:1]).loss_increase is None  # one sample has no variance
+    without_data = fxfact.factorize(small, "tucker", rank=0.3, example_inputs=image)
+    assert fxfact.verify(small, without_data, batches).loss_increase is None
+    report = fxfact.report(small, result, batches)
+    assert report.loss_increase == pytest.approx(verified.loss_increase, rel=1e-3)
+    assert "loss increase on these inputs:" in str(report)
+    assert "loss increase on these inputs:" in report.to_html()
 
 
 @pytest.mark.parametrize("kind", [Small, Branching])
