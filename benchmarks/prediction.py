@@ -33,6 +33,7 @@ def pairs_of(model: nn.Module, statistics: Statistics, measure: Measured, count:
     """Return predicted and measured nats of ``count`` rewrites, with random factorizations and ranks."""
     draw, found = np.random.default_rng(0), []
     layers = {path: read_conv(model.get_submodule(path)) for path in statistics.moments}
+    layers = {path: layer for path, layer in layers.items() if any(not k().rejects(layer.spec) for k in FACTORIZATIONS)}
     while len(found) < count:
         path = list(layers)[len(found) % len(layers)]
         layer, kind = layers[path], FACTORIZATIONS[int(draw.integers(len(FACTORIZATIONS)))]()

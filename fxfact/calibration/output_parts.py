@@ -45,6 +45,8 @@ class OutputPart:
         title = "left out" if self.distribution is None else self.distribution.title
         if isinstance(self.distribution, Gaussian) and self.channel_axis is not None:
             title += " by channel"
+        if self.channel_axis not in (None, 1) and self.distribution is not None:
+            title += f" on axis {self.channel_axis}"
         return f"{block}{place}{self.shape} {title}{f': {self.reason}' if self.reason else ''}"
 
     def view(self, tensor: Tensor) -> Tensor:

@@ -21,12 +21,20 @@ _SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of probabilities 
 _HALF_SUM_TOLERANCE = 3e-2
 _CONSTANT = 1e-6  # relative difference between samples
 _CERTAIN = 0.35  # mean of 4 p (1 − p) below which numbers in [0, 1] are probabilities
-_BLOCK_VALUES = 32  # of each channel, without which a block of channels may be in [0, 1] by chance
-_CONFIDENT = 0.4  # mean softmax of the winner from which on numbers are logits
+_BLOCK_VALUES = 64  # of each channel, without which a block of channels may be in [0, 1] by chance
+_CONFIDENT = 1 / 3  # softmax of the winner from which on numbers are logits: 0 is chance, 1 is certain
 _STANDOUT = 1.5  # distance of the winner from the second, in units of that of normally distributed numbers
 _FREE_WINNERS = 0.3  # share of the winners' entropy that must be left where the position is known
+_FEWEST_NEIGHBOURS = 6  # along an axis that can be told to be one of space or time
+_SMOOTH = 0.5  # correlation of neighbours, beyond that of distant ones
 _LEAST_INFORMATION = 1e-3  # nats per sample below which a prediction counts as constant
-_INTERMEDIATE = ("hidden_state", "past_key_value", "attentions", "loss")  # parts of a name, beside outputs named logits
+_INTERMEDIATE = (
+    "hidden_state",
+    "past_key_value",
+    "cache",
+    "attentions",
+    "loss",
+)  # parts of a name, beside outputs named logits
 
 
 def read_outputs(
@@ -191,7 +199,7 @@ def _read_blocks(part: OutputPart, outputs: OutputSamples) -> list[OutputPart]:
         view = replace(part, channel_axis=axis)
         values = outputs.values(view)
         flat = values.transpose(0, 1).flatten(1)
-        if flat.shape[1] < _BLOCK_VALUES:
+        if flat.shape[1] < _BLOCK_VALUES or _is_smooth(values):
             continue
         within = ((flat >= 0) & (flat <= 1)).all(1).tolist()
         starts = [k for k in range(len(within)) if k == 0 or within[k] != within[k - 1]]
@@ -225,25 +233,39 @@ def _are_probabilities(values: Tensor) -> bool:
 def _are_logits(values: Tensor) -> bool:
     """Return whether the values along axis 1 have a clear winner, which is not the same for all samples.
 
-    A trained classifier is confident: its softmax gives the winner much of the probability, and the winner stands out
-    from the second by more than the largest of as many normally distributed numbers would. Of two classes, one goes up
-    as the other goes down.
+    A trained classifier is confident: its softmax gives the winner much more probability than chance, and the winner
+    stands out from the second by more than the largest of as many normally distributed numbers would, and more than the
+    smallest stands out. Of two classes, one goes up as the other goes down. Numbers in [0, 1] are no logits.
     """
     classes = values.shape[1]
+    if (float(values.min()) >= 0 and float(values.max()) <= 1) or _is_smooth(values):
+        return False
     winners = nn.functional.one_hot(values.argmax(1), classes).double().reshape(len(values), -1, classes)
     overall = float(torch.special.entr(winners.mean((0, 1))).sum())
     by_position = float(torch.special.entr(winners.mean(0)).sum(1).mean())
     if overall < math.log(1.1) or (len(values) > 1 and by_position < _FREE_WINNERS * overall):
         return False  # coordinates of boxes have winners too, but nearly the same ones for every sample
     values = values.transpose(0, 1).flatten(1).T  # (predictions, classes)
-    if float(values.softmax(1).amax(1).mean()) < _CONFIDENT:
+    confidence = float(values.softmax(1).amax(1).mean())
+    if (confidence - 1 / classes) / (1 - 1 / classes) < _CONFIDENT:
         return False
     if classes == 2:
         centered = values - values.mean(0)
         return float((centered[:, 0] * centered[:, 1]).mean()) < -0.5 * float(centered.square().mean())
-    first, second = values.topk(2, dim=1).values.T
-    gap = ((first - second) / values.std(1).clamp_min(1e-300)).mean()
-    return float(gap) > _STANDOUT * _expected_gap(classes)
+    ordered, spread = values.sort(1).values, values.std(1).clamp_min(1e-300)
+    top, bottom = (float(((ordered[:, k + 1] - ordered[:, k]) / spread).mean()) for k in (classes - 2, 0))
+    return top > _STANDOUT * max(_expected_gap(classes), bottom)
+
+
+def _is_smooth(values: Tensor) -> bool:
+    """Return whether neighbours along axis 1 are more alike than others, as they are along an axis of space or time."""
+    count = values.shape[1]
+    if count < _FEWEST_NEIGHBOURS:
+        return False
+    rows = values.transpose(0, 1).flatten(1)
+    rows = nn.functional.normalize(rows - rows.mean(1, keepdim=True), dim=1)
+    near, far = ((rows * rows.roll(shift, 0)).sum(1)[shift:].mean() for shift in (1, count // 2))
+    return float(near - far) > _SMOOTH
 
 
 def _expected_gap(count: int) -> float:

@@ -105,7 +105,12 @@ def _fit(
         return value
 
     with torch.enable_grad():
-        optimizer.step(error)  # type: ignore[no-untyped-call]
+        try:
+            optimizer.step(error)  # type: ignore[no-untyped-call]
+        except RuntimeError as overflow:  # of the step size in the line search
+            if "overflow" not in str(overflow):
+                raise
+            return list(start)
     with torch.no_grad():
         fitted = [part.detach() for part in weights()]
         solved = back @ last.solve(inner_kernels(fitted).flatten(1))[0]

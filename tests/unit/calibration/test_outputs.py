@@ -129,6 +129,18 @@ def test_maps_of_logits_are_categorical() -> None:
     assert _kinds(_read(lambda x: x.movedim(1, 3), x)) == {"": "categorical logits"}
 
 
+def test_axes_of_space_and_time_hold_no_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    waves = torch.randn(64, 2, 512, generator=generator).cumsum(2)
+    assert _kinds(_read(lambda x: x, waves)) == {"": "gaussian"}
+    assert _kinds(_read(lambda x: 20 * x[:, 0].sigmoid(), waves)) == {"": "gaussian"}
+
+
+def test_heavy_tails_are_no_logits() -> None:
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    assert _kinds(_read(lambda x: 3 * x**3, x)) == {"": "gaussian"}
+
+
 def test_two_classes_are_told_from_two_numbers() -> None:
     x = 4 * torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
     assert _kinds(_read(lambda x: torch.cat([x, -x], 1), x)) == {"": "categorical logits"}
@@ -241,7 +253,7 @@ def test_parts_are_written_and_read(logits: Tensor) -> None:
     parts = _read(read, logits)
     again = tuple(OutputPart.from_json(part.to_json()) for part in parts)
     assert list(map(str, again)) == [
-        "s (3, 16, 10) categorical (log-probabilities)",
+        "s (3, 16, 10) categorical (log-probabilities) on axis 2",
         "b (16, 4) Gaussian by channel",
         "i (16,) left out: int64",
     ]

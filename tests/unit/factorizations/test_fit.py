@@ -8,6 +8,7 @@ import torch
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
 from fxfact.errors import SpecError
 from fxfact.factorizations import ChannelSVD
+from fxfact.factorizations.cp import CPMobilenet
 from tests.support import SPECS, equal_fishers, random_fisher, random_layer
 
 
@@ -68,3 +69,20 @@ def test_metric_of_another_convolution_is_refused() -> None:
     spec = ConvSpec.parse(6, 8, (3, 3))
     with pytest.raises(SpecError, match=r"\(54, 8\)"):
         ChannelSVD().decompose(random_layer(spec), (3,), metric=random_fisher(ConvSpec.parse(4, 8, (3, 3))))
+
+
+def test_fit_that_overflows_keeps_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(SPECS["plain"])
+    metric = random_fisher(layer.spec)
+    method = CPMobilenet()
+
+    def overflow(*arguments: object) -> None:
+        raise RuntimeError("value cannot be converted to type float without overflow")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.LBFGS, "step", overflow)
+        start = compose(method.decompose(layer, (3,), metric=metric))
+    fitted = compose(method.decompose(layer, (3,), metric=metric))
+    increases = [float(metric.loss_increase(layer.spec, kernel - layer.weight)) for kernel in (start, fitted)]
+    assert torch.isfinite(start).all()
+    assert increases[1] < increases[0]
