@@ -28,13 +28,7 @@ _FREE_WINNERS = 0.3  # share of the winners' entropy that must be left where the
 _FEWEST_NEIGHBOURS = 6  # along an axis that can be told to be one of space or time
 _SMOOTH = 0.5  # correlation of neighbours, beyond that of distant ones
 _LEAST_INFORMATION = 1e-3  # nats per sample below which a prediction counts as constant
-_INTERMEDIATE = (
-    "hidden_state",
-    "past_key_value",
-    "cache",
-    "attentions",
-    "loss",
-)  # parts of a name, beside outputs named logits
+_INTERMEDIATE = ("hidden_state", "past_key_value", "cache", "attentions", "loss")  # in names, beside logits
 
 
 def read_outputs(
