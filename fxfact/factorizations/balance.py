@@ -76,10 +76,10 @@ def _gains(spec: ConvSpec, kernel: Tensor) -> Tensor:
 def _position_sets(spec: ConvSpec) -> Tensor:
     """Return which kernel positions one output sees: one column of zeros and ones for each set."""
     if not spec.transposed:
-        return torch.ones(math.prod(spec.kernel_size), 1)
-    sets = torch.zeros(1, dtype=torch.int64)
+        return torch.ones(math.prod(spec.kernel_size), 1, device="cpu")
+    sets = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, stride, dilation in zip(spec.kernel_size, spec.stride, spec.dilation, strict=True):
-        phases = torch.arange(size) * dilation % stride
+        phases = torch.arange(size, device="cpu") * dilation % stride
         sets = (sets[:, None] * stride + phases).flatten()
     return F.one_hot(sets)
 
