@@ -121,7 +121,17 @@ def _is_same(before: list[Any] | None, after: list[Any] | None) -> bool:
 
 
 class ParameterChangedError(CaptureError):
-    """forward changes a parameter, so no front end can take the model."""
+    """forward changes the parameter ``name``, so no front end can take the model."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name}: forward changes this parameter, which a factorized network could not do. Move the change out of "
+            "forward, for example into the training loop."
+        )
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name,)
 
 
 class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -148,7 +158,7 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tree_leaves(args[index] if index < len(args) else kwargs.get(name)):
                 for storage in storages_of(tensor) if isinstance(tensor, Tensor) else ():
                     if storage in self._names:
-                        self._error = changed_error(self._names[storage])
+                        self._error = ParameterChangedError(self._names[storage])
                         raise self._error
         return func(*args, **kwargs)
 
@@ -162,19 +172,11 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         now = _parameter_identities(self._network)
         for name in self._before | now:
             if self._before.get(name) != now.get(name):
-                raise changed_error(name)
+                raise ParameterChangedError(name)
 
 
 def _parameter_identities(network: nn.Module) -> dict[str, tuple[int, tuple[int, ...], bool]]:
     return {name: (id(p), storages_of(p), p.requires_grad) for name, p in network.named_parameters()}
-
-
-def changed_error(name: str) -> ParameterChangedError:
-    """Return the error for a forward that changes a parameter."""
-    return ParameterChangedError(
-        f"{name}: forward changes this parameter, which a factorized network could not do. Move the change out of "
-        "forward, for example into the training loop."
-    )
 
 
 @cache

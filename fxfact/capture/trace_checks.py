@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._pytree import tree_leaves
 
-from fxfact.capture.guards import changed_error, written_arguments
+from fxfact.capture.guards import ParameterChangedError, written_arguments
 from fxfact.conv import has_hooks, is_conv
 from fxfact.errors import CaptureError
 
@@ -137,7 +137,7 @@ def _check_writes(graph: fx.Graph, owner: nn.Module, sources: dict[fx.Node, str]
     for node in graph.nodes:
         for operand in _written(node):
             if operand in sources:
-                raise changed_error(sources[operand])
+                raise ParameterChangedError(sources[operand])
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and first in sources and _is_view(node):
             sources[node] = sources[first]

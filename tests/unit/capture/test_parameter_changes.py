@@ -140,3 +140,30 @@ def test_model_that_does_not_run_in_training_mode_is_accepted() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         copy.deepcopy(model).train()(x)
     assert fxfact.plan(model, example_inputs=x).capture == "modules"
+
+
+class Codebook(nn.Module):
+    """Moves a table towards its input in training, as vector quantizers do, and has a convolution beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(4, 8, 3), nn.Embedding(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.training:
+            with torch.no_grad():
+                self.table.weight.mul_(0.9).add_(x.mean((2, 3)).mean(0), alpha=0.1)
+        return x + self.table.weight[0].reshape(1, 8, 1, 1)
+
+
+def test_other_parameters_may_change_in_the_mode_that_the_model_is_not_in(image: Tensor) -> None:
+    model = Codebook().eval()
+    small = fxfact.factorize(model, "tucker", rank=0.5, example_inputs=image, verify=True)
+    assert fxfact.plan_of(small).capture == "modules"
+    assert len(fxfact.plan_of(small).rewrites) == 1
+    before = small.table.weight.detach().clone()
+    small.train()(image)
+    assert not small.table.weight.equal(before)  # the network's own Python goes on
+    with pytest.raises(CaptureError, match=r"table\.weight: forward changes this parameter"):
+        fxfact.factorize(model.train(), "tucker", rank=0.5, example_inputs=image)
