@@ -14,10 +14,8 @@ from fxfact.calibration.batches import (
 )
 from fxfact.calibration.collect import (
     MAX_SEED,
-    agreed_likelihood,
     collect_statistics,
     generator_seed,
-    rank_and_world_size,
 )
 from fxfact.calibration.divergence import DivergenceEvaluator, mean_and_error, significantly_negative
 from fxfact.calibration.likelihood import (
@@ -30,10 +28,13 @@ from fxfact.calibration.likelihood import (
 )
 from fxfact.calibration.moments import Window
 from fxfact.calibration.output_parts import OutputPart
+from fxfact.calibration.output_samples import READING_SAMPLES
+from fxfact.calibration.processes import rank_and_world_size, samples_of_all_processes
 from fxfact.calibration.statistics import Statistics
 
 __all__ = [
     "MAX_SEED",
+    "READING_SAMPLES",
     "BatchReader",
     "Batches",
     "CustomLoss",
@@ -43,7 +44,6 @@ __all__ = [
     "Statistics",
     "Transform",
     "Window",
-    "agreed_likelihood",
     "batch_call",
     "collect_statistics",
     "first_sample",
@@ -55,6 +55,7 @@ __all__ = [
     "rank_and_world_size",
     "resolve_likelihood",
     "run_batch",
+    "samples_of_all_processes",
     "significantly_negative",
     "split_held_out",
     "take_samples",

@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from fxfact.calibration.batches import Batches, BatchReader, iter_batches, peek_
 from fxfact.calibration.likelihood import Likelihood, OutputLikelihood, count_samples, parts_of, resolve_likelihood
 from fxfact.calibration.moments import MomentAccumulator, Window
 from fxfact.calibration.output_samples import READING_SAMPLES
+from fxfact.calibration.processes import all_reduce, rank_and_world_size, samples_of_all_processes
 from fxfact.calibration.statistics import Statistics
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.errors import CalibrationError
@@ -68,7 +68,7 @@ def collect_statistics(
     collector = _GradientCollector(sums, weights)
     random, reader = _SampleRandom(seed), BatchReader.of(batches)
     first, taken = peek_batches(iter_batches(network, reader, captured.example_inputs), READING_SAMPLES)
-    known = agreed_likelihood(resolve_likelihood(likelihood, network, first))
+    known = resolve_likelihood(likelihood, network, samples_of_all_processes(first, READING_SAMPLES))
     del first
     for batch in _with_progress(taken, reader, progress):
         with torch.enable_grad():
@@ -164,15 +164,6 @@ def _statistics(sums: Mapping[str, MomentAccumulator], likelihood: Likelihood, s
         specs={path: found.spec for path, found in sums.items() if moments[path] is not None},
         moments={path: fisher for path, fisher in moments.items() if fisher is not None},
     )
-
-
-def agreed_likelihood(likelihood: Likelihood) -> Likelihood:
-    """Return the likelihood that the first process has read, in all processes."""
-    if rank_and_world_size()[1] == 1 or not isinstance(likelihood, OutputLikelihood):
-        return likelihood
-    box = [likelihood.parts]
-    dist.broadcast_object_list(box, src=0)
-    return OutputLikelihood(box[0])
 
 
 def generator_seed(seed: int, number: int) -> int:
@@ -295,19 +286,3 @@ def _require_gradients(weights: Mapping[str, Tensor]) -> None:
 
 def _per_axis(values: Sequence[int], order: int) -> list[int]:
     return list(values) * order if len(values) == 1 else list(values)
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes; (0, 1) without ``torch.distributed``."""
-    initialized = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
-
-
-def all_reduce(tensors: Sequence[Tensor]) -> None:
-    """Sum tensors over all processes, in place. Does nothing if ``torch.distributed`` is not initialized."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for tensor in tensors:
-        on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-        dist.all_reduce(on_device)
-        tensor.copy_(on_device)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.calibration.batches import run_batch
-from fxfact.calibration.collect import all_reduce
 from fxfact.calibration.likelihood import Likelihood, resolve_likelihood
+from fxfact.calibration.processes import all_reduce
 from fxfact.capture import ExampleInputs
 from fxfact.errors import CalibrationError
 from fxfact.utils import check_finite_state

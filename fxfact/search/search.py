@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 from fxfact.calibration import (
+    READING_SAMPLES,
     Batches,
     CustomLoss,
     DivergenceEvaluator,
     Statistics,
-    agreed_likelihood,
     collect_statistics,
     iter_batches,
     own_likelihood,
     rank_and_world_size,
     resolve_likelihood,
+    samples_of_all_processes,
     split_held_out,
 )
 from fxfact.capture import Captured, ExampleInputs
@@ -137,8 +138,8 @@ def search(
 def _evaluator(network: nn.Module, data: CalibrationData, batches: _SplitBatches) -> DivergenceEvaluator:
     """Read the outputs from the batches to learn from, and run the network on the batches to measure on."""
     readable = batches.learning if isinstance(batches.learning, list) else batches.measuring
-    likelihood = agreed_likelihood(resolve_likelihood(_likelihood(data), network, readable))
-    return DivergenceEvaluator(network, batches.measuring, likelihood)
+    first = samples_of_all_processes(readable, READING_SAMPLES)
+    return DivergenceEvaluator(network, batches.measuring, resolve_likelihood(_likelihood(data), network, first))
 
 
 def _with_outputs(plan: Plan, statistics: Statistics | None) -> Plan:

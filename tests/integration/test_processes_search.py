@@ -43,4 +43,5 @@ def test_two_processes_measure_on_the_data_of_both(tmp_path: Path) -> None:
     for name in ("alone", "beside"):
         one, other = (fxfact.Plan.load(tmp_path / f"{name}{rank}.json") for rank in range(2))
         assert one == other
-        assert (one.measured_loss_increase is not None) == (name == "beside")
+        assert one.measured_loss_increase is not None
+        assert one.measured_on_held_out == (name == "beside")
