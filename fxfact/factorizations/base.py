@@ -20,6 +20,7 @@ from fxfact.factorizations.stages import ChainLayout, Rank, one_group
 from fxfact.utils import no_reduced_precision
 
 _FIT_ITERATIONS = 200  # for weights that will be used
+_HALF = (torch.float16, torch.bfloat16)
 _ESTIMATE_ITERATIONS = 12  # for the loss increases that a plan is made from
 
 
@@ -160,8 +161,9 @@ class Factorization(ChainLayout):
                 else self._weights_in_metric(block, part, rank, metric=own, generator=generator, iterations=iterations)
                 for part, own in _by_group(layer.spec.groups, block, weight, metric)
             ]
-            balanced = [balance_stages(self._stages(block, rank), parts) for parts in by_group]
-        joined = [torch.cat([part.flatten() for part in parts]) for parts in zip(*balanced, strict=True)]
+            if layer.weight.dtype in _HALF:  # otherwise stages keep similar norms, with which they train best
+                by_group = [balance_stages(self._stages(block, rank), parts) for parts in by_group]
+        joined = [torch.cat([part.flatten() for part in parts]) for parts in zip(*by_group, strict=True)]
         joined = joined if scale == 1.0 else [part * scale ** (1 / len(specs)) for part in joined]
         weights = [
             _cast(part, layer.weight.dtype).reshape(spec.out_channels, -1, *spec.kernel_size)
