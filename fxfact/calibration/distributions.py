@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, final
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +59,42 @@ class Distribution(ABC):
         """
 
 
+@dataclass(frozen=True)
+class _Events(Distribution):
+    """A distribution of events, which logits describe. Subclasses say what the logits of an output are.
+
+    Attributes:
+        form: What the numbers of the output are: 'logits', 'probabilities' or 'log-probabilities'.
+        scale: A divisor of the logits. It is above 1 if the network is so certain of every prediction that hardly any
+            gradient would be left.
+    """
+
+    form: str
+    scale: float = 1.0
+
+    @abstractmethod
+    def logits(self, values: Tensor) -> Tensor:
+        """Return the logits of an output, divided by the scale."""
+
+    @abstractmethod
+    def _uncertainties(self, logits: Tensor) -> Tensor:
+        """Return for every prediction the probability that something else happens than what is most probable."""
+
+    def fitted(self, values: Tensor) -> Self:
+        """Return the distribution with the smallest scale at which the predictions keep some uncertainty."""
+
+        def uncertainties(scale: float) -> Tensor:
+            return self._uncertainties(replace(self, scale=scale).logits(values) / _FISHER_TEMPERATURE)
+
+        return replace(self, scale=_scale_for(uncertainties))
+
+    def _title(self, title: str) -> str:
+        return title if self.scale == 1 else f"{title} at temperature {self.scale:.3g}"
+
+
 @final
 @dataclass(frozen=True)
-class Categorical(Distribution):
+class Categorical(_Events):
     """One of the channels, at every position.
 
     The Fisher information is diag(p) − p pᵀ. Gradients are drawn as √p ∘ ε − p (√pᵀ ε) with ε ~ N(0, 1). They have the
@@ -70,32 +103,22 @@ class Categorical(Distribution):
 
     Attributes:
         form: 'logits', 'probabilities' or 'log-probabilities'. The logarithm of a probability serves as its logit.
-        scale: A divisor of the logits. It is above 1 if the network is so certain of every prediction that hardly any
-            gradient would be left.
     """
 
     form: str = "logits"
-    scale: float = 1.0
     name = "categorical"
 
     @property
     def title(self) -> str:
         """How a plan prints the distribution."""
-        scale = "" if self.scale == 1 else f" at temperature {self.scale:.3g}"
-        return f"categorical ({self.form}){scale}"
+        return self._title(f"categorical ({self.form})")
 
     def logits(self, values: Tensor) -> Tensor:
         """Return the logits of an output."""
         return (values.clamp_min(1e-30).log() if self.form == "probabilities" else values) / self.scale
 
-    def fitted(self, values: Tensor) -> Categorical:
-        """Return the distribution with the smallest scale at which the predictions keep some uncertainty."""
-
-        def uncertainties(scale: float) -> Tensor:
-            logits = Categorical(self.form, scale).logits(values) / _FISHER_TEMPERATURE
-            return 1 - logits.softmax(1).amax(1)
-
-        return Categorical(self.form, _scale_for(uncertainties))
+    def _uncertainties(self, logits: Tensor) -> Tensor:
+        return 1 - logits.softmax(1).amax(1)
 
     def draw(self, values: Tensor, normal: Tensor) -> Tensor:
         """Return a random gradient, as the class describes."""
@@ -128,38 +151,29 @@ class Categorical(Distribution):
 
 @final
 @dataclass(frozen=True)
-class Bernoulli(Distribution):
+class Bernoulli(_Events):
     """An independent event for every number, which is its probability.
 
     As for Categorical, the Fisher information p (1 − p) is that of a softened p: its logit is divided by 2.
 
     Attributes:
         form: 'probabilities', or 'logits'.
-        scale: A divisor of the logits, as for Categorical.
     """
 
     form: str = "probabilities"
-    scale: float = 1.0
     name = "bernoulli"
 
     @property
     def title(self) -> str:
         """How a plan prints the distribution."""
-        scale = "" if self.scale == 1 else f" at temperature {self.scale:.3g}"
-        return f"Bernoulli{' (logits)' if self.form == 'logits' else ''}{scale}"
+        return self._title("Bernoulli (logits)" if self.form == "logits" else "Bernoulli")
 
     def logits(self, values: Tensor) -> Tensor:
         """Return the logits of an output."""
         return (torch.logit(values, eps=1e-7) if self.form == "probabilities" else values) / self.scale
 
-    def fitted(self, values: Tensor) -> Bernoulli:
-        """Return the distribution with the smallest scale at which the predictions keep some uncertainty."""
-
-        def uncertainties(scale: float) -> Tensor:
-            logits = Bernoulli(self.form, scale).logits(values) / _FISHER_TEMPERATURE
-            return (-logits.abs()).sigmoid()
-
-        return Bernoulli(self.form, _scale_for(uncertainties))
+    def _uncertainties(self, logits: Tensor) -> Tensor:
+        return (-logits.abs()).sigmoid()
 
     def draw(self, values: Tensor, normal: Tensor) -> Tensor:
         """Return a random gradient, as the class describes."""
