@@ -24,7 +24,6 @@ from fxfact.calibration.likelihood import (
     own_likelihood,
     parts_of,
     resolve_likelihood,
-    training_loss,
 )
 from fxfact.calibration.moments import Window
 from fxfact.calibration.output_parts import OutputPart
@@ -59,6 +58,5 @@ __all__ = [
     "significantly_negative",
     "split_held_out",
     "take_samples",
-    "training_loss",
     "with_batch_options",
 ]

@@ -117,7 +117,7 @@ def iter_batches(network: nn.Module, batches: Batches, example_inputs: ExampleIn
         if not samples:
             raise CalibrationError(f"{place} contains no samples. Drop it.")
         if left is not None and samples > left:
-            inputs = _first_samples(inputs, left)
+            inputs = cut_batch(inputs, left)
         found = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in found if tensor.is_floating_point()):
             raise CalibrationError(f"{place} contains NaN or Inf. Fix it or drop it.")
@@ -140,7 +140,7 @@ def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, B
     first_batches = list(islice(iterator, 1))
     first = next(iter_batches(network, replace(reader, batches=first_batches, transform=None), None))
     rest = replace(reader, batches=chain(first_batches, iterator), transform=None, length=reader.count_batches(first))
-    return _first_samples(first, 1), rest
+    return cut_batch(first, 1), rest
 
 
 def peek_batches(batches: Iterator[ExampleInputs], samples: int) -> tuple[list[ExampleInputs], Iterator[ExampleInputs]]:
@@ -214,7 +214,7 @@ def _sample_count(inputs: ExampleInputs) -> int:
     return next((len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
-def _first_samples(inputs: ExampleInputs, count: int) -> ExampleInputs:
+def cut_batch(inputs: ExampleInputs, count: int) -> ExampleInputs:
     """Return the first samples of a batch. Tensors whose first axis has another size than the first one's stay."""
     samples = _sample_count(inputs)
     cut: ExampleInputs = tree_map(

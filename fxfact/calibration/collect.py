@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfact.calibration.batches import Batches, BatchReader, iter_batches, peek_batches, run_batch
-from fxfact.calibration.likelihood import Likelihood, OutputLikelihood, count_samples, parts_of, resolve_likelihood
+from fxfact.calibration.likelihood import Likelihood, OutputLikelihood, parts_of, resolve_likelihood
 from fxfact.calibration.moments import MomentAccumulator, Window
 from fxfact.calibration.output_samples import READING_SAMPLES
 from fxfact.calibration.processes import all_reduce, rank_and_world_size, samples_of_all_processes
@@ -76,7 +76,7 @@ def collect_statistics(
                 output = run_batch(network, batch)
             if isinstance(known, OutputLikelihood) and not random.samples:
                 known = _without_detached(known, output, network)
-            random.start_batch(count_samples(known, output, batch))
+            random.start_batch(known.count_samples(output, batch))
             pairs = known.draw(output, random.normal_like)
             _check_output(network, [tensor for tensor, _ in pairs])
             differentiable = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,8 @@ _KRYLOV_STEPS = 16
 class Likelihood(ABC):
     """How the output of a network is read: as a distribution of what it predicts.
 
-    Subclass it, or pass any object with these two methods, to say it yourself.
+    Subclass it, or pass any object with the methods ``draw`` and ``divergence``, to say it yourself.
     """
-
-    name: ClassVar[str] = "custom"
 
     @abstractmethod
     def draw(self, output: Any, normal: Normal) -> Sequence[tuple[Tensor, Tensor]]:
@@ -54,6 +52,30 @@ class Likelihood(ABC):
             The divergence of each sample ``(n,)``, in nats.
         """
 
+    def training_loss(self, expected: Any, found: Any) -> Tensor:
+        """Measure what distillation minimizes. By default it is the divergence.
+
+        Args:
+            expected: the original's output.
+            found: the output of the factorized network for the same batch.
+
+        Returns:
+            The loss of each sample ``(n,)``.
+        """
+        return self.divergence(expected, found)
+
+    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
+        """Count the samples of a batch. By default it is the first size of its first tensor.
+
+        Args:
+            output: what the network returns for the batch.
+            batch: the arguments of the network.
+
+        Returns:
+            The number of samples.
+        """
+        return samples_of(batch)
+
 
 @final
 class OutputLikelihood(Likelihood):
@@ -62,8 +84,6 @@ class OutputLikelihood(Likelihood):
     Attributes:
         parts: the parts, fitted to outputs.
     """
-
-    name = "read"
 
     def __init__(self, parts: Sequence[OutputPart]) -> None:
         self.parts = tuple(parts)
@@ -87,8 +107,8 @@ class OutputLikelihood(Likelihood):
             )
         return OutputLikelihood(parts)
 
-    def count_samples(self, output: Any) -> int:
-        """Return the number of samples in an output. Raises CalibrationError if its parts disagree."""
+    def count_samples(self, output: Any, batch: ExampleInputs) -> int:
+        """Return the number of samples in the output. Raises CalibrationError if its parts disagree."""
         counts = {part.name: len(view) for part, view in self._views(output)}
         if len(set(counts.values())) > 1:
             raise CalibrationError(f"the outputs have different numbers of samples: {counts}. Pass likelihood=.")
@@ -140,8 +160,6 @@ class OutputLikelihood(Likelihood):
 class CustomLoss(Likelihood):
     """A function that maps the output to a scalar, the loss summed over all samples. Its own gradient is used."""
 
-    name = "loss"
-
     def __init__(self, loss: Callable[[Any], Tensor]) -> None:
         self._loss = loss
 
@@ -175,8 +193,6 @@ class CustomDivergence(Likelihood):
     method for functions of a matrix (Higham 2008, Functions of Matrices, chapter 13), from products of H with vectors.
     """
 
-    name = "divergence"
-
     def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
         self._function = function
 
@@ -184,10 +200,7 @@ class CustomDivergence(Likelihood):
         """Return the floating-point tensors, each with a random gradient."""
         tensors = [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.requires_grad]
         if not tensors:
-            raise CalibrationError(
-                "calibration: no gradient flows from the output to a convolution. If forward() detaches its output, or "
-                "computes it from gradients of its own, plan without data."
-            )
+            return []
         with torch.enable_grad():
             points = {id(tensor): tensor.detach().double().requires_grad_() for tensor in tensors}
             expected = map_tensors(Tensor.detach, output)
@@ -326,18 +339,6 @@ def resolve_likelihood(request: object, network: nn.Module, batches: Sequence[Ex
     Raises CalibrationError.
     """
     return own_likelihood(request) or OutputLikelihood(read_outputs(network, batches, request))
-
-
-def count_samples(likelihood: Likelihood, output: Any, batch: ExampleInputs) -> int:
-    """Return the number of samples in a batch, by its output if the likelihood knows it."""
-    return likelihood.count_samples(output) if isinstance(likelihood, OutputLikelihood) else samples_of(batch)
-
-
-def training_loss(likelihood: Likelihood, expected: Any, found: Any) -> Tensor:
-    """Return the loss that distillation minimizes, for each sample (n,)."""
-    if isinstance(likelihood, OutputLikelihood):
-        return likelihood.training_loss(expected, found)
-    return likelihood.divergence(expected, found)
 
 
 def parts_of(likelihood: Likelihood | None) -> tuple[OutputPart, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fxfact.calibration.batches import run_batch
+from fxfact.calibration.batches import cut_batch, run_batch
 from fxfact.calibration.output_parts import OutputPart
 from fxfact.capture import ExampleInputs, samples_of
 from fxfact.errors import CalibrationError
@@ -36,7 +36,7 @@ class OutputSamples:
         count = 0
         for batch in batches:
             size = samples_of(batch)
-            part = _cut(batch, size, READING_SAMPLES - count) if count + size > READING_SAMPLES else batch
+            part = cut_batch(batch, READING_SAMPLES - count)
             self._add(dict(named_tensors(run_batch(network, part))), samples_of(part))
             count += size
             if count >= READING_SAMPLES:
@@ -100,19 +100,11 @@ class OutputSamples:
         return None
 
 
-def _cut(batch: ExampleInputs, size: int, count: int) -> ExampleInputs:
-    """Return the first samples of a batch."""
-    cut: ExampleInputs = tree_map(
-        lambda value: value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value, batch
-    )
-    return cut
-
-
 def _shapes_at_other_size(network: nn.Module, batch: ExampleInputs) -> dict[int, dict[str, tuple[int, ...]]]:
     """Return the shapes of the outputs for a batch of another size, if the network accepts one."""
     size = samples_of(batch)
     if size > 2:  # not one sample, whose axis some networks squeeze
-        other, count = _cut(batch, size, size - 1), size - 1
+        other, count = cut_batch(batch, size - 1), size - 1
     else:
         other, count = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.ndim else v, batch), 2 * size
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.analysis import prepare_original, stages_of, update_kernel_errors
-from fxfact.calibration import Batches, DivergenceEvaluator, iter_batches, run_batch, split_held_out, training_loss
+from fxfact.calibration import Batches, DivergenceEvaluator, iter_batches, run_batch, split_held_out
 from fxfact.capture import ExampleInputs, check_kept_by_copies
 from fxfact.conv import is_conv, spec_of, torch_conv_class
 from fxfact.errors import ArgumentTypeError, PlanError
@@ -104,7 +104,7 @@ class TeacherStudent:
         """Return the loss between both outputs for each sample (n,), with gradients for the factorized network."""
         with torch.no_grad():
             expected = run_batch(self.original, batch)
-        return training_loss(self._held_out.likelihood, expected, run_batch(self.factorized, batch))
+        return self._held_out.likelihood.training_loss(expected, run_batch(self.factorized, batch))
 
     def divergences(self) -> Tensor:
         """Return the KL divergence of every held-out sample (n,), in nats."""
