@@ -15,6 +15,8 @@ from fxfact.errors import CalibrationError
 from fxfact.utils import alias_copy, check_finite_state, named_tensors, to_eval
 
 READING_SAMPLES = 64  # that distributions are read from and fitted to
+_MOST_NUMBERS = 2**24  # of one output; large maps are read from fewer samples, so that memory does not grow with them
+_FEWEST_SAMPLES = 8
 
 
 class OutputSamples:
@@ -48,8 +50,9 @@ class OutputSamples:
 
     def values(self, part: OutputPart) -> Tensor:
         """Return the part for all samples, as (samples, channels, *positions) in double precision."""
-        views = [part.view(tensor).double() for tensor in self.tensors[part.name]]
-        return torch.cat([view for view in views if view.shape[1:] == views[0].shape[1:]])
+        views = [part.view(tensor) for tensor in self.tensors[part.name]]
+        count = max(_FEWEST_SAMPLES, _MOST_NUMBERS // max(1, views[0].shape[1:].numel()))
+        return torch.cat([view for view in views if view.shape[1:] == views[0].shape[1:]])[:count].double()
 
     def why_unreadable(self, name: str) -> str:
         """Return why a tensor has no distribution, or ""."""

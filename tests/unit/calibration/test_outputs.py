@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.calibration.output_parts import OutputPart
+from fxfact.calibration.output_samples import OutputSamples
 from fxfact.calibration.outputs import read_outputs
 from fxfact.errors import CalibrationError
 
@@ -218,6 +219,17 @@ def test_reading_does_not_depend_on_the_batch_size(logits: Tensor) -> None:
     for parts in kinds[1:]:
         assert [part.distribution for part in parts] == [part.distribution for part in kinds[0]]
         assert [part.weight for part in parts] == pytest.approx([part.weight for part in kinds[0]])
+
+
+def test_large_maps_are_read_from_fewer_samples(logits: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(x: Tensor) -> Tensor:
+        return x.softmax(1)[:, :, None].expand(-1, -1, 4)
+
+    monkeypatch.setattr("fxfact.calibration.output_samples._MOST_NUMBERS", 16 * 40)
+    outputs = OutputSamples(Returns(read).eval(), logits.split(16))
+    (part,) = _read(read, logits)
+    assert outputs.values(part).shape == (16, 10, 4)
+    assert _kinds((part,)) == {"": "categorical probabilities"}
 
 
 def test_one_sample_is_enough_to_read() -> None:
