@@ -121,7 +121,7 @@ def _uniform(comparison: Comparison, rule: str, macs: int, multiple_of: int) -> 
     for _ in range(7):
         middle = (low + high) / 2
         asked: dict[str, Any] = {"rank": middle, "multiple_of": multiple_of, "example_inputs": comparison.x}
-        plan = fxfact.plan(comparison.model, [rule, "pointwise_svd"], **asked)
+        plan = fxfact.plan(comparison.model, [rule, "svd"], **asked)
         if plan.after.macs is not None and plan.after.macs <= macs:
             low, best = middle, plan
         else:

@@ -64,7 +64,7 @@ def measure(channels: list[int], factorization: str, rank: float) -> dict[str, A
         model(*inputs)  # libraries allocate memory in a first run
     reset_peak()
     before, started = resident("VmRSS"), time.perf_counter()
-    result = fxfact.factorize(model, [factorization, "pointwise_svd"], rank=rank, example_inputs=inputs)
+    result = fxfact.factorize(model, [factorization, "svd"], rank=rank, example_inputs=inputs)
     seconds, peak = time.perf_counter() - started, resident("VmHWM") - before
     plan, size = fxfact.plan_of(result), bytes_of(result)
     bound = 1.1 * (size + 8 * largest)

@@ -59,9 +59,9 @@ def main() -> None:
     for kind in FACTORIZATIONS:
         method = kind(sweeps=2) if kind in (CPFactorized, CPMobilenet) else kind()  # type: ignore[call-arg]
         for name, (into, out, size) in LAYERS.items():
-            conv = nn.Sequential(nn.Conv2d(into, out, 1 if method.name == "pointwise_svd" else 3, padding=1)).eval()
+            conv = nn.Sequential(nn.Conv2d(into, out, 1 if method.name == "svd" else 3, padding=1)).eval()
             rows.append(compare(name, conv, torch.randn(1, into, size, size), method, given.repeats))
-        if method.name != "pointwise_svd":
+        if method.name != "svd":
             resnet, x = NETWORKS["resnet18"].load(), torch.randn(1, 3, 224, 224)
             rows.append(compare("resnet18", resnet, x, method, given.repeats // 4))
     show("A factorized network against the same stages by hand", rows, ".4g")

@@ -29,12 +29,14 @@ from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, Pl
 from fxfact.factorizations import FACTORIZATIONS, RankSpec, SpatialSVD
 from fxfact.passes import DecomposeOptions, Weights, apply_plan, capture_as_planned, last_plan
 from fxfact.planning import (
+    KINDS,
     Budget,
     BudgetAllocator,
     ByPath,
     ErrorCurveCache,
     FactorizationRequest,
     FixedRanks,
+    Kinds,
     Latency,
     Loss,
     Macs,
@@ -77,6 +79,7 @@ def factorize(
     multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
+    kinds: Kinds = KINDS,
     allow_growth: bool = False,
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
@@ -103,6 +106,7 @@ def factorize(
         multiple_of: see ``plan``.
         include: see ``plan``.
         exclude: see ``plan``.
+        kinds: see ``plan``.
         allow_growth: see ``plan``.
         capture: see ``plan``.
         fold_weights: see ``plan``.
@@ -139,7 +143,7 @@ def factorize(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
-    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth, call=call)
+    scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
     found = search(captured, strategy, scope, data, options=options, loss=loss)
@@ -169,6 +173,7 @@ def plan(
     multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
+    kinds: Kinds = KINDS,
     allow_growth: bool = False,
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
@@ -181,7 +186,7 @@ def plan(
 
     Args:
         model: a network, or an ExportedProgram. It is not changed.
-        factorization: a name ('cp', 'cp_factorized', 'tucker', 'tt', 'spatial_svd', 'channel_svd', 'pointwise_svd'), an
+        factorization: a name ('cp', 'cp_factorized', 'tucker', 'tt', 'spatial_svd', 'channel_svd', 'svd'), an
             object of ``fxfact.factorizations``, a list of these, or a mapping from path or glob to any of them. Of a
             list, each convolution takes the first that applies; under a budget, the best. Default: 'tucker'; under a
             budget, all.
@@ -223,7 +228,8 @@ def plan(
             would become 0 stays dense. GPUs compute half precision fast if channels are multiples of 8. Default: 1;
             under a budget of milliseconds 32, 16 or 8.
         include: globs on the path, or a predicate on (path, ConvSpec). Default: every convolution.
-        exclude: the same, for convolutions to leave alone.
+        exclude: the same, for layers to leave alone.
+        kinds: the kinds of layers to consider: 'conv', 'linear' or both.
         allow_growth: also rewrite convolutions that would have more parameters or (if known) more MACs.
         capture: 'trace' makes the model one torch.fx graph; 'modules' keeps the model's own class and Python and
             replaces its convolution modules; 'export' is for an ExportedProgram. 'auto' takes the one that reaches
@@ -263,7 +269,7 @@ def plan(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
-    scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth, call=call)
+    scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
     return search(captured, strategy, scope, data, options=options, loss=loss).plan

@@ -27,9 +27,11 @@ from fxfact.factorizations import RankSpec
 from fxfact.graph import GraphSite, lift, lower, match
 from fxfact.passes import DecomposeOptions, FactorizeConvs, decompose_layer
 from fxfact.planning import (
+    KINDS,
     Decision,
     FactorizationRequest,
     FixedRanks,
+    Kinds,
     Plan,
     RankRule,
     SearchScope,
@@ -39,7 +41,7 @@ from fxfact.planning import (
 
 _log = logging.getLogger(__name__)
 _Compiled = Callable[..., Any]
-_BACKEND_OPTIONS = ("factorization", "rank", "multiple_of", "include", "exclude", "allow_growth", "inner")
+_BACKEND_OPTIONS = ("factorization", "rank", "multiple_of", "include", "exclude", "kinds", "allow_growth", "inner")
 _NEAR = 0.75  # similarity of two names, from which on one may be the other one misspelt
 _IS_TRAINED = "gradients are on and its weight is being trained; call the compiled model under torch.no_grad()"
 
@@ -58,6 +60,7 @@ class backend:  # noqa: N801 (it is called like a function)
         multiple_of: As for ``fxfact.plan``.
         include: As for ``fxfact.plan``.
         exclude: As for ``fxfact.plan``.
+        kinds: As for ``fxfact.plan``.
         allow_growth: As for ``fxfact.plan``.
         inner: The backend, or its name, that compiles the factorized graph.
 
@@ -78,12 +81,15 @@ class backend:  # noqa: N801 (it is called like a function)
         multiple_of: int | None = None,
         include: Selection | None = None,
         exclude: Selection | None = None,
+        kinds: Kinds = KINDS,
         allow_growth: bool = False,
         inner: str | _Compiled = "inductor",
     ) -> None:
         self._strategy = replace(FixedRanks.parse(factorization, rank, multiple_of), partial=True)
         # Dynamo may split a model into several graphs, so a glob may fit none of the layers of one graph.
-        self._scope = SearchScope(include=include, exclude=exclude, allow_growth=allow_growth, partial=True)
+        self._scope = SearchScope(
+            include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, partial=True
+        )
         if not isinstance(inner, str) and not callable(inner):
             raise ArgumentTypeError(
                 f"inner must be a backend or its name, got {inner!r}. Pass 'inductor', for example."

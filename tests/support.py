@@ -68,6 +68,8 @@ SPECS = {
     "transposed pointwise": ConvSpec.parse(6, 8, (1, 1), stride=2, output_padding=1, transposed=True, bias=True),
     "one input channel": ConvSpec.parse(1, 8, (3, 3), padding=1),
     "one output channel": ConvSpec.parse(8, 1, (3, 3), padding=1, bias=True),
+    "linear": ConvSpec.linear(6, 8, bias=True),
+    "linear, in × out": ConvSpec.linear(8, 6, transposed=True),
 }
 
 
@@ -81,6 +83,8 @@ def random_layer(spec: ConvSpec, dtype: torch.dtype = torch.float64, seed: int =
 def random_input(spec: ConvSpec, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = (2,)) -> Tensor:
     sizes = [11, 9, 10][: spec.order]
     generator = torch.Generator().manual_seed(1)
+    if not spec.order:
+        return torch.randn(*batch, 3, spec.in_channels, generator=generator, dtype=torch.float64).to(dtype)
     return torch.randn(*batch, spec.in_channels, *sizes, generator=generator, dtype=torch.float64).to(dtype)
 
 

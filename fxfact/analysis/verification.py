@@ -7,7 +7,7 @@ correct. The end-to-end error is the difference from the original itself. It is 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfact.analysis.overflow import first_overflow, is_finite, single_precision_error
@@ -29,7 +30,7 @@ from fxfact.analysis.reference import (
 from fxfact.analysis.report_data import format_approximation_error, format_graph_check, format_loss, format_overflow
 from fxfact.calibration import DivergenceEvaluator
 from fxfact.capture import ExampleInputs, inputs_of, reason_of, run_model, samples_of
-from fxfact.conv import looks_like_conv
+from fxfact.conv import ConvCall, LinearCallMode, looks_like_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, CaptureError, VerificationError
 from fxfact.graph import with_kernels
 from fxfact.passes import last_plan
@@ -253,7 +254,7 @@ def _effect_of_rounding(
 
 
 class _SiteErrorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Repeats every convolution that uses one of the network's weights with the composed kernel, and compares."""
+    """Repeats every convolution and linear layer that uses a weight of the network with the composed kernel."""
 
     supports_higher_order_operators = True  # passed through unseen
 
@@ -264,7 +265,17 @@ class _SiteErrorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paths = StorageIndex(self._weights.items())
         self._squared_error: dict[str, float] = defaultdict(float)
         self._squared_norm: dict[str, float] = defaultdict(float)
+        self._linear_layers = _LinearErrors(self._weights, kernels, self._add)
         self.conv_dtypes: dict[torch.dtype, Tensor] = {}  # an empty tensor for each dtype that convolutions return
+
+    def __enter__(self) -> _SiteErrorMode:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._linear_layers.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._linear_layers.__exit__(*raised)  # type: ignore[no-untyped-call]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -276,9 +287,14 @@ class _SiteErrorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         path = self._paths.name_of(weight) if isinstance(weight, Tensor) else None
         if path is not None and isinstance(weight, Tensor):
             other = func(args[0], self._kernels[path].to(weight.dtype), *args[2:], **(kwargs or {}))
-            self._squared_error[path] += float((other - output).double().square().sum())
-            self._squared_norm[path] += float(output.double().square().sum())
+            self._add(path, output, other)
         return output
+
+    def _add(self, path: str, output: Tensor, other: Tensor) -> None:
+        """Add one call: its output, and that with the composed kernel."""
+        self.conv_dtypes[output.dtype] = output.new_empty(0)
+        self._squared_error[path] += float((other - output).double().square().sum())
+        self._squared_norm[path] += float(output.double().square().sum())
 
     @property
     def errors(self) -> tuple[SiteErrors, ...]:
@@ -290,6 +306,27 @@ class _SiteErrorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             output = (self._squared_error[path] / total) ** 0.5 if total else None
             found.append(SiteErrors(path=path, weight=weight, output=output))
         return tuple(found)
+
+
+class _LinearErrors(LinearCallMode):
+    """Repeats every linear layer that uses one of the weights with the composed kernel."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        kernels: Mapping[str, Tensor],
+        add: Callable[[str, Tensor, Tensor], None],
+    ) -> None:
+        super().__init__((path, weight) for path, weight in weights.items() if weight.ndim == 2)
+        self._weights, self._kernels, self._add = weights, kernels, add
+
+    def on_linear(self, name: str, call: ConvCall, run: Callable[[], Tensor]) -> Tensor:
+        """Compute the layer twice."""
+        output = run()
+        is_turned = call.weight.stride() != self._weights[name].stride()  # than the weight that the network holds
+        kernel = self._kernels[name].T if is_turned != call.transposed else self._kernels[name]
+        self._add(name, output, functional.linear(call.input, kernel.to(call.weight.dtype), call.bias))
+        return output
 
 
 def _adopt_changed_tensors(reference: nn.Module, factorized: nn.Module, plan: Plan) -> tuple[str, ...]:

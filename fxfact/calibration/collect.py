@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfact.calibration.backward import GradientCollector, run_backward
 from fxfact.calibration.batches import Batches, BatchReader, iter_batches, peek_batches, run_batch
 from fxfact.calibration.likelihood import Likelihood, OutputLikelihood, parts_of, resolve_likelihood
-from fxfact.calibration.moments import MomentAccumulator, Window
+from fxfact.calibration.moments import MomentAccumulator
 from fxfact.calibration.output_samples import READING_SAMPLES
 from fxfact.calibration.processes import all_reduce, rank_and_world_size, samples_of_all_processes
 from fxfact.calibration.statistics import Statistics
@@ -27,7 +27,6 @@ from fxfact.utils import (
     check_finite_state,
     dequantize_parameters,
     is_wrapper,
-    no_reduced_precision,
     tensors_of,
     to_eval,
     warn_caller,
@@ -37,7 +36,6 @@ from fxfact.utils import (
 MAX_SEED = 2**23 - 1
 _POSITIONS = 64  # of each sample and convolution at which patches are taken
 _CPU_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch's defaults are
-_BACKWARD, _CAST = torch.ops.aten.convolution_backward.default, torch.ops.aten._to_copy.default
 
 
 @torch.inference_mode(False)
@@ -65,7 +63,7 @@ def collect_statistics(
         site.path: MomentAccumulator(site.spec, weights[site.path].device) for site in sites if site.path in weights
     }
     _require_gradients(weights)
-    collector = _GradientCollector(sums, weights)
+    collector = GradientCollector(sums, weights)
     random, reader = _SampleRandom(seed), BatchReader.of(batches)
     first, taken = peek_batches(iter_batches(network, reader, captured.example_inputs), READING_SAMPLES)
     known = resolve_likelihood(likelihood, network, samples_of_all_processes(first, READING_SAMPLES))
@@ -81,7 +79,7 @@ def collect_statistics(
             _check_output(network, [tensor for tensor, _ in pairs])
             differentiable = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
             with collector.collecting_at(random.fractions):
-                torch.autograd.backward([pair[0] for pair in differentiable], [pair[1] for pair in differentiable])
+                run_backward([pair[0] for pair in differentiable], [pair[1] for pair in differentiable])
         random.finish_batch()
         collector.reset()
     samples = torch.tensor([float(random.samples)], dtype=torch.float64, device="cpu")
@@ -208,52 +206,6 @@ class _SampleRandom:
         return torch.stack(rows).to(tensor.device)
 
 
-class _GradientCollector(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds the input and the output gradient of every convolution to its moments, during the backward pass.
-
-    PyTorch passes both to ``convolution_backward``. The gradients of weights are not computed. During the forward pass
-    it records the copies of weights in other dtypes that autocast makes, to recognize them in the backward pass.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, sums: Mapping[str, MomentAccumulator], weights: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._sums, self._fractions = sums, torch.empty(0)
-        self._weights, self._casts = StorageIndex(weights.items()), StorageIndex()
-
-    def collecting_at(self, fractions: Tensor) -> _GradientCollector:
-        """Return the collector, set to take patches at these fractions (samples, count) of all positions."""
-        self._fractions = fractions
-        return self
-
-    def reset(self) -> None:
-        """Forget the batch."""
-        self._fractions, self._casts = torch.empty(0), StorageIndex()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not _BACKWARD or not len(self._fractions):  # without fractions: forward() has a backward pass
-            result = func(*args, **(kwargs or {}))
-            if func is _CAST and (path := self._weights.name_of(args[0])) is not None:
-                self._casts.add(path, result)
-            return result
-        gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, mask = args
-        path = self._weights.name_of(weight) or self._casts.name_of(weight)
-        if path is not None and len(input):
-            with torch.no_grad(), no_reduced_precision(input.device):
-                order = input.ndim - 2
-                window = Window(weight.shape[2:], *(_per_axis(v, order) for v in (stride, padding, dilation)))
-                samples = self._fractions
-                samples = samples if len(input) % len(samples) == 0 else samples[:1]
-                self._sums[path].add(input, gradient, window, samples)
-        if not mask[0]:
-            return None, None, None
-        only_input = [True, False, False]
-        return func(gradient, input, weight, biases, stride, padding, dilation, transposed, extra, groups, only_input)
-
-
 def _check_not_quantized(network: nn.Module) -> None:
     """Raise CalibrationError if a graph quantizes activations, where gradients end or do not mean anything."""
     for node in network.graph.nodes if isinstance(network, fx.GraphModule) else ():
@@ -282,7 +234,3 @@ def _require_gradients(weights: Mapping[str, Tensor]) -> None:
             weight.data = weight.detach().clone()
         held.add(path, weight)
         weight.requires_grad_(weight.is_floating_point())
-
-
-def _per_axis(values: Sequence[int], order: int) -> list[int]:
-    return list(values) * order if len(values) == 1 else list(values)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfact.calibration.processes import rank_and_world_size
+from fxfact.calibration.row_sketch import MomentSum, RowSketch
 from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment
 
 MAX_DENSE_SIZE = 2304  # rows of a moment that is stored as one matrix: 256 channels of a 3×3 kernel
@@ -38,20 +40,20 @@ class MomentAccumulator:
 
     A moment of size n takes n² numbers for each group. A moment larger than ``MAX_DENSE_SIZE`` is approximated by the
     Kronecker product of two partial traces, one over channels and one over kernel positions, which takes channels² +
-    positions² numbers.
+    positions² numbers. Such a moment of a linear layer, or of a 1×1 convolution without groups, is held by its rows.
     """
 
     def __init__(self, spec: ConvSpec, device: torch.device) -> None:
-        block, positions = spec.block, math.prod(spec.kernel_size)
+        positions = math.prod(spec.kernel_size)
         self.spec = spec
-        self.input = _zero_factors(spec.groups, block.in_channels, 1 if spec.transposed else positions, device)
-        self.output = _zero_factors(spec.groups, block.out_channels, positions if spec.transposed else 1, device)
+        self.input = _zero_sum(spec, spec.in_channels, 1 if spec.transposed else positions, device)
+        self.output = _zero_sum(spec, spec.out_channels, positions if spec.transposed else 1, device)
         self.rows = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every sum, in a fixed order, so that processes can add theirs up."""
-        return [*self.input, *self.output, self.rows]
+        return [*self.input.tensors, *self.output.tensors, self.rows]
 
     def add(self, input: Tensor, gradient: Tensor, window: Window, fractions: Tensor) -> None:
         """Add one call of the convolution.
@@ -66,16 +68,16 @@ class MomentAccumulator:
         """
         transposed = self.spec.transposed
         wide, narrow = (gradient, input) if transposed else (input, gradient)
-        factors, channels = (self.output, self.input) if transposed else (self.input, self.output)
+        of_wide, of_narrow = (self.output, self.input) if transposed else (self.input, self.output)
         rows = wide.new_zeros((), dtype=torch.float64)
         patches = window.patches(wide)  # with output_padding there may be more than the input has positions
         for axis, size in enumerate(narrow.shape[2:], start=2):
             patches = patches.narrow(axis, 0, size)
         for strip, weight in _patch_strips(patches, self.spec.groups, fractions):
-            _add_moment(factors, strip, weight)
+            of_wide.add(strip, weight)
             rows += strip.shape[1] * weight
         for strip in _position_strips(narrow, self.spec.groups):
-            _add_moment(channels, strip[..., None], 1.0)
+            of_narrow.add(strip[..., None], 1.0)
         self.rows += narrow.shape[0] * math.prod(narrow.shape[2:]) if transposed else rows
 
     def fisher(self, samples: float) -> KroneckerFisher | None:
@@ -83,17 +85,38 @@ class MomentAccumulator:
 
         Moments of gradients are means over ``samples``; moments of inputs are means over positions.
         """
-        output = KroneckerMoment(_kronecker_factors([factor / samples for factor in self.output]))
-        if not float(self.rows) > 0 or not any(float(factor.abs().max()) > 0 for factor in output.factors):
+        if not float(self.rows) > 0 or self.output.is_zero:
             return None
-        return KroneckerFisher(KroneckerMoment(_kronecker_factors([f / self.rows for f in self.input])), output)
+        return KroneckerFisher(self.input.moment(self.rows), self.output.moment(samples))
 
 
-def _zero_factors(groups: int, channels: int, positions: int, device: torch.device) -> list[Tensor]:
-    """Return zeros for a moment: one matrix for each group, or two if that would be too large."""
-    dense = channels * positions <= MAX_DENSE_SIZE or positions == 1
-    sizes = [channels * positions] if dense else [channels, positions]
-    return [torch.zeros(groups, size, size, dtype=torch.float64, device=device) for size in sizes]
+def _zero_sum(spec: ConvSpec, channels: int, positions: int, device: torch.device) -> MomentSum:
+    """Return an empty sum for a moment over all channels of a convolution, and over some kernel positions."""
+    if spec.is_pointwise and spec.groups == 1 and channels > MAX_DENSE_SIZE:
+        return RowSketch(channels, device, *rank_and_world_size())
+    return _MatrixSum(spec.groups, channels // spec.groups, positions, device)
+
+
+class _MatrixSum(MomentSum):
+    """Holds a moment as one matrix for each group, or as two if one would be too large."""
+
+    def __init__(self, groups: int, channels: int, positions: int, device: torch.device) -> None:
+        dense = channels * positions <= MAX_DENSE_SIZE or positions == 1
+        sizes = [channels * positions] if dense else [channels, positions]
+        self._factors = [torch.zeros(groups, size, size, dtype=torch.float64, device=device) for size in sizes]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The matrices."""
+        return self._factors
+
+    def add(self, rows: Tensor, weight: float) -> None:
+        """Add the outer products of rows."""
+        _add_moment(self._factors, rows, weight)
+
+    def moment(self, divisor: Tensor | float) -> KroneckerMoment:
+        """Return the mean."""
+        return KroneckerMoment(_kronecker_factors([factor / divisor for factor in self._factors]))
 
 
 def _kronecker_factors(factors: list[Tensor]) -> tuple[Tensor, ...]:

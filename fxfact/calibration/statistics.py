@@ -14,11 +14,11 @@ import torch
 
 from fxfact.calibration.likelihood import Likelihood
 from fxfact.calibration.output_parts import OutputPart
-from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment
+from fxfact.conv import ConvSpec, KroneckerFisher, KroneckerMoment, LowRankMoment
 from fxfact.errors import CalibrationError
 from fxfact.utils import atomic_write
 
-_FORMAT = {"format": "fxfact statistics", "version": 5}
+_FORMAT = {"format": "fxfact statistics", "version": 6}
 _DAMPING = 1e-3
 _LEAST_SHRINKAGE = 0.5  # of the moments of gradients towards a multiple of the identity
 
@@ -104,9 +104,9 @@ class Statistics:
         header = [self.samples, None if spec is None else vars(spec)]
         result = hashlib.sha256(json.dumps(header).encode())
         for moment in () if moments is None else (moments.input, moments.output):
-            for factor in moment.factors:
-                diagonal = factor.detach().diagonal(dim1=1, dim2=2).contiguous().cpu()
-                result.update(f"{tuple(factor.shape)}".encode() + diagonal.numpy().tobytes())
+            for diagonal in moment.diagonals:
+                values = diagonal.detach().contiguous().cpu().numpy()
+                result.update(f"{tuple(diagonal.shape)}".encode() + values.tobytes())
         return result.hexdigest()[:32]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -127,6 +127,9 @@ class Statistics:
         arrays = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
         for name, metric in self.moments.items():
             for side, moment in (("input", metric.input), ("output", metric.output)):
+                if isinstance(moment, LowRankMoment):
+                    arrays[f"{side}.rows.{name}"] = moment.rows.cpu().numpy()
+                    continue
                 arrays |= {f"{side}.{k}.{name}": factor.cpu().numpy() for k, factor in enumerate(moment.factors)}
         try:
             with atomic_write(path) as file:
@@ -171,10 +174,12 @@ class Statistics:
 
 def _moments(name: str, arrays: Mapping[str, torch.Tensor]) -> KroneckerFisher:
     """Return the moments of one convolution. Raises ValueError if they are not finite."""
-    sides = []
+    sides: list[KroneckerMoment] = []
     for side in ("input", "output"):
+        rows = arrays.get(f"{side}.rows.{name}")
         factors = [arrays[key] for k in range(2) if (key := f"{side}.{k}.{name}") in arrays]
+        factors = factors if rows is None else [rows]
         if not all(bool(factor.isfinite().all()) for factor in factors):
             raise ValueError(f"the moments of {name} contain NaN or Inf")
-        sides.append(KroneckerMoment(tuple(factors)))
+        sides.append(KroneckerMoment(tuple(factors)) if rows is None else LowRankMoment(rows))
     return KroneckerFisher(*sides)

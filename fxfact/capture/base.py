@@ -127,7 +127,9 @@ def samples_of(example_inputs: Any, sites: Sequence[ConvSite] = ()) -> int:
         example_inputs: tensors, or records of their shapes, in containers.
         sites: the convolutions. If one of them is called on a single sample without a batch axis, the result is 1.
     """
-    batched = all(len(shape) == site.spec.order + 2 for site in sites for shape in site.input_shapes or ())
+    shapes = [(site.spec, shape) for site in sites for shape in site.input_shapes or ()]
+    telling = [pair for pair in shapes if pair[0].order] or shapes  # a linear layer may get any number of axes
+    batched = all(spec.has_batch(shape) for spec, shape in telling)
     sizes = [int(shape[0]) for shape in _shapes(example_inputs) if shape]
     return max(1, sizes[0]) if batched and sizes else 1
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxfact.capture.base import Captured, ExampleInputs, samples_of
 from fxfact.capture.recorder import ConvCalls, ModuleRecord
 from fxfact.conv import (
+    ATTENTION_ADVICE,
     ConvSite,
     ConvSpec,
     FactorizedModule,
@@ -47,6 +48,7 @@ def capture_modules(
     order = [path for path in (record.calls if record else trusted or ()) if path in convs]
     found = {path: _parse(path, convs[path], record, trusted) for path in dict.fromkeys([*order, *convs])}
     found |= {skip.subject: skip for skip in _held_by_others(own, found)}
+    found |= {skip.subject: skip for skip in _projections(own, found)}
     sites = mark_tied([item for item in found.values() if isinstance(item, ConvSite)])
     found |= {site.path: site for site in sites}
     samples = samples_of(example_inputs, sites)
@@ -70,7 +72,7 @@ def dense_replacements(captured: Captured, sites: Sequence[ConvSite]) -> nn.Modu
         module = result.get_submodule(site.path)
         bias = module._parameters["bias"] if site.spec.bias else None
         stages = write_conv(site.spec, cast(Tensor, module.weight), bias)
-        factorize_module(module, site.spec, [site.spec], stages)
+        factorize_module(module, site.spec, [spec_of(stages[-1])], stages)
     return result
 
 
@@ -108,6 +110,18 @@ def _why_not_replaceable(
     kind = type(module)
     known = trusted is not None or kind is torch_conv_class(kind)
     return "" if known else f"{kind.__name__} may compute more than a convolution: pass example_inputs to find out"
+
+
+def _projections(own: nn.Module, found: Mapping[str, ConvSite | Skip]) -> list[Skip]:
+    """Return a Skip for every projection of a ``nn.MultiheadAttention`` that no module computes."""
+    skipped = []
+    for path, module in own.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            held = [name for name, parameter in module._parameters.items() if parameter is not None]
+            names = [*(name for name in held if name.endswith("proj_weight")), "out_proj"]
+            paths = [f"{path}.{name}".lstrip(".") for name in names]
+            skipped += [Skip(ATTENTION_ADVICE, name) for name in paths if not isinstance(found.get(name), ConvSite)]
+    return skipped
 
 
 def _held_by_others(own: nn.Module, found: dict[str, ConvSite | Skip]) -> list[Skip]:

@@ -23,10 +23,10 @@ from fxfact.conv import (
     FactorizedModule,
     Sizes,
     Skip,
-    differentiates_conv,
     insert_base,
     is_conv,
     looks_like_conv,
+    matrix_of,
     overrides_conv_forward,
     read_call,
     spec_of,
@@ -146,6 +146,20 @@ class _Recording:
         running = (path for path in reversed(self.modules) if path in self.convs)
         return next((path for path in running if call.weight is self.convs[path]._parameters.get("weight")), None)
 
+    def note_linear(self, call: ConvCall) -> None:
+        """Record a linear layer that is no module. Of products, only those with a parameter are linear layers."""
+        weight = matrix_of(call.weight)
+        name = None if weight is None else self.parameters.name_of(weight)
+        if weight is None or self.paths.name_of(weight) is not None or (call.is_product and name is None):
+            return  # the operators that read the weight of a module are recorded with it
+        self.note_function(name)
+
+    def note_function(self, name: str | None) -> None:
+        """Record a convolution that is no module, and whose weight has this name, or is computed."""
+        how = "" if name else ", with a weight that is computed"
+        subject = name or f"{self.where}.forward".lstrip(".")
+        self.by_function[Skip(f"called as a function{how}, which only a graph can rewrite", subject)] = None
+
     def _enter(self, path: str, module: nn.Module, args: Any) -> None:
         self.modules.append(path)
 
@@ -184,6 +198,8 @@ class _FunctionRecorder(TorchFunctionMode):
         call = read_call(func, args, kwargs)
         path = None if call is None or log.inside else log.caller_of(call)
         if call is None or path is None:
+            if call is not None and call.is_linear and not log.inside:
+                log.note_linear(call)
             return func(*args, **kwargs)
         try:
             spec = call.spec_for(call.weight.shape, bias=call.bias is not None)
@@ -208,7 +224,7 @@ class _OperatorRecorder(ParameterGuard):  # type: ignore[no-untyped-call]
     ) -> Any:
         if not self._log.inside and looks_like_conv(func):
             self._convolved(args)
-        elif not _is_view(func) and not differentiates_conv(func):
+        elif not _is_view(func) and torch._C._current_graph_task_id() == -1:  # autograd reads what the forward read
             for tensor in tree_leaves((args, kwargs)):
                 self._read(tensor, str(func))
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -226,10 +242,8 @@ class _OperatorRecorder(ParameterGuard):  # type: ignore[no-untyped-call]
             log.calls[log.where].obstacles["its forward computes its weight, or more than one convolution"] = None
             return
         name, path = (None if weight is None else known.name_of(weight) for known in (log.parameters, log.paths))
-        subject = name or f"{log.where}.forward".lstrip(".")
-        how = "" if name else ", with a weight that is computed"
         if path is None:
-            log.by_function[Skip(f"called as a function{how}, which only a graph can rewrite", subject)] = None
+            log.note_function(name)
         else:
             log.calls[path].obstacles[f"its weight is also used in {log.where or 'forward'}"] = None
 

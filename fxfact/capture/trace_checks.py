@@ -59,7 +59,7 @@ def check_methods(model: nn.Module) -> None:
 def conv_attributes(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     """Return the settings of every convolution, to compare them after the trace."""
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    return {p: tuple(getattr(m, name) for name in names) for p, m in model.named_modules() if is_conv(m)}
+    return {p: tuple(getattr(m, name, None) for name in names) for p, m in model.named_modules() if is_conv(m)}
 
 
 def buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:

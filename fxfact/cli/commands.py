@@ -36,7 +36,7 @@ from fxfact.utils import milliseconds, processes, relative_error, summarize_turn
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss"),
-    *("factorization", "multiple_of", "include", "exclude", "fold_weights", "error_curves"),
+    *("factorization", "multiple_of", "include", "exclude", "kinds", "fold_weights", "error_curves"),
 )
 
 

@@ -61,17 +61,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_scope(parser: argparse.ArgumentParser) -> None:
     """Add the options for which convolutions to factorize, and how."""
-    group = parser.add_argument_group("convolutions")
+    group = parser.add_argument_group("convolutions and linear layers")
     group.add_argument(
         "--factorization",
         type=_names,
         metavar="NAMES",
         help="a name, or several separated by commas (default: tucker, or all of them under a budget)",
     )
-    group.add_argument(
-        "--include", action="append", metavar="GLOB", help="only convolutions at these paths; repeatable"
-    )
-    group.add_argument("--exclude", action="append", metavar="GLOB", help="no convolutions at these paths; repeatable")
+    group.add_argument("--include", action="append", metavar="GLOB", help="only the layers at these paths; repeatable")
+    group.add_argument("--exclude", action="append", metavar="GLOB", help="no layers at these paths; repeatable")
+    group.add_argument("--kinds", type=_names, metavar="KINDS", help="conv or linear, if not both")
     group.add_argument(
         "--fold-weights",
         action="store_true",

@@ -16,7 +16,7 @@ from fxfact.cli.inputs import (
     read_batches,
 )
 from fxfact.errors import ArgumentError
-from fxfact.planning import ErrorCurveCache, Latency, Loss, Macs, Params
+from fxfact.planning import KINDS, ErrorCurveCache, Latency, Loss, Macs, Params
 
 
 def plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None
         "budget": budgets[0] if budgets else None,
         "include": args.include or None,
         "exclude": args.exclude or None,
+        "kinds": args.kinds or KINDS,
         "multiple_of": args.multiple_of,
         "fold_weights": bool(args.fold_weights),
         "example_inputs": example_inputs_of(loaded),

@@ -8,6 +8,7 @@ convolutions that run one after another. If a chain was made for the convolution
 from fxfact.conv.chain import (
     ConvChain,
     ConvLayer,
+    as_maps,
     compose,
     compose_weights,
     composed_spec,
@@ -21,9 +22,12 @@ from fxfact.conv.composed_layer import ComposedLayer, OwnParameters
 from fxfact.conv.cost import Cost, format_amount, format_change
 from fxfact.conv.factorized_module import FactorizedModule, factorize_module, stages_in
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
-from fxfact.conv.functional import ConvCall, differentiates_conv, looks_like_conv, read_call, write_call
+from fxfact.conv.functional import ConvCall, looks_like_conv, matrix_of, read_call, write_call
 from fxfact.conv.kernels import ONEDNN_TYPES, PLAIN_TYPES, POINTWISE_TYPES, supports_onednn
+from fxfact.conv.linear_calls import LinearCallMode
+from fxfact.conv.low_rank_moment import LowRankMoment
 from fxfact.conv.modules import (
+    ATTENTION_ADVICE,
     CHANNELS_LAST,
     FOLD_ADVICE,
     TRANSPOSED_TYPES,
@@ -50,6 +54,7 @@ from fxfact.conv.spec import ConvSpec, Sizes, as_tuples, chain_cost, pad_amounts
 from fxfact.conv.stage_writes import ComposedChain
 
 __all__ = [
+    "ATTENTION_ADVICE",
     "CHANNELS_LAST",
     "FOLD_ADVICE",
     "ONEDNN_TYPES",
@@ -67,9 +72,12 @@ __all__ = [
     "FactorizedModule",
     "KroneckerFisher",
     "KroneckerMoment",
+    "LinearCallMode",
+    "LowRankMoment",
     "OwnParameters",
     "Sizes",
     "Skip",
+    "as_maps",
     "as_matrix",
     "as_tuples",
     "chain_cost",
@@ -79,7 +87,6 @@ __all__ = [
     "composed_spec",
     "computes_weight",
     "decides_size",
-    "differentiates_conv",
     "factorize_module",
     "format_amount",
     "format_change",
@@ -89,6 +96,7 @@ __all__ = [
     "is_conv",
     "looks_like_conv",
     "mark_tied",
+    "matrix_of",
     "overrides_conv_forward",
     "pad_amounts",
     "padded",

@@ -124,10 +124,10 @@ def run(conv: ConvLayer | ConvChain, x: Tensor) -> Tensor:
 
     Args:
         conv: The convolution or the chain.
-        x: The input ``(batch, in, *size)``, or ``(in, *size)`` without a batch.
+        x: The input ``(batch, in, *size)``, or ``(in, *size)`` without a batch; ``(…, in)`` for a linear layer.
 
     Returns:
-        The output ``(batch, out, *size)``, or ``(out, *size)`` without a batch.
+        The output ``(batch, out, *size)``, or ``(out, *size)`` without a batch; ``(…, out)`` for a linear layer.
     """
     if isinstance(conv, ConvChain):
         for layer in conv.layers:
@@ -138,6 +138,8 @@ def run(conv: ConvLayer | ConvChain, x: Tensor) -> Tensor:
 
 def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """Run the convolution with these tensors. torch.fx can trace it, since ``spec`` decides everything else."""
+    if not spec.order:
+        return F.linear(x, weight, bias)
     if spec.transposed:
         padding = [before for before, _ in spec.padding]
         weight = to_torch(spec, weight)
@@ -148,6 +150,15 @@ def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -
         x = padded(spec, x)
     padding = [before for before, _ in spec.padding] if native_padding else [0] * spec.order
     return _CONV[spec.order - 1](x, weight, bias, spec.stride, padding, spec.dilation, spec.groups)
+
+
+def as_maps(rows: Tensor, count: int) -> Tensor:
+    """Return the inputs or outputs of a linear layer (…, channels) as ``count`` maps (count, channels, positions).
+
+    A linear layer is a 1×1 convolution of such maps.
+    """
+    positions = rows.shape[:-1].numel() // max(1, count)
+    return rows.reshape(count, positions, rows.shape[-1]).movedim(-1, 1)
 
 
 def padded(spec: ConvSpec, x: Tensor) -> Tensor:

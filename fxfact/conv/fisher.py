@@ -20,7 +20,7 @@ from torch import Tensor
 from fxfact.conv.spec import ConvSpec
 from fxfact.errors import SpecError
 
-_MIN_EIGENVALUE = 1e-7  # as a fraction of the largest one
+MIN_EIGENVALUE = 1e-7  # as a fraction of the largest one
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,16 @@ class KroneckerMoment:
     def size(self) -> int:
         """The number of rows of one group's moment."""
         return math.prod(factor.shape[-1] for factor in self.factors)
+
+    @property
+    def groups(self) -> int:
+        """The number of groups."""
+        return self.factors[0].shape[0]
+
+    @property
+    def diagonals(self) -> tuple[Tensor, ...]:
+        """The diagonal of each factor ``(groups, n_i)``."""
+        return tuple(factor.diagonal(dim1=1, dim2=2) for factor in self.factors)
 
     def of_group(self, group: int) -> KroneckerMoment:
         """Return the moment of one group."""
@@ -62,6 +72,10 @@ class KroneckerMoment:
         positions = self.size // count
         return torch.einsum("iaja->ij", self.factors[0][0].reshape(count, positions, count, positions))
 
+    def root_and_inverse(self) -> tuple[Tensor, Tensor]:
+        """Return the symmetric square root of the first group's only factor, and its inverse: ``sqrt_and_inverse``."""
+        return sqrt_and_inverse(self.factors[0][0])
+
     def shrunk(self, samples: int, least: float = 0.0) -> KroneckerMoment:
         """Return the moment with each factor shrunk towards the multiple of the identity with the same trace.
 
@@ -69,7 +83,7 @@ class KroneckerMoment:
         identity is the best one for that many Gaussian samples (oracle approximating shrinkage: Chen, Wiesel, Eldar
         and Hero 2010), but at least ``least``.
         """
-        return self._with_identity(lambda factor: _shrinkage(factor, samples).clamp_min(least), keep_trace=True)
+        return self._with_identity(lambda factor: _shares(factor, samples).clamp_min(least), keep_trace=True)
 
     def damped(self, amount: float) -> KroneckerMoment:
         """Return the moment with ``amount`` times the mean of the diagonal added to the diagonal of each factor."""
@@ -86,14 +100,25 @@ class KroneckerMoment:
         return KroneckerMoment(tuple(mixed))
 
 
-def _shrinkage(moments: Tensor, samples: int) -> Tensor:
+def _shares(moments: Tensor, samples: int) -> Tensor:
     """Return the share of the identity (groups,) for ``moments`` (groups, n, n) of that many samples."""
-    size = moments.shape[-1]
     square = moments.double().square().sum(dim=(1, 2))
-    trace = moments.double().diagonal(dim1=1, dim2=2).sum(dim=1).square()
-    numerator = (1 - 2 / size) * square + trace
-    denominator = (samples + 1 - 2 / size) * (square - trace / size)
-    return torch.where(denominator > numerator, numerator / denominator.clamp_min(1e-300), 1.0).to(moments)
+    trace = moments.double().diagonal(dim1=1, dim2=2).sum(dim=1)
+    return shrinkage(square, trace, moments.shape[-1], samples).to(moments)
+
+
+def shrinkage(square: Tensor, trace: Tensor, size: int, samples: int) -> Tensor:
+    """Return the share of the identity by the oracle approximating shrinkage (Chen et al. 2010).
+
+    Args:
+        square: The squared Frobenius norm of each moment.
+        trace: The trace of each moment.
+        size: The number of rows of a moment.
+        samples: The number of samples that the moments are means of.
+    """
+    numerator = (1 - 2 / size) * square + trace.square()
+    denominator = (samples + 1 - 2 / size) * (square - trace.square() / size)
+    return torch.where(denominator > numerator, numerator / denominator.clamp_min(1e-300), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +141,7 @@ class KroneckerFisher:
         positions = math.prod(spec.kernel_size)
         needed = (into, out * positions) if spec.transposed else (into * positions, out)
         found = (self.input.size, self.output.size)
-        groups = {factor.shape[0] for factor in (*self.input.factors, *self.output.factors)}
+        groups = {self.input.groups, self.output.groups}
         if found != needed or groups != {spec.groups}:
             raise SpecError(
                 f"{spec} needs moments of sizes {needed} for {spec.groups} groups, got {found} for {sorted(groups)}. "
@@ -166,6 +191,6 @@ def sqrt_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Eigenvalues below 1e-7 times the largest one are raised to that bound.
     """
     values, vectors = torch.linalg.eigh(matrix.double())
-    values = values.clamp_min(float(values[-1].clamp_min(torch.finfo(torch.float64).tiny)) * _MIN_EIGENVALUE).sqrt()
+    values = values.clamp_min(float(values[-1].clamp_min(torch.finfo(torch.float64).tiny)) * MIN_EIGENVALUE).sqrt()
     root, inverse = ((vectors * scale) @ vectors.T for scale in (values, 1 / values))
     return root.to(matrix), inverse.to(matrix)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
@@ -93,5 +94,7 @@ POINTWISE_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: PointwiseConv2d,
     nn.Conv3d: PointwiseConv3d,
 }
+_LINEAR_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: NonDynamicallyQuantizableLinear}
 ONEDNN_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: OneDNNConv3d}
-PLAIN_TYPES = {other: plain for types in (POINTWISE_TYPES, ONEDNN_TYPES) for plain, other in types.items()}
+_ALL_TYPES = (POINTWISE_TYPES, ONEDNN_TYPES, _LINEAR_TYPES)
+PLAIN_TYPES = {other: plain for types in _ALL_TYPES for plain, other in types.items()}

@@ -1,4 +1,4 @@
-"""Convolutions as modules: reads ``nn.Conv1d/2d/3d`` and their transposes as ConvLayer, and writes them."""
+"""Convolutions as modules: reads ``nn.Conv``, ``nn.ConvTranspose`` and ``nn.Linear`` as ConvLayer, and writes them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fxfact.errors import ArgumentError, SpecError
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_TYPES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV_AND_TRANSPOSED_TYPES = CONV_TYPES + TRANSPOSED_TYPES
+_TORCH_TYPES = (*_CONV_AND_TRANSPOSED_TYPES, nn.Linear)
+_IN_OUT_LINEAR = ("transformers.pytorch_utils", "Conv1D")  # a linear layer whose weight is (in, out)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _PADS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -28,18 +30,23 @@ _PADS: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether the module is a convolution of PyTorch, transposed or not, or of a subclass."""
-    return isinstance(module, _CONV_AND_TRANSPOSED_TYPES)
+    """Whether the module is a convolution of PyTorch, transposed or not, a linear layer, or of a subclass."""
+    return is_conv_class(type(module))
 
 
 def is_conv_class(kind: type) -> bool:
-    """Whether a class is one of PyTorch's convolutions, transposed or not, or a subclass."""
-    return issubclass(kind, _CONV_AND_TRANSPOSED_TYPES)
+    """Whether a class is one of PyTorch's convolutions, transposed or not, of linear layers, or a subclass."""
+    return issubclass(kind, _TORCH_TYPES) or any(map(_is_in_out_linear, kind.__mro__))
 
 
 def torch_conv_class(kind: type) -> type[nn.Module]:
-    """Return the class of PyTorch that a class of convolutions derives from."""
-    return next(base for base in kind.__mro__ if base in _CONV_AND_TRANSPOSED_TYPES)
+    """Return the class of PyTorch, or of the Transformers library, that a class of convolutions derives from."""
+    return next(base for base in kind.__mro__ if base in _TORCH_TYPES or _is_in_out_linear(base))
+
+
+def _is_in_out_linear(kind: type) -> bool:
+    """Whether a class is the Transformers library's ``Conv1D``, which is not imported here."""
+    return (kind.__module__, kind.__name__) == _IN_OUT_LINEAR
 
 
 def insert_base(kind: type, addition: type, prefix: str) -> type:
@@ -64,6 +71,10 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in names)
 
 
+ATTENTION_ADVICE = (
+    "nn.MultiheadAttention computes its projections by a function. They are linear layers in the graph of "
+    "torch.export.export(model, args): factorize that"
+)
 FOLD_ADVICE = ": fold_weights=True folds those of torch.nn.utils"  # in reasons, while it was not passed
 
 
@@ -71,11 +82,10 @@ def read_conv(module: nn.Module) -> ConvLayer | Skip:
     """Return the convolution that the module computes, with the module's tensors, or a Skip if it is not plain."""
     if reason := why_unsupported(module):
         return Skip(reason)
-    assert isinstance(module, nn.modules.conv._ConvNd)
     if list(module.children()) or {*module._parameters, *module._buffers} - {"weight", "bias"}:
         return Skip("it holds modules or tensors of its own, which a chain would lose")
     spec = spec_of(module)
-    return ConvLayer(spec, from_torch(spec, module.weight), module.bias)
+    return ConvLayer(spec, from_torch(spec, cast(Tensor, module.weight)), cast("Tensor | None", module.bias))
 
 
 def why_unsupported(module: nn.Module) -> str:
@@ -85,7 +95,7 @@ def why_unsupported(module: nn.Module) -> str:
         return f"{kind.__name__} is not a convolution"
     if reason := why_state_unsupported(module):
         return reason
-    if kind not in {*CONV_TYPES, *TRANSPOSED_TYPES, *PLAIN_TYPES}:
+    if kind not in PLAIN_TYPES and kind is not torch_conv_class(kind):
         name = f"{kind.__module__}.{kind.__qualname__}"
         return f"{name} is a subclass of {torch_conv_class(kind).__name__} that may compute something else"
     return "it has hooks, which a factorized convolution would lose" if has_hooks(module) else ""
@@ -123,7 +133,7 @@ def _why_inconsistent(module: nn.Module) -> str:
     found = tuple(cast(Tensor, module.weight).shape)
     if found != spec.torch_weight_shape:
         return f"its attributes describe a weight of {spec.torch_weight_shape}, but its weight is {found}"
-    amounts = cast(Any, module)._reversed_padding_repeated_twice
+    amounts = getattr(module, "_reversed_padding_repeated_twice", ())
     if spec.padding_mode != "zeros" and list(amounts) != pad_amounts(spec.padding):
         return f"its padding was changed after construction, but padding_mode={spec.padding_mode!r} uses the old one"
     return ""
@@ -137,7 +147,13 @@ def computes_weight(module: nn.Module) -> bool:
 
 
 def spec_of(module: nn.Module) -> ConvSpec:
-    """Return the spec that the attributes of an ``nn.Conv`` describe. Raises SpecError."""
+    """Return the spec that the attributes of an ``nn.Conv`` or a linear layer describe. Raises SpecError."""
+    bias: bool = module.bias is not None
+    if isinstance(module, nn.Linear):
+        return ConvSpec.linear(module.in_features, module.out_features, bias=bias)
+    if _is_in_out_linear(torch_conv_class(type(module))):
+        sizes: Any = module
+        return ConvSpec.linear(sizes.nx, sizes.nf, bias=bias, transposed=True)
     assert isinstance(module, nn.modules.conv._ConvNd)
     return ConvSpec.parse(
         module.in_channels,
@@ -150,14 +166,15 @@ def spec_of(module: nn.Module) -> ConvSpec:
         padding_mode=module.padding_mode,
         transposed=isinstance(module, TRANSPOSED_TYPES),
         output_padding=module.output_padding,
-        bias=module.bias is not None,
+        bias=bias,
     )
 
 
 def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> list[nn.Module]:
     """Return ordinary PyTorch modules that compute a convolution with these tensors.
 
-    The result is one ``nn.Conv`` module. Asymmetric padding that is not ``'same'`` needs a pad module before it.
+    The result is one ``nn.Conv`` module, or an ``nn.Linear``. Asymmetric padding that is not ``'same'`` needs a pad
+    module before it.
 
     Args:
         spec: The spec of the convolution.
@@ -166,6 +183,8 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
             its memory if both layouts are equal.
         bias: The bias ``(out,)``, or None.
     """
+    if not spec.order:
+        return [_write_linear(spec, weight, bias)]
     pads: list[nn.Module] = []
     padding: str | int | tuple[int, ...] = tuple(pair[0] for pair in spec.padding)
     mode = spec.padding_mode
@@ -196,6 +215,17 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
     return [*pads, module]
 
 
+def _write_linear(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return the ``nn.Linear`` for a linear layer, whichever layout its parameter has."""
+    module = nn.Linear(spec.in_channels, spec.out_channels, bias=bias is not None, device="meta")
+    if isinstance(weight, nn.Parameter) and spec.transposed:
+        weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    module.weight = _as_parameter(weight)
+    if bias is not None:
+        module.bias = _as_parameter(bias)
+    return module
+
+
 def run_stages(
     stages: Iterable[nn.Module], spec: ConvSpec, input: Tensor, output_size: Sequence[int] | None = None
 ) -> Tensor:
@@ -204,7 +234,7 @@ def run_stages(
     Args:
         stages: The modules, in order.
         spec: The spec of the convolution.
-        input: The input ``(batch, in, *size)``, or ``(in, *size)`` without a batch.
+        input: The input, as ``fxfact.conv.run`` takes it.
         output_size: The size of the output that a transposed convolution returns, as its ``forward`` takes it.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -57,12 +58,17 @@ class ConvSite:
     def input_sizes(self, samples: int = 1) -> tuple[Sizes, ...] | None:
         """Return the spatial size at every call, once per sample, or None if the shapes are not known.
 
-        ``samples`` is the number of samples in the example inputs from which ``input_shapes`` was recorded.
+        The size of a linear layer is the number of its positions for one sample. ``samples`` is the number of samples
+        in the example inputs from which ``input_shapes`` was recorded.
         """
         if self.input_shapes is None:
             return None
-        order, sizes = self.spec.order, []
+        order, sizes = self.spec.order, list[Sizes]()
         for shape in self.input_shapes:
+            if not order:
+                positions = math.prod(shape[:-1])
+                sizes.append((max(1, positions // samples) if positions else 0,))
+                continue
             batch = shape[0] if len(shape) == order + 2 else 1
             sizes += [shape[-order:]] * max(1, batch // samples)
         return tuple(sizes)

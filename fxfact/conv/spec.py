@@ -1,4 +1,8 @@
-"""The description of a convolution without its weights (ConvSpec), and the cost of a chain of convolutions."""
+"""The description of a convolution without its weights (ConvSpec), and the cost of a chain of convolutions.
+
+A linear layer is the convolution without spatial axes: order 0. Its channels are the last axis of a tensor, and every
+other axis counts positions.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class ConvSpec:
     """The shapes and settings of a convolution, without its weights.
 
-    Tuples have one entry per spatial axis. There are 1, 2 or 3 spatial axes. ``parse`` accepts the shorter forms that
-    PyTorch accepts.
+    Tuples have one entry per spatial axis. There are 1, 2 or 3 spatial axes, or none for a linear layer. ``parse``
+    accepts the shorter forms that PyTorch accepts.
 
     Attributes:
         in_channels: Number of input channels.
@@ -33,7 +37,8 @@ class ConvSpec:
         dilation: Dilation per axis.
         groups: Number of groups. It divides both numbers of channels.
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
-        transposed: Whether this is a transposed convolution.
+        transposed: Whether this is a transposed convolution. A linear layer is transposed if its weight is held as
+            ``(in, out)``, as in ``x @ weight``.
         output_padding: Additional output size per axis. Only transposed convolutions have it.
         bias: Whether the convolution has a bias.
 
@@ -57,12 +62,14 @@ class ConvSpec:
         order = len(self.kernel_size)
         if not self.output_padding:
             object.__setattr__(self, "output_padding", (0,) * order)
-        if not 1 <= order <= 3:
+        if order > 3:
             raise SpecError(f"a convolution has 1, 2 or 3 spatial axes, got kernel_size={self.kernel_size}")
+        if not order and (self.groups, self.padding_mode) != (1, "zeros"):
+            raise SpecError(f"a linear layer has no groups and no padding, got {self.groups}, {self.padding_mode!r}")
         for name in ("stride", "padding", "dilation", "output_padding"):
             if len(getattr(self, name)) != order:
                 raise SpecError(f"{name}={getattr(self, name)} must have {order} entries, as kernel_size has")
-        least_padding, symmetric = min(self.output_padding), True
+        least_padding, symmetric = min(self.output_padding, default=0), True
         for pair in self.padding:
             if not (isinstance(pair, tuple) and len(pair) == 2):
                 raise SpecError(f"padding must be a pair (before, after) for every axis, got {self.padding}")
@@ -77,6 +84,9 @@ class ConvSpec:
             )
         if self.padding_mode not in PADDING_MODES:
             raise SpecError(f"padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}")
+        self._check_transposed(symmetric)
+
+    def _check_transposed(self, symmetric: bool) -> None:
         if any(self.output_padding) and not self.transposed:
             raise SpecError(f"only a transposed convolution has output_padding, got {self.output_padding}")
         if self.transposed and (self.padding_mode != "zeros" or not symmetric):
@@ -141,8 +151,8 @@ class ConvSpec:
             if not isinstance(kernel_size, Sequence):
                 raise SpecError(f"kernel_size={kernel_size!r} does not tell the number of axes: pass a tuple or order=")
             order = len(kernel_size)
-        if order not in (1, 2, 3):
-            raise SpecError(f"order, the number of spatial axes, must be 1, 2 or 3, got {order!r}")
+        if order not in (0, 1, 2, 3):
+            raise SpecError(f"order, the number of spatial axes, must be 0, 1, 2 or 3, got {order!r}")
         kernel = _per_axis("kernel_size", kernel_size, order)
         dilations = _per_axis("dilation", dilation, order)
         strides = _per_axis("stride", stride, order)
@@ -160,15 +170,38 @@ class ConvSpec:
             bias=bias,
         )
 
+    @classmethod
+    def linear(cls, in_channels: int, out_channels: int, *, bias: bool = False, transposed: bool = False) -> ConvSpec:
+        """Return the spec of a linear layer.
+
+        Args:
+            in_channels: Number of input features.
+            out_channels: Number of output features.
+            bias: Whether the layer has a bias.
+            transposed: Whether PyTorch holds its weight as ``(in, out)``.
+
+        Returns:
+            The spec, of order 0.
+
+        Raises:
+            SpecError: If the values do not describe a linear layer.
+        """
+        return cls.parse(in_channels, out_channels, (), bias=bias, transposed=transposed)
+
     @property
     def order(self) -> int:
-        """The number of spatial axes."""
+        """The number of spatial axes: 0 for a linear layer."""
         return len(self.kernel_size)
+
+    @property
+    def kind(self) -> str:
+        """``'linear'`` for a linear layer, ``'conv'`` for any other convolution."""
+        return "conv" if self.kernel_size else "linear"
 
     @property
     def is_pointwise(self) -> bool:
         """Whether kernel size and stride are 1 and there is no padding. Transposed or not is then the same."""
-        idle = {*self.kernel_size, *self.stride} == {1} and not any(map(any, self.padding))
+        idle = {*self.kernel_size, *self.stride} <= {1} and not any(map(any, self.padding))
         return idle and not any(self.output_padding)
 
     @property
@@ -199,17 +232,45 @@ class ConvSpec:
         """Return the spatial size of the output.
 
         Args:
-            input_size: The spatial size of the input, one int per axis.
+            input_size: The spatial size of the input, one int per axis. For a linear layer any number of positions.
 
         Returns:
-            The spatial size of the output, one int per axis.
+            The spatial size of the output, one int per axis. A linear layer keeps its positions.
         """
+        if not self.order:
+            return input_size
         axes = zip(
             input_size, self.kernel_size, self.stride, self.padding, self.dilation, self.output_padding, strict=True
         )
         if self.transposed:
             return tuple((n - 1) * s - sum(p) + d * (k - 1) + extra + 1 for n, k, s, p, d, extra in axes)
         return tuple((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes)
+
+    def has_batch(self, input_shape: Sizes) -> bool:
+        """Whether an input of this shape has a batch axis.
+
+        Args:
+            input_shape: The shape of the input, as ``output_shape`` takes it.
+
+        Returns:
+            True for ``(batch, in, *size)``. An input of a linear layer has one if it has more than one axis.
+        """
+        return len(input_shape) == self.order + 2 if self.order else len(input_shape) > 1
+
+    def output_shape(self, input_shape: Sizes) -> Sizes:
+        """Return the shape of the output, with or without a batch axis.
+
+        Args:
+            input_shape: The shape of the input: ``(batch, in, *size)``, ``(in, *size)``, or ``(…, in)`` for a linear
+                layer.
+
+        Returns:
+            The shape of the output.
+        """
+        if not self.order:
+            return (*input_shape[:-1], self.out_channels)
+        size = self.output_size(input_shape[-self.order :])
+        return (*input_shape[: -self.order - 1], self.out_channels, *size)
 
     def for_output_size(self, input_size: Sizes, output_size: Sequence[int]) -> ConvSpec:
         """Return the transposed convolution with the ``output_padding`` that leads to an output size.
@@ -234,7 +295,7 @@ class ConvSpec:
         """Return the multiply-accumulates (MACs) for one sample.
 
         Args:
-            input_size: The spatial size of the input, one int per axis.
+            input_size: The spatial size of the input, one int per axis. For a linear layer any number of positions.
 
         Returns:
             The number of MACs. The additions of the bias are not counted.
@@ -243,6 +304,8 @@ class ConvSpec:
 
     def __str__(self) -> str:
         """A short form with the names that PyTorch uses. It leaves out what equals the default."""
+        if not self.order:
+            return f"Linear({self.in_channels}→{self.out_channels})"
         name = f"Conv{'Transpose' if self.transposed else ''}{self.order}d"
         parts = [f"{self.in_channels}→{self.out_channels}", "×".join(map(str, self.kernel_size))]
         for key, default in (("stride", 1), ("dilation", 1), ("output_padding", 0)):

@@ -13,7 +13,7 @@ from fxfact.errors import ArgumentError, ArgumentTypeError
 from fxfact.factorizations.base import Factorization, check_generator, check_weight, weight_scale
 from fxfact.factorizations.cp import CPFactorized, CPMobilenet
 from fxfact.factorizations.linalg import truncated_svd
-from fxfact.factorizations.matrix_svd import ChannelSVD, PointwiseSVD
+from fxfact.factorizations.matrix_svd import SVD, ChannelSVD
 from fxfact.factorizations.rank_spec import ParsedRank, RankSpec, parse_rank_spec, resolve_rank
 from fxfact.factorizations.spatial_svd import SpatialSVD
 from fxfact.factorizations.stages import Rank, pointwise, stages_along
@@ -27,19 +27,19 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     TT,
     SpatialSVD,
     ChannelSVD,
-    PointwiseSVD,
+    SVD,
 )
 """The classes of all factorizations of the package."""
 
 __all__ = [
     "FACTORIZATIONS",
+    "SVD",
     "TT",
     "CPFactorized",
     "CPMobilenet",
     "ChannelSVD",
     "Factorization",
     "ParsedRank",
-    "PointwiseSVD",
     "Rank",
     "RankSpec",
     "SpatialSVD",

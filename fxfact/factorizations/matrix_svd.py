@@ -1,6 +1,7 @@
 """SVD of the kernel as a matrix: a convolution with fewer output channels, then a pointwise one.
 
-W[o, iab] = Σ_r O[o, r] S[r, iab] (Zhang et al. 2016). If the kernel is 1×1, both stages are pointwise. A transposed
+W[o, iab] = Σ_r O[o, r] S[r, iab] (Zhang et al. 2016). If the kernel is 1×1, both stages are pointwise; if the layer is
+linear, both are linear layers. A transposed
 convolution is mirrored: W[i, oab] = Σ_r I[i, r] S[r, oab], first a pointwise stage, then a transposed convolution with
 fewer input channels. In both cases the pointwise stage works on the smaller map. The other stage has the stride, the
 padding and the dilation.
@@ -16,10 +17,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix, sqrt_and_inverse
+from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.linalg import truncated_svd
-from fxfact.factorizations.stages import Rank, pointwise
+from fxfact.factorizations.stages import Rank, pointwise, why_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class _MatrixSVD(Factorization):
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
         (r,) = rank
         if block.transposed:
-            return (pointwise(block, block.in_channels, r), replace(block, in_channels=r))
+            last = replace(block, in_channels=r) if block.order else pointwise(block, r, block.out_channels)
+            return (pointwise(block, block.in_channels, r), last)
         return (replace(block, out_channels=r), pointwise(block, r, block.out_channels))
 
     def _weights(
@@ -53,9 +55,12 @@ class _MatrixSVD(Factorization):
     ) -> Sequence[Tensor]:
         # With R the moment of the rows and Q that of the columns, and U the leading eigenvectors of R^½ W Q Wᵀ R^½, the
         # best chain is R^-½ U · Uᵀ R^½ W (Eckart and Young in the metric).
-        _, vectors, half, back = _weighted_spectrum(block, weight, metric)
+        matrix, is_turned = _wide_matrix(block, weight)
+        _, vectors, half, back = _weighted_spectrum(block, matrix, metric, is_turned=is_turned)
         leading = vectors[:, : rank[0]]
-        left, right = back @ leading, leading.T @ half @ as_matrix(block, weight)
+        left, right = back @ leading, leading.T @ half @ matrix
+        if is_turned:
+            left, right = right.T, left.T
         smallest = torch.finfo(weight.dtype).tiny ** 0.5
         balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt().clamp_min(smallest)
         return _stage_weights(block, left * balance, right / balance[:, None])
@@ -64,7 +69,8 @@ class _MatrixSVD(Factorization):
         return (as_matrix(block, weight),)
 
     def _loss_increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float]:
-        values, *_ = _weighted_spectrum(block, weight, metric)
+        matrix, is_turned = _wide_matrix(block, weight)
+        values, *_ = _weighted_spectrum(block, matrix, metric, is_turned=is_turned)
         missed = values.double().clamp_min(0).flip(0).cumsum(0).flip(0) / 2
         rows = len(values)
         return {(r,): float(missed[r]) if r < rows else 0.0 for r in range(1, self._max_rank(block)[0] + 1)}
@@ -77,13 +83,24 @@ def _stage_weights(block: ConvSpec, left: Tensor, right: Tensor) -> Sequence[Ten
     return (right, left)
 
 
+def _wide_matrix(block: ConvSpec, weight: Tensor) -> tuple[Tensor, bool]:
+    """Return the kernel as a matrix, turned if it is one of channels alone with more rows than columns.
+
+    The eigenvectors of the smaller side are enough.
+    """
+    matrix = as_matrix(block, weight)
+    is_turned = block.is_pointwise and matrix.shape[0] > matrix.shape[1]
+    return (matrix.T if is_turned else matrix), is_turned
+
+
 def _weighted_spectrum(
-    block: ConvSpec, weight: Tensor, metric: KroneckerFisher
+    block: ConvSpec, matrix: Tensor, metric: KroneckerFisher, *, is_turned: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the eigenvalues, descending, and the eigenvectors of R^½ W Q Wᵀ R^½, then R^½ and its inverse."""
-    rows, columns = metric.row_and_column_moments(block)
-    half, back = sqrt_and_inverse(rows.factors[0][0])
-    matrix = half @ as_matrix(block, weight)
+    weight, (rows, columns) = matrix, metric.row_and_column_moments(block)
+    rows, columns = (columns, rows) if is_turned else (rows, columns)
+    half, back = rows.root_and_inverse()
+    matrix = half @ matrix
     values, vectors = torch.linalg.eigh((columns.left_multiply(matrix) @ matrix.T).double())
     return values.flip(0).to(weight), vectors.flip(1).to(weight), half, back
 
@@ -99,8 +116,8 @@ class ChannelSVD(_MatrixSVD):
     name = "channel_svd"
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        if set(block.kernel_size) == {1}:
-            return "a 1×1 kernel is a matrix: use pointwise_svd"
+        if reason := why_matrix(block):
+            return reason
         side, channels = ("input", block.in_channels) if block.transposed else ("output", block.out_channels)
         if channels == 1:
             return f"a single {side} channel (of each group) leaves no channel rank to lower"
@@ -109,16 +126,16 @@ class ChannelSVD(_MatrixSVD):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class PointwiseSVD(_MatrixSVD):
-    """Pointwise SVD: 1×1 → 1×1, rank (R,), for 1×1 kernels only.
+class SVD(_MatrixSVD):
+    """SVD of a matrix: 1×1 → 1×1 or linear → linear, rank (R,), for 1×1 kernels and linear layers only.
 
     W[o, i] = Σ_r O[o, r] I[r, i], by SVD (Eckart and Young 1936), also in a Fisher metric.
     """
 
-    name = "pointwise_svd"
+    name = "svd"
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        if set(block.kernel_size) != {1}:
+        if not why_matrix(block):
             return f"the kernel is {'×'.join(map(str, block.kernel_size))}, not 1×1"
         if min(block.in_channels, block.out_channels) == 1:
             return "a single channel (of each group) leaves no rank to lower"

@@ -271,10 +271,17 @@ def _format(rank: Rank) -> str:
     return str(rank[0]) if len(rank) == 1 else str(rank)
 
 
+def why_matrix(block: ConvSpec) -> str | None:
+    """Return why a kernel has no positions to factorize over, or None if it has some."""
+    if not block.kernel_size:
+        return "the weight of a linear layer is a matrix: use svd"
+    return "a 1×1 kernel is a matrix: use svd" if set(block.kernel_size) == {1} else None
+
+
 def why_no_channel_modes(block: ConvSpec) -> str | None:
     """Return why a decomposition over channels and kernel positions does not apply, or None if it applies."""
-    if set(block.kernel_size) == {1}:
-        return "a 1×1 kernel is a matrix: use pointwise_svd"
+    if reason := why_matrix(block):
+        return reason
     if block.in_channels == block.out_channels == 1:
         return "a depthwise kernel maps one channel to one and has no channel modes: try spatial_svd"
     return None
@@ -289,7 +296,7 @@ def pointwise(block: ConvSpec, in_channels: int, out_channels: int) -> ConvSpec:
         out_channels: the output channels of the stage.
 
     Returns:
-        A 1×1 convolution (1, 2 or 3 axes as ``block``) with stride 1, without padding and bias.
+        A 1×1 convolution (1, 2 or 3 axes as ``block``) or a linear layer, with stride 1, without padding and bias.
     """
     order = len(block.kernel_size)
     ones = (1,) * order

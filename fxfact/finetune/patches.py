@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfact.calibration import Window
-from fxfact.conv import ConvSpec, pad_amounts, padded, spec_of
+from fxfact.conv import ConvSpec, as_maps, pad_amounts, padded, spec_of
 
 _POSITIONS = 32  # for each sample
 SAMPLES_AT_ONCE = 8  # whose patches are in memory
@@ -23,22 +23,30 @@ def iter_patches(stage: nn.Module, maps: Tensor, seed: int) -> Iterator[Tensor]:
     A patch times the stage's weight (plus the bias) is the output at that position. The patches have the shape
     (samples, positions, in · kernel), with channels first.
     """
-    spec = spec_of(stage)
-    batch = maps if maps.ndim == spec.order + 2 else maps[None]
+    spec, batch = spec_of(stage), _batch(spec_of(stage), maps)
     fractions = _random_fractions(len(batch), seed)
     parts = zip(torch.split(batch, SAMPLES_AT_ONCE), torch.split(fractions, SAMPLES_AT_ONCE), strict=True)
     for part, places in parts:
-        rows = _gather_positions(_patch_view(spec, part), spec.order, places)
+        rows = _gather_positions(_patch_view(spec, part), batch.ndim - 2, places)
         yield (rows.flip(*range(3, rows.ndim)) if spec.transposed else rows).flatten(2)
 
 
-def at_positions(maps: Tensor, order: int, seed: int) -> Tensor:
-    """Copy maps (samples, channels, *size), or those of one sample, at the positions that ``iter_patches`` takes.
+def at_positions(spec: ConvSpec, maps: Tensor, seed: int) -> Tensor:
+    """Copy outputs of a convolution at the positions that ``iter_patches`` takes.
 
     Returns rows (samples, positions, channels).
     """
-    batch = maps if maps.ndim == order + 2 else maps[None]
-    return _gather_positions(batch, order, _random_fractions(len(batch), seed)).flatten(2)
+    batch = _batch(spec, maps)
+    return _gather_positions(batch, batch.ndim - 2, _random_fractions(len(batch), seed)).flatten(2)
+
+
+def _batch(spec: ConvSpec, maps: Tensor) -> Tensor:
+    """Return inputs or outputs of a convolution, of a single sample too, as (samples, channels, *size).
+
+    The first axis of several before the channels of a linear layer counts samples, and the others positions.
+    """
+    batch = maps if spec.has_batch(tuple(maps.shape)) else maps[None]
+    return batch if spec.order else as_maps(batch, len(batch))
 
 
 def _patch_view(spec: ConvSpec, maps: Tensor) -> Tensor:
@@ -46,6 +54,8 @@ def _patch_view(spec: ConvSpec, maps: Tensor) -> Tensor:
 
     A transposed convolution convolves the input, with zeros inserted, with the mirrored kernel.
     """
+    if not spec.order:
+        return maps
     surrounded = _insert_zeros(spec, maps) if spec.transposed else padded(spec, maps)
     stride = (1,) * spec.order if spec.transposed else spec.stride
     return Window(spec.kernel_size, stride, (0,) * spec.order, spec.dilation).patches(surrounded)

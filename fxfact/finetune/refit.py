@@ -168,10 +168,11 @@ def record_targets(networks: TeacherStudent, seed: int) -> list[RefitTarget]:
 
     def after_conv(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         target = reached.setdefault(convs[module].path, convs[module])
-        latest.append((target, weakref.ref(output), _write_count(output)))
+        if spec_of(module).order or output.ndim == 2:  # a norm would read another axis than the channels otherwise
+            latest.append((target, weakref.ref(output), _write_count(output)))
         calls = target.outputs[-1]
         position_seed = _position_seed(seed, len(target.outputs) - 1, len(calls))
-        calls.append(at_positions(output, spec_of(module).order, position_seed))
+        calls.append(at_positions(spec_of(module), output, position_seed))
         if len(args) > 1 or kwargs.get("output_size") is not None:
             resized.add(target.path)
 

@@ -86,8 +86,13 @@ def _norms_after_convs(graph_module: fx.GraphModule) -> Iterator[_Pair]:
 
 
 def _is_over_channels(norm: Any, spec: ConvSpec, conv: fx.Node) -> bool:
-    """Return whether the norm's channels are those of the convolution. They are not if the input has no batch axis."""
+    """Return whether the norm's channels are those of the convolution.
+
+    They are not if the input has no batch axis. After a linear layer they may be positions.
+    """
     shape = shape_of(conv)
+    if not spec.order:
+        return False
     batched = shape is None or len(shape) == spec.order + 2
     return batched and type(norm) is _NORMS[spec.order - 1] and norm.num_features == spec.out_channels
 

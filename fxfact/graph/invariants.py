@@ -62,6 +62,6 @@ def _check_shapes(sites: Sequence[GraphSite], when: str) -> None:
             before, after = shape_of(conv_input(node)), shape_of(node)
             if before is None or after is None or output_size_of(node) is not None:
                 continue
-            expected = (*before[: -spec.order - 1], spec.out_channels, *spec.output_size(before[-spec.order :]))
+            expected = spec.output_shape(before)
             if after != expected:
                 raise GraphError(f"{when}: {node.name} records shape {after}, but {spec} gives {expected}")

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxfact.conv import (
+    ATTENTION_ADVICE,
     TRANSPOSED_TYPES,
     ConvCall,
+    ConvSpec,
     Sizes,
     Skip,
     is_conv,
     looks_like_conv,
     mark_tied,
+    read_call,
     spec_of,
     why_unsupported,
     why_weight_unsupported,
 )
 from fxfact.errors import SpecError
-from fxfact.graph.base import GraphSite, conv_call, conv_input, get_tensor, shape_of
+from fxfact.graph.base import GraphSite, conv_call, conv_input, get_tensor, shape_of, users_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,18 +95,21 @@ def _parse_module(root: fx.GraphModule, node: fx.Node) -> GraphSite | Skip:
     if not is_conv(module):
         inside = [name for name, child in module.named_modules() if is_conv(child) or _is_foreign_conv(child)]
         if inside == [""]:
-            return Skip(f"it is a {type(module).__module__}.{type(module).__name__}, not a torch.nn.Conv", path)
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            return Skip(f"it is a {kind}, not a torch.nn.Conv or torch.nn.Linear", path)
         if inside:
-            return Skip(f"{type(module).__name__} is a leaf of the trace; inside it is {', '.join(inside)}", path)
+            has_attention = any(isinstance(child, nn.MultiheadAttention) for child in module.modules())
+            advice = f". {ATTENTION_ADVICE}" if has_attention else ""
+            reason = f"{type(module).__name__} is a leaf of the trace; inside it is {', '.join(inside)}{advice}"
+            return Skip(reason, path)
         return Skip(f"{type(module).__name__} is not a convolution")
     if reason := why_unsupported(module) or _why_call_unsupported(module, node):
         return Skip(reason, path)
-    assert isinstance(module, nn.modules.conv._ConvNd)
     return GraphSite(
         path=path,
         spec=spec_of(module),
-        weight=module.weight,
-        bias=module.bias,
+        weight=cast(Tensor, module.weight),
+        bias=cast("Tensor | None", module.bias),
         input_shapes=_input_shapes([node]),
         nodes=(node,),
     )
@@ -122,6 +129,8 @@ def _why_call_unsupported(module: nn.Module, node: fx.Node) -> str:
 
 
 def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> GraphSite | Skip:
+    if call.is_product and not _is_parameter(root, call.weight):
+        return Skip(f"{node.op} {node.target} is not a convolution")
     tensors = []
     for role, read in (("weight", call.weight), ("bias", call.bias)):
         fixed = isinstance(read, fx.Node) and read.op == "get_attr" and get_tensor(root, str(read.target)) is not None
@@ -141,7 +150,7 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
         spec = call.spec_for(weight.shape, bias=bias is not None)
     except SpecError as error:
         return Skip(str(error), node.name)
-    if reason := why_weight_unsupported(weight):
+    if reason := why_weight_unsupported(weight) or _why_bias_unsupported(bias, spec):
         return Skip(reason, path)
     return GraphSite(
         path=path,
@@ -154,6 +163,18 @@ def _parse_function(root: fx.GraphModule, node: fx.Node, call: ConvCall) -> Grap
     )
 
 
+def _is_parameter(root: fx.GraphModule, weight: fx.Node) -> bool:
+    """Return whether a factor of a matrix product is a parameter, and not another tensor or an input of the graph."""
+    tensor = get_tensor(root, str(weight.target)) if weight.op == "get_attr" else None
+    return isinstance(tensor, nn.Parameter) and tensor.ndim == 2
+
+
+def _why_bias_unsupported(bias: Tensor | None, spec: ConvSpec) -> str:
+    """Return why a tensor is no bias, but another summand of ``addmm``, or "" if it is one."""
+    found = None if bias is None else tuple(bias.shape)
+    return "" if found in (None, (spec.out_channels,)) else f"its bias has the shape {found}, not one value per output"
+
+
 def _convs_in_region(root: fx.GraphModule, target: str) -> list[str]:
     """Return the convolutions in a graph that a higher-order operator runs, such as a part without gradients."""
     owner, _, name = target.rpartition(".")
@@ -161,9 +182,15 @@ def _convs_in_region(root: fx.GraphModule, target: str) -> list[str]:
     if not isinstance(region, fx.GraphModule):
         return []
     nodes = region.graph.nodes
-    own = [node.name for node in nodes if node.op == "call_function" and looks_like_conv(node.target)]
+    own = [node.name for node in nodes if node.op == "call_function" and _names_conv(node)]
     nested = [_convs_in_region(region, str(node.target)) for node in nodes if node.op == "get_attr"]
     return own + [f"{target}.{inner}" for names in nested for inner in names]
+
+
+def _names_conv(node: fx.Node) -> bool:
+    """Return whether a node calls a function whose name is that of a convolution or a linear layer."""
+    call = read_call(node.target, node.args, node.kwargs)
+    return looks_like_conv(node.target) or (call is not None and not call.is_product)
 
 
 def _path_of(root: fx.GraphModule, weight: str) -> str:
@@ -205,8 +232,9 @@ def _readers(root: fx.GraphModule, verdicts: Mapping[fx.Node, GraphSite | Skip])
             for tensor in root.get_submodule(str(node.target)).parameters():
                 readers[id(tensor)].add(node.name)
         elif node.op == "get_attr":
-            sites = [user for user in node.users if isinstance(verdicts[user], GraphSite) and _is_weight_of(user, node)]
-            others = {user.name for user in node.users if user not in sites}
+            users = list(users_of(node))
+            sites = [user for user in users if isinstance(verdicts[user], GraphSite) and _is_weight_of(user, node)]
+            others = {user.name for user in users if user not in sites}
             if others:
                 readers[id(get_tensor(root, str(node.target)))].update(others)
     return readers
@@ -229,7 +257,7 @@ def _merge_calls(path: str, nodes: list[fx.Node], verdicts: Mapping[fx.Node, Gra
 def _is_foreign_conv(module: nn.Module) -> bool:
     """Return whether a leaf module is another kind of convolution, such as a scripted or quantized one."""
     name = str(module.original_name) if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
-    return "Conv" in name and not list(module.children())
+    return ("Conv" in name or name == "Linear") and not list(module.children())
 
 
 def _holds_node(value: object) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,35 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from fxfact.conv import Sizes
 from fxfact.errors import CaptureError
+
+
+def _attention_flops(query: Sizes, key: Sizes, value: Sizes, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _recurrent_flops(input: Sizes, from_input: Sizes, from_state: Sizes, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of one layer in one direction on an input (steps, batch, in)."""
+    return 2 * math.prod(input[:2]) * (math.prod(from_input) + math.prod(from_state))
+
+
+_MORE_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+}
 
 
 class MacCounter(FlopCounterMode):
     """Counts the multiply-accumulates of everything that runs inside the context.
+
+    Operators that ``FlopCounterMode`` does not know, attention and recurrent layers on CPUs, are counted as well.
+    A mode for functions keeps ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` from calling a fused
+    operator, of which ``FlopCounterMode`` counts nothing.
 
     The count of ``FlopCounterMode`` by module is turned off. It registers hooks on gradients, and these fail in a model
     whose forward calls ``torch.autograd.grad``. The gradients of convolutions are not counted, because a factorization
@@ -27,18 +49,31 @@ class MacCounter(FlopCounterMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping=_MORE_FORMULAS)
         self.mod_tracker = _NoModules()  # type: ignore[assignment]
         self.flop_registry.pop(torch.ops.aten.convolution_backward, None)
+        self._no_fast_path = _NoFastPath()
 
     def __enter__(self) -> MacCounter:
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._no_fast_path.__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def __exit__(self, *raised: Any) -> Any:
+        self._no_fast_path.__exit__(*raised)  # type: ignore[no-untyped-call]
+        return super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     @property
     def macs(self) -> int:
         """The multiply-accumulates so far."""
         return int(self.get_total_flops()) // 2
+
+
+class _NoFastPath(TorchFunctionMode):
+    """Changes nothing. Its presence makes layers of PyTorch call the operators that they consist of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 class _NoModules(contextlib.nullcontext[None]):

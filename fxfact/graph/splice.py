@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from fxfact.conv import TRANSPOSED_TYPES, decides_size, is_conv, spec_of
-from fxfact.graph.base import GraphSite, conv_input, is_in_called_module, output_size_of
+from fxfact.graph.base import GraphSite, conv_input, erase_unread, is_in_called_module, output_size_of, users_of
 
 _STALE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "type")
 
@@ -46,11 +46,10 @@ def splice(
                 value.meta["from_node"] = [NodeSource(node, pass_name, action)]
                 calls[index].append(value)
         node.replace_all_uses_with(value)
-        read = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        read = node.all_input_nodes
         graph_module.graph.erase_node(node)
         for source in read:
-            if not source.users:
-                graph_module.graph.erase_node(source)
+            erase_unread(source)
     paths = [f"{site.path}.{index}" for index in range(len(stages))]
     return tuple(_stage_site(*stage) for stage in zip(paths, stages, calls, strict=True) if is_conv(stage[1]))
 
@@ -66,7 +65,7 @@ def _install(root: fx.GraphModule, site: GraphSite, stages: Sequence[nn.Module])
         stage.train(root.get_submodule(owner).training)
     for target in site.attributes:
         readers = [node for node in root.graph.nodes if node.op == "get_attr" and node.target == target]
-        only_here = all(user in site.nodes for node in readers for user in node.users)
+        only_here = all(user in site.nodes for node in readers for user in users_of(node))
         if only_here and not is_in_called_module(root, target):
             module_path, _, tensor_name = target.rpartition(".")
             delattr(root.get_submodule(module_path), tensor_name)

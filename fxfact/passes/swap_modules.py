@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from fxfact.calibration import Statistics
-from fxfact.conv import ConvSite, factorize_module
+from fxfact.conv import ConvSite, FactorizedModule, factorize_module
 from fxfact.passes.decomposition import DecomposeOptions, Decomposition, planned_chains
 from fxfact.passes.history import PassRecord, add_record, log_pass
 from fxfact.planning import Plan
@@ -38,9 +38,21 @@ def swap_modules(
         dense, stages = sites[chain.path].spec, plan[chain.path].stages
         factorize_module(result.get_submodule(chain.path), dense, stages, chain.stages, chain.path)
         errors[chain.path], digests[chain.path] = chain.relative_error, chain.weight_digest()
+    _leave_fast_paths(result)
     add_record(result, PassRecord(plan, errors, digests))
     log_pass("swap_modules", plan, result)
     return result
+
+
+def _leave_fast_paths(network: nn.Module) -> None:
+    """Let PyTorch's encoder layers call their modules, and no fused operator, where linear layers were factorized.
+
+    They would find out by themselves, but compose the weights first.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            is_factorized = any(isinstance(child, FactorizedModule) for child in module.modules())
+            module.activation_relu_or_gelu = 0 if is_factorized else module.activation_relu_or_gelu
 
 
 def _site_in_copy(network: nn.Module, site: ConvSite) -> ConvSite:

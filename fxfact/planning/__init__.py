@@ -3,7 +3,7 @@
 from fxfact.planning import rank_rules
 from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, least_amount
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
-from fxfact.planning.build import PlanDraft, SearchScope, Selection, build_plan, draft_plan
+from fxfact.planning.build import KINDS, Kinds, PlanDraft, SearchScope, Selection, build_plan, draft_plan
 from fxfact.planning.call import describe_call
 from fxfact.planning.decision import Decision
 from fxfact.planning.error_curves import ErrorCurveCache
@@ -23,6 +23,7 @@ from fxfact.planning.strategy import (
 )
 
 __all__ = [
+    "KINDS",
     "VBMF",
     "Allocation",
     "Budget",
@@ -35,6 +36,7 @@ __all__ = [
     "ErrorCurveCache",
     "FactorizationRequest",
     "FixedRanks",
+    "Kinds",
     "LargestThatPays",
     "Latency",
     "LatencyModel",

@@ -10,11 +10,14 @@ from typing import Any
 from fxfact.capture import Captured
 from fxfact.conv import ConvSite, ConvSpec, Cost, Skip, path_of
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.planning.decision import Decision
+from fxfact.planning.budgets import Budget
+from fxfact.planning.decision import Decision, unreached_cost
 from fxfact.planning.plan import Plan
 from fxfact.planning.strategy import Allocation, Candidate, Choice, RankStrategy
 
 Selection = str | Sequence[str] | Callable[[str, ConvSpec], bool]
+Kinds = str | Sequence[str]
+KINDS = ("conv", "linear")
 _Predicate = Callable[[str, ConvSpec], bool]
 
 
@@ -25,6 +28,7 @@ class SearchScope:
     Attributes:
         include: globs on the path, or a predicate on (path, spec). None includes every layer.
         exclude: the same, for layers to leave alone.
+        kinds: the kinds of layers that may change: 'conv', 'linear' or both.
         allow_growth: also rewrite layers that would have more parameters or MACs.
         partial: the captured network is a part of a larger one, so a glob may fit nothing.
         call: what ``Plan.call`` is to be.
@@ -32,9 +36,16 @@ class SearchScope:
 
     include: Selection | None = None
     exclude: Selection | None = None
+    kinds: Kinds = KINDS
     allow_growth: bool = False
     partial: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else self.kinds
+        if not isinstance(kinds, Sequence) or not kinds or not {*kinds} <= {*KINDS}:
+            raise ArgumentError(f"kinds must be 'conv', 'linear' or a list of these, got {self.kinds!r}")
+        object.__setattr__(self, "kinds", tuple(kinds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +67,12 @@ class PlanDraft:
     groups: tuple[tuple[str, ...], ...]
     candidates: tuple[Candidate, ...]
     network: Cost
+
+    def check_reach(self, budget: Budget) -> None:
+        """Raise BudgetError if what no factorization can reach costs more than the budget."""
+        least, allowed = budget.amount(unreached_cost(self.network, self.decisions)), budget.allowed(self.network)
+        if least > allowed:
+            raise budget.out_of_reach_error(least, self.network)
 
     def to_plan(self, allocation: Allocation, *, uses_statistics: bool) -> Plan:
         """Return the plan for one choice for each candidate."""
@@ -99,7 +116,7 @@ def draft_plan(captured: Captured, scope: SearchScope) -> PlanDraft:
         if leader.spec is None or leader.tied_to:
             continue
         group = [decision for decision in decisions.values() if leader.path in (decision.path, decision.tied_to)]
-        reasons = (_why_left_out(decision, included, excluded, captured.adapters) for decision in group)
+        reasons = (_why_left_out(decision, included, excluded, scope, captured.adapters) for decision in group)
         if left_out := next((reason for reason in reasons if reason), None):
             decisions |= {decision.path: _decide(decision, left_out) for decision in group}
             continue
@@ -161,9 +178,15 @@ def _why_larger(group: Sequence[Decision]) -> Skip | None:
 
 
 def _why_left_out(
-    decision: Decision, included: _Predicate | None, excluded: _Predicate | None, adapters: Mapping[str, str]
+    decision: Decision,
+    included: _Predicate | None,
+    excluded: _Predicate | None,
+    scope: SearchScope,
+    adapters: Mapping[str, str],
 ) -> Skip | None:
     assert decision.spec is not None
+    if decision.spec.kind not in scope.kinds:
+        return Skip(f"kinds={', '.join(scope.kinds)} leaves it out")
     owner = f" ({decision.path}, which shares its weight)" if decision.tied_to else ""
     if included is not None and not included(decision.path, decision.spec):
         return Skip(f"not included{owner}")

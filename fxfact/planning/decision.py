@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -78,6 +78,14 @@ class Decision:
 
     def _cost_of(self, stages: Sequence[ConvSpec]) -> Cost:
         return chain_cost(stages, self.input_sizes, tied=self.tied_to is not None)
+
+
+def unreached_cost(network: Cost, decisions: Iterable[Decision]) -> Cost:
+    """Return the cost of a network without the layers that factorizations could replace."""
+    for decision in decisions:
+        if decision.spec is not None:
+            network = network - decision.before
+    return replace(network, ms=None)
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:

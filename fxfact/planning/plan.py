@@ -24,13 +24,13 @@ from fxfact.factorizations import (
     resolve_rank,
 )
 from fxfact.planning.call import installed_versions
-from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json
+from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json, unreached_cost
 from fxfact.planning.pareto import ParetoFront
 from fxfact.planning.plan_file import plan_text
 from fxfact.planning.strategy import ParetoPoint, significant
 from fxfact.utils import atomic_write
 
-_FORMAT = {"format": "fxfact plan", "version": 6}
+_FORMAT = {"format": "fxfact plan", "version": 7}
 _LAST = ("decisions", "pareto_points")  # in a file
 _WAYS = {
     "trace": "as one graph ('trace')",
@@ -99,6 +99,15 @@ class Plan:
         if not self.pareto_points:
             raise PlanError("the plan was made without a budget, so it knows no other. Pass budget=fxfact.Macs(0.5).")
         return ParetoFront(network=self.network, points=self.pareto_points, uses_statistics=self.uses_statistics)
+
+    @property
+    def unreached(self) -> Cost:
+        """The cost of what no factorization can reach: everything but the layers that could be read.
+
+        That is what recurrent layers, embeddings, norms and the products of attention cost, and layers that have to
+        stay as they are.
+        """
+        return unreached_cost(self.network, self.decisions)
 
     @cached_property
     def rewrites(self) -> tuple[Decision, ...]:
@@ -212,6 +221,8 @@ class Plan:
         notes = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
         if self.capture != "export":
             notes[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
+        if out_of_reach := _format_unreached(self.unreached, self.network):
+            notes.append(out_of_reach)
         if self.inference_passes:
             notes.append(f"for inference: {', '.join(self.inference_passes)}")
         if self.outputs:
@@ -355,6 +366,14 @@ def _edited_choice(
 def _describe(convolution: tuple[ConvSpec, str | None]) -> str:
     spec, tied_to = convolution
     return f"{spec} {'with' if spec.bias else 'without'} bias" + (f" and the weight of {tied_to}" if tied_to else "")
+
+
+def _format_unreached(unreached: Cost, network: Cost) -> str:
+    """Say which shares of the network no factorization can reach, or return "" if they are less than 0.1 %."""
+    pairs = (("parameters", unreached.params, network.params), ("MACs", unreached.macs, network.macs))
+    shares = [(name, 100 * part / whole) for name, part, whole in pairs if part is not None and whole]
+    texts = [f"{share:.1f} % of the {name}" for name, share in shares if share >= 0.1]
+    return f"no factorization can reach {' and '.join(texts)}" if texts else ""
 
 
 def _table_row(decision: Decision) -> list[str]:

@@ -103,6 +103,7 @@ def search(
     draft = draft_plan(captured, scope)
     budget = strategy.budget if isinstance(strategy, BudgetAllocator) and loss is None else None
     if isinstance(strategy, BudgetAllocator) and budget is not None and not isinstance(budget, Latency):
+        draft.check_reach(budget)
         strategy.check_budget(draft.candidates, draft.network)
 
     # Statistics: given by the caller, or collected from the caller's batches. The original is run on the batches to

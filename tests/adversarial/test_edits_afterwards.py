@@ -302,7 +302,7 @@ def test_a_detector_is_fused_after_it_was_factorized(fold: Any) -> None:
     torch.manual_seed(0)
     model, x = randomize_norms(Detector()), torch.randn(2, 3, 64, 64)
     capture = "auto" if fold is fold_by_data else "modules"
-    small = fxfact.factorize(model, ["tucker", "pointwise_svd"], rank=0.6, capture=capture, example_inputs=x)
+    small = fxfact.factorize(model, ["tucker", "svd"], rank=0.6, capture=capture, example_inputs=x)
     assert len(fxfact.plan_of(small).rewrites) >= 8
     assert (type(small), small.model[9].stride.tolist(), small.names[1]) == (Detector, [8, 16], "dog")
     expected = small(x)

@@ -110,7 +110,7 @@ def is_narrow(path: str, spec: ConvSpec) -> bool:
 @factorizations
 def test_inductor_compiles_every_factorization(factorization: Factorization) -> None:
     model, x = load_network("wide_resnet8")
-    result = fxfact.factorize(model, [quick(factorization), "pointwise_svd"], rank=0.5, example_inputs=x)
+    result = fxfact.factorize(model, [quick(factorization), "svd"], rank=0.5, example_inputs=x)
     torch._dynamo.reset()
     with torch.no_grad():
         assert relative_error(result(x), torch.compile(result, fullgraph=True)(x)) < 1e-5

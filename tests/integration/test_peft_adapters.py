@@ -53,7 +53,7 @@ def test_adapters_are_left_dense_and_their_base_is_factorized(capture: Any) -> N
         owner = path.partition(".lora_")[0]
         assert reason.startswith(f"it belongs to the adapter 'default' of {owner}: merge the adapter first")
     assert apart(expected, small(x)) < 1e-5
-    included = fxfact.plan(model, "pointwise_svd", rank=2, example_inputs=x, allow_growth=True, include="*.lora_B.*")
+    included = fxfact.plan(model, "svd", rank=2, example_inputs=x, allow_growth=True, include="*.lora_B.*")
     assert [d.path for d in included.rewrites] == [f"base_model.model.{n}.lora_B.default" for n in ("stem", "body")]
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from fxfact.conv import ConvSpec
 from fxfact.factorizations import (
     FACTORIZATIONS,
+    SVD,
     TT,
     ChannelSVD,
     CPFactorized,
     CPMobilenet,
     Factorization,
-    PointwiseSVD,
     SpatialSVD,
     Tucker,
     pointwise,
@@ -25,13 +25,13 @@ from fxfact.factorizations import (
 from tests.laws.factorization_laws import FactorizationLaws
 from tests.support import SPECS
 
-POINTWISE = frozenset(name for name in SPECS if "pointwise" in name)
+MATRICES = frozenset(name for name in SPECS if "pointwise" in name or "linear" in name)
 DEPTHWISE = frozenset({"depthwise", "transposed depthwise"})
 ONE_AXIS = frozenset({"1-D", "1-D circular", "one axis", "transposed 1-D"})
 
 
 class TestCPMobilenet(FactorizationLaws):
-    rejected = POINTWISE | DEPTHWISE
+    rejected = MATRICES | DEPTHWISE
     estimates = "upper"
 
     def make(self) -> Factorization:
@@ -42,7 +42,7 @@ class TestCPMobilenet(FactorizationLaws):
 
 
 class TestCPFactorized(FactorizationLaws):
-    rejected = POINTWISE | DEPTHWISE
+    rejected = MATRICES | DEPTHWISE
     estimates = "upper"
 
     def make(self) -> Factorization:
@@ -53,7 +53,7 @@ class TestCPFactorized(FactorizationLaws):
 
 
 class TestTucker(FactorizationLaws):
-    rejected = POINTWISE | DEPTHWISE
+    rejected = MATRICES | DEPTHWISE
     estimates = "upper"
     stages_at_full_rank = 1
 
@@ -62,7 +62,7 @@ class TestTucker(FactorizationLaws):
 
 
 class TestTuckerWithFullSides(FactorizationLaws):
-    rejected = POINTWISE | DEPTHWISE
+    rejected = MATRICES | DEPTHWISE
     estimates = "upper"
 
     def make(self) -> Factorization:
@@ -70,7 +70,7 @@ class TestTuckerWithFullSides(FactorizationLaws):
 
 
 class TestTT(FactorizationLaws):
-    rejected = POINTWISE | DEPTHWISE
+    rejected = MATRICES | DEPTHWISE
     estimates = "upper"
 
     def make(self) -> Factorization:
@@ -78,7 +78,7 @@ class TestTT(FactorizationLaws):
 
 
 class TestSpatialSVD(FactorizationLaws):
-    rejected = POINTWISE | ONE_AXIS
+    rejected = MATRICES | ONE_AXIS
     estimates = "exact"
 
     def make(self) -> Factorization:
@@ -86,7 +86,7 @@ class TestSpatialSVD(FactorizationLaws):
 
 
 class TestSpatialSVDWithLastAxesFirst(FactorizationLaws):
-    rejected = POINTWISE | ONE_AXIS
+    rejected = MATRICES | ONE_AXIS
     estimates = "exact"
 
     def make(self) -> Factorization:
@@ -94,20 +94,20 @@ class TestSpatialSVDWithLastAxesFirst(FactorizationLaws):
 
 
 class TestChannelSVD(FactorizationLaws):
-    rejected = POINTWISE | DEPTHWISE | {"one output channel"}
+    rejected = MATRICES | DEPTHWISE | {"one output channel"}
     estimates = "exact"
 
     def make(self) -> Factorization:
         return ChannelSVD()
 
 
-class TestPointwiseSVD(FactorizationLaws):
-    rejected = frozenset(SPECS) - POINTWISE
+class TestSVD(FactorizationLaws):
+    rejected = frozenset(SPECS) - MATRICES
     kernel_size = (1, 1)
     estimates = "exact"
 
     def make(self) -> Factorization:
-        return PointwiseSVD()
+        return SVD()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class InputSVD(Factorization):
 class TestFactorizationOfOnesOwn(FactorizationLaws):
     """A factorization that is not part of the package inherits everything, once it is clear how it is made."""
 
-    rejected = frozenset(SPECS) - POINTWISE
+    rejected = frozenset(name for name in SPECS if "pointwise" not in name)
     kernel_size = (1, 1)
 
     def make(self) -> Factorization:

@@ -33,7 +33,7 @@ class TestFactorizeConvs(PassLaws):
 
     def make(self, model: nn.Module, inputs: Tensor) -> PassBase:
         return FactorizeConvs(
-            fxfact.plan(model, ["channel_svd", "pointwise_svd"], rank=2, example_inputs=inputs, allow_growth=True)
+            fxfact.plan(model, ["channel_svd", "svd"], rank=2, example_inputs=inputs, allow_growth=True)
         )
 
     def make_model(self) -> nn.Module:

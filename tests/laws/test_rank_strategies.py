@@ -55,7 +55,7 @@ class TestFixedRanksForAShareOfTheParameters(RankStrategyLaws):
 
 class TestFixedRanksForAnInt(RankStrategyLaws):
     def make(self, model: nn.Module, draft: PlanDraft) -> RankStrategy:
-        return FixedRanks.parse(["channel_svd", "pointwise_svd"], {"*": 99, "plain": 2})
+        return FixedRanks.parse(["channel_svd", "svd"], {"*": 99, "plain": 2})
 
     def check_allocation(self, draft: PlanDraft, allocation: Allocation) -> None:
         plain, *others = (choice for choice in allocation.choices if isinstance(choice, Choice))
@@ -76,7 +76,7 @@ class TestFixedRanksThatAreMultiples(RankStrategyLaws):
 
 class TestEnergy(RankStrategyLaws):
     def make(self, model: nn.Module, draft: PlanDraft) -> RankStrategy:
-        return FixedRanks.parse(["tucker", "pointwise_svd"], fxfact.ranks.Energy(0.3))
+        return FixedRanks.parse(["tucker", "svd"], fxfact.ranks.Energy(0.3))
 
 
 class TestVBMF(RankStrategyLaws):
@@ -101,7 +101,7 @@ class TestVBMF(RankStrategyLaws):
 
 class TestLargestThatPays(RankStrategyLaws):
     def make(self, model: nn.Module, draft: PlanDraft) -> RankStrategy:
-        return FixedRanks.parse(["spatial_svd", "pointwise_svd"], fxfact.ranks.LargestThatPays())
+        return FixedRanks.parse(["spatial_svd", "svd"], fxfact.ranks.LargestThatPays())
 
 
 # Budgets

@@ -277,7 +277,7 @@ def test_factorized_conv_takes_any_factorization() -> None:
     [
         (lambda: fnn.CPConv(6, 8, 3), FxfactError, "order="),
         (lambda: fnn.CPConv(6, 8, (3, 3), order=3), FxfactError, "kernel_size"),
-        (lambda: fnn.CPConv(6, 8, 1, order=2), RefusedError, "pointwise_svd"),
+        (lambda: fnn.CPConv(6, 8, 1, order=2), RefusedError, "svd"),
         (lambda: fnn.CPConv(6, 8, 3, order=2, rank=0), RankError, "positive"),
         (lambda: fnn.CPConv(6, 8, 3, order=2, rank=999), RankError, "within 1 and 54"),
         (lambda: fnn.TuckerConv(6, 8, 3, order=2, rank=(1, 2, 3)), RankError, "2 ranks"),

@@ -72,7 +72,7 @@ def test_load_puts_the_network_into_another_instance(
 
 def test_load_repeats_a_second_factorization_and_folded_weights(x: Tensor, tmp_path: Path) -> None:
     once = fxfact.factorize(net(normed=True), "channel_svd", rank=0.6, example_inputs=x, fold_weights=True)
-    twice = fxfact.factorize(once, "pointwise_svd", rank=0.7, include="*", allow_growth=True)
+    twice = fxfact.factorize(once, "svd", rank=0.7, include="*", allow_growth=True)
     assert fxfact.plan_of(twice).rewrites
     for network in (once, twice):
         fxfact.save(network, tmp_path / "small.pt")

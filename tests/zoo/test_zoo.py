@@ -24,7 +24,7 @@ from fxfact.utils import relative_error, tensors_of
 from tests.zoo.zoo_models import ZOO, ZooModel
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
-METHODS = ["tucker", "cp", "spatial_svd", "channel_svd", "pointwise_svd"]
+METHODS = ["tucker", "cp", "spatial_svd", "channel_svd", "svd"]
 WITH_INDUCTOR = {"pytorchcv resnet", "monai BasicUNet", "HF ResNet", "HF Encodec", "diffusers AutoencoderKLWan"}
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 KINDS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact.analysis import Report
 
-FACTORIZATIONS: dict[str, Any] = {"stem": "channel_svd", "body": "tucker", "up": "cp", "*": "pointwise_svd"}
+FACTORIZATIONS: dict[str, Any] = {"stem": "channel_svd", "body": "tucker", "up": "cp", "*": "svd"}
 
 
 class Net(nn.Module):

@@ -209,7 +209,7 @@ def test_a_factorized_subclass_is_copied_saved_and_planned_again(kind: type[_Own
     assert copy.deepcopy(result)(x).equal(result(x))
     fxfact.save(result, tmp_path / "result.pt")
     assert fxfact.load(tmp_path / "result.pt", network(kind, 2))(x).equal(result(x))
-    again = fxfact.factorize(result, "pointwise_svd", rank=0.5, example_inputs=x, capture="modules", allow_growth=True)
+    again = fxfact.factorize(result, "svd", rank=0.5, example_inputs=x, capture="modules", allow_growth=True)
     assert {d.path.count(".") for d in fxfact.plan_of(again).rewrites} == {1}
 
 

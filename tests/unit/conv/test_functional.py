@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from fxfact.conv import differentiates_conv, looks_like_conv, read_call, run_weight, spec_of, write_call
+from fxfact.conv import looks_like_conv, read_call, run_weight, spec_of, write_call
 from fxfact.conv.chain import from_torch
 from tests.support import apart, random_input
 
@@ -50,7 +51,12 @@ def test_other_functions_are_not_read() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Conv1d(4, 6, 3, stride=2), nn.Conv3d(4, 6, 2, padding=1), nn.ConvTranspose2d(4, 6, 3, output_padding=0)],
+    [
+        nn.Conv1d(4, 6, 3, stride=2),
+        nn.Conv3d(4, 6, 2, padding=1),
+        nn.ConvTranspose2d(4, 6, 3, output_padding=0),
+        nn.Linear(4, 6),
+    ],
 )
 def test_a_module_is_written_as_the_call_that_it_makes(module: nn.Module) -> None:
     function, settings = write_call(module)
@@ -58,13 +64,46 @@ def test_a_module_is_written_as_the_call_that_it_makes(module: nn.Module) -> Non
     assert torch.equal(function(x, module.weight, module.bias, *settings), module(x))
 
 
-def test_only_what_autograd_calls_for_convolutions_reads_their_weights_as_they_do() -> None:
+def test_what_autograd_calls_for_convolutions_is_none() -> None:
     def conv2d_backward_compatible() -> None: ...
 
-    def warp_backward() -> None: ...
-
     gradients = (torch.ops.aten.convolution_backward, torch.ops.aten.convolution_backward.default)
-    assert all(differentiates_conv(function) and not looks_like_conv(function) for function in gradients)
-    assert not differentiates_conv(warp_backward)
+    assert not any(map(looks_like_conv, gradients))
     assert looks_like_conv(conv2d_backward_compatible)
-    assert not differentiates_conv(conv2d_backward_compatible)
+
+
+LINEAR_CALLS: dict[str, Any] = {
+    "linear": lambda x, weight, bias: (F.linear, (x, weight, bias), {}, False),
+    "linear by name": lambda x, weight, bias: (F.linear, (x,), {"weight": weight, "bias": bias}, False),
+    "aten.linear": lambda x, weight, bias: (aten.linear.default, (x, weight, bias), {}, False),
+    "addmm": lambda x, weight, bias: (torch.addmm, (bias, x, weight.T), {}, True),
+    "addmm by name": lambda x, weight, bias: (torch.addmm, (), {"input": bias, "mat1": x, "mat2": weight.T}, True),
+    "aten.addmm": lambda x, weight, bias: (aten.addmm.default, (bias, x, weight.T), {"beta": 1, "alpha": 1}, True),
+    "mm": lambda x, weight, bias: (torch.mm, (x, weight.T), {}, True),
+    "matmul": lambda x, weight, bias: (Tensor.matmul, (x, weight.T), {}, True),
+    "matmul by name": lambda x, weight, bias: (torch.matmul, (x,), {"other": weight.T}, True),
+    "@": lambda x, weight, bias: (operator.matmul, (x, weight.T), {}, True),
+}
+
+
+@pytest.mark.parametrize("spelling", LINEAR_CALLS)
+def test_a_linear_layer_is_read_in_every_spelling(spelling: str) -> None:
+    x, weight, bias = torch.randn(5, 4), torch.randn(6, 4), torch.randn(6)
+    function, args, kwargs, transposed = LINEAR_CALLS[spelling](x, weight, bias)
+    call = read_call(function, args, kwargs)
+    assert call is not None
+    assert (call.is_linear, call.is_product, call.transposed) == (True, transposed, transposed)
+    assert call.input is x
+    spec = call.spec_for(call.weight.shape, bias=call.bias is not None)
+    assert (spec.kind, spec.in_channels, spec.out_channels) == ("linear", 4, 6)
+    assert apart(function(*args, **kwargs), run_weight(spec, from_torch(spec, call.weight), call.bias, x)) < 1e-6
+
+
+def test_a_scaled_product_is_no_linear_layer() -> None:
+    x = torch.randn(4, 4)
+    for function, args, kwargs in (
+        (torch.addmm, (x, x, x), {"beta": 0.5}),
+        (torch.addmm, (x, x, x), {"alpha": 2}),
+        (torch.matmul, (x, x), {"out": x}),
+    ):
+        assert read_call(function, args, kwargs) is None  # type: ignore[arg-type]

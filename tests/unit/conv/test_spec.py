@@ -35,7 +35,7 @@ def test_same_padding_is_parsed_as_torch_pads() -> None:
         ({"kernel_size": (3, 3), "padding": -1}, "negative"),
         ({"kernel_size": (3, 3), "groups": 3}, "groups=3"),
         ({"kernel_size": (3, 3), "padding_mode": "mirror"}, "mirror"),
-        ({"kernel_size": (1, 1, 1, 1)}, "1, 2 or 3"),
+        ({"kernel_size": (1, 1, 1, 1)}, "0, 1, 2 or 3"),
         ({"kernel_size": (3.5, 3)}, "ints"),
         ({"kernel_size": (3, 3), "groups": True}, "ints"),
         ({"kernel_size": (3, 3), "output_padding": 1}, "only a transposed"),
@@ -53,8 +53,23 @@ def test_fields_of_the_wrong_length_are_refused() -> None:
         replace(spec, padding=(1, 1))  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"stride=\(1,\) must have 2 entries"):
         replace(spec, stride=(1,))
-    with pytest.raises(SpecError, match="1, 2 or 3 spatial axes"):
+    with pytest.raises(SpecError, match=r"stride=\(1, 1\) must have 0 entries"):
         replace(spec, kernel_size=())
+
+
+def test_a_linear_layer_is_the_convolution_without_spatial_axes() -> None:
+    spec = ConvSpec.linear(6, 8, bias=True)
+    assert (spec.order, spec.kind, spec.is_pointwise, str(spec)) == (0, "linear", True, "Linear(6→8)")
+    assert (spec.weight_shape, spec.params) == ((8, 6), 8 * 6 + 8)
+    assert spec.output_size((5, 7)) == (5, 7)
+    assert spec.macs((5, 7)) == 5 * 7 * 6 * 8
+    assert spec.output_shape((2, 5, 6)) == (2, 5, 8)
+    assert ConvSpec.linear(6, 8, transposed=True).torch_weight_shape == (6, 8)
+    assert ConvSpec.parse(6, 8, (3, 3), padding=1).output_shape((2, 6, 5, 5)) == (2, 8, 5, 5)
+    assert ConvSpec.parse(6, 8, (3, 3)).kind == "conv"
+    for change in ({"groups": 2}, {"padding_mode": "reflect"}):
+        with pytest.raises(SpecError, match="no groups and no padding"):
+            replace(spec, **change)
 
 
 def test_a_spec_reads_like_torch() -> None:

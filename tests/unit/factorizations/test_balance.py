@@ -151,7 +151,7 @@ def test_weights_are_kept_in_the_range_of_half_precision() -> None:
 @pytest.mark.parametrize("values", ["zero", "one channel"])
 def test_zeros_are_balanced(values: str) -> None:
     for factorization in ALL:
-        spec = SPECS["pointwise" if factorization.name == "pointwise_svd" else "plain"]
+        spec = SPECS["pointwise" if factorization.name == "svd" else "plain"]
         weight = torch.zeros(spec.weight_shape)
         if values == "one channel":
             weight[3] = 1.0

@@ -8,8 +8,8 @@ import pytest
 from fxfact.conv import ConvSpec, Skip
 from fxfact.errors import ArgumentError, ArgumentTypeError, RankError
 from fxfact.factorizations import (
+    SVD,
     CPMobilenet,
-    PointwiseSVD,
     Tucker,
     parse_factorization,
     parse_rank_spec,
@@ -71,7 +71,7 @@ def test_no_rank_is_a_reason() -> None:
     too_small = resolve_rank(Tucker(keep_full_sides=True), SPEC, 0.01, clip=True)
     assert isinstance(too_small, Skip)
     assert "even at rank 1 tucker has more than 0.01" in too_small.reason
-    assert isinstance(resolve_rank(PointwiseSVD(), SPEC, 3, clip=True), Skip)
+    assert isinstance(resolve_rank(SVD(), SPEC, 3, clip=True), Skip)
 
 
 def test_factorization_is_parsed_from_its_name_in_any_spelling() -> None:

@@ -75,7 +75,7 @@ def test_rejected_convolution_is_refused_with_the_reason() -> None:
         lambda: Tucker().tensorly_rank(spec, 0.5),
     ]
     for call in calls:
-        with pytest.raises(RefusedError, match=r"use pointwise_svd \(Conv2d\(6→8, 1×1\)\)"):
+        with pytest.raises(RefusedError, match=r"use svd \(Conv2d\(6→8, 1×1\)\)"):
             call()
 
 

@@ -272,7 +272,7 @@ def test_pointwise_linear_changes_only_plain_1x1_convolutions_and_they_stay_conv
         key: value.shape for key, value in model.state_dict().items()
     }
     assert type(model[0]) is kind
-    again = fxfact.factorize(linear, "pointwise_svd", rank=0.9, example_inputs=x, allow_growth=True, verify=True)
+    again = fxfact.factorize(linear, "svd", rank=0.9, example_inputs=x, allow_growth=True, verify=True)
     assert "0" in [decision.path for decision in fxfact.plan_of(again).rewrites]
 
 
@@ -283,7 +283,7 @@ def test_pointwise_linear_is_factorized_in_a_model_that_keeps_its_own_python() -
 
     model = run_passes(Branches(nn.Conv2d(6, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval(), ["pointwise_linear"])
     x = torch.randn(2, 6, 5, 5)
-    small = fxfact.factorize(model, "pointwise_svd", rank=0.7, exclude="0", example_inputs=x, verify=True)
+    small = fxfact.factorize(model, "svd", rank=0.7, exclude="0", example_inputs=x, verify=True)
     assert fxfact.plan_of(small).capture == "modules"
     assert [type(module).__name__ for module in small.children()] == ["PointwiseConv2d", "ReLU", "FactorizedConv2d"]
     torch.testing.assert_close(copy.deepcopy(small)(x), small(x))

@@ -262,8 +262,8 @@ def test_layer_without_gradients_has_only_its_dense_option(model: nn.Module, x: 
     ("methods", "reasons"),
     [
         ({"first": "tt"}, [None, "no factorization is given for it", "no factorization is given for it"]),
-        ("pointwise_svd", ["the kernel is 3×3, not 1×1"] * 3),
-        (["pointwise_svd", DepthwiseFirst()], [None, None, "the kernel is 3×3, not 1×1; transposed"]),
+        ("svd", ["the kernel is 3×3, not 1×1"] * 3),
+        (["svd", DepthwiseFirst()], [None, None, "the kernel is 3×3, not 1×1; transposed"]),
     ],
     ids=["by path", "rejected", "rejected by two"],
 )

@@ -47,9 +47,9 @@ def test_factorization_is_one_for_all_layers_or_a_list_or_by_path(small: Small) 
 
     assert names("cp") == names("CP-mobilenet") == ["cp_mobilenet"] * 2
     assert names(Tucker(sweeps=2)) == ["tucker"] * 2
-    assert names(["pointwise_svd", "tt"]) == ["tt"] * 2
+    assert names(["svd", "tt"]) == ["tt"] * 2
     assert names({"first": "tt"}) == ["tt", None]
-    assert names({"first": ["pointwise_svd"], "*": "cp"}) == [None, "cp_mobilenet"]
+    assert names({"first": ["svd"], "*": "cp"}) == [None, "cp_mobilenet"]
 
 
 def test_rank_that_is_too_large_is_lowered_with_a_note_or_refused_if_its_path_was_given(small: Small) -> None:
@@ -113,7 +113,7 @@ def test_by_path_refuses_patterns_that_fit_no_path() -> None:
 
 
 def test_fixed_ranks_gives_the_reason_of_every_factorization_that_was_tried(small: Small) -> None:
-    strategy = FixedRanks.parse(["pointwise_svd", "cp"], 1e-3)
+    strategy = FixedRanks.parse(["svd", "cp"], 1e-3)
     reason = build_plan(capture(small, None), strategy, SearchScope())["second"].reason
     assert "1×1" in reason
     assert "even at rank 1 cp_mobilenet has more than 0.001 of the parameters" in reason

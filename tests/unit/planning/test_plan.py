@@ -109,7 +109,7 @@ def test_edit_that_does_not_suit_the_convolution_is_refused(small: Small, image:
     plan = fxfact.plan(small, example_inputs=image)
     for change, error in (
         ({"rank": (99, 2)}, RankError),
-        ({"factorization": "pointwise_svd", "rank": 2}, PlanError),
+        ({"factorization": "svd", "rank": 2}, PlanError),
         ({"skip": 3}, ArgumentTypeError),
     ):
         with pytest.raises(error):

@@ -11,7 +11,7 @@ from torch import nn
 import fxfact
 from fxfact.conv import ConvLayer, ConvSpec
 from fxfact.errors import ArgumentTypeError, RankError
-from fxfact.factorizations import CPMobilenet, Factorization, PointwiseSVD
+from fxfact.factorizations import SVD, CPMobilenet, Factorization
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule, vbmf_rank
 from fxfact.planning.strategy import Candidate
 
@@ -31,7 +31,7 @@ def test_energy_of_all_is_the_rank_that_keeps_it() -> None:
     random = torch.Generator().manual_seed(0)
     weight = (torch.randn(16, 4, generator=random) @ torch.randn(4, 16, generator=random))[..., None, None]
     candidate = Candidate("conv", ConvLayer(spec, weight), ((spec, None),))
-    assert Energy(1.0).rank_for(PointwiseSVD(), candidate) == (4,)
+    assert Energy(1.0).rank_for(SVD(), candidate) == (4,)
 
 
 def test_largest_rank_that_pays_is_the_largest(model: nn.Module) -> None:
@@ -60,7 +60,7 @@ def test_vbmf_does_not_apply_to_cp(model: nn.Module) -> None:
         (nn.Conv1d(48, 48, 5), "channel_svd"),
         (nn.Conv3d(16, 24, 3), "tucker"),
         (nn.ConvTranspose2d(48, 48, 3), "tucker"),
-        (nn.Conv2d(64, 64, 1), "pointwise_svd"),
+        (nn.Conv2d(64, 64, 1), "svd"),
         (nn.Conv2d(64, 64, 3, groups=2), "channel_svd"),
         (nn.Conv2d(32, 32, 5), "spatial_svd"),
     ],

@@ -203,7 +203,7 @@ def test_budgets_leave_layers_that_nothing_can_replace_dense_with_their_reasons(
     model, x = ManyKinds().eval(), torch.randn(8, 3, 14, 14)
     plan = fxfact.plan(
         model,
-        ["channel_svd", "pointwise_svd"],
+        ["channel_svd", "svd"],
         budget=budget,
         calibration=x.split(2) if data else None,
         example_inputs=x,

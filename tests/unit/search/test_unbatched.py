@@ -39,7 +39,7 @@ def with_norm() -> nn.Module:
 
 def test_inference_passes_of_an_unbatched_network_are_the_same_without_inputs(tmp_path: Path) -> None:
     model, x = with_norm(), torch.randn(8, 32)
-    small = fxfact.factorize(model, ["tucker", "pointwise_svd"], rank=0.6, example_inputs=x)
+    small = fxfact.factorize(model, ["tucker", "svd"], rank=0.6, example_inputs=x)
     fast = fxfact.for_inference(small, x, timer=FakeTimer())
     assert "fold_batch_norms" not in fxfact.plan_of(fast).inference_passes
     assert apart(small(x), fast(x)) < 1e-5
@@ -63,7 +63,7 @@ def test_every_module_pass_computes_the_same_without_a_batch_axis(order: int, ca
     kind = CONVS[order - 1]
     model = nn.Sequential(kind(8, 16, 3, padding=1), nn.ReLU(), kind(16, 16, 1)).eval()
     x = torch.randn(8, *(12, 10, 6)[:order])
-    small = fxfact.factorize(model, ["tucker", "pointwise_svd"], rank=0.7, example_inputs=x, capture=capture)
+    small = fxfact.factorize(model, ["tucker", "svd"], rank=0.7, example_inputs=x, capture=capture)
     assert len(fxfact.plan_of(small).rewrites) == 2
     for names in (("merge_pointwise",), ("channels_last",), ("channels_last", "pointwise_linear"), ("onednn",)):
         changed = run_passes(small, names)
