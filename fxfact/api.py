@@ -409,14 +409,14 @@ def _warn_if_unchanged(plan: Plan, caller: str) -> None:
     if plan.rewrites:
         return
     if not len(plan):
-        warn_caller(f"{caller} rewrote nothing: no convolution was found in {plan.model}")
+        warn_caller(f"{caller} rewrote nothing: no convolution and no linear layer was found in {plan.model}")
         return
     examples = {decision.reason.partition(":")[0]: decision.reason for decision in reversed(plan.decisions)}
     counts = Counter(decision.reason.partition(":")[0] for decision in plan)
     reasons = "; ".join(f"{count}× {examples[kind]}" for kind, count in counts.most_common(3))
     rest = f"; and {len(counts) - 3} other reasons" if len(counts) > 3 else ""
     warn_caller(
-        f"{caller} rewrote none of the {len(plan)} convolutions of {plan.model}: {reasons}{rest}. Print the plan to "
+        f"{caller} rewrote none of the {len(plan)} layers of {plan.model}: {reasons}{rest}. Print the plan to "
         "see the reason of each."
     )
 

@@ -210,7 +210,7 @@ class FactorizedConv(ComposedLayer):
             RefusedError: if it cannot be factorized this way, or computes its weight from other parameters.
             ArgumentError, RankError, WeightError: if another argument, the rank or the weight is invalid.
         """
-        if not isinstance(conv, nn.Module) or not is_conv(conv):
+        if not isinstance(conv, nn.Module) or not is_conv(conv) or isinstance(conv, nn.Linear):
             kinds = "torch.nn.Conv1d/2d/3d or ConvTranspose1d/2d/3d"
             raise ArgumentTypeError(f"conv must be a {kinds}, got {type(conv).__name__}")
         check_generator(generator)

@@ -117,8 +117,9 @@ def _check_output(network: nn.Module, tensors: Sequence[Tensor]) -> None:
     if not any(tensor.requires_grad for tensor in tensors):
         _check_parameter_classes(network)
         raise CalibrationError(
-            "calibration: no gradient flows from the output to a convolution. If forward() detaches its output, or "
-            "computes it from gradients of its own, plan without data (a Loss budget needs data, the others do not)."
+            "calibration: no gradient flows from the output to a convolution or linear layer. If forward() detaches "
+            "its output, or computes it from gradients of its own, plan without data (a Loss budget needs data, the "
+            "others do not)."
         )
 
 
@@ -134,10 +135,10 @@ def _check_parameter_classes(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if is_wrapper(parameter):
             raise CalibrationError(
-                f"calibration: no gradient flows from the output to a convolution, perhaps because {name} is a "
-                f"{type(parameter).__name__}, whose operators pass none on, and which has no dequantize() of its own. "
-                "Calibrate the network before it gets such parameters (fxfact.calibrate), and pass these statistics; "
-                "or factorize it before."
+                "calibration: no gradient flows from the output to a convolution or linear layer, perhaps because "
+                f"{name} is a {type(parameter).__name__}, whose operators pass none on, and which has no dequantize() "
+                "of its own. Calibrate the network before it gets such parameters (fxfact.calibrate), and pass these "
+                "statistics; or factorize it before."
             )
 
 
@@ -152,8 +153,8 @@ def _statistics(sums: Mapping[str, MomentAccumulator], likelihood: Likelihood, s
     moments = {path: found.fisher(samples) for path, found in sums.items()}
     if moments and not any(moments.values()):
         raise CalibrationError(
-            "calibration: the gradients of the output reach no convolution. Pass a likelihood that depends on the "
-            "convolutions, or plan without data."
+            "calibration: the gradients of the output reach no convolution and no linear layer. Pass a likelihood that "
+            "depends on them, or plan without data."
         )
     return Statistics(
         samples=int(samples),

@@ -84,7 +84,7 @@ class Statistics:
         if paths and not any(path in self.moments for path in paths):
             known = ", ".join(list(self.moments)[:3])
             raise CalibrationError(
-                f"the statistics cover none of the convolutions ({', '.join(paths[:3])}, …), but others: {known}. "
+                f"the statistics cover none of the layers ({', '.join(paths[:3])}, …), but others: {known}. "
                 "Calibrate this model."
             )
 

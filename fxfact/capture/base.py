@@ -84,12 +84,14 @@ class Captured:
         if self.sites:
             return
         if not self.found:
-            raise CaptureError(f"{self.model} calls no convolution, so there is nothing to learn from data.")
+            raise CaptureError(
+                f"{self.model} calls no convolution and no linear layer, so there is nothing to learn from data."
+            )
         reasons = [f"{path_of(item)}: {item.reason}" for item in self.found[:_REASONS] if isinstance(item, Skip)]
         more = [f"and {len(self.found) - len(reasons)} more"] if len(self.found) > len(reasons) else []
         others = "".join(f" Not captured by {refused}." for refused in self.refused)
         raise CaptureError(
-            f"none of the {len(self.found)} convolutions of {self.model} can be rewritten, so no data are read. "
+            f"none of the {len(self.found)} layers of {self.model} can be rewritten, so no data are read. "
             f"{'; '.join([*reasons, *more])}.{others} fxfact.plan without data shows all reasons."
         )
 

@@ -268,13 +268,13 @@ def _best(frontends: Mapping[Frontend, Callable[[], Captured]], name: str, advic
         if best is None:
             best = found
         elif len(found.sites) > len(best.sites):
-            refused.append(f"{best.frontend}: {len(best.sites)} convolutions, not {len(found.sites)}")
+            refused.append(f"{best.frontend}: {len(best.sites)} layers, not {len(found.sites)}")
             best = found
         elif keep_members and best.lost_members and len(found.sites) == len(best.sites):
             refused.append(f"{best.frontend}: the graph would lose {_list_members(best)}")
             best = found
         elif keep_members and best.lost_members:
-            refused.append(f"{found.frontend}: {len(found.sites)} convolutions, not {len(best.sites)}")
+            refused.append(f"{found.frontend}: {len(found.sites)} layers, not {len(best.sites)}")
         is_complete = all(isinstance(item, ConvSite) for item in best.found)
         if is_complete and not (keep_members and best.lost_members):
             break

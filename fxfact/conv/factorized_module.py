@@ -1,4 +1,4 @@
-"""FactorizedModule: a convolution module, turned in place into a module that runs a chain of convolutions.
+"""FactorizedModule: a convolution or linear module, turned in place into a module that runs a chain of such layers.
 
 It is for models that are not traced and keep their own Python code. A factorized module is still an instance of the
 convolution's class and has all its attributes, for code that reads them. Its stages are its children '0', '1', …, so
@@ -101,6 +101,19 @@ class FactorizedModule(ComposedLayer):
         conv.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
         conv.register_parameter("bias", None if bias is None else copy.deepcopy(cast(nn.Parameter, bias)))
         return conv
+
+    def to_linear(self) -> nn.Module:
+        """Compose the layer to the linear layer that it replaced, as ``to_conv`` does for a convolution.
+
+        Returns:
+            A new linear layer of the original class.
+
+        Raises:
+            ArgumentError: If the layer replaced a convolution with spatial axes.
+        """
+        if self._dense.order:
+            raise ArgumentError(f"this layer replaced {self._dense}, not a linear layer: use to_conv()")
+        return self.to_conv()
 
     def _chain(self) -> ComposedChain:
         stages = zip(self._stage_names, self._chain_stages, strict=True)

@@ -60,10 +60,11 @@ def refusal(layer: StagedLayer, why: str) -> WeightError:
     """Return the error for a write to a layer that its stages cannot express."""
     path, kind = getattr(layer, "_path", ""), type(layer).__name__
     names = ", ".join(layer._chain().convs)
+    dense = "to_conv(), an ordinary convolution" if layer._chain().dense.order else "to_linear(), an ordinary layer"
     return WeightError(
         f"{f'{path} ({kind})' if path else kind}: {why}. This layer is the chain of its stages {names}, and nothing in "
-        "it was changed. Put layer.to_conv(), an ordinary convolution, in its place first; or write to the stages; or "
-        "change the model before you factorize it."
+        f"it was changed. Put layer.{dense}, in its place first; or write to the stages; or change the model before "
+        "you factorize it."
     )
 
 

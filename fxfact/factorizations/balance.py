@@ -49,7 +49,7 @@ def balance_stages(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> lis
         scale = (limits[:, None] / gains).amin(dim=0).maximum(_SMALLEST / rows).minimum(cap / rows)
         _scale_channels(stages, parts, k, _power_of_two(scale))
     for k in reversed(range(len(stages) - 1)):
-        largest = parts[k + 1].abs().flatten(2).amax(dim=2)
+        largest = parts[k + 1].abs().reshape(*parts[k + 1].shape[:2], -1).amax(dim=2)
         columns = largest.reshape(stages[k + 1].groups, -1, largest.shape[1]).amax(dim=1).flatten()
         _scale_channels(stages, parts, k, 1 / _power_of_two(cap / columns))
     return parts
@@ -61,7 +61,7 @@ def _gains(spec: ConvSpec, kernel: Tensor) -> Tensor:
     An output of a transposed convolution only sees the kernel positions that are a multiple of the stride apart. The
     gain is the largest one over all such sets of positions.
     """
-    taps = kernel.flatten(2)
+    taps = kernel.reshape(*kernel.shape[:2], -1)
     sets = _position_sets(spec).to(taps)
     sums, shared = taps @ sets, taps.sum(dim=1)
     squares = (

@@ -56,6 +56,8 @@ class Factorization(ChainLayout):
 
     Attributes:
         name: the name in plans, reports and files.
+        factorizes_linear: whether it factorizes linear layers, blocks without spatial axes. Otherwise it rejects them
+            without a call of ``_rejects``.
     """
 
     @abstractmethod

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.linalg import truncated_svd
-from fxfact.factorizations.stages import Rank, pointwise, why_matrix
+from fxfact.factorizations.stages import Rank, pointwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,8 @@ class ChannelSVD(_MatrixSVD):
     name = "channel_svd"
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        if reason := why_matrix(block):
-            return reason
+        if set(block.kernel_size) == {1}:
+            return "a 1×1 kernel is a matrix: use svd"
         side, channels = ("input", block.in_channels) if block.transposed else ("output", block.out_channels)
         if channels == 1:
             return f"a single {side} channel (of each group) leaves no channel rank to lower"
@@ -133,9 +133,10 @@ class SVD(_MatrixSVD):
     """
 
     name = "svd"
+    factorizes_linear = True
 
     def _rejects(self, block: ConvSpec) -> str | None:
-        if not why_matrix(block):
+        if not {*block.kernel_size} <= {1}:
             return f"the kernel is {'×'.join(map(str, block.kernel_size))}, not 1×1"
         if min(block.in_channels, block.out_channels) == 1:
             return "a single channel (of each group) leaves no rank to lower"

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.linalg import truncated_svd
-from fxfact.factorizations.stages import Rank, split_axes, stages_along, why_matrix
+from fxfact.factorizations.stages import Rank, split_axes, stages_along
 
 
 @final
@@ -37,7 +37,7 @@ class SpatialSVD(Factorization):
 
     def _rejects(self, block: ConvSpec) -> str | None:
         if len(split_axes(block)) < 2:
-            return why_matrix(block) or "a kernel with fewer than two axes longer than 1 cannot be split over space"
+            return "a kernel with fewer than two axes longer than 1 cannot be split over space"
         return None
 
     def _axes(self, block: ConvSpec) -> tuple[Sizes, Sizes]:

@@ -21,6 +21,7 @@ class ChainLayout(ABC):
     """The part of ``Factorization`` that needs no weights."""
 
     name: ClassVar[str]
+    factorizes_linear: ClassVar[bool] = False
 
     @abstractmethod
     def _rejects(self, block: ConvSpec) -> str | None:
@@ -52,7 +53,7 @@ class ChainLayout(ABC):
         Returns:
             The reason, or None if it can be factorized.
         """
-        reason = self._rejects(one_group(spec))
+        reason = self._reason(one_group(spec))
         return Skip(reason) if reason else None
 
     @final
@@ -216,8 +217,15 @@ class ChainLayout(ABC):
         return self.clip(spec, tuple(max(1, r) for r in self._tensorly_rank(spec.block, fraction)))
 
     @final
+    def _reason(self, block: ConvSpec) -> str | None:
+        """Return why a convolution or linear layer cannot be factorized, or None if it can be."""
+        if not (block.order or self.factorizes_linear):
+            return "the weight of a linear layer is a matrix: use svd"
+        return self._rejects(block)
+
+    @final
     def _checked_max_rank(self, spec: ConvSpec, block: ConvSpec) -> Rank:
-        if reason := self._rejects(block):
+        if reason := self._reason(block):
             raise RefusedError(f"{reason} ({spec})")
         return self._max_rank(block)
 
@@ -271,17 +279,10 @@ def _format(rank: Rank) -> str:
     return str(rank[0]) if len(rank) == 1 else str(rank)
 
 
-def why_matrix(block: ConvSpec) -> str | None:
-    """Return why a kernel has no positions to factorize over, or None if it has some."""
-    if not block.kernel_size:
-        return "the weight of a linear layer is a matrix: use svd"
-    return "a 1×1 kernel is a matrix: use svd" if set(block.kernel_size) == {1} else None
-
-
 def why_no_channel_modes(block: ConvSpec) -> str | None:
     """Return why a decomposition over channels and kernel positions does not apply, or None if it applies."""
-    if reason := why_matrix(block):
-        return reason
+    if set(block.kernel_size) == {1}:
+        return "a 1×1 kernel is a matrix: use svd"
     if block.in_channels == block.out_channels == 1:
         return "a depthwise kernel maps one channel to one and has no channel modes: try spatial_svd"
     return None

@@ -73,7 +73,7 @@ def viewed_by(node: object) -> fx.Node | None:
         return transposed_by(node)
     source: Any = node.args[0]
     sizes: Any = node.args[1]
-    is_repeated = isinstance(source, fx.Node) and isinstance(sizes, list | tuple) and len(sizes) == 3
+    is_repeated = isinstance(source, fx.Node) and isinstance(sizes, list | tuple) and len(sizes) >= 3
     if not is_repeated or node.target is _REPEAT[0]:
         return source if is_repeated and isinstance(source, fx.Node) else None
     before = source.args[1] if viewed_by(source) is not None and len(source.args) == 2 else ()

@@ -167,8 +167,11 @@ def run_passes(network: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def can_be_linear(spec: ConvSpec) -> bool:
-    """Return whether a convolution only multiplies the channels at every position by its weight."""
-    return spec.is_pointwise and spec.groups == 1
+    """Return whether a convolution only multiplies the channels at every position by its weight.
+
+    A linear layer is a matrix product already.
+    """
+    return spec.order > 0 and spec.is_pointwise and spec.groups == 1
 
 
 def can_be_onednn(spec: ConvSpec) -> bool:

@@ -55,7 +55,7 @@ class Budget(ABC):
         whole = self.amount(network)
         return BudgetError(
             f"the budget is {_format(self.allowed(network))} {self.unit}, and these factorizations can go down to "
-            f"{_format(least)} ({least / whole:.3f} of {_format(whole)}). Raise the budget, or allow more convolutions "
+            f"{_format(least)} ({least / whole:.3f} of {_format(whole)}). Raise the budget, or allow more layers "
             "and factorizations.",
             least,
         )

@@ -193,7 +193,7 @@ def _why_left_out(
     if excluded is not None and excluded(decision.path, decision.spec):
         return Skip(f"excluded{owner}")
     if included is None and (adapter := adapters.get(decision.path)):
-        return Skip(f"it belongs to {adapter}: merge the adapter first, or name the convolution in include={owner}")
+        return Skip(f"it belongs to {adapter}: merge the adapter first, or name the layer in include={owner}")
     return None
 
 
@@ -221,4 +221,4 @@ def _check_patterns(argument: str, selection: Selection | None, paths: Sequence[
     patterns = [] if selection is None or callable(selection) else selection
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if paths and not any(fnmatchcase(path, pattern) for path in paths):
-            raise ArgumentError(f"{argument}: no convolution at {pattern!r}. There are: {', '.join(paths)}.")
+            raise ArgumentError(f"{argument}: no layer at {pattern!r}. There are: {', '.join(paths)}.")

@@ -127,9 +127,7 @@ class Plan:
         for decision in self.decisions:
             if decision.path == path:
                 return decision
-        raise PlanError(
-            f"the plan has no convolution at {path!r}. It has: {', '.join(d.path for d in self.decisions)}."
-        )
+        raise PlanError(f"the plan has no layer at {path!r}. It has: {', '.join(d.path for d in self.decisions)}.")
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -180,6 +178,8 @@ class Plan:
     ) -> None:
         """Check that the plan was made for these convolutions.
 
+        Layers that stay as they are may be of a kind that cannot be rewritten, in one of the two models or in both.
+
         Args:
             convolutions: by path, the spec, and the path of the convolution that holds the same weight or None.
             skipped: by path, why other convolutions cannot be rewritten, for the message.
@@ -187,8 +187,10 @@ class Plan:
         Raises:
             PlanError: if they differ; the message names the first differences.
         """
-        planned = {d.path: (d.spec, d.tied_to) for d in self.decisions if d.spec is not None}
-        found = dict(convolutions)
+        left = {decision.path for decision in self.decisions if decision.spec is None}
+        left |= {decision.path for decision in self.decisions if not decision.rank} & {*(skipped or ())}
+        planned = {d.path: (d.spec, d.tied_to) for d in self.decisions if d.spec and d.path not in left}
+        found = {path: convolution for path, convolution in convolutions.items() if path not in left}
         if planned == found:
             return
         theirs, ours = ({path: _describe(value) for path, value in each.items()} for each in (planned, found))
@@ -201,7 +203,7 @@ class Plan:
         raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 
     def __str__(self) -> str:
-        headers = ["path", "convolution", "factorization", "rank", "parameters", "MACs", "ms", "loss +, nats", "remark"]
+        headers = ["path", "layer", "factorization", "rank", "parameters", "MACs", "ms", "loss +, nats", "remark"]
         rows = [_table_row(decision) for decision in self.decisions]
         rewritten = f"{len(self.rewrites)} of {len(self)} rewritten"
         rows.append(
@@ -354,7 +356,7 @@ def _edited_choice(
     asked: object = old.rank if request is None else request
     if old.spec is None or method is None or asked is None:
         raise PlanError(
-            f"there is nothing to edit: {old.reason}. Pass a factorization and a rank to a parsed convolution."
+            f"there is nothing to edit: {old.reason}. Pass a factorization and a rank to a layer that was read."
         )
     rank = resolve_rank(method, old.spec, parse_rank_spec(asked), clip=False)
     if isinstance(rank, Skip):

@@ -92,7 +92,7 @@ class MeasuredLatencyModel:
         saved, variants = 0.0, (self.passes, _with_linear_passes(self.passes, sites))
         keys = [_hash(self._module_passes(passes)) for passes in variants]
         for site in sites:
-            if site.spec.in_channels > 1 and site.tied_to is None:
+            if site.spec.in_channels > 1 and site.spec.order and site.tied_to is None:
                 known = self._cache.times_of(self._layer_key(site.path, *variants))
                 if not known.keys() >= set(keys):
                     times = self._measure(site.path, [(_pointwise_to_half, passes) for passes in variants])

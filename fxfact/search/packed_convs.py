@@ -1,4 +1,4 @@
-"""Convolutions as compiled networks with frozen weights run them: on weights packed for oneDNN or MKL."""
+"""Layers as compiled networks with frozen weights run them: on weights packed for oneDNN or MKL."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ class _Packed(nn.Module):
 
 
 class _PackedLinear(nn.Module):
-    """A 1×1 convolution as inductor writes a matrix product for this number of positions."""
+    """A linear layer or a 1×1 convolution as inductor writes a matrix product for this number of positions."""
 
-    def __init__(self, conv: Any, positions: int) -> None:
+    def __init__(self, conv: Any, positions: int, channels: int) -> None:
         super().__init__()
+        self._channels = channels  # their axis
         weight = conv.weight.detach().flatten(1)
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, positions)
         bias = None if conv.bias is None else conv.bias.detach()
         self._arguments: tuple[Any, ...] = (packed, weight, bias, positions)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in, *size) to (batch, out, *size)."""
-        found: Tensor = torch.ops.mkl._mkl_linear(x.movedim(1, -1), *self._arguments)
-        return found.movedim(-1, 1)
+        """(batch, in, *size) to (batch, out, *size), or (…, in) to (…, out)."""
+        found: Tensor = torch.ops.mkl._mkl_linear(x.movedim(self._channels, -1), *self._arguments)
+        return found.movedim(-1, self._channels)
 
 
 @torch.no_grad()
@@ -53,14 +54,17 @@ def pack_chain(chain: nn.Sequential, x: Tensor) -> nn.Sequential:
 
 
 def _packed(stage: nn.Module, x: Tensor) -> nn.Module:
-    if type(stage) in POINTWISE_TYPES.values():
-        return _PackedLinear(stage, x[:, 0].numel()) if torch._C.has_mkl else stage
+    if isinstance(stage, nn.Linear) or type(stage) in POINTWISE_TYPES.values():
+        channels = -1 if isinstance(stage, nn.Linear) else 1
+        return _PackedLinear(stage, x.select(channels, 0).numel(), channels) if torch._C.has_mkl else stage
     return _Packed(stage, x.shape)
 
 
 def _can_be_packed(stage: Any, x: Tensor) -> bool:
     if not is_conv(stage) or isinstance(stage, TRANSPOSED_TYPES) or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
+    if isinstance(stage, nn.Linear):
+        return x.numel() > 0
     batched = x.ndim == len(stage.kernel_size) + 2
     plain = stage.padding_mode == "zeros" and not isinstance(stage.padding, str) and batched and x.ndim >= 4
     return bool(plain and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"))

@@ -95,7 +95,6 @@ def search(
     """
     has_budget = isinstance(strategy, BudgetAllocator)
     _check_requests(strategy, data)
-
     if data.calibration is not None or data.held_out is not None:
         captured.check_sites()
 

@@ -171,7 +171,7 @@ def test_networks_with_quantized_layers_are_planned_on_data_and_brought_nearer(n
     plan = fxfact.plan_of(small)
     assert plan.uses_statistics
     assert call(fxfact.apply(plan, model, calibration=batches), x).isfinite().all()
-    assert all(decision.path.startswith("0.") for decision in plan)
+    assert all(decision.path.startswith("0.") for decision in plan.rewrites)
     report = fxfact.report(model, small, x)
     assert (report.ok, report.changed) == (True, ())
     refitted, _ = fxfact.refit(small, model, batches)

@@ -106,9 +106,13 @@ class FrontendLaws:
 
     def test_sites_are_in_the_order_of_the_calls(self, image: Tensor) -> None:
         captured = self.capture(self.seeded_model().eval(), image)
-        assert [site.path for site in captured.sites] == ["first", "second"]
+        assert [site.path for site in captured.sites] == ["first", "second", "head"]
         assert captured.found == captured.sites
-        assert [site.input_shapes for site in captured.sites] == [((3, 4, 10, 10),), ((3, 8, 10, 10),)]
+        assert [site.input_shapes for site in captured.sites] == [
+            ((3, 4, 10, 10),),
+            ((3, 8, 10, 10),),
+            ((3, 12),),
+        ]
 
     def test_macs_are_counted_for_one_sample(self, image: Tensor) -> None:
         for inputs in (image, image[:1]):
@@ -133,7 +137,7 @@ class FrontendLaws:
     def test_captured_network_stays_on_its_device(self, image: Tensor) -> None:
         captured = self.capture(self.seeded_model().eval().to("meta"), image.to("meta"))
         assert {parameter.device.type for parameter in captured.network.parameters()} == {"meta"}
-        assert len(captured.sites) == 2
+        assert len(captured.sites) == 3
 
     def test_result_keeps_training_modes_and_requires_grad(self, image: Tensor) -> None:
         model = self.seeded_model().train()

@@ -39,10 +39,10 @@ class NothingToDo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(10, 4)
+        self.norm = nn.LayerNorm(10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x))
+        return torch.relu(self.norm(x))
 
 
 def modules_and_code(graph_module: fx.GraphModule) -> tuple[dict[str, tuple[type, int, bool]], str]:

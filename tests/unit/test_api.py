@@ -60,7 +60,7 @@ from tests.support import Small, apart, copied_state, has_state, skip_reasons
         ({"progress": "yes"}, ArgumentTypeError, "tqdm"),
         ({"include": 3}, ArgumentTypeError, "include"),
         ({"exclude": [3]}, ArgumentTypeError, "exclude"),
-        ({"include": "thrid"}, ArgumentError, "include: no convolution at 'thrid'"),
+        ({"include": "thrid"}, ArgumentError, "include: no layer at 'thrid'"),
         ({"exclude": lambda path: True}, ArgumentError, "exclude: the predicate failed on \\('first'"),
     ],
 )
@@ -182,17 +182,17 @@ def test_call_that_rewrites_nothing_warns_with_the_most_frequent_reasons(image: 
     (warning,) = record
     text = str(warning.message)
     reasons = skip_reasons(small)
-    assert text.startswith("factorize rewrote none of the 6 convolutions of Sequential: 3× ")
+    assert text.startswith("factorize rewrote none of the 6 layers of Sequential: 3× ")
     assert text.index(f"3× {reasons['0']}") < text.index(f"2× {reasons['3']}") < text.index("1× excluded")
     assert warning.filename == __file__
     assert small(image).equal(model(image))
-    with pytest.warns(UserWarning, match="apply rewrote none of the 6 convolutions"):
+    with pytest.warns(UserWarning, match="apply rewrote none of the 6 layers"):
         fxfact.apply(fxfact.plan_of(small), model)
 
 
 def test_reasons_that_differ_in_details_are_counted_together() -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv1d(3, 4, 3), nn.Conv1d(4, 5, 3))
-    with pytest.warns(UserWarning, match=r"none of the 3 convolutions of Sequential: 3× it would grow: \d+ → \d+ para"):
+    with pytest.warns(UserWarning, match=r"none of the 3 layers of Sequential: 3× it would grow: \d+ → \d+ para"):
         fxfact.factorize(model, "channel_svd", rank=99)
 
 
@@ -200,10 +200,10 @@ def test_reasons_that_differ_in_details_are_counted_together() -> None:
 def test_every_front_end_warns(small: Small, image: Tensor, capture: Any) -> None:
     model: Any = torch.export.export(small, (image,)) if capture == "export" else small
     options: dict[str, Any] = {} if capture == "export" else {"example_inputs": image, "capture": capture}
-    with pytest.warns(UserWarning, match="factorize rewrote none of the 2 convolutions"):
+    with pytest.warns(UserWarning, match="factorize rewrote none of the 3 layers"):
         fxfact.factorize(model, include="first", rank={"first": fxfact.ranks.Energy(1.0)}, **options)
-    with pytest.warns(UserWarning, match="factorize rewrote nothing: no convolution was found in Sequential"):
-        fxfact.factorize(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.warns(UserWarning, match="factorize rewrote nothing: no convolution and no linear layer was found in"):
+        fxfact.factorize(nn.Sequential(nn.ReLU()))
 
 
 def test_calls_that_rewrite_something_and_empty_structures_do_not_warn(

@@ -132,8 +132,14 @@ def test_load_names_the_first_differences_of_another_model(x: Tensor, tmp_path: 
         fxfact.load(path, net(width=10))
     wider = net()
     wider.head = nn.Linear(16, 5)
-    with pytest.raises(FileError, match=r"head.weight: the file has float32 \(4, 16\), the model float32 \(5, 16\)"):
+    with pytest.raises(
+        PlanError, match=r"head: the plan has Linear\(16→4\) with bias, the model Linear\(16→5\) with bias"
+    ):
         fxfact.load(path, wider)
+    normed = net()
+    normed.norm = nn.GroupNorm(1, 12)
+    with pytest.raises(FileError, match=r"norm.running_mean: the file has float32 \(12,\), the model nothing"):
+        fxfact.load(path, normed)
     with pytest.raises(FileError, match=r"float32 .*, the model float64"):
         fxfact.load(path, net().double())
     with pytest.raises(FileError, match="Pass the model"):

@@ -15,5 +15,5 @@ def test_block_diagram_shows_the_graph(report: Report, networks: tuple[Any, Any]
     assert [before.blocks[i].label for i in before.blocks[5].inputs] == ["stem", "mul"]
     chains = {block.label: len(block.stages) for block in after.blocks if block.kind == "chain"}
     plan = fxfact.plan_of(networks[1])
-    assert chains == {path: len(plan[path].stages) for path in ("stem", "body", "up")}
+    assert chains == {path: len(plan[path].stages) for path in ("stem", "body", "up", "head")}
     assert [block.inputs for block in after.blocks] == [block.inputs for block in before.blocks]

@@ -17,7 +17,7 @@ def test_dot_names_every_block_and_edge(report: Report, networks: tuple[Any, Any
     defined = set(re.findall(r"(block_\d+_\d+) \[", source))
     edges = re.findall(r"(block_\d+_\d+) -> (block_\d+_\d+)", source)
     assert {name for edge in edges for name in edge} <= defined
-    assert source.count("subgraph") == 3
+    assert source.count("subgraph") == 4
     assert len(edges) >= sum(len(block.inputs) for block in report.diagrams[1].blocks)
     if shutil.which("dot"):
         drawn = subprocess.run(["dot", "-Tsvg"], input=source, capture_output=True, text=True, check=True).stdout

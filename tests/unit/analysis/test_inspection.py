@@ -11,7 +11,8 @@ from tests.support import Small, apart, params_of
 def test_inspect_lists_every_convolution(small: Small, image: Tensor) -> None:
     result = fxfact.factorize(small, "channel_svd", exclude="first")
     inspection = fxfact.inspect(result, example_inputs=image)
-    first, second = inspection.rows
+    first, second, head = inspection.rows
+    assert [str(stage) for stage in head.stages] == ["Linear(12→5)"]
     assert (first.path, first.factorization, first.relative_error) == ("first", "-", None)
     assert (second.path, second.factorization, second.origin) == (
         "second",
@@ -66,12 +67,12 @@ def test_inspect_counts_the_macs_of_one_sample(small: Small, image: Tensor) -> N
 
 def test_inspect_knows_no_error_of_a_stage_factorized_again(small: Small) -> None:
     twice = fxfact.factorize(fxfact.factorize(small), "spatial_svd", include="second.1")
-    assert [row.relative_error is None for row in fxfact.inspect(twice).rows] == [False, True]
+    assert [row.relative_error is None for row in fxfact.inspect(twice).rows] == [False, True, True]
 
 
 def test_inspect_knows_no_error_of_empty_weights(small: Small) -> None:
     empty = fxfact.apply(fxfact.plan(small), small, weights="empty")
-    assert [row.relative_error for row in fxfact.inspect(empty).rows] == [None, None]
+    assert [row.relative_error for row in fxfact.inspect(empty).rows] == [None, None, None]
 
 
 def test_diff_shows_only_what_changed(small: Small) -> None:

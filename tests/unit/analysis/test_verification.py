@@ -27,7 +27,7 @@ def test_verify_gives_errors_by_site_and_end_to_end(kind: type[Small], image: Te
     assert verified.tolerance == 1e-4
     assert verified.end_to_end == pytest.approx(apart(model(image), result(image)), rel=1e-3)
     plan = fxfact.plan_of(result)
-    known = {row.path: row.relative_error for row in fxfact.inspect(result).rows}
+    known = {row.path: row.relative_error for row in fxfact.inspect(result).rows if row.path != "head"}
     assert {site.path: site.weight for site in verified.sites} == pytest.approx(known, rel=1e-4)
     seen: list[Tensor] = []
     chain = Tucker().decompose(read_conv(model.second), plan["second"].rank)

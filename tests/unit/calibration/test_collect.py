@@ -89,7 +89,7 @@ def test_weights_in_one_storage_are_told_apart(x: Tensor) -> None:
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters())
     assert model[0].weight.untyped_storage()._cdata == model[1].weight.untyped_storage()._cdata
     together = fxfact.calibrate(model, x.split(8))
-    assert list(together.moments) == ["0", "1", "2"]
+    assert list(together.moments) == ["0", "1", "2", "5"]
     for path, metric in apart.moments.items():
         torch.testing.assert_close(metric.input.factors[0], together.moments[path].input.factors[0])
         torch.testing.assert_close(metric.output.factors[0], together.moments[path].output.factors[0])
@@ -109,7 +109,7 @@ def test_kernel_in_a_buffer_has_statistics(x: Tensor) -> None:
             return self.head(F.relu(F.conv2d(x, self.kernel)).mean((2, 3)))
 
     model = Fixed().eval()
-    assert fxfact.calibrate(model, x.split(8)).moments.keys() == {"kernel"}
+    assert fxfact.calibrate(model, x.split(8)).moments.keys() == {"kernel", "head"}
     assert not model.kernel.requires_grad
 
 
@@ -150,7 +150,7 @@ def test_nan_gradients_are_refused_and_calls_without_samples_are_harmless(x: Ten
             return self.head(z.var((2, 3)).sqrt())
 
     model = Spread().eval()
-    assert list(fxfact.calibrate(model, x.split(8)).moments) == ["conv"]
+    assert list(fxfact.calibrate(model, x.split(8)).moments) == ["conv", "head"]
     blank = x.clone()
     blank[5] = 0  # the square root of its variance has no gradient
     with pytest.raises(CalibrationError, match=r"at conv an input or a gradient is NaN"):

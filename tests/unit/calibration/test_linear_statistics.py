@@ -172,7 +172,9 @@ def test_wide_layers_are_held_by_their_rows_with_the_same_result(
     expected = fxfact.factorize(net, calibration=dense, **options)
     for statistics in (by_rows, loaded):
         found = fxfact.factorize(net, calibration=statistics, **options)
-        assert [d.rewrite for d in fxfact.plan_of(found).rewrites] == [d.rewrite for d in fxfact.plan_of(expected).rewrites]
+        assert [d.rewrite for d in fxfact.plan_of(found).rewrites] == [
+            d.rewrite for d in fxfact.plan_of(expected).rewrites
+        ]
         assert apart(expected(tokens), found(tokens)) < 1e-3
 
 

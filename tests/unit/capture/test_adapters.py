@@ -73,7 +73,7 @@ def test_without_include_adapters_stay_dense_on_every_front_end() -> None:
         assert [decision.path for decision in plan.rewrites] == ["1.base_layer", "1.check"]
         reasons = {d.path: d.reason for d in plan if d.reason}
         assert reasons["1.down.one"] == (
-            "it belongs to the adapter 'one' of 1: merge the adapter first, or name the convolution in include="
+            "it belongs to the adapter 'one' of 1: merge the adapter first, or name the layer in include="
         )
     plan = fxfact.plan(model, "tucker", rank=2, example_inputs=x, include="1.down.*", allow_growth=True)
     assert [decision.path for decision in plan.rewrites] == ["1.down.one", "1.down.two"]

@@ -144,7 +144,7 @@ def test_graph_is_kept_and_the_loss_is_told_where_modules_reach_fewer(image: Ten
 
     plan = fxfact.plan(Sharing(), example_inputs=image)
     assert (plan.capture, len(plan.rewrites)) == ("trace", 3)
-    assert plan.refused == ("modules: 2 convolutions, not 3. The graph loses fuse, device, from_scratch of Sharing",)
+    assert plan.refused == ("modules: 2 layers, not 3. The graph loses fuse, device, from_scratch of Sharing",)
 
 
 def test_loss_is_told_where_modules_are_not_tried(image: Tensor) -> None:

@@ -33,7 +33,7 @@ def test_capture_selects_the_front_end_that_reaches_more_convolutions(small: Sma
     small.first.register_forward_pre_hook(lambda module, args: None)
     plan = fxfact.plan(small, example_inputs=image)
     assert (plan.capture, len(plan.rewrites)) == ("modules", 2)
-    assert plan.refused == ("trace: 1 convolutions, not 2",)
+    assert plan.refused == ("trace: 2 layers, not 3",)
     assert len(fxfact.plan(small, example_inputs=image, capture="trace").rewrites) == 1
 
 

@@ -23,7 +23,7 @@ def test_program_is_inspected_compressed_verified_reported_and_timed(
     workspace: Path, capsys: pytest.CaptureFixture[str], run_json: RunJson
 ) -> None:
     rows = run_json("inspect", "net.pt2")["convolutions"]
-    assert [row["parameters"] for row in rows] == [448, 3480]
+    assert [row["parameters"] for row in rows] == [448, 3480, 100]
     done = run_json(
         "compress", "net.pt2", "-o", "small.pt2", "--macs", "0.5", "--calibration", "data.npy", "--batch", "8"
     )
@@ -88,7 +88,7 @@ def test_likelihood_and_include_change_the_plan(workspace: Path, run_json: RunJs
         for likelihood in ("categorical", "gaussian")
     }
     for plan in plans.values():
-        assert ["factorization" not in each for each in plan["decisions"]] == [True, False]
+        assert ["factorization" not in each for each in plan["decisions"]] == [True, False, True]
     assert len({plan["decisions"][1]["predicted_loss_increase"] for plan in plans.values()}) == 2
 
 
@@ -103,10 +103,10 @@ def test_max_samples_limits_the_data(workspace: Path, capsys: pytest.CaptureFixt
 
 
 def test_compress_warns_if_it_rewrites_nothing(workspace: Path, run_json: RunJson) -> None:
-    with pytest.warns(UserWarning, match=r"factorize rewrote none of the 2 convolutions of .*: 2× excluded"):
+    with pytest.warns(UserWarning, match=r"factorize rewrote none of the 3 layers of .*: 3× excluded"):
         assert run_json("compress", "net.pt2", "-o", "same.pt2", "--exclude", "*")["rewritten"] == 0
     assert run_json("plan", "net.pt2", "--exclude", "*", "-o", "plan.json")["rewritten"] == 0
-    with pytest.warns(UserWarning, match="apply rewrote none of the 2 convolutions"):
+    with pytest.warns(UserWarning, match="apply rewrote none of the 3 layers"):
         run_json("compress", "net.pt2", "-o", "same.pt2", "--plan", "plan.json")
 
 

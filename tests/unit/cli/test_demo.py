@@ -13,7 +13,7 @@ def test_demo_shows_plan_diff_and_comparison(capsys: pytest.CaptureFixture[str])
     pytest.importorskip("sklearn", reason="the demo is an extra: pip install 'fxfact[demo]'")
     assert main(["demo", "--epochs", "1", "--factorization", "channel_svd", "--rank", "0.5"]) == 0
     printed = capsys.readouterr()
-    for words in ("1348 images", "channel_svd", "5 of 6 rewritten", "before and after", "held-out accuracy", " ms"):
+    for words in ("1348 images", "channel_svd", "5 of 7 rewritten", "before and after", "held-out accuracy", " ms"):
         assert words in printed.out
     assert "epoch 1 of 1" in printed.err
 

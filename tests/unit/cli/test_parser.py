@@ -46,7 +46,14 @@ def test_help_groups_the_options(command: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main([command, "--help"])
     printed = capsys.readouterr().out
-    for group in ("model:", "convolutions:", "ranks, or a budget", "data (no labels", "computation:", "output:"):
+    for group in (
+        "model:",
+        "convolutions and linear layers:",
+        "ranks, or a budget",
+        "data (no labels",
+        "computation:",
+        "output:",
+    ):
         assert f"\n{group}" in printed
 
 
@@ -106,4 +113,4 @@ def test_plan_can_be_written_to_a_pipe(workspace: Path) -> None:
     command = f"{sys.executable} -m fxfact plan net.pt2 -o /dev/stdout --json | cat"
     printed = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=workspace).stdout
     assert '"fxfact plan"' in printed
-    assert '"convolutions": 2' in printed
+    assert '"convolutions": 3' in printed

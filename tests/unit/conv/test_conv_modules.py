@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxfact.conv import (
     ConvLayer,
@@ -38,9 +39,27 @@ def test_a_written_module_computes_the_layer(spec: ConvSpec) -> None:
     modules = nn.Sequential(*write_conv(spec, layer.weight, layer.bias))
     assert apart(run(layer, x), modules(x)) < 1e-14
     assert apart(run(layer, x[0]), modules(x[0])) < 1e-14
-    assert run(layer, x).shape[2:] == spec.output_size(tuple(x.shape[2:]))
+    assert run(layer, x).shape == spec.output_shape(tuple(x.shape))
     even = all(before == after for before, after in spec.padding)
     assert len(modules) == (1 if even or set(spec.stride) == {1} else 2)
+
+
+def test_a_linear_layer_is_read_and_written_in_both_layouts() -> None:
+    own = type("NonDynamic", (NonDynamicallyQuantizableLinear,), {})
+    for module in (nn.Linear(4, 6), nn.Linear(4, 6, bias=False), NonDynamicallyQuantizableLinear(4, 6)):
+        layer = read_conv(module)
+        assert isinstance(layer, ConvLayer)
+        assert layer.spec == ConvSpec.linear(4, 6, bias=module.bias is not None)
+        assert layer.weight is module.weight
+    assert isinstance(read_conv(own(4, 6)), Skip)
+    in_out = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+    (module,) = write_conv(ConvSpec.linear(4, 6, transposed=True), in_out)
+    assert type(module) is nn.Linear
+    assert torch.equal(module.weight, in_out.T)
+    assert not module.weight.requires_grad
+    changed = nn.Linear(4, 6)
+    changed.in_features = 5
+    assert "its attributes describe a weight of (6, 5), but its weight is (6, 4)" in str(read_conv(changed))
 
 
 def test_a_written_chain_has_the_memory_format_of_the_dense_weight() -> None:
@@ -76,7 +95,7 @@ def test_modules_that_are_not_plain_convolutions_are_skipped_with_a_reason() -> 
         "subclass": Own(2, 2, 3),
         "computed from other parameters": weight_normed,
         "complex64": complex_one,
-        "not a convolution": nn.Linear(2, 2),
+        "not a convolution": nn.Embedding(2, 2),
     }
     for word, module in cases.items():
         found = read_conv(module)

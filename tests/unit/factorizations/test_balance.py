@@ -41,7 +41,7 @@ def test_peaks_between_the_stages_are_about_those_of_the_output(factorization: F
         return
     shape = random_input(spec).shape
     noise = torch.randn(shape, generator=generator)
-    by_channel = 2 * torch.randn(1, shape[1], *[1] * spec.order, generator=generator)
+    by_channel = 2 * torch.randn(1, spec.in_channels, *[1] * spec.order, generator=generator)
     inputs = {"noise": noise, "rectified": noise.relu(), "constant": 0.3 * noise + 1, "by channel": noise + by_channel}
     ranks = factorization.ranks(spec)
     cases = (

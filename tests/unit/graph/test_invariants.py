@@ -36,7 +36,7 @@ def test_known_sites_are_checked_without_another_match(
 ) -> None:
     traced = capture(small, image).network
     found = checked_match(traced, "here")
-    assert [site.path for site in found.sites] == ["first", "second"]
+    assert [site.path for site in found.sites] == ["first", "second", "head"]
     monkeypatch.setattr("fxfact.graph.invariants.match", lambda graph_module: pytest.fail("matched again"))
     check_invariants(traced, "here", found.sites)
     found.sites[1].nodes[0].meta["tensor_meta"] = found.sites[0].nodes[0].meta["tensor_meta"]

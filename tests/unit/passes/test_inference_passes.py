@@ -99,7 +99,7 @@ def test_can_be_linear_and_can_be_onednn_read_the_spec() -> None:
 # Batch norms
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.order])
 @pytest.mark.parametrize("affine", [True, False])
 def test_fold_batch_norms_folds_into_any_convolution(name: str, affine: bool) -> None:
     spec = SPECS[name]

@@ -39,6 +39,7 @@ from fxfact.planning.error_curves import interpolate
 from fxfact.utils import CLOCK_RESOLUTION_MS
 
 NETWORK = Cost(1000, 10_000)
+CONVS = SearchScope(kinds="conv")
 
 
 def layer(*options: tuple[int, float], dense_macs: int = 1000, loss_without_layer: float = 1.0) -> LayerOptions:
@@ -195,7 +196,7 @@ def allocator(budget: Any, methods: object = "channel_svd", **options: Any) -> B
 
 
 def test_layer_options_start_with_the_dense_layer_and_cost_no_more(model: nn.Module, x: Tensor) -> None:
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     methods = [kind() for kind in FACTORIZATIONS if "cp" not in kind.name]
     curves = fxfact.ErrorCurveCache()
     options = allocator(fxfact.Macs(0.5), methods, error_curves=curves).layer_options(draft.candidates)
@@ -223,7 +224,7 @@ def test_layer_options_start_with_the_dense_layer_and_cost_no_more(model: nn.Mod
 
 def test_layer_options_with_statistics_are_in_nats(model: nn.Module, x: Tensor) -> None:
     statistics = fxfact.calibrate(model, x.split(8))
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     (first, *_) = allocator(fxfact.Macs(0.5), statistics=statistics).layer_options(draft.candidates)
     fisher, weight = statistics.fisher("first", draft.candidates[0].spec), draft.candidates[0].layer.weight
     assert first.loss_without_layer == pytest.approx(fisher.loss_increase(draft.candidates[0].spec, -weight.detach()))
@@ -233,7 +234,7 @@ def test_layer_options_with_statistics_are_in_nats(model: nn.Module, x: Tensor) 
 
 
 def test_layer_options_have_ranks_that_are_multiples(model: nn.Module, x: Tensor) -> None:
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     for own in allocator(fxfact.Macs(0.5), multiple=4).layer_options(draft.candidates):
         for option in own.options[1:]:
             assert option.choice.rank[0] % 4 == 0
@@ -244,7 +245,7 @@ def test_layer_options_have_ranks_that_are_multiples(model: nn.Module, x: Tensor
 def test_layer_without_gradients_has_only_its_dense_option(model: nn.Module, x: Tensor) -> None:
     statistics = fxfact.calibrate(model, x.split(8))
     seen = replace(statistics, moments={k: v for k, v in statistics.moments.items() if k != "up"})
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     *_, up = allocator(fxfact.Macs(0.5), statistics=seen).layer_options(draft.candidates)
     assert [option.choice for option in up.options] == [Skip("no gradient reached it in calibration")]
     timed = allocator(
@@ -271,7 +272,7 @@ def test_layer_without_gradients_has_only_its_dense_option(model: nn.Module, x: 
 def test_layer_without_chains_says_why(
     methods: Any, reasons: list[str | None], timed: bool, model: nn.Module, x: Tensor
 ) -> None:
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     model_of_times = FakeLatencies({"first": 3.0, "grouped": 2.0, "up": CLOCK_RESOLUTION_MS}, 0.5) if timed else None
     options = allocator(fxfact.Params(0.9), methods, latency_model=model_of_times).layer_options(draft.candidates)
     assert [len(own.options) == 1 for own in options] == [reason is not None for reason in reasons]
@@ -282,7 +283,7 @@ def test_layer_without_chains_says_why(
 
 
 def test_smallest_options_cost_as_little_as_all_options_and_compute_no_errors(model: nn.Module, x: Tensor) -> None:
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     for budget in (fxfact.Macs(0.5), fxfact.Params(0.5)):
         for multiple in (1, 4):
             chooser = allocator(budget, ["tucker", "spatial_svd", "tt"], multiple=multiple)
@@ -298,7 +299,7 @@ def test_smallest_options_cost_as_little_as_all_options_and_compute_no_errors(mo
 def test_budget_that_cannot_be_met_is_refused_before_errors_are_computed(
     kind: type[fxfact.Macs | fxfact.Params], model: nn.Module, x: Tensor
 ) -> None:
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     chooser = allocator(kind(0.01), ["tucker", "spatial_svd"])
     least = least_amount(chooser.smallest_options(draft.candidates), draft.network, kind(0.01))
     with pytest.raises(BudgetError, match="can go down to") as caught:
@@ -310,14 +311,14 @@ def test_budget_that_cannot_be_met_is_refused_before_errors_are_computed(
 
 
 def test_layer_options_check_patterns_and_weights(model: nn.Module, x: Tensor) -> None:
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     with pytest.raises(ArgumentError, match="factorization: nothing to factorize at 'elsewhere'"):
         allocator(fxfact.Macs(0.5), {"elsewhere": "tt"}).layer_options(draft.candidates)
     only_first = allocator(fxfact.Macs(0.5), {"first": "tt"}).layer_options(draft.candidates)
     assert [len(own.options) > 1 for own in only_first] == [True, False, False]
     model.up.weight.data[0] = math.nan
     with pytest.raises(WeightError, match=r"^up: "):
-        allocator(fxfact.Macs(0.5)).layer_options(draft_plan(capture(model, x[:1]), SearchScope()).candidates)
+        allocator(fxfact.Macs(0.5)).layer_options(draft_plan(capture(model, x[:1]), CONVS).candidates)
 
 
 class FakeLatencies:
@@ -332,7 +333,7 @@ class FakeLatencies:
 
 
 def test_layer_options_with_a_latency_model_are_faster_than_the_dense_layer(model: nn.Module, x: Tensor) -> None:
-    draft = draft_plan(capture(model, x[:1]), SearchScope())
+    draft = draft_plan(capture(model, x[:1]), CONVS)
     dense_ms = {"first": 3.0, "grouped": CLOCK_RESOLUTION_MS, "up": 2.0}
     budget = fxfact.Latency(0.9)
     fast = allocator(budget, latency_model=FakeLatencies(dense_ms, 0.5)).layer_options(draft.candidates)
@@ -370,7 +371,9 @@ def test_normalization_lowers_increases_relative_to_losing_the_layer(smooth_imag
     methods = ["tucker", "spatial_svd"]
     plans = [
         build_plan(
-            captured, allocator(fxfact.Macs(0.5), methods, normalization=n, statistics=statistics), SearchScope()
+            captured,
+            allocator(fxfact.Macs(0.5), methods, normalization=n, statistics=statistics),
+            CONVS,
         )
         for n in (0.0, 1.0)
     ]
@@ -413,7 +416,7 @@ def test_budget_plan_is_the_best_of_all_by_the_root_of_the_loss_without_each_lay
     asked: dict[str, Any] = {"budget": fxfact.Macs(0.5), "calibration": statistics, "example_inputs": x}
     plan = fxfact.plan(model, "channel_svd", error_curves=curves, **asked)
     options, chosen = [], 0.0
-    for decision, key in zip(plan, curves, strict=True):
+    for decision, key in zip((plan["strong"], plan["weak"]), curves, strict=True):
         conv = read_conv(model.get_submodule(decision.path))
         assert isinstance(conv, ConvLayer)
         fisher = statistics.fisher(decision.path, conv.spec)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fxfact
 from fxfact.capture import capture
 from fxfact.conv import ConvSpec, Skip
-from fxfact.errors import ArgumentError
+from fxfact.errors import ArgumentError, BudgetError
 from fxfact.factorizations.matrix_svd import ChannelSVD
 from fxfact.planning import Allocation, Choice, SearchScope, draft_plan
 from tests.support import Small
@@ -56,7 +56,7 @@ def test_layers_that_share_a_weight_are_left_out_together(image: Tensor) -> None
 
 def test_scope_of_a_part_of_a_network_may_have_globs_that_fit_nothing(small: Small) -> None:
     captured = capture(small, None)
-    with pytest.raises(ArgumentError, match=r"include: no convolution at 'elsewhere'\. There are: first, second"):
+    with pytest.raises(ArgumentError, match=r"include: no layer at 'elsewhere'\. There are: first, second"):
         draft_plan(captured, SearchScope(include=["first", "elsewhere"]))
     draft = draft_plan(captured, SearchScope(include=["first", "elsewhere"], partial=True))
     assert [candidate.path for candidate in draft.candidates] == ["first"]
@@ -81,12 +81,43 @@ def test_draft_lists_candidates_in_the_order_of_the_graph_with_their_calls(image
 
 def test_draft_keeps_the_reasons_of_layers_that_may_not_change(small: Small, image: Tensor) -> None:
     draft = draft_plan(capture(small, image), SearchScope(exclude="first"))
-    assert [candidate.path for candidate in draft.candidates] == ["second"]
-    assert {decision.path: decision.reason for decision in draft.decisions} == {"first": "excluded", "second": ""}
+    assert [candidate.path for candidate in draft.candidates] == ["second", "head"]
+    assert [decision.reason for decision in draft.decisions] == ["excluded", "", ""]
+
+
+def test_draft_has_candidates_of_some_kinds_only(small: Small, image: Tensor) -> None:
+    for kinds, paths in (("conv", ["first", "second"]), (["linear"], ["head"]), (("conv", "linear"), None)):
+        draft = draft_plan(capture(small, image), SearchScope(kinds=kinds))
+        assert [candidate.path for candidate in draft.candidates] == (paths or ["first", "second", "head"])
+        left_out = {decision.reason for decision in draft.decisions if decision.reason}
+        assert left_out == ({f"kinds={''.join(kinds)} leaves it out"} if paths else set())
+    for kinds in ("convs", (), 3, ["linear", "rnn"]):
+        with pytest.raises(ArgumentError, match="kinds must be 'conv', 'linear' or a list of these"):
+            SearchScope(kinds=kinds)  # type: ignore[arg-type]
+
+
+def test_a_budget_below_what_no_factorization_can_reach_is_refused_with_that_share(image: Tensor) -> None:
+    class WithEmbedding(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(1000, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.table.weight.sum()
+
+    model = WithEmbedding().eval()
+    plan = fxfact.plan(model, exclude="*", example_inputs=image)
+    norm = 16
+    assert plan.unreached.params == 12_000 + norm
+    assert "no factorization can reach 90.7 % of the parameters" in str(plan)
+    data: list[Tensor] = []
+    with pytest.raises(BudgetError, match=r"no factorization can reach 12,016 of 13,241 \(0.907\)") as caught:
+        fxfact.plan(model, budget=fxfact.Params(0.5), calibration=data, example_inputs=image)
+    assert caught.value.least == 12_016
 
 
 def test_draft_makes_a_plan_for_any_allocation_and_stays_the_same(small: Small, image: Tensor) -> None:
-    draft = draft_plan(capture(small, image), SearchScope())
+    draft = draft_plan(capture(small, image), SearchScope(kinds="conv"))
     before = draft.decisions
     choice = Choice(ChannelSVD(), (3,), "a note", predicted_loss_increase=0.25, latencies_ms=(2.0, 1.0))
     plan = draft.to_plan(Allocation((Skip("for a reason"), choice)), uses_statistics=True)

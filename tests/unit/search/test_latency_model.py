@@ -28,7 +28,7 @@ def planned(three_convs: ThreeConvs, x: Tensor, error_curves: fxfact.ErrorCurveC
 
     def plan(share: float, timer: FakeTimer) -> fxfact.Plan:
         budget = fxfact.Latency(share, timer=timer)
-        return fxfact.plan(three_convs, budget=budget, example_inputs=x, error_curves=error_curves)
+        return fxfact.plan(three_convs, kinds="conv", budget=budget, example_inputs=x, error_curves=error_curves)
 
     return plan
 

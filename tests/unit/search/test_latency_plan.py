@@ -40,7 +40,7 @@ def planned(three_convs: ThreeConvs, x: Tensor, error_curves: fxfact.ErrorCurveC
 
     def plan(budget: Budget, methods: Any = ("spatial_svd", "channel_svd"), **given: Any) -> fxfact.Plan:
         given = {"example_inputs": x, "error_curves": error_curves, **given}
-        return fxfact.plan(three_convs, list(methods), budget=budget, **given)
+        return fxfact.plan(three_convs, list(methods), budget=budget, kinds="conv", **given)
 
     return plan
 
