@@ -34,7 +34,8 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.randn(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).reshape(x.shape[:-1] + (self.nf,))
+        size = x.shape[:-1] + (self.nf,)  # noqa: RUF005 (torch.fx cannot iterate over a proxy)
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).reshape(size)
 
 
 Conv1D.__module__ = "transformers.pytorch_utils"
