@@ -1,4 +1,4 @@
-"""Factorizes the convolutions of trained PyTorch networks, with a compiler pass on torch.fx graphs.
+"""Factorizes the convolutions and linear layers of trained PyTorch networks, with a compiler pass on torch.fx graphs.
 
 The rooms of the package, top down. Imports go strictly down as well, except that ``factorizations`` and ``graph`` do
 not know each other:
@@ -12,10 +12,10 @@ not know each other:
     compile_backend  torch.compile(model, backend="fxfact")
     passes           applies a plan: to a graph, or by swapping modules
     planning         from a request or a budget to a plan: budgets, rank rules, error curves, allocation
-    calibration      from unlabelled data to statistics: the Fisher information of every convolution
+    calibration      from unlabelled data to statistics: the Fisher information of every layer
     capture          makes a model rewritable: traced, by its modules, or exported; each is compared with the model
     nn               factorized layers: CPConv, TuckerConv, TTConv
-    graph            torch.fx only: recognises convolutions (graph/match.py), splices chains, folds
+    graph            torch.fx only: recognises convolutions and linear layers (graph/match.py), splices chains, folds
     factorizations   (convolution, rank) -> chain of convolutions; linear algebra; knows no graph
     conv             convolutions as values, modules and functions; chains, costs, the Fisher metric of a layer
     utils            timing, progress, executors, copies, files: no knowledge of convolutions

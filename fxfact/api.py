@@ -90,7 +90,7 @@ def factorize(
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> _Model:
-    """Factorize the convolutions of a model: ``apply(plan(model, ...), model)`` in one call.
+    """Factorize the convolutions and linear layers of a model: ``apply(plan(model, ...), model)`` in one call.
 
     Args:
         model: a network, or an ExportedProgram. It is not changed.
@@ -123,7 +123,7 @@ def factorize(
         A new network: a ``torch.fx.GraphModule``, or a model of its own class, whose Python code still runs (see
         ``capture``); an ExportedProgram for an ExportedProgram. ``plan_of`` tells which, and why. Training
         mode, device, dtype, memory format and requires_grad carry over. A warning says so, with the reasons, if no
-        convolution is rewritten.
+        layer is rewritten.
 
     Raises:
         FxfactError: what ``plan`` and ``apply`` raise, and VerificationError.
@@ -182,31 +182,33 @@ def plan(
     executor: Executor | None = None,
     progress: Progress = False,
 ) -> Plan:
-    """Choose a factorization and a rank for every convolution. Print, edit or save the plan, then ``apply`` it.
+    """Choose a factorization and a rank for every convolution and linear layer.
+
+    Print, edit or save the plan, then ``apply`` it.
 
     Args:
         model: a network, or an ExportedProgram. It is not changed.
         factorization: a name ('cp', 'cp_factorized', 'tucker', 'tt', 'spatial_svd', 'channel_svd', 'svd'), an
             object of ``fxfact.factorizations``, a list of these, or a mapping from path or glob to any of them. Of a
-            list, each convolution takes the first that applies; under a budget, the best. Default: 'tucker'; under a
+            list, each layer takes the first that applies; under a budget, the best. Default: 'tucker'; under a
             budget, all.
-        rank: the largest fraction of its parameters that a convolution may keep ('same' is 1.0), an int, a tuple (for
+        rank: the largest fraction of its parameters that a layer may keep ('same' is 1.0), an int, a tuple (for
             Tucker (r_out, r_in)), a rule of ``fxfact.ranks`` (``Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a
             mapping from path or glob to any of these. Default: 0.5.
         example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
-            MACs and show which convolutions the model calls. The captured network is compared with the model on them,
+            MACs and show which layers the model calls. The captured network is compared with the model on them,
             in evaluation mode, without gradients, on copies. Default: what an ExportedProgram was exported with, or the
             first sample of the calibration batches.
         budget: a bound on the cost of the network, instead of ``rank``: ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``,
             a share of the whole network's (or ``at_most=`` a number); ``fxfact.Latency(0.5)``, a share of the time of
             the dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or
             ``fxfact.Loss(0.05)``, nats by which the loss may increase, as measured. Ranks are chosen for all
-            convolutions together, and convolutions stay dense if that is better. The result of a budget of milliseconds
+            layers together, and layers stay dense if that is better. The result of a budget of milliseconds
             is for inference only: it is in evaluation mode, with batch norms folded.
         calibration: unlabelled batches (an iterable of tensors, tuples or mappings; elements that the example inputs do
             not have are cut off), or the ``Statistics`` that ``fxfact.calibrate`` returned. Errors are then weighed by
             their effect on the loss, in the choice of ranks and in the decomposition. Without data, the relative
-            errors of all convolutions count equally.
+            errors of all layers count equally.
         held_out: batches to measure the plan for a budget on (``Plan.measured_loss_increase``). They are not learned
             from. A ``Loss`` budget needs such batches. By default it holds out every fourth batch of ``calibration``
             (of two or three, the last one). If ``calibration`` is ``Statistics``, you must pass them. For every budget
@@ -224,21 +226,21 @@ def plan(
             ``held_out``. Default: the batches are used as they are.
         max_samples: how many samples to take of ``calibration``, and of ``held_out``, at most. The last batch is cut
             along the first axis; no more batches are read, so the loader may be endless. Default: all.
-        multiple_of: ranks are multiples of this, or full. Requested ranks are rounded down; a convolution whose rank
+        multiple_of: ranks are multiples of this, or full. Requested ranks are rounded down; a layer whose rank
             would become 0 stays dense. GPUs compute half precision fast if channels are multiples of 8. Default: 1;
             under a budget of milliseconds 32, 16 or 8.
-        include: globs on the path, or a predicate on (path, ConvSpec). Default: every convolution.
+        include: globs on the path, or a predicate on (path, ConvSpec). Default: every layer.
         exclude: the same, for layers to leave alone.
         kinds: the kinds of layers to consider: 'conv', 'linear' or both.
-        allow_growth: also rewrite convolutions that would have more parameters or (if known) more MACs.
+        allow_growth: also rewrite layers that would have more parameters or (if known) more MACs.
         capture: 'trace' makes the model one torch.fx graph; 'modules' keeps the model's own class and Python and
-            replaces its convolution modules; 'export' is for an ExportedProgram. 'auto' takes the one that reaches
-            most convolutions. If both reach as many, it takes 'modules' for a class with public methods or properties
-            that a graph would lose (``fuse``, ``training_step``), except under a budget of milliseconds, and 'trace'
-            for other models.
+            replaces its modules of convolutions and linear layers; 'export' is for an ExportedProgram. 'auto' takes the
+            one that reaches most layers. If both reach as many, it takes 'modules' for a class with public methods or
+            properties that a graph would lose (``fuse``, ``training_step``), except under a budget of milliseconds,
+            and 'trace' for other models.
         fold_weights: make weights that are computed from other parameters (weight_norm, spectral_norm,
             parametrizations, pruning, standardisation in a graph) parameters with their values in evaluation mode.
-        leaf_modules: globs on the paths of modules that tracing does not look into. A graph keeps their convolutions
+        leaf_modules: globs on the paths of modules that tracing does not look into. A graph keeps their layers
             dense.
         error_curves: a cache of error curves, which makes further plans for the same weights and statistics fast.
         executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster) that computes errors and decomposes
@@ -307,7 +309,7 @@ def apply(
         progress: True for tqdm's progress bars, or a callable with tqdm's signature.
 
     Returns:
-        A new network, as for ``factorize``. A warning says so if the plan rewrites no convolution.
+        A new network, as for ``factorize``. A warning says so if the plan rewrites no layer.
 
     Raises:
         PlanError: if the plan was made for another model; the message names the first differences.
@@ -352,10 +354,10 @@ def calibrate(
     leaf_modules: str | Sequence[str] = (),
     progress: Progress = False,
 ) -> Statistics:
-    """Learn from unlabelled data which errors of each convolution the loss can bear.
+    """Learn from unlabelled data which errors of each layer the loss can bear.
 
     This is one pass over the data, forward and backward, in evaluation mode, on a private copy of the model. It
-    estimates the Kronecker-factored Fisher information of every convolution (K-FAC: Martens and Grosse 2015; Grosse and
+    estimates the Kronecker-factored Fisher information of every layer (K-FAC: Martens and Grosse 2015; Grosse and
     Martens 2016). If ``torch.distributed`` is initialised, every process gives its own samples and gets the statistics
     of all.
 
