@@ -349,3 +349,36 @@ def test_weight_that_cannot_be_decomposed_is_named() -> None:
     compiled = torch.compile(model, backend=fxfact.backend(inner="eager"))
     with torch.no_grad(), pytest.raises(Exception, match="WeightError: 1: the weight holds 1 NaN"):
         compiled(torch.randn(1, 8, 9, 9))
+
+
+class Linears(nn.Module):
+    """Linear layers as modules, as a function and as a product with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 16), nn.Linear(16, 5, bias=False)
+        self.kernel = nn.Parameter(torch.randn(16, 16) / 4)
+        self.shift = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = torch.tanh(x @ self.kernel + self.shift)
+        return self.head(torch.relu(F.linear(x, self.kernel.T)))
+
+
+def test_linear_layers_are_factorized_in_every_spelling() -> None:
+    model, x = Linears().eval(), torch.randn(4, 3, 6)
+    backend = fxfact.backend("svd", rank=3, allow_growth=True, inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        found = compiled(x)
+        expected = fxfact.factorize(model, "svd", rank=3, allow_growth=True, example_inputs=x)(x)
+        torch.testing.assert_close(found, expected)
+        assert {decision.path for decision in backend.plans[0].rewrites} == {"first", "kernel", "head"}
+        model.head.weight.mul_(2)
+        torch.testing.assert_close(compiled(x), 2 * expected)
+    left = fxfact.backend("svd", rank=3, kinds="conv", inner="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=left)(x), model(x))
+    assert not left.plans[0].rewrites

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fxfact.analysis.report_data import format_approximation_error
 from fxfact.calibration import DivergenceEvaluator
 from fxfact.conv import read_conv, run
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, PlanError
-from fxfact.factorizations import Tucker
+from fxfact.factorizations import SVD, Tucker
 from tests.support import Branching, Small, apart, with_composed_kernels
 
 
@@ -170,3 +171,24 @@ def test_approximation_error_has_two_digits_or_is_unknown() -> None:
         assert format_approximation_error(error).startswith(f"approximation error {text}: ")
     for error in (float("inf"), float("nan")):
         assert format_approximation_error(error).startswith("approximation error unknown: ")
+
+
+@pytest.mark.parametrize("capture", ["trace", "modules", "export", "decomposed"])
+def test_verify_gives_the_output_errors_of_linear_layers(capture: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 9)).eval()
+    x = torch.randn(4, 5, 6)
+    chain = SVD().decompose(read_conv(model[2]), (2,))
+    given = torch.tanh(model[0](x))
+    expected = apart(model[2](given), run(chain, given))
+    network, options = model, {"example_inputs": x, "capture": capture}
+    if capture in ("export", "decomposed"):
+        network = torch.export.export(model, (x,))
+        network, options = (network.run_decompositions() if capture == "decomposed" else network), {}
+    small = fxfact.factorize(network, "svd", rank={"0": 2, "2": 2}, allow_growth=True, **options)
+    first, last = fxfact.verify(network, small, x).sites
+    assert (first.path, last.path) == ("0", "2")
+    assert last.output == pytest.approx(expected, rel=1e-3)
+    assert last.weight == pytest.approx(
+        apart(model[2].weight, chain.layers[1].weight @ chain.layers[0].weight), rel=1e-3
+    )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxfact.conv import ConvSpec, from_torch, spec_of, write_conv
-from fxfact.finetune.patches import iter_patches
+from fxfact.finetune.patches import at_positions, iter_patches
 from tests.support import random_input, random_layer
 
 
@@ -39,3 +39,15 @@ def test_patches_times_the_weight_are_the_output(spec: ConvSpec) -> None:
     else:  # each row is the output at some position
         nearest = torch.cdist(product, output.mT, compute_mode="donot_use_mm_for_euclid_dist").min(dim=2).values
         assert float(nearest.max()) < 1e-9 * float(output.norm())
+
+
+@pytest.mark.parametrize("leading", [(), (9,), (9, 5), (9, 7, 6)])
+def test_patches_of_a_linear_layer_are_its_inputs_at_some_positions(leading: tuple[int, ...]) -> None:
+    stage, x = nn.Linear(4, 6), torch.randn(*leading, 4)
+    inputs = torch.cat(list(iter_patches(stage, x, 3)))
+    outputs = at_positions(spec_of(stage), stage(x), 3)
+    torch.testing.assert_close(stage(inputs), outputs)
+    positions = x[..., 0].numel() // max(1, len(x) if leading else 1)
+    assert inputs.shape == (leading[0] if leading else 1, min(32, positions), 4)
+    held = {tuple(row) for row in x.reshape(-1, 4).tolist()}
+    assert all(tuple(row) in held for row in inputs.reshape(-1, 4).tolist())

@@ -302,3 +302,39 @@ def test_refit_is_undone_only_if_it_is_significantly_worse(
         assert bool(report.paths) == stays
         assert report.after == pytest.approx(1.1 if stays else 1.0)
         assert torch.equal(refitted(data), made(data)) != stays
+
+
+class Tokens(nn.Module):
+    """Linear layers on tokens, and a norm whose channels are the positions of one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 24), nn.Linear(24, 12, bias=False)
+        self.norm, self.head = nn.BatchNorm1d(12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.second(torch.tanh(self.first(x))))).mean(1))
+
+
+@pytest.mark.parametrize("capture", ["trace", "modules"])
+def test_linear_layers_are_refitted_and_means_go_only_into_norms_over_their_channels(capture: Any) -> None:
+    model, data = Tokens().eval(), torch.randn(64, 12, 4, generator=torch.Generator().manual_seed(0)) + 1
+    small = fxfact.factorize(model, "svd", rank={"first": 2, "second": 4}, example_inputs=data[:1], capture=capture)
+    refitted, result = fxfact.refit(small, model, data.split(8), likelihood="gaussian")
+    assert set(result.paths) == {"first", "second"}
+    assert result.after < 0.9 * result.before
+    assert torch.equal(refitted.norm.running_mean, model.norm.running_mean), "its channels are the tokens"
+    assert fxfact.verify(model, refitted, data).ok
+    trained, distilled = fxfact.distill(small, model, data.split(8), likelihood="gaussian", steps=40, lr=1e-2)
+    assert distilled.after < distilled.before
+    assert fxfact.verify(model, trained, data).ok
+
+
+def test_means_go_into_the_norm_after_a_linear_layer_on_vectors() -> None:
+    model, data = Tokens().eval(), torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + 1
+    network = nn.Sequential(model.first, nn.Tanh(), model.second, model.norm, nn.Tanh(), model.head).eval()
+    small = fxfact.factorize(network, "svd", rank={"2": 2}, example_inputs=data[:1])
+    refitted, result = fxfact.refit(small, network, data.split(8), likelihood="gaussian")
+    assert result.paths == ("2",)
+    assert not torch.equal(refitted.get_submodule("3").running_mean, network[3].running_mean)
