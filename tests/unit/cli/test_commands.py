@@ -92,6 +92,18 @@ def test_likelihood_and_include_change_the_plan(workspace: Path, run_json: RunJs
     assert len({plan["decisions"][1]["predicted_loss_increase"] for plan in plans.values()}) == 2
 
 
+@pytest.mark.parametrize(("kinds", "rewritten"), [("linear", [6]), ("conv", [0, 2]), ("conv,linear", [0, 2, 6])])
+def test_kinds_of_layers_can_be_chosen(workspace: Path, run_json: RunJson, kinds: str, rewritten: list[int]) -> None:
+    arguments = ["--rank", "0.5", "--factorization", "tucker,svd", "--kinds", kinds]
+    plan = run_json("plan", "net.pt2", *arguments)["plan"]
+    assert [each["path"] for each in plan["decisions"] if "factorization" in each] == list(map(str, rewritten))
+
+
+def test_kinds_that_do_not_exist_are_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "net.pt2", "--rank", "0.5", "--kinds", "dense"]) == 1
+    assert "kinds must be 'conv', 'linear' or a list of these, got 'dense'" in capsys.readouterr().err
+
+
 def test_max_samples_limits_the_data(workspace: Path, capsys: pytest.CaptureFixture[str], run_json: RunJson) -> None:
     data = ["--calibration", "data.npy", "--batch", "8", "--keep-statistics", "kept.npz"]
     run_json("plan", "net.pt2", "--rank", "0.5", *data, "--max-samples", "19")
