@@ -168,7 +168,7 @@ class KroneckerFisher:
         """Return tr(G Δ C Δᵀ) for the first group, where Δ is the ``difference`` of two kernels (out, in, *kernel)."""
         rows, columns = self.row_and_column_moments(spec)
         matrix = as_matrix(spec, difference)
-        return (columns.left_multiply(matrix) * rows.left_multiply(matrix.T).T).sum()
+        return columns.left_multiply(matrix).mul_(rows.left_multiply(matrix.T).T).sum()
 
     def loss_increase(self, spec: ConvSpec, difference: Tensor) -> float:
         """Return the estimated loss increase for one sample, in nats: ½ tr(G Δ C Δᵀ), summed over groups.

@@ -52,7 +52,7 @@ class LowRankMoment(KroneckerMoment):
 
     def left_multiply(self, rows: Tensor) -> Tensor:
         """Return ``rows`` (m, n) @ M."""
-        return torch.add(rows @ self.rows.T @ self.rows, rows, alpha=self.identity)
+        return (rows @ self.rows.T @ self.rows).add_(rows, alpha=self.identity)
 
     def shrunk(self, samples: int, least: float = 0.0) -> LowRankMoment:
         """Return the moment shrunk towards a multiple of the identity, as a moment held as one matrix is."""

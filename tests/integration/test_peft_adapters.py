@@ -48,6 +48,7 @@ def test_adapters_are_left_dense_and_their_base_is_factorized(capture: Any) -> N
         f"base_model.model.{name}.base_layer" for name in ("stem", "body")
     ]
     reasons = skip_reasons(small)
+    assert reasons.pop("base_model.model.head") == "the weight of a linear layer is a matrix: use svd"
     assert len(reasons) == 4
     for path, reason in reasons.items():
         owner = path.partition(".lora_")[0]
@@ -55,6 +56,22 @@ def test_adapters_are_left_dense_and_their_base_is_factorized(capture: Any) -> N
     assert apart(expected, small(x)) < 1e-5
     included = fxfact.plan(model, "svd", rank=2, example_inputs=x, allow_growth=True, include="*.lora_B.*")
     assert [d.path for d in included.rewrites] == [f"base_model.model.{n}.lora_B.default" for n in ("stem", "body")]
+
+
+@pytest.mark.parametrize("capture", ["auto", "modules"])
+def test_adapters_of_linear_layers_are_left_dense(capture: Any) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
+    model, x = peft.get_peft_model(Classifier(), config).eval(), torch.randn(2, 3, 12, 12)
+    small = fxfact.factorize(model, "svd", rank=3, example_inputs=x, verify=True, capture=capture)
+    assert [d.path for d in fxfact.plan_of(small).rewrites] == ["base_model.model.head.base_layer"]
+    adapters = {path: reason for path, reason in skip_reasons(small).items() if ".lora_" in path}
+    assert len(adapters) == 2
+    assert all("the adapter 'default' of base_model.model.head" in reason for reason in adapters.values())
+    if capture == "modules":
+        with pytest.raises(WeightError, match=r"head\.base_layer \(FactorizedLinear\).*to_linear\(\)"):
+            small.merge_adapter()
 
 
 def test_merging_into_a_factorized_base_is_refused_and_right_after_to_conv() -> None:
