@@ -87,15 +87,15 @@ def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
         weight = model.get_submodule(path).weight.detach()
         whole = plain.loss_increase(spec, from_torch(spec, weight))
         moments[path] = KroneckerFisher(metric.input, KroneckerMoment((eye / max(whole, 1e-30),)))
-    return replace(statistics, moments=moments, samples=sys.maxsize, shrinkage=0.0)
+    return replace(statistics, moments=moments, samples=sys.maxsize)
 
 
 def within(model: nn.Module, example: Tensor, budget: Any, rank_at: Callable[[float], object]) -> fxfact.Plan | None:
-    """Return the largest Tucker plan within a budget, by bisecting the argument of ``rank_at`` in 0 … 1."""
+    """Return the largest plan with Tucker, or SVD for matrices, by bisecting the argument of ``rank_at`` in 0 … 1."""
     low, high, best = 0.0, 1.0, None
     for _ in range(7):
         middle = (low + high) / 2
-        plan = fxfact.plan(model, "tucker", rank=rank_at(middle), example_inputs=example)
+        plan = fxfact.plan(model, ["tucker", "svd"], rank=rank_at(middle), example_inputs=example)
         if budget.amount(plan.after) <= budget.allowed(plan.network):
             low, best = middle, plan
         else:

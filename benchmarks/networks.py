@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.linear_networks import ConvNext, SmallVGG, VisionTransformer
+
 
 def data_folder() -> Path | None:
     """Return the folder of trained weights and data sets, or None if it does not exist."""
@@ -291,6 +293,9 @@ NETWORKS: dict[str, Network] = {
     "dncnn": Network(DnCNN, (1, 64, 64), "dncnn_s25"),
     "lapsrn": Network(LapSRN, (1, 32, 32), "lapsrn_x4"),
     "fashion_cnn": Network(fashion_cnn, (1, 28, 28), "fashion_cnn"),
+    "fashion_vit": Network(VisionTransformer, (1, 28, 28), "fashion_vit"),
+    "fashion_convnext": Network(ConvNext, (1, 28, 28), "fashion_convnext"),
+    "fashion_vgg_fc": Network(SmallVGG, (1, 28, 28), "fashion_vgg_fc"),
     "fsdd_conv1d": Network(fsdd_conv1d, (1, 8000), "fsdd_conv1d"),
     "adrenal_conv3d": Network(adrenal_conv3d, (1, 32, 32, 32), "adrenal_conv3d"),
     "resnet18": Network(lambda: ResNet(BasicBlock, (2, 2, 2, 2)), (3, 224, 224)),
