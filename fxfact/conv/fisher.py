@@ -62,6 +62,13 @@ class KroneckerMoment:
         positions = self.size // count
         return torch.einsum("iaja->ij", self.factors[0][0].reshape(count, positions, count, positions))
 
+    def position_moment(self, count: int) -> Tensor:
+        """Return the first group's moment of its ``count`` kernel positions (count, count), summed over channels."""
+        if len(self.factors) > 1:
+            return self.factors[1][0]
+        channels = self.size // count
+        return torch.einsum("iaib->ab", self.factors[0][0].reshape(channels, count, channels, count))
+
     def shrunk(self, samples: int, least: float = 0.0) -> KroneckerMoment:
         """Return the moment with each factor shrunk towards the multiple of the identity with the same trace.
 

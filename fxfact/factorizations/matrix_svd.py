@@ -9,21 +9,24 @@ padding and the dilation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix, sqrt_and_inverse
+from fxfact.conv import ConvSpec, as_matrix
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.linalg import truncated_svd
 from fxfact.factorizations.stages import Rank, pointwise
+from fxfact.factorizations.weighted_kernel import WeightedKernel
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MatrixSVD(Factorization):
+    is_fitted = False
+
     def _max_rank(self, block: ConvSpec) -> Rank:
         pointwise_side, other_side = block.out_channels, block.in_channels
         if block.transposed:
@@ -43,31 +46,26 @@ class _MatrixSVD(Factorization):
 
     def _weights_in_metric(
         self,
-        block: ConvSpec,
-        weight: Tensor,
+        kernel: WeightedKernel,
         rank: Rank,
         *,
-        metric: KroneckerFisher,
+        start: Sequence[Tensor] | None,
         generator: torch.Generator | None,
         iterations: int,
     ) -> Sequence[Tensor]:
         # With R the moment of the rows and Q that of the columns, and U the leading eigenvectors of R^½ W Q Wᵀ R^½, the
         # best chain is R^-½ U · Uᵀ R^½ W (Eckart and Young in the metric).
-        _, vectors, half, back = _weighted_spectrum(block, weight, metric)
-        leading = vectors[:, : rank[0]]
-        left, right = back @ leading, leading.T @ half @ as_matrix(block, weight)
-        smallest = torch.finfo(weight.dtype).tiny ** 0.5
+        leading = kernel.directions[:, : rank[0]].to(kernel.weight)
+        left, right = kernel.outer_roots.inverse @ leading, leading.T @ kernel.target
+        smallest = torch.finfo(right.dtype).tiny ** 0.5
         balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt().clamp_min(smallest)
-        return _stage_weights(block, left * balance, right / balance[:, None])
+        return _stage_weights(kernel.block, left * balance, right / balance[:, None])
 
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
         return (as_matrix(block, weight),)
 
-    def _loss_increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float]:
-        values, *_ = _weighted_spectrum(block, weight, metric)
-        missed = values.double().clamp_min(0).flip(0).cumsum(0).flip(0) / 2
-        rows = len(values)
-        return {(r,): float(missed[r]) if r < rows else 0.0 for r in range(1, self._max_rank(block)[0] + 1)}
+    def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float]:
+        return [float(kernel.spectrum[r:].sum()) / 2 for (r,) in ranks]
 
 
 def _stage_weights(block: ConvSpec, left: Tensor, right: Tensor) -> Sequence[Tensor]:
@@ -75,17 +73,6 @@ def _stage_weights(block: ConvSpec, left: Tensor, right: Tensor) -> Sequence[Ten
     if block.transposed:
         return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
     return (right, left)
-
-
-def _weighted_spectrum(
-    block: ConvSpec, weight: Tensor, metric: KroneckerFisher
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the eigenvalues, descending, and the eigenvectors of R^½ W Q Wᵀ R^½, then R^½ and its inverse."""
-    rows, columns = metric.row_and_column_moments(block)
-    half, back = sqrt_and_inverse(rows.factors[0][0])
-    matrix = half @ as_matrix(block, weight)
-    values, vectors = torch.linalg.eigh((columns.left_multiply(matrix) @ matrix.T).double())
-    return values.flip(0).to(weight), vectors.flip(1).to(weight), half, back
 
 
 @final
