@@ -90,8 +90,8 @@ def _round(
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Return the rows with norm 1."""
-    unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    """Return the rows with norm 1, or less if their squares are too small for the dtype."""
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
     return unit
 
 
