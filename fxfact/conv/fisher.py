@@ -76,6 +76,13 @@ class KroneckerMoment:
         """Return the symmetric square root of the first group's only factor, and its inverse: ``sqrt_and_inverse``."""
         return sqrt_and_inverse(self.factors[0][0])
 
+    def position_moment(self, count: int) -> Tensor:
+        """Return the first group's moment of its ``count`` kernel positions (count, count), summed over channels."""
+        if len(self.factors) > 1:
+            return self.factors[1][0]
+        channels = self.size // count
+        return torch.einsum("iaib->ab", self.factors[0][0].reshape(channels, count, channels, count))
+
     def shrunk(self, samples: int, least: float = 0.0) -> KroneckerMoment:
         """Return the moment with each factor shrunk towards the multiple of the identity with the same trace.
 

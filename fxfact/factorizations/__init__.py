@@ -10,15 +10,16 @@ from __future__ import annotations
 import difflib
 
 from fxfact.errors import ArgumentError, ArgumentTypeError
-from fxfact.factorizations.base import Factorization, check_generator, check_weight, weight_scale
+from fxfact.factorizations.base import Factorization, check_generator, check_weight
 from fxfact.factorizations.cp import CPFactorized, CPMobilenet
-from fxfact.factorizations.linalg import truncated_svd
+from fxfact.factorizations.linalg import truncated_svd, weight_scale
 from fxfact.factorizations.matrix_svd import SVD, ChannelSVD
 from fxfact.factorizations.rank_spec import ParsedRank, RankSpec, parse_rank_spec, resolve_rank
 from fxfact.factorizations.spatial_svd import SpatialSVD
 from fxfact.factorizations.stages import Rank, pointwise, stages_along
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
+from fxfact.factorizations.weighted_kernel import WeightedKernel, WeightedLayer
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     CPMobilenet,
@@ -44,6 +45,8 @@ __all__ = [
     "RankSpec",
     "SpatialSVD",
     "Tucker",
+    "WeightedKernel",
+    "WeightedLayer",
     "check_generator",
     "check_weight",
     "parse_factorization",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -14,14 +14,15 @@ from torch import Tensor
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, compose
 from fxfact.errors import ArgumentTypeError, WeightError
 from fxfact.factorizations.balance import balance_stages
-from fxfact.factorizations.fit import decompose_in_metric
-from fxfact.factorizations.linalg import squared_singular_values
+from fxfact.factorizations.fit import fit_chain, start_in_metric
+from fxfact.factorizations.linalg import squared_singular_values, weight_scale
 from fxfact.factorizations.stages import ChainLayout, Rank, one_group
+from fxfact.factorizations.weighted_kernel import WeightedKernel, WeightedLayer
 from fxfact.utils import no_reduced_precision
 
 _FIT_ITERATIONS = 200  # for weights that will be used
 _HALF = (torch.float16, torch.bfloat16)
-_ESTIMATE_ITERATIONS = 12  # for the loss increases that a plan is made from
+_QUICK_ITERATIONS = 24  # for weights that are compared, and for the loss increases that a plan is made from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,9 @@ class Factorization(ChainLayout):
 
     The other hooks have defaults. Override
 
-    - ``_weights_in_metric`` and ``_loss_increases`` if there is a closed form,
+    - ``_weights_in_metric`` if there is a closed form, ``_loss_increases`` if there is one for the error alone,
     - ``_unfoldings`` if each entry of the rank bounds the rank of a matrix, or ``_spectra`` if other values bound the
       error,
-    - ``_fast_variant`` if estimates can be cheaper than decompositions,
     - ``_feasible_rank`` if the entries of a rank bound each other,
     - ``_tensorly_rank`` if TensorLy has a rule for a fraction of the parameters.
 
@@ -58,6 +58,9 @@ class Factorization(ChainLayout):
         name: the name in plans, reports and files.
         factorizes_linear: whether it factorizes linear layers, blocks without spatial axes. Otherwise it rejects them
             without a call of ``_rejects``.
+        is_fitted: whether weights in a Fisher metric come from a fit, which can go on from where it ended.
+        restricts: the name of a factorization that is at least as close at the same rank, if there is one. Planning
+            with a budget only tries both where this one is clearly smaller.
     """
 
     @abstractmethod
@@ -72,24 +75,25 @@ class Factorization(ChainLayout):
 
     def _weights_in_metric(
         self,
-        block: ConvSpec,
-        weight: Tensor,
+        kernel: WeightedKernel,
         rank: Rank,
         *,
-        metric: KroneckerFisher,
+        start: Sequence[Tensor] | None,
         generator: torch.Generator | None,
         iterations: int,
     ) -> Sequence[Tensor]:
-        """Return weights that are close in a Fisher metric. The default fits them, starting from ``_weights``."""
+        """Return weights that are close in a Fisher metric. The default fits them.
+
+        The fit begins at ``start``, which are weights of the stages, or if there are none at ``_weights``.
+        """
+        block = kernel.block
         stages = self._stages(block, rank)
+        if start is None:
+            start = start_in_metric(kernel, stages, lambda weight: self._weights(block, weight, rank, generator))
+        return fit_chain(kernel, stages, start, iterations=iterations)
 
-        def decompose(kernel: Tensor) -> Sequence[Tensor]:
-            return self._weights(block, kernel, rank, generator)
-
-        return decompose_in_metric(block, stages, weight, metric, decompose, iterations=iterations)
-
-    def _loss_increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float] | None:
-        """Return the loss increase in nats at every rank, or None if there is no closed form."""
+    def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float] | None:
+        """Return the loss increase in nats at each of the ranks, or None if it takes a fit to know it."""
         return None
 
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
@@ -103,10 +107,6 @@ class Factorization(ChainLayout):
         """
         return [squared_singular_values(matrix) for matrix in self._unfoldings(block, weight)]
 
-    def _fast_variant(self, block: ConvSpec, rank: Rank) -> Factorization:
-        """Return a cheaper factorization with about the same loss increase, for estimates."""
-        return self
-
     @final
     def decompose(
         self,
@@ -115,6 +115,8 @@ class Factorization(ChainLayout):
         *,
         metric: KroneckerFisher | None = None,
         generator: torch.Generator | None = None,
+        start: Sequence[Tensor] | None = None,
+        quick: bool = False,
     ) -> ConvChain:
         """Return the chain of a given rank that approximates a convolution.
 
@@ -127,6 +129,8 @@ class Factorization(ChainLayout):
             metric: the Fisher metric in which the chain is close to the layer. If None, and for groups whose metric is
                 zero, the Frobenius norm.
             generator: draws the start of a factorization that starts at random.
+            start: the weights of the stages of a chain of this rank, at which the fit in the metric begins.
+            quick: whether the fit in the metric ends after a few iterations, some per cent above the optimum.
 
         Returns:
             The chain. Its weights have the dtype and the device of the layer's weight.
@@ -137,31 +141,29 @@ class Factorization(ChainLayout):
             WeightError: if the weight has no finite values, or the weights of the chain overflow its dtype.
             SpecError: if the metric belongs to another convolution.
         """
-        return self._chain(layer, rank, metric, generator, _FIT_ITERATIONS)
-
-    @final
-    def _chain(
-        self,
-        layer: ConvLayer,
-        rank: Rank,
-        metric: KroneckerFisher | None,
-        generator: torch.Generator | None,
-        iterations: int,
-    ) -> ConvChain:
         specs = self.layout(layer.spec, rank)
         check_weight(layer.weight)
         if metric is not None:
             metric.check(layer.spec)
+            if self.is_fitted and start is None and not quick:  # so that going on from a quick fit ends at the same
+                chain = self.decompose(layer, rank, metric=metric, generator=generator, quick=True)
+                start = [stage.weight for stage in chain.layers]
         weight = layer.weight.detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
         scale, block = weight_scale(weight), one_group(layer.spec)
         weight = weight if scale == 1.0 else weight / scale
+        starts = (
+            [None] * layer.spec.groups
+            if start is None or scale != 1.0
+            else _start_by_group(layer.spec.groups, specs, start, weight)
+        )
+        iterations = _QUICK_ITERATIONS if quick else _FIT_ITERATIONS
         with no_reduced_precision(weight.device):
             by_group = [
                 self._weights(block, part, rank, generator)
-                if own is None
-                else self._weights_in_metric(block, part, rank, metric=own, generator=generator, iterations=iterations)
-                for part, own in _by_group(layer.spec.groups, block, weight, metric)
+                if kernel is None
+                else self._weights_in_metric(kernel, rank, start=own, generator=generator, iterations=iterations)
+                for own, (part, kernel) in zip(starts, _by_group(layer.spec.groups, block, weight, metric), strict=True)
             ]
             if layer.weight.dtype in _HALF:  # otherwise stages keep similar norms, with which they train best
                 by_group = [balance_stages(self._stages(block, rank), parts) for parts in by_group]
@@ -175,36 +177,41 @@ class Factorization(ChainLayout):
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
 
     @final
-    def loss_increases(self, layer: ConvLayer, metric: KroneckerFisher, ranks: Sequence[Rank]) -> list[float]:
+    def loss_increases(self, weighted: WeightedLayer, ranks: Sequence[Rank]) -> list[float]:
         """Return the loss increase that each of the ranks causes, ½ tr(G Δ C Δᵀ) for the error Δ of the kernel.
 
-        Without a closed form each value comes from a short fit, and is some per cent above that of ``decompose``.
+        The values are exact for the matrix SVDs. The others are some per cent above those of ``decompose``: they are
+        computed without a fit, or by a short one if the factorization has no formula.
 
         Args:
-            layer: the convolution with its weight.
-            metric: its Fisher metric, with the moments G of the output and C of the input.
+            weighted: the convolution in its metric. It may serve several factorizations.
             ranks: the ranks of each group.
 
         Returns:
             The increase for each of the ranks, in nats for one sample.
 
         Raises:
-            RefusedError, RankError, WeightError, SpecError: as ``decompose``.
+            RefusedError, RankError, WeightError: as ``decompose``.
         """
-        block, scale = one_group(layer.spec), weight_scale(layer.weight)
-        if scale != 1.0:
-            scaled = replace(layer, weight=layer.weight / scale)
-            return [nats * scale * scale for nats in self.loss_increases(scaled, metric, ranks)]
+        layer = weighted.layer
+        check_weight(layer.weight)
+        self.layouts(layer.spec, ranks)  # refuses ranks that the convolution cannot have
         with no_reduced_precision(layer.weight.device):
-            by_group = [
-                None if own is None else self._loss_increases(block, part, own)
-                for part, own in _by_group(layer.spec.groups, block, layer.weight.float(), metric)
-            ]
-        if all(known is not None for known in by_group):
-            return [sum(known[rank] for known in by_group if known is not None) for rank in ranks]
-        variants = ((self._fast_variant(block, rank), rank) for rank in ranks)
-        chains = (variant._chain(layer, rank, metric, None, _ESTIMATE_ITERATIONS) for variant, rank in variants)
-        return [metric.loss_increase(layer.spec, compose(chain).float() - layer.weight.float()) for chain in chains]
+            increases = self._formula(weighted, ranks)
+        if increases is None:
+            chains = (self.decompose(layer, rank, metric=weighted.metric, quick=True) for rank in ranks)
+            increases = [weighted.loss_increase(compose(chain)) for chain in chains]
+        return [nats * weighted.scale**2 for nats in increases]
+
+    def _formula(self, weighted: WeightedLayer, ranks: Sequence[Rank]) -> list[float] | None:
+        """Return ``_loss_increases``, summed over the groups."""
+        totals = [0.0] * len(ranks)
+        for kernel in weighted.kernels:
+            found = None if kernel.vanishes else self._loss_increases(kernel, ranks)
+            if found is None:
+                return None
+            totals = [total + nats for total, nats in zip(totals, found, strict=True)]
+        return totals
 
     @final
     def error_estimates(self, layer: ConvLayer, ranks: Sequence[Rank]) -> list[float] | None:
@@ -256,11 +263,19 @@ class Factorization(ChainLayout):
 
 def _by_group(
     groups: int, block: ConvSpec, weight: Tensor, metric: KroneckerFisher | None
-) -> Iterator[tuple[Tensor, KroneckerFisher | None]]:
-    """Yield the weight and the metric of each group: None without a metric, or if it makes the weight's norm zero."""
+) -> Iterator[tuple[Tensor, WeightedKernel | None]]:
+    """Yield the weight of each group, alone and in its metric: None without one, or if it makes the norm zero."""
     for group, part in enumerate(weight.chunk(groups)):
-        own = None if metric is None else metric.of_group(group).like(weight)
-        yield part, None if own is None or not float(own.quadratic_form(block, part)) > 0 else own
+        kernel = None if metric is None else WeightedKernel(block, part, metric.of_group(group).like(weight))
+        yield part, None if kernel is None or kernel.vanishes else kernel
+
+
+def _start_by_group(
+    groups: int, specs: Sequence[ConvSpec], start: Sequence[Tensor], like: Tensor
+) -> list[list[Tensor]]:
+    """Return the weights of the stages for each group, from those of all groups."""
+    shaped = [part.detach().to(like).reshape(spec.weight_shape) for part, spec in zip(start, specs, strict=True)]
+    return [list(parts) for parts in zip(*(part.chunk(groups) for part in shaped), strict=True)]
 
 
 def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -291,19 +306,6 @@ def check_weight(weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
         raise WeightError(f"the weight holds {count} NaN or Inf of {weight.numel()} values. Fix or exclude it.")
-
-
-def weight_scale(weight: Tensor) -> float:
-    """Return a divisor with which the squares of a weight's values stay within single precision.
-
-    Args:
-        weight: the weight of a convolution.
-
-    Returns:
-        The largest absolute value if it is below 1e-10 or above 1e10, else 1.
-    """
-    largest = float(weight.detach().abs().max())
-    return largest if largest and not 1e-10 < largest < 1e10 else 1.0
 
 
 def check_generator(generator: object) -> None:

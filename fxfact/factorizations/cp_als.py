@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import product
 from typing import TypeVar
@@ -58,6 +58,40 @@ def cp(
             longest=2.0,
         )
     return [factor * norm ** (1 / tensor.ndim) for factor in factors]
+
+
+def grow_cp(tensor: Tensor, factors: Sequence[Tensor], rank: int, *, sweeps: int, tolerance: float) -> list[Tensor]:
+    """Return the factors of a CP decomposition that starts at one of a smaller rank.
+
+    The added components are the largest singular components of the slices of what the smaller one misses.
+
+    Args:
+        tensor: the tensor (n_0, n_1, …).
+        factors: those of the smaller rank, (n_k, smaller rank) for each mode. The smaller rank may be 0.
+        rank: the number of components.
+        sweeps: the largest number of sweeps.
+        tolerance: ends the sweeps if one lowers the relative error by less.
+
+    Returns:
+        One factor (n_k, rank) for each mode, as ``cp`` returns them.
+    """
+    norm = float(tensor.double().norm())
+    if norm == 0:
+        return [tensor.new_zeros(size, rank) for size in tensor.shape]
+    unit = tensor / norm
+    known = [factor / norm ** (1 / tensor.ndim) for factor in factors]
+    missed = unit - (known[0] @ khatri_rao(known[1:]).T).reshape(unit.shape)
+    added = _balance(_slices_start(missed, rank - known[0].shape[1]))
+    grown = descend(
+        lambda start: _sweep(unit, start),
+        _extrapolate,
+        [torch.cat(pair, dim=1) for pair in zip(known, added, strict=True)],
+        sweeps=sweeps,
+        tolerance=tolerance,
+        step=0.5,
+        longest=2.0,
+    )
+    return [factor * norm ** (1 / tensor.ndim) for factor in grown]
 
 
 def descend(
@@ -115,7 +149,7 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
     """Solve for every factor once, with two large products: one for the first mode, one for all others."""
     factors = list(factors)
     flat, rank = tensor.flatten(1), factors[0].shape[1]
-    factors[0] = _solve(flat @ _khatri_rao(factors[1:]), factors, 0)
+    factors[0] = _solve(flat @ khatri_rao(factors[1:]), factors, 0)
     contracted = (flat.T @ factors[0]).reshape(*tensor.shape[1:], rank)
     moment = contracted
     for mode in range(1, tensor.ndim):
@@ -160,9 +194,9 @@ def _solve(moment: Tensor, factors: list[Tensor], mode: int) -> Tensor:
         ridge *= 10
 
 
-def _khatri_rao(factors: list[Tensor]) -> Tensor:
-    rank = factors[0].shape[1]
-    return reduce(lambda left, right: (left[:, None] * right[None]).reshape(-1, rank), factors)
+def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Return the columnwise Kronecker product (n_0 · n_1 · …, rank) of factors (n_k, rank)."""
+    return reduce(lambda left, right: (left[:, None] * right[None]).flatten(0, 1), factors)
 
 
 def _balance(factors: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
@@ -10,139 +11,147 @@ from statistics import geometric_mean
 import torch
 from torch import Tensor
 
-from fxfact.conv import (
-    ConvSpec,
-    KroneckerFisher,
-    KroneckerMoment,
-    as_matrix,
-    compose_weights,
-    sqrt_and_inverse,
-    to_torch,
-)
+from fxfact.conv import ConvSpec, compose_weights, to_torch
+from fxfact.factorizations.weighted_kernel import WeightedKernel
 
 Weights = Sequence[Tensor]
-Root = tuple[Tensor, Tensor]  # the square root of a moment of channels, and its inverse
-_MULTIPLICATIONS = 5e9  # of one iteration. If it takes more, there are proportionally fewer iterations.
+MULTIPLICATIONS = 1e9  # of one iteration. If it takes more, there are proportionally fewer iterations.
+_ROUND = 12  # iterations, after each of which the gain is looked at
+_LEAST_GAIN = 5e-3  # of a round, as a share of the error
 
 
-def decompose_in_metric(
-    block: ConvSpec,
-    stages: Sequence[ConvSpec],
-    weight: Tensor,
-    metric: KroneckerFisher,
-    decompose: Callable[[Tensor], Weights],
-    *,
-    iterations: int,
+def start_in_metric(
+    kernel: WeightedKernel, stages: Sequence[ConvSpec], decompose: Callable[[Tensor], Weights]
 ) -> list[Tensor]:
-    """Return the weights of the stages, close to the kernel ``weight`` (out, in, *kernel) of one group in a metric.
+    """Return weights of the stages that are close to a kernel in the metric of its channels alone.
 
-    ``decompose`` returns the weights that are close to a kernel in the Frobenius norm. Here it gets the kernel
-    multiplied by the square roots of the moments of the channels. The inverses are then multiplied into the first and
-    the last stage, and all stages are fitted. A first or last stage with groups cannot absorb the inverses: such a
-    chain is only close in the Frobenius norm.
+    ``decompose`` returns the weights that are close to a kernel in the Frobenius norm. Here it gets the kernel (out,
+    in, *kernel) multiplied by the square roots of the moments of the channels. The inverses are then multiplied into
+    the first and the last stage. A first or last stage with groups cannot absorb the inverses: such a chain is only
+    close in the Frobenius norm.
     """
 
-    def shaped(kernel: Tensor) -> list[Tensor]:
-        parts = zip(decompose(kernel), stages, strict=True)
+    def shaped(weight: Tensor) -> list[Tensor]:
+        parts = zip(decompose(weight), stages, strict=True)
         return [part.reshape(stage.out_channels, -1, *stage.kernel_size) for part, stage in parts]
 
-    if stages[0].groups > 1 or stages[-1].groups > 1:
-        return shaped(weight)
-    inputs = sqrt_and_inverse(metric.input.channel_moment(block.in_channels))
-    outputs = sqrt_and_inverse(metric.output.channel_moment(block.out_channels))
-    first, *rest = shaped(_on_outputs(outputs[0], _on_inputs(weight, inputs[0])))
-    scaled = [_on_inputs(first, inputs[1]), *rest]
-    start = [*scaled[:-1], _on_outputs(outputs[1], scaled[-1])]
-    if len(stages) == 1:
-        return start
-    matrix = as_matrix(block, weight)
-    if block.transposed:
-        mirrored_stages, mirrored_start = _mirror(stages, start)
-        fitted = _fit(mirrored_stages, mirrored_start, matrix, metric.output, (inputs, outputs), iterations=iterations)
-        return _mirror(mirrored_stages, fitted)[1]
-    return _fit(stages, start, matrix, metric.input, (outputs, inputs), iterations=iterations)
+    if _is_grouped_at_an_end(stages):
+        return shaped(kernel.weight)
+    inputs, outputs = kernel.channel_roots
+    first, *rest = shaped(_on_outputs(outputs.root, _on_inputs(kernel.weight, inputs.root)))
+    scaled = [_on_inputs(first, inputs.inverse), *rest]
+    return [*scaled[:-1], _on_outputs(outputs.inverse, scaled[-1])]
 
 
-def _fit(
-    stages: Sequence[ConvSpec],
-    start: Weights,
-    matrix: Tensor,
-    columns: KroneckerMoment,
-    roots: tuple[Root, Root],
-    *,
-    iterations: int,
-) -> list[Tensor]:
-    """Minimise tr(G Δ C Δᵀ) over the weights of the stages, Δ being the error of the composed kernel.
+def fit_chain(kernel: WeightedKernel, stages: Sequence[ConvSpec], start: Weights, *, iterations: int) -> list[Tensor]:
+    """Minimise the loss increase over the weights of the stages.
 
-    The kernel is a ``matrix`` (rows, columns). ``roots`` are those of G and of the channels of C, the moment of the
-    ``columns``. The method is variable projection (Golub and Pereyra 1973): the last stage is the least-squares
-    solution for the stages before it. L-BFGS with a strong Wolfe line search optimises those, in coordinates in which
-    the moment of the input channels is the identity. The matrix of a transposed convolution is mirrored, so its chain
-    has to be as well. Returns ``start`` if the fit is not better.
+    The method is variable projection (Golub and Pereyra 1973): the last stage is the least-squares solution for the
+    stages before it. L-BFGS with a strong Wolfe line search optimises those, in coordinates in which the moment of the
+    input channels is the identity. It ends when a round of iterations gains little. A transposed convolution is fitted
+    as the mirrored chain.
+
+    Returns ``start`` if the fit is not better, and for chains that cannot be fitted: those of one stage, which is the
+    kernel itself, and those whose first or last stage has groups.
     """
-    (half, back), (into, back_in) = roots
-    last = _LastStage(half @ matrix, columns)
-    if not last.total > 0:
+    if len(stages) == 1 or _is_grouped_at_an_end(stages):
         return list(start)
+    if not kernel.block.transposed:
+        return _fit(kernel, stages, start, iterations=iterations)
+    mirrored_stages, mirrored_start = _mirror(stages, start)
+    return _mirror(mirrored_stages, _fit(kernel, mirrored_stages, mirrored_start, iterations=iterations))[1]
+
+
+def _is_grouped_at_an_end(stages: Sequence[ConvSpec]) -> bool:
+    return stages[0].groups > 1 or stages[-1].groups > 1
+
+
+def _fit(kernel: WeightedKernel, stages: Sequence[ConvSpec], start: Weights, *, iterations: int) -> list[Tensor]:
+    into, last = kernel.inner_roots, LastStage(kernel)
     inner_kernels = _inner_kernels(stages, start[0])
-    parameters = [part.detach().contiguous() for part in _balance([_on_inputs(start[0], into), *start[1:-1]])]
-    for parameter in parameters:
-        parameter.requires_grad_()
-    share = min(1.0, _MULTIPLICATIONS / last.multiplications(stages[-1].in_channels * prod(stages[-1].kernel_size)))
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=max(3, round(iterations * share)), history_size=10, tolerance_grad=1e-10,
-        tolerance_change=1e-10, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    parameters = [part.detach().contiguous() for part in _balance([_on_inputs(start[0], into.root), *start[1:-1]])]
+    iterations = last.affordable(iterations, stages[-1].in_channels * prod(stages[-1].kernel_size))
 
     def weights() -> list[Tensor]:
-        return [_on_inputs(parameters[0], back_in), *parameters[1:]]
+        return [_on_inputs(parameters[0], into.inverse), *parameters[1:]]
 
     def error() -> Tensor:
-        optimizer.zero_grad()
         kernels = inner_kernels(weights())
         value, gradient = last.error(kernels.detach().flatten(1))
         torch.autograd.backward(kernels, gradient.reshape(kernels.shape))
         return value
 
-    with torch.enable_grad():
-        try:
-            optimizer.step(error)  # type: ignore[no-untyped-call]
-        except RuntimeError as overflow:  # of the step size in the line search
-            if "overflow" not in str(overflow):
-                raise
-            return list(start)
+    minimise(parameters, error, iterations)
     with torch.no_grad():
         fitted = [part.detach() for part in weights()]
-        solved = back @ last.solve(inner_kernels(fitted).flatten(1))[0]
+        solved = kernel.outer_roots.inverse @ last.solve(inner_kernels(fitted).flatten(1))[0]
     fitted = _balance([*fitted, solved.reshape(start[-1].shape)])
-    before, after = (float(last.missed(half @ compose_weights(stages, w).flatten(1))) for w in (start, fitted))
+    before, after = (float(kernel.missed_by(compose_weights(stages, found).flatten(1))) for found in (start, fitted))
     return fitted if after < before else list(start)
 
 
-class _LastStage:
-    """The least-squares problem of the last stage: the matrix M that minimises tr((M B − T) C (M B − T)ᵀ).
+def minimise(parameters: Sequence[Tensor], error: Callable[[], Tensor], iterations: int) -> None:
+    """Minimise an error over tensors, in place, by L-BFGS with a strong Wolfe line search.
 
-    T is the target (rows, columns), C the moment of the columns, and B the kernels that the stage's inputs see.
+    ``error`` returns the error and adds its gradients to the tensors. The descent ends after some iterations, or when a
+    round of them lowers the error by less than a small share.
+    """
+    for parameter in parameters:
+        parameter.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=_ROUND, history_size=_ROUND, tolerance_grad=1e-10, tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        return error()
+
+    before = float("inf")
+    for done in range(0, iterations, _ROUND):
+        optimizer.param_groups[0]["max_iter"] = min(_ROUND, iterations - done)
+        kept = [parameter.detach().clone() for parameter in parameters]
+        now = _step(optimizer, closure)
+        if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+            now = math.nan
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.data = value
+        if not before - now >= _LEAST_GAIN * now:
+            return
+        before = now
+
+
+def _step(optimizer: torch.optim.LBFGS, closure: Callable[[], Tensor]) -> float:
+    """Make a step, and return the error before it, or NaN if the step size of the line search overflows."""
+    try:
+        with torch.enable_grad():
+            return float(optimizer.step(closure))  # type: ignore[no-untyped-call]
+    except RuntimeError as overflow:
+        if "overflow" not in str(overflow):
+            raise
+        return math.nan
+
+
+class LastStage:
+    """The least-squares problem of the last stage: the matrix M that minimises tr((M B − T) Q (M B − T)ᵀ).
+
+    T is the target (rows, columns) of a ``WeightedKernel``, Q the moment of its columns, and B the kernels that the
+    stage's inputs see.
     """
 
-    def __init__(self, target: Tensor, columns: KroneckerMoment) -> None:
-        self._target, self._columns = target, columns
-        self._matrix = columns.factors[0][0] if len(columns.factors) == 1 else None
-        self._weighted_target = self._weigh(target)
-        self.total = float((self._weighted_target * target).sum())
+    def __init__(self, kernel: WeightedKernel) -> None:
+        self._kernel = kernel
 
-    def _weigh(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` · C, without a detour in the common case of one factor: this is the innermost loop."""
-        return self._columns.left_multiply(rows) if self._matrix is None else rows @ self._matrix
-
-    def multiplications(self, inputs: int) -> int:
-        """Return about how many multiplications ``error`` needs for this number of kernels."""
-        rows, columns = self._target.shape
-        return inputs * columns * (inputs + 4 * rows + sum(factor.shape[-1] for factor in self._columns.factors))
+    def affordable(self, iterations: int, inputs: int, multiplications: float = MULTIPLICATIONS) -> int:
+        """Return how many of the iterations to make with this number of kernels, if one takes long."""
+        rows, columns = self._kernel.target.shape
+        sizes = sum(factor.shape[-1] for factor in self._kernel.columns.factors)
+        needed = inputs * columns * (inputs + 4 * rows + sizes)
+        return max(3, round(iterations * min(1.0, multiplications / needed)))
 
     def solve(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return M and B C. The normal equations are damped by a few units of rounding of their diagonal."""
-        weighted = self._weigh(kernels)
+        """Return M and B Q. The normal equations are damped by a few units of rounding of their diagonal."""
+        weighted = self._kernel.weigh(kernels)
         gram = (kernels @ weighted.T).double()
         ridge = 10 * torch.finfo(kernels.dtype).eps
         least = max(float(gram.diagonal().mean()) * ridge, torch.finfo(gram.dtype).tiny)
@@ -152,19 +161,18 @@ class _LastStage:
             if not failed or not least < float("inf"):
                 break
             ridge, least = 10 * ridge, 10 * least
-        right = (self._weighted_target @ kernels.T).double().T
+        right = (self._kernel.weighted_target @ kernels.T).double().T
         return torch.cholesky_solve(right, triangle).T.to(kernels), weighted
 
     def error(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the relative squared error at the solution M for these kernels, and its gradient in the kernels."""
         matrix, weighted = self.solve(kernels)
-        missed, weighted_missed = matrix @ kernels - self._target, matrix @ weighted - self._weighted_target
-        return (missed * weighted_missed).sum() / self.total, 2 / self.total * (matrix.T @ weighted_missed)
-
-    def missed(self, composed: Tensor) -> Tensor:
-        """Return the relative squared error of a composed kernel."""
-        difference = composed - self._target
-        return (self._weigh(difference) * difference).sum() / self.total
+        missed, weighted_missed = (
+            matrix @ kernels - self._kernel.target,
+            matrix @ weighted - self._kernel.weighted_target,
+        )
+        total = self._kernel.total
+        return (missed * weighted_missed).sum() / total, 2 / total * (matrix.T @ weighted_missed)
 
 
 def _inner_kernels(stages: Sequence[ConvSpec], like: Tensor) -> Callable[[Weights], Tensor]:

@@ -81,3 +81,16 @@ def squared_singular_values(matrices: Tensor) -> Tensor:
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     values: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
     return values.clamp_min(0).flip(-1)
+
+
+def weight_scale(weight: Tensor) -> float:
+    """Return a divisor with which the squares of a weight's values stay within single precision.
+
+    Args:
+        weight: the weight of a convolution.
+
+    Returns:
+        The largest absolute value if it is below 1e-10 or above 1e10, else 1.
+    """
+    largest = float(weight.detach().abs().max())
+    return largest if largest and not 1e-10 < largest < 1e10 else 1.0

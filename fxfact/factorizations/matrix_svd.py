@@ -1,30 +1,32 @@
 """SVD of the kernel as a matrix: a convolution with fewer output channels, then a pointwise one.
 
 W[o, iab] = Σ_r O[o, r] S[r, iab] (Zhang et al. 2016). If the kernel is 1×1, both stages are pointwise; if the layer is
-linear, both are linear layers. A transposed
-convolution is mirrored: W[i, oab] = Σ_r I[i, r] S[r, oab], first a pointwise stage, then a transposed convolution with
-fewer input channels. In both cases the pointwise stage works on the smaller map. The other stage has the stride, the
-padding and the dilation.
+linear, both are linear layers. A transposed convolution is mirrored: W[i, oab] = Σ_r I[i, r] S[r, oab], first a
+pointwise stage, then a transposed convolution with fewer input channels. In both cases the pointwise stage works on the
+smaller map. The other stage has the stride, the padding and the dilation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from fxfact.conv import ConvSpec, KroneckerFisher, as_matrix
+from fxfact.conv import ConvSpec, as_matrix
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.linalg import truncated_svd
 from fxfact.factorizations.stages import Rank, pointwise
+from fxfact.factorizations.weighted_kernel import WeightedKernel
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MatrixSVD(Factorization):
+    is_fitted = False
+
     def _max_rank(self, block: ConvSpec) -> Rank:
         pointwise_side, other_side = block.out_channels, block.in_channels
         if block.transposed:
@@ -45,35 +47,26 @@ class _MatrixSVD(Factorization):
 
     def _weights_in_metric(
         self,
-        block: ConvSpec,
-        weight: Tensor,
+        kernel: WeightedKernel,
         rank: Rank,
         *,
-        metric: KroneckerFisher,
+        start: Sequence[Tensor] | None,
         generator: torch.Generator | None,
         iterations: int,
     ) -> Sequence[Tensor]:
         # With R the moment of the rows and Q that of the columns, and U the leading eigenvectors of R^½ W Q Wᵀ R^½, the
         # best chain is R^-½ U · Uᵀ R^½ W (Eckart and Young in the metric).
-        matrix, is_turned = _wide_matrix(block, weight)
-        _, vectors, half, back = _weighted_spectrum(block, matrix, metric, is_turned=is_turned)
-        leading = vectors[:, : rank[0]]
-        left, right = back @ leading, leading.T @ half @ matrix
-        if is_turned:
-            left, right = right.T, left.T
-        smallest = torch.finfo(weight.dtype).tiny ** 0.5
+        leading = kernel.directions[:, : rank[0]].to(kernel.weight)
+        left, right = kernel.outer_roots.inverse @ leading, leading.T @ kernel.target
+        smallest = torch.finfo(right.dtype).tiny ** 0.5
         balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt().clamp_min(smallest)
-        return _stage_weights(block, left * balance, right / balance[:, None])
+        return _stage_weights(kernel.block, left * balance, right / balance[:, None])
 
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
         return (as_matrix(block, weight),)
 
-    def _loss_increases(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> Mapping[Rank, float]:
-        matrix, is_turned = _wide_matrix(block, weight)
-        values, *_ = _weighted_spectrum(block, matrix, metric, is_turned=is_turned)
-        missed = values.double().clamp_min(0).flip(0).cumsum(0).flip(0) / 2
-        rows = len(values)
-        return {(r,): float(missed[r]) if r < rows else 0.0 for r in range(1, self._max_rank(block)[0] + 1)}
+    def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float]:
+        return [float(kernel.spectrum[r:].sum()) / 2 for (r,) in ranks]
 
 
 def _stage_weights(block: ConvSpec, left: Tensor, right: Tensor) -> Sequence[Tensor]:
@@ -81,28 +74,6 @@ def _stage_weights(block: ConvSpec, left: Tensor, right: Tensor) -> Sequence[Ten
     if block.transposed:
         return (left.T, right.reshape(-1, block.out_channels, *block.kernel_size).transpose(0, 1))
     return (right, left)
-
-
-def _wide_matrix(block: ConvSpec, weight: Tensor) -> tuple[Tensor, bool]:
-    """Return the kernel as a matrix, turned if it is one of channels alone with more rows than columns.
-
-    The eigenvectors of the smaller side are enough.
-    """
-    matrix = as_matrix(block, weight)
-    is_turned = block.is_pointwise and matrix.shape[0] > matrix.shape[1]
-    return (matrix.T if is_turned else matrix), is_turned
-
-
-def _weighted_spectrum(
-    block: ConvSpec, matrix: Tensor, metric: KroneckerFisher, *, is_turned: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the eigenvalues, descending, and the eigenvectors of R^½ W Q Wᵀ R^½, then R^½ and its inverse."""
-    weight, (rows, columns) = matrix, metric.row_and_column_moments(block)
-    rows, columns = (columns, rows) if is_turned else (rows, columns)
-    half, back = rows.root_and_inverse()
-    matrix = half @ matrix
-    values, vectors = torch.linalg.eigh((columns.left_multiply(matrix) @ matrix.T).double())
-    return values.flip(0).to(weight), vectors.flip(1).to(weight), half, back
 
 
 @final

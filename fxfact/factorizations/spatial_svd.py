@@ -18,6 +18,7 @@ from fxfact.conv import ConvSpec, Sizes
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.linalg import truncated_svd
 from fxfact.factorizations.stages import Rank, split_axes, stages_along
+from fxfact.factorizations.weighted_kernel import WeightedKernel, principal_directions
 
 
 @final
@@ -54,6 +55,17 @@ class SpatialSVD(Factorization):
         first, second = (tuple(axis + 2 for axis in axes) for axes in self._axes(block))
         kernel = weight.permute(1, *first, 0, *second)
         return (kernel.reshape(math.prod(kernel.shape[: 1 + len(first)]), -1),)
+
+    def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float]:
+        axes = self._axes(kernel.block)
+        before, after = axes[::-1] if kernel.block.transposed else axes
+        tensor, (inner_root, before_root, _) = kernel.whitened(before, after)
+        inner, count, last_count, _ = tensor.shape
+        largest = max(r for (r,) in ranks)
+        directions = principal_directions(tensor.flatten(0, 1).flatten(1))[:, :largest].reshape(inner, count, largest)
+        stage = torch.einsum("iar,ij,ab->rjb", directions, inner_root.inverse, before_root.inverse)
+        kept = kernel.explained_along(stage, before).square().sum(dim=1).cumsum(0)
+        return [kernel.missed(float(kept[r * last_count - 1])) for (r,) in ranks]
 
     def _stages(self, block: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
         return stages_along(block, self._axes(block), (block.in_channels, *rank, block.out_channels))

@@ -15,6 +15,7 @@ from fxfact.errors import RankError, RefusedError
 
 Rank = tuple[int, ...]
 T = TypeVar("T")
+_LEAST_SAVING = 0.05  # of the parameters, for a factorization that restricts another to be tried beside it
 
 
 class ChainLayout(ABC):
@@ -22,6 +23,8 @@ class ChainLayout(ABC):
 
     name: ClassVar[str]
     factorizes_linear: ClassVar[bool] = False
+    restricts: ClassVar[str] = ""
+    is_fitted: ClassVar[bool] = True
 
     @abstractmethod
     def _rejects(self, block: ConvSpec) -> str | None:
@@ -70,6 +73,27 @@ class ChainLayout(ABC):
             RefusedError: if ``rejects`` returns a reason.
         """
         return self._checked_max_rank(spec, one_group(spec))
+
+    @final
+    def is_worth_trying(self, spec: ConvSpec, others: Sequence[ChainLayout]) -> bool:
+        """Say whether the chains for a convolution are clearly smaller than those of the factorization it restricts.
+
+        Args:
+            spec: the convolution.
+            others: the factorizations that are tried as well.
+
+        Returns:
+            False if one of them is named by ``restricts``, and has at most five per cent more parameters at rank 1.
+
+        Raises:
+            RefusedError: if ``rejects`` returns a reason.
+        """
+
+        def params(layout: ChainLayout) -> int:
+            return chain_cost(layout.layout(spec, layout.smallest_rank(spec)), None).params
+
+        general = [other for other in others if other.name == self.restricts and not other.rejects(spec)]
+        return not any(params(self) > (1 - _LEAST_SAVING) * params(other) for other in general)
 
     @final
     def smallest_rank(self, spec: ConvSpec) -> Rank:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fxfact.conv import ConvSpec, Sizes
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.stages import Rank, split_axes, stages_along, why_no_channel_modes
+from fxfact.factorizations.weighted_kernel import WeightedKernel, largest_eigenvalues, principal_directions
 
 
 def tt(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
@@ -70,6 +71,29 @@ class TT(Factorization):
     ) -> Sequence[Tensor]:
         first, *middle, last = tt(weight.movedim(0, -1).reshape(_train_sizes(block)), rank)
         return (first[0].T, *(core.permute(2, 0, 1) for core in middle), last[..., 0].T)
+
+    def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float]:
+        axes = split_axes(kernel.block)
+        if kernel.block.transposed:
+            axes, ranks = axes[::-1], [rank[::-1] for rank in ranks]
+        whitened = kernel.whitened(*axes)
+        inner = principal_directions(whitened.tensor.flatten(1))
+        outer = principal_directions(whitened.tensor.movedim(-1, 0).flatten(1))
+        increases = []
+        for first, *middle, last in ranks:
+            # TT-SVD up to the last spatial stage, which is solved for
+            core = torch.einsum("i...o,ir,os->r...s", whitened.tensor, inner[:, :first], outer[:, :last])
+            stage = (inner[:, :first].T @ whitened.inverses[0])[..., None]
+            for r, inverse in zip(middle, whitened.inverses[1:], strict=False):
+                rows = core.flatten(0, 1).flatten(1)
+                directions = principal_directions(rows)[:, :r]
+                stage = torch.einsum(
+                    "ria,rbq,bc->qiac", stage, directions.reshape(*core.shape[:2], r), inverse
+                ).flatten(2)
+                core = (directions.T @ rows).reshape(r, *core.shape[2:])
+            explained = kernel.explained_along(stage, tuple(axis for own in axes[:-1] for axis in own))
+            increases.append(kernel.missed(largest_eigenvalues(explained, last)))
+        return increases
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
         inner = validate_tt_rank(_train_sizes(block), fraction)[1:-1]

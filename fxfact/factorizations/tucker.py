@@ -20,6 +20,7 @@ from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.cp_als import check_tolerance, descend
 from fxfact.factorizations.linalg import leading_basis
 from fxfact.factorizations.stages import Rank, pointwise, why_no_channel_modes
+from fxfact.factorizations.weighted_kernel import WeightedKernel, largest_eigenvalues, principal_directions
 
 
 def partial_tucker(
@@ -130,6 +131,17 @@ class Tucker(Factorization):
         if not into:
             core = torch.einsum("iq,pq...->pi...", second, core)
         return (*((second.T,) if into else ()), core, *((first,) if out else ()))
+
+    def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float]:
+        inner_outer = [rank if kernel.block.transposed else rank[::-1] for rank in ranks]
+        largest = max(inner for inner, _ in inner_outer)
+        tensor, (inner_root, _) = kernel.whitened(tuple(range(len(kernel.kernel_size))))
+        rows = principal_directions(tensor.flatten(1))[:, :largest].T @ inner_root.inverse
+        explained = kernel.explained_along(rows[..., None], ())
+        return [
+            kernel.missed(largest_eigenvalues(explained[: inner * kernel.positions], outer))
+            for inner, outer in inner_outer
+        ]
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
         shape = (block.out_channels, block.in_channels, *block.kernel_size)

@@ -1,7 +1,14 @@
 """A plan carried out: on a graph, or by swapping modules."""
 
 from fxfact.passes.apply import apply_plan, capture_as_planned
-from fxfact.passes.decomposition import DecomposeOptions, Decomposition, Weights, decompose_layer, decompose_sites
+from fxfact.passes.decomposition import (
+    DecomposeJob,
+    DecomposeOptions,
+    Decomposition,
+    Weights,
+    decompose_layer,
+    decompose_sites,
+)
 from fxfact.passes.factorize_convs import FactorizeConvs
 from fxfact.passes.history import PassRecord, last_plan, pass_history, set_history, update_plan
 from fxfact.passes.inference_passes import (
@@ -24,6 +31,7 @@ __all__ = [
     "INFERENCE_PASSES",
     "MODULE_PASSES",
     "ChannelsLast",
+    "DecomposeJob",
     "DecomposeOptions",
     "Decomposition",
     "FactorizeConvs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,37 @@ from fxfact.planning import Decision, Plan
 from fxfact.utils import Progress, check_executor, no_reduced_precision, ordered_map, tensor_digest, with_progress
 
 Weights = Literal["decompose", "empty"]
-DecomposeJob = tuple[ConvSite, Decision, int | None]  # with a seed for random initial factors
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """The weights of a chain's stages, and ‖W − Ŵ‖_F / ‖W‖_F (None if the weights were left empty)."""
+    """The weights of a chain's stages.
+
+    Attributes:
+        weights: the weight of each stage.
+        relative_error: ‖W − Ŵ‖_F / ‖W‖_F, or None if the weights were left empty.
+        quick: whether the fit ended early, so that more iterations would bring the chain closer.
+    """
 
     weights: list[Tensor]
     relative_error: float | None
+    quick: bool = False
+
+
+class DecomposeJob(NamedTuple):
+    """A convolution to decompose.
+
+    Attributes:
+        site: the convolution.
+        decision: how it is decomposed.
+        seed: for random initial factors.
+        start: the weights of the stages at which the fit begins.
+    """
+
+    site: ConvSite
+    decision: Decision
+    seed: int | None = None
+    start: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,23 +154,32 @@ def _decompositions(
             yield Decomposition([site.weight.new_empty(stage.weight_shape) for stage in decision.stages], None)
         return
     seeds = [None if options.generator is None else _draw_seed(options.generator) for _ in pairs]
-    jobs = [(*pair, seed) for pair, seed in zip(pairs, seeds, strict=True) if pair[1].rewrite not in known]
+    jobs = [
+        DecomposeJob(site, decision, seed)
+        for (site, decision), seed in zip(pairs, seeds, strict=True)
+        if decision.rewrite not in known
+    ]
     new = decompose_sites(jobs, options, statistics, label="decomposing")
     for _, decision in pairs:
         yield known[decision.rewrite] if decision.rewrite in known else next(new)
 
 
 def decompose_sites(
-    jobs: Sequence[DecomposeJob], options: DecomposeOptions, statistics: Statistics | None, *, label: str
+    jobs: Sequence[DecomposeJob],
+    options: DecomposeOptions,
+    statistics: Statistics | None,
+    *,
+    label: str,
+    quick: bool = False,
 ) -> Iterator[Decomposition]:
     """Yield the decomposition of each job, in order. Large kernels go first, so that all workers finish together.
 
-    ``label`` names the progress bar.
+    ``label`` names the progress bar. ``quick`` fits end early: see ``Factorization.decompose``.
     """
-    by_size = sorted(range(len(jobs)), key=lambda k: jobs[k][0].weight.numel(), reverse=True)
+    by_size = sorted(range(len(jobs)), key=lambda k: jobs[k].site.weight.numel(), reverse=True)
     arguments = (
-        (site.layer, decision, seed, statistics.fisher(site.path, site.spec) if statistics else None)
-        for site, decision, seed in (jobs[k] for k in by_size)
+        (job.site.layer, job.decision, job.seed, _fisher(job.site, statistics), job.start, quick)
+        for job in (jobs[k] for k in by_size)
     )
     results = ordered_map(decompose_layer, arguments, options.executor)
     results = iter(with_progress(results, len(jobs), label, options.progress))
@@ -161,8 +192,17 @@ def decompose_sites(
             yielded += 1
 
 
-def decompose_layer(
-    layer: ConvLayer, decision: Decision, seed: int | None, fisher: KroneckerFisher | None
+def _fisher(site: ConvSite, statistics: Statistics | None) -> KroneckerFisher | None:
+    return None if statistics is None else statistics.fisher(site.path, site.spec)
+
+
+def decompose_layer(  # noqa: PLR0917 (an executor takes positional arguments)
+    layer: ConvLayer,
+    decision: Decision,
+    seed: int | None,
+    fisher: KroneckerFisher | None,
+    start: Sequence[Tensor] | None = None,
+    quick: bool = False,
 ) -> Decomposition:
     """Decompose one kernel as decided. Takes and returns values only, so that it can run in another process."""
     assert decision.factorization is not None
@@ -170,13 +210,16 @@ def decompose_layer(
     dense = layer.weight
     generator = None if seed is None else torch.Generator(dense.device).manual_seed(seed)
     with error_context(decision.path):
-        chain = decision.factorization.decompose(layer, decision.rank, metric=fisher, generator=generator)
+        chain = decision.factorization.decompose(
+            layer, decision.rank, metric=fisher, generator=generator, start=start, quick=quick
+        )
     wide = torch.promote_types(dense.dtype, torch.float32)
     with no_reduced_precision(dense.device):
         scale = weight_scale(dense)
         norm = float((dense.to(wide) / scale).norm())
         error = float(((compose(chain).to(wide) - dense.to(wide)) / scale).norm())
-    return Decomposition([stage.weight for stage in chain.layers], error / norm if norm else 0.0)
+    is_quick = quick and fisher is not None and decision.factorization.is_fitted
+    return Decomposition([stage.weight for stage in chain.layers], error / norm if norm else 0.0, is_quick)
 
 
 def _draw_seed(generator: torch.Generator) -> int:

@@ -14,7 +14,7 @@ from fxfact.conv import Cost, KroneckerFisher, Skip
 from fxfact.errors import check_int, error_context
 from fxfact.factorizations import Factorization, Rank
 from fxfact.planning.budgets import Budget
-from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curve, interpolate
+from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curves, interpolate
 from fxfact.planning.hardware_ranks import chain_latencies, hardware_friendly, multiples
 from fxfact.planning.knapsack import Class, Knapsack
 from fxfact.planning.strategy import Allocation, ByPath, Candidate, Choice, LatencyModel, ParetoPoint, RankStrategy
@@ -266,6 +266,7 @@ class BudgetAllocator(RankStrategy):
             return []
         factorizations, _ = self.factorizations.get(candidate.path)
         fitting = [f for f in factorizations or () if not f.rejects(candidate.spec)]
+        fitting = [f for f in fitting if f.is_worth_trying(candidate.spec, fitting)]
         return [(f, curve_ranks, costs) for f in fitting for curve_ranks, costs in [self._ranks(f, candidate)] if costs]
 
     def _ranks(self, factorization: Factorization, candidate: Candidate) -> tuple[Sequence[Rank], Mapping[Rank, Cost]]:
@@ -292,16 +293,23 @@ class BudgetAllocator(RankStrategy):
         return Skip("; ".join(dict.fromkeys([*refused, *larger])))
 
     def _compute_curves(self, families: Sequence[_Family]) -> None:
-        """Compute the curves that are not in the cache. Large kernels go first, so that all workers finish together."""
-        new = [family for family in families if family.key not in self.error_curves]
-        new.sort(key=lambda family: family.candidate.layer.weight.numel(), reverse=True)
+        """Compute the curves that are not in the cache, one job for each layer.
+
+        Large kernels go first, so that all workers finish together.
+        """
+        by_path: dict[str, list[_Family]] = {}
+        for family in families:
+            if family.key not in self.error_curves:
+                by_path.setdefault(family.candidate.path, []).append(family)
+        layers = sorted(by_path.values(), key=lambda own: own[0].candidate.layer.weight.numel(), reverse=True)
         jobs = (
-            (family.candidate.layer, family.factorization, family.curve_ranks, self._fisher(family.candidate))
-            for family in new
+            (own[0].candidate.layer, [(f.factorization, f.curve_ranks) for f in own], self._fisher(own[0].candidate))
+            for own in layers
         )
-        curves = with_progress(ordered_map(error_curve, jobs, self.executor), len(new), "planning", self.progress)
-        for family, curve in zip(new, curves, strict=True):
-            self.error_curves[family.key] = curve
+        results = with_progress(ordered_map(error_curves, jobs, self.executor), len(layers), "planning", self.progress)
+        for own, curves in zip(layers, results, strict=True):
+            for family, curve in zip(own, curves, strict=True):
+                self.error_curves[family.key] = curve
 
     def _with_increases(self, family: _Family) -> _RankedChains:
         """Return the chains of a family with their expected loss increases."""

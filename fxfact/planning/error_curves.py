@@ -16,7 +16,7 @@ import torch
 
 from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, compose
 from fxfact.errors import PlanError
-from fxfact.factorizations import Factorization, Rank, weight_scale
+from fxfact.factorizations import Factorization, Rank, WeightedLayer, weight_scale
 from fxfact.utils import atomic_write, no_reduced_precision
 
 ErrorCurve = list[tuple[Rank, float]]
@@ -105,28 +105,36 @@ def _parse_curves(data: dict[str, Any]) -> dict[str, ErrorCurve]:
 def cache_key(
     factorization: Factorization, spec: ConvSpec, ranks: Sequence[Rank], weight_digest: str, statistics_digest: str
 ) -> str:
-    """Return the key of a curve: everything that ``error_curve`` depends on."""
+    """Return the key of a curve: everything that a curve depends on."""
     described = json.dumps([asdict(factorization), asdict(spec), ranks], sort_keys=True)
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     return f"{factorization.name} {digest} of {weight_digest} under {statistics_digest}"
 
 
-def error_curve(
-    layer: ConvLayer, factorization: Factorization, ranks: Sequence[Rank], fisher: KroneckerFisher | None
-) -> ErrorCurve:
-    """Return the estimated loss increase in nats for candidate ranks, ascending.
+def error_curves(
+    layer: ConvLayer, families: Sequence[tuple[Factorization, Sequence[Rank]]], fisher: KroneckerFisher | None
+) -> list[ErrorCurve]:
+    """Return the curve of every factorization of a layer: the estimated loss increase in nats, ascending ranks.
 
     Without ``fisher`` the values are ‖W − Ŵ‖² / ‖W‖², or an estimate of it. This is the expensive part of planning;
-    it takes and returns values only, so that it can run in another process. If no closed form gives all increases,
-    they are computed at up to six ranks, closer to each other among the small ranks, where they change most.
+    it takes and returns values only, so that it can run in another process. The factorizations come together, because
+    they share what is known of the kernel in its metric.
     """
+    weighted = None if fisher is None else WeightedLayer(layer, fisher)
+    return [_error_curve(layer, factorization, ranks, weighted) for factorization, ranks in families]
+
+
+def _error_curve(
+    layer: ConvLayer, factorization: Factorization, ranks: Sequence[Rank], weighted: WeightedLayer | None
+) -> ErrorCurve:
+    """Return one curve: at all ranks if that is cheap, else at a few, closer to each other among the small ones."""
     with no_reduced_precision(layer.weight.device):
-        if fisher is None and (estimates := factorization.error_estimates(layer, ranks)) is not None:
+        if weighted is None and (estimates := factorization.error_estimates(layer, ranks)) is not None:
             return list(zip(ranks, estimates, strict=True))
         positions = np.linspace(0, _LARGEST_COMPUTED, _MAX_COMPUTED_RANKS) ** 1.5 * (len(ranks) - 1)
         computed = [ranks[k] for k in np.unique(positions.round().astype(int))]
-        if fisher is not None:
-            return list(zip(computed, factorization.loss_increases(layer, fisher, computed), strict=True))
+        if weighted is not None:
+            return list(zip(computed, factorization.loss_increases(weighted, computed), strict=True))
         return [(rank, relative_square_error(layer, factorization, rank)) for rank in computed]
 
 

@@ -11,7 +11,7 @@ from fxfact.calibration import DivergenceEvaluator, Statistics, mean_and_error, 
 from fxfact.capture import Captured
 from fxfact.conv import compose_weights, to_torch
 from fxfact.graph import with_kernels
-from fxfact.passes import DecomposeOptions, Decomposition, decompose_sites
+from fxfact.passes import DecomposeJob, DecomposeOptions, Decomposition, decompose_sites
 from fxfact.planning import Decision, Plan
 from fxfact.utils import alias_copy, to_eval
 
@@ -21,7 +21,8 @@ _SEED = 0  # for factorizations that start from random factors
 class PlanLoss:
     """Measures by how much a plan would increase the loss.
 
-    Every kernel is decomposed once and kept in ``decompositions``, by ``Decision.rewrite``. Divergences are kept too.
+    Every kernel is decomposed by a quick fit, which suffices to compare plans. ``finish`` goes on with the fits of the
+    plan that was chosen. The results are kept in ``decompositions``, by ``Decision.rewrite``. Divergences are kept too.
 
     Args:
         captured: the network that the plans are for.
@@ -71,11 +72,22 @@ class PlanLoss:
         """Return the KL divergence of every sample (n,) in nats."""
         return self._divergences_of(plan.rewrites)
 
+    def finish(self, plan: Plan) -> None:
+        """Go on with the fits of a plan's kernels, so that they are those of the network that it makes."""
+        leaders = (_leader_decision(decision) for decision in plan.rewrites)
+        quick = {
+            d.rewrite: d
+            for d in leaders
+            if d.rewrite not in self.decompositions or self.decompositions[d.rewrite].quick
+        }
+        self._decompose(quick.values(), quick=False)
+        self._divergences = {key: found for key, found in self._divergences.items() if not key & quick.keys()}
+
     def _divergences_of(self, rewrites: Sequence[Decision]) -> Tensor:
         key = frozenset(decision.rewrite for decision in rewrites)
         if key not in self._divergences:
             leaders = {decision.path: _leader_decision(decision) for decision in rewrites}
-            self._decompose(leaders.values())
+            self._decompose([d for d in leaders.values() if d.rewrite not in self.decompositions], quick=True)
             kernels = {path: self._composed_kernel(decision) for path, decision in leaders.items()}
             network = with_kernels(self._fresh_network(), {**self._dense_kernels, **kernels})
             self._divergences[key] = self._evaluator.divergences(network)
@@ -91,11 +103,16 @@ class PlanLoss:
             return self._network
         return to_eval(alias_copy(self._captured.network))
 
-    def _decompose(self, decisions: Iterable[Decision]) -> None:
-        new = {d.rewrite: d for d in decisions if d.rewrite not in self.decompositions}
-        jobs = [(self._sites[decision.path], decision, _SEED) for decision in new.values()]
-        results = decompose_sites(jobs, self._options, self._statistics, label="measuring")
-        self.decompositions.update(zip(new, results, strict=True))
+    def _decompose(self, decisions: Iterable[Decision], *, quick: bool) -> None:
+        by_rewrite = {decision.rewrite: decision for decision in decisions}
+        starts = {rewrite: found.weights for rewrite, found in self.decompositions.items()}
+        jobs = [
+            DecomposeJob(self._sites[decision.path], decision, _SEED, starts.get(rewrite))
+            for rewrite, decision in by_rewrite.items()
+        ]
+        label = "measuring" if quick else "decomposing"
+        results = decompose_sites(jobs, self._options, self._statistics, label=label, quick=quick)
+        self.decompositions.update(zip(by_rewrite, results, strict=True))
 
     def _composed_kernel(self, decision: Decision) -> Tensor:
         """Return the dense kernel that the chain of a decision equals, in PyTorch's layout."""

@@ -73,6 +73,7 @@ def best_plan(budget: Budget, propose: Propose, plan_loss: PlanLoss | None) -> P
         if not plan_loss.is_clearly_better(corrected, best):
             break
         best = corrected
+    plan_loss.finish(best)
     return replace(
         best,
         pareto_points=plan.pareto_points,

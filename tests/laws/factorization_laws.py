@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, Skip, compose, composed_spec, run
 from fxfact.errors import RefusedError
-from fxfact.factorizations import Factorization, resolve_rank
+from fxfact.factorizations import Factorization, WeightedLayer, resolve_rank
 from tests.support import SPECS, apart, random_fisher, random_input, random_layer
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -224,7 +224,7 @@ class FactorizationLaws:
         )
         whole = metric.loss_increase(accepted, layer.weight)
         assert reached <= reached_plain + 1e-4 * whole
-        (estimate,) = factorization.loss_increases(layer, metric, [rank])
+        (estimate,) = factorization.loss_increases(WeightedLayer(layer, metric), [rank])
         assert 0.95 * reached - 1e-5 * whole <= estimate <= 2 * reached + 1e-3 * whole
 
     def test_metric_may_lack_rank_or_vanish(self) -> None:

@@ -203,7 +203,7 @@ def test_error_curves_are_reused_by_later_plans(
     run_json("plan", "net.pt2", *data, "--macs", "0.5", *kept)
     before = Path("curves.json").read_bytes()
     assert len(fxfact.ErrorCurveCache.load("curves.json")) == 2
-    monkeypatch.setattr("fxfact.planning.allocation.error_curve", lambda *args: pytest.fail("a curve was computed"))
+    monkeypatch.setattr("fxfact.planning.allocation.error_curves", lambda *args: pytest.fail("a curve was computed"))
     found = run_json("plan", "net.pt2", *data, "--macs", "0.6", "--statistics", "kept.npz")
     assert found["after"]["macs"] <= 0.6 * found["before"]["macs"]
     run_json("compress", "net.pt2", "-o", "s.pt2", *data, "--macs", "0.7", "--statistics", "kept.npz")

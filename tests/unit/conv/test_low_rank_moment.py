@@ -7,6 +7,7 @@ import torch
 
 from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, LowRankMoment
 from fxfact.factorizations import SVD
+from fxfact.factorizations.weighted_kernel import WeightedLayer
 from tests.support import apart
 
 
@@ -52,6 +53,6 @@ def test_a_linear_layer_is_factorized_alike_in_both_forms(into: int, out: int, t
     for one, other in zip(expected.layers, found.layers, strict=True):
         assert apart(one.weight.abs(), other.weight.abs()) < 1e-8
     ranks = SVD().ranks(spec)
-    curves = [SVD().loss_increases(layer, metric, ranks) for metric in metrics]
+    curves = [SVD().loss_increases(WeightedLayer(layer, metric), ranks) for metric in metrics]
     assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-6 * curves[1][0])
     assert metrics[0].loss_increase(spec, layer.weight) == pytest.approx(metrics[1].loss_increase(spec, layer.weight))

@@ -10,7 +10,7 @@ import torch
 
 from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
 from fxfact.errors import ArgumentTypeError, RankError, WeightError
-from fxfact.factorizations import ChannelSVD, CPMobilenet, Tucker, check_generator, weight_scale
+from fxfact.factorizations import ChannelSVD, CPMobilenet, Tucker, WeightedLayer, check_generator, weight_scale
 from fxfact.planning.error_curves import relative_square_error
 from fxfact.utils import no_reduced_precision
 from tests.support import random_layer
@@ -47,8 +47,8 @@ def test_errors_are_relative_for_any_size_of_the_weights(factor: float) -> None:
     metric = KroneckerFisher(KroneckerMoment((torch.eye(72)[None],)), KroneckerMoment((torch.eye(8)[None],)))
     if factor < 1e19:  # above, the squares overflow
         for method in (ChannelSVD(), CPMobilenet()):
-            (nats,) = method.loss_increases(layer, metric, [(2,)])
-            (unit_nats,) = method.loss_increases(unit, metric, [(2,)])
+            (nats,) = method.loss_increases(WeightedLayer(layer, metric), [(2,)])
+            (unit_nats,) = method.loss_increases(WeightedLayer(unit, metric), [(2,)])
             assert nats / factor**2 == pytest.approx(unit_nats, rel=1e-2)
 
 

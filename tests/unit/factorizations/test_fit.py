@@ -7,7 +7,7 @@ import torch
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
 from fxfact.errors import SpecError
-from fxfact.factorizations import ChannelSVD
+from fxfact.factorizations import ChannelSVD, WeightedLayer
 from fxfact.factorizations.cp import CPMobilenet
 from tests.support import SPECS, equal_fishers, random_fisher, random_layer
 
@@ -21,7 +21,7 @@ def test_channel_svd_is_optimal_in_the_metric(name: str) -> None:
     spec = SPECS[name]
     layer, metric = random_layer(spec), random_fisher(spec)
     ranks = ChannelSVD().ranks(spec)
-    known = ChannelSVD().loss_increases(layer, metric, ranks)
+    known = ChannelSVD().loss_increases(WeightedLayer(layer, metric), ranks)
     for rank, expected in zip(ranks, known, strict=True):
         chain = ChannelSVD().decompose(layer, rank, metric=metric)
         assert increase_of(layer, chain, metric) == pytest.approx(expected, rel=1e-4, abs=1e-5 * known[0])

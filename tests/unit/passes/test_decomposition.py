@@ -16,7 +16,7 @@ from fxfact.capture import capture
 from fxfact.conv import ConvSpec, Skip, compose_weights
 from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError
 from fxfact.factorizations.cp import CPMobilenet
-from fxfact.passes import DecomposeOptions, decompose_layer, decompose_sites
+from fxfact.passes import DecomposeJob, DecomposeOptions, decompose_layer, decompose_sites
 from fxfact.passes.decomposition import planned_chains
 from tests.support import ALL, Branching, apart, by_name
 
@@ -144,6 +144,10 @@ def test_largest_kernels_are_decomposed_first_and_results_keep_their_place() -> 
             channels.append(block.in_channels)
             return super()._weights(block, *args)
 
+        def _weights_in_metric(self, kernel: Any, *args: Any, **options: Any) -> Any:
+            channels.append(kernel.block.in_channels)
+            return super()._weights_in_metric(kernel, *args, **options)
+
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 6, 3)).eval()
     batches, noted = torch.randn(16, 4, 9, 9).split(8), Noted(sweeps=5)
@@ -215,7 +219,7 @@ def test_decomposition_is_a_value_with_its_relative_error() -> None:
     dense = site.weight.detach()
     expected = apart(dense, compose_weights(plan["0"].stages, found.weights))
     assert found.relative_error == pytest.approx(expected, rel=1e-4)
-    (again,) = decompose_sites([(site, plan["0"], None)], DecomposeOptions(), None, label="decomposing")
+    (again,) = decompose_sites([DecomposeJob(site, plan["0"])], DecomposeOptions(), None, label="decomposing")
     assert all(torch.equal(a, b) for a, b in zip(found.weights, again.weights, strict=True))
     assert again.relative_error == found.relative_error
 

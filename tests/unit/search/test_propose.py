@@ -31,6 +31,9 @@ class Losses:
     def is_clearly_better(self, plan: fxfact.Plan, other: fxfact.Plan) -> bool:
         return self._unscaled(plan) < self._unscaled(other)
 
+    def finish(self, plan: fxfact.Plan) -> None:
+        self.finished = plan
+
     def _unscaled(self, plan: fxfact.Plan) -> float:
         return self.mean(plan)
 
