@@ -23,8 +23,6 @@ from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, Sizes, as_matrix, 
 from fxfact.factorizations.linalg import weight_scale
 from fxfact.factorizations.stages import one_group
 
-_RIDGE = 1e-7  # of the mean of the diagonal of a Gram matrix: the rounding of single precision
-
 
 class Roots(NamedTuple):
     """The symmetric square root of a moment, and the inverse of that root."""
@@ -322,7 +320,7 @@ def cholesky(gram: Tensor) -> Tensor:
     """Return the Cholesky factor of a Gram matrix in double precision, damped as little as it needs."""
     wide = gram.double()
     mean = float(wide.diagonal().mean())
-    ridge = max(_RIDGE * mean, torch.finfo(wide.dtype).tiny)
+    ridge = max(torch.finfo(gram.dtype).eps * mean, torch.finfo(wide.dtype).tiny)
     while True:
         triangle: Tensor
         triangle, failed = torch.linalg.cholesky_ex(wide + torch.diag(wide.new_full((len(wide),), ridge)))
