@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -266,6 +267,59 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class VGG16(nn.Sequential):
+    """VGG-16 (Simonyan and Zisserman 2015)."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        head = [
+            nn.Flatten(),
+            nn.Linear(25088, 4096),
+            nn.ReLU(),
+            nn.Linear(4096, 4096),
+            nn.ReLU(),
+            nn.Linear(4096, 1000),
+        ]
+        super().__init__(*layers, *head)
+
+
+class UNet(nn.Module):
+    """A U-Net (Ronneberger, Fischer and Brox 2015) with padding, for two classes."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256, 512)) -> None:
+        super().__init__()
+        pairs = list(pairwise(widths))
+        self.down = nn.ModuleList([_double_conv(into, out) for into, out in pairwise((3, *widths))])
+        self.up = nn.ModuleList([nn.ConvTranspose2d(out, into, 2, stride=2) for into, out in reversed(pairs)])
+        self.joined = nn.ModuleList([_double_conv(out, into) for into, out in reversed(pairs)])
+        self.head = nn.Conv2d(widths[0], 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skipped: list[Tensor] = []
+        for k, stage in enumerate(self.down):
+            x = stage(F.max_pool2d(x, 2) if k else x)
+            skipped.append(x)
+        skipped.pop()
+        for up, joined in zip(self.up, self.joined, strict=True):
+            x = joined(torch.cat([skipped.pop(), up(x)], dim=1))
+        return self.head(x)
+
+
+def _double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
+    first, second = (
+        nn.Conv2d(channels, channels_out, 3, padding=1, bias=False) for channels in (channels_in, channels_out)
+    )
+    return nn.Sequential(
+        first, nn.BatchNorm2d(channels_out), nn.ReLU(), second, nn.BatchNorm2d(channels_out), nn.ReLU()
+    )
+
+
 @dataclass(frozen=True)
 class Network:
     """A network: how to build it, the shape of one input, and the name of its trained weights, if it has any."""
@@ -300,4 +354,6 @@ NETWORKS: dict[str, Network] = {
     "adrenal_conv3d": Network(adrenal_conv3d, (1, 32, 32, 32), "adrenal_conv3d"),
     "resnet18": Network(lambda: ResNet(BasicBlock, (2, 2, 2, 2)), (3, 224, 224)),
     "resnet50": Network(lambda: ResNet(Bottleneck, (3, 4, 6, 3)), (3, 224, 224)),
+    "vgg16": Network(VGG16, (3, 224, 224)),
+    "unet": Network(UNet, (3, 224, 224)),
 }

@@ -1,10 +1,12 @@
-"""Seconds and memory of calibrating a network and of planning it under a budget, at first and again.
+"""Seconds and memory of calibrating a network, and of planning and carrying out a budget, at first and again.
 
-    python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: over half an hour
+    python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: a few minutes
+    python -m benchmarks.planning --network vgg16                  # or resnet50, unet
     python -m benchmarks.planning --factorizations cp channel_svd  # some of the factorizations
     python -m benchmarks.planning --workers 2                      # errors and kernels in two processes
 
-Weights and images are random, which changes neither time nor memory. The peak of each step is the kernel's own count of
+Weights and images are random, which changes neither time nor memory. "CPU s" are the processor's seconds in this
+process, which depend less on what else runs. The peak of each step is the kernel's own count of
 resident pages (VmHWM) above what the model and the images take (Linux).
 """
 
@@ -26,7 +28,7 @@ from fxfact.utils import processes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=["resnet18", "resnet50"], default="resnet18")
+    parser.add_argument("--network", choices=["resnet18", "resnet50", "vgg16", "unet"], default="resnet18")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.5, help="as a share of the MACs")
@@ -41,9 +43,10 @@ def main() -> None:
 
     def measured(step: str, run: Callable[[], Any]) -> Any:
         reset_peak()
-        before, started = resident("VmRSS"), time.perf_counter()
+        before, started, used = resident("VmRSS"), time.perf_counter(), time.process_time()
         result = run()
-        rows.append({"step": step, "s": time.perf_counter() - started, "peak GB": (resident("VmHWM") - before) / 1e9})
+        seconds = {"s": time.perf_counter() - started, "CPU s": time.process_time() - used}
+        rows.append({"step": step, **seconds, "peak GB": (resident("VmHWM") - before) / 1e9})
         print(rows[-1], flush=True)
         return result
 

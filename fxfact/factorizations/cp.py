@@ -26,8 +26,9 @@ from fxfact.factorizations.stages import Rank, split_axes, stages_along, why_no_
 from fxfact.factorizations.weighted_kernel import Roots, WeightedKernel
 
 # For estimates:
-_LARGEST_SWEEP = 4e9  # multiplications, of the largest rank that is tried
+_LARGEST_SWEEP = 1.5e10  # multiplications, of the largest rank that is tried
 _SWEEPS, _SWEEPS_ALONE, _TOLERANCE = 10, 20, 1e-4  # before a fit, and where there is none
+_SWEEPS_WORK = 8e9  # multiplications of all sweeps, beyond which there are fewer
 _ITERATIONS, _LARGEST_ITERATION = 12, 1.5e9  # of a fit; multiplications beyond which there are fewer
 
 
@@ -126,7 +127,7 @@ class _CP(Factorization):
             if increases and work > _LARGEST_SWEEP:
                 increases.append(increases[-1])  # at most
                 continue
-            sweeps = min(_SWEEPS if needs_fit else _SWEEPS_ALONE, max(3, round(2 * _LARGEST_SWEEP / work)))
+            sweeps = min(_SWEEPS if needs_fit else _SWEEPS_ALONE, max(3, round(_SWEEPS_WORK / work)))
             factors = grow_cp(tensor, factors, rank, sweeps=sweeps, tolerance=_TOLERANCE)
             if needs_fit:
                 factors = fit_factors(

@@ -23,8 +23,6 @@ from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, LowRankMoment, Siz
 from fxfact.factorizations.linalg import weight_scale
 from fxfact.factorizations.stages import one_group
 
-_RIDGE = 1e-7  # of the mean of the diagonal of a Gram matrix: the rounding of single precision
-
 
 class Roots(NamedTuple):
     """The symmetric square root of a moment, and the inverse of that root."""
@@ -217,6 +215,8 @@ class WeightedKernel:
         Returns:
             Y, whose rows are ordered by q, then by the position in the last stage.
         """
+        if not axes and len(self.columns.factors) > 1:
+            return self._explained_separably(stage[..., 0])
         count, _, before = stage.shape
         after = self.positions // before
         others = tuple(axis for axis in range(len(self.kernel_size)) if axis not in axes)
@@ -224,6 +224,19 @@ class WeightedKernel:
         kernels = torch.einsum("qia,bc->qbiac", stage, torch.eye(after, dtype=stage.dtype, device=stage.device))
         kernels = kernels.reshape(count * after, self.inner, *sizes).permute(0, 1, *_inverse_order(axes, others))
         return self.explained(kernels.flatten(1), self._gram_along(stage, (*axes, *others)))
+
+    def _explained_separably(self, rows: Tensor) -> Tensor:
+        """Return ``explained_along`` for a pointwise stage (q, inner), without a matrix of all rows and positions.
+
+        The Gram matrix is a Kronecker product, and so is its Cholesky factor.
+        """
+        channels, places = (factor[0] for factor in self.columns.factors)
+        target = self.weighted_target.reshape(self.outer, self.inner, self.positions)
+        right = torch.einsum("qi,oip->qpo", rows, target).double()
+        triangle = cholesky(rows @ channels @ rows.T)
+        solved = torch.linalg.solve_triangular(triangle, right.flatten(1), upper=False).reshape(right.shape)
+        explained: Tensor = torch.linalg.solve_triangular(cholesky(places), solved, upper=False)
+        return explained.flatten(0, 1)
 
     def _gram_along(self, stage: Tensor, order: Sizes) -> Tensor | None:
         """Return the Gram matrix of the kernels of ``explained_along`` without a product with the whole moment."""
@@ -327,7 +340,7 @@ def cholesky(gram: Tensor) -> Tensor:
     """Return the Cholesky factor of a Gram matrix in double precision, damped as little as it needs."""
     wide = gram.double()
     mean = float(wide.diagonal().mean())
-    ridge = max(_RIDGE * mean, torch.finfo(wide.dtype).tiny)
+    ridge = max(torch.finfo(gram.dtype).eps * mean, torch.finfo(wide.dtype).tiny)
     while True:
         triangle: Tensor
         triangle, failed = torch.linalg.cholesky_ex(wide + torch.diag(wide.new_full((len(wide),), ridge)))
