@@ -28,8 +28,8 @@ from fxfact.factorizations.weighted_kernel import Roots, WeightedKernel
 # For estimates:
 _LARGEST_SWEEP = 1.5e10  # multiplications, of the largest rank that is tried
 _SWEEPS, _SWEEPS_ALONE, _TOLERANCE = 10, 20, 1e-4  # before a fit, and where there is none
-_SWEEPS_WORK = 8e9  # multiplications of all sweeps, beyond which there are fewer
-_ITERATIONS, _LARGEST_ITERATION = 12, 1.5e9  # of a fit; multiplications beyond which there are fewer
+_SWEEPS_WORK = 5e9  # multiplications of all sweeps, beyond which there are fewer
+_ITERATIONS, _LARGEST_ITERATION = 12, 7e8  # of a fit; multiplications beyond which there are fewer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from fxfact.conv import ConvSpec, compose_weights, to_torch
 from fxfact.factorizations.weighted_kernel import WeightedKernel
 
 Weights = Sequence[Tensor]
-MULTIPLICATIONS = 1e9  # of one iteration. If it takes more, there are proportionally fewer iterations.
+MULTIPLICATIONS = 5e8  # of one iteration. If it takes more, there are proportionally fewer iterations.
 _ROUND = 12  # iterations, after each of which the gain is looked at
 _LEAST_GAIN = 5e-3  # of a round, as a share of the error
 
