@@ -87,7 +87,7 @@ def inputs_alone(statistics: Statistics, model: nn.Module) -> Statistics:
         weight = model.get_submodule(path).weight.detach()
         whole = plain.loss_increase(spec, from_torch(spec, weight))
         moments[path] = KroneckerFisher(metric.input, KroneckerMoment((eye / max(whole, 1e-30),)))
-    return replace(statistics, moments=moments, samples=sys.maxsize, shrinkage=0.0)
+    return replace(statistics, moments=moments, samples=sys.maxsize)
 
 
 def within(model: nn.Module, example: Tensor, budget: Any, rank_at: Callable[[float], object]) -> fxfact.Plan | None:
