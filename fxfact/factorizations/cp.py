@@ -19,7 +19,7 @@ from torch import Tensor
 from fxfact.conv import ConvSpec, Sizes, compose_weights
 from fxfact.errors import ArgumentError, check_int
 from fxfact.factorizations.base import Factorization
-from fxfact.factorizations.cp_als import check_tolerance, cp, grow_cp, khatri_rao
+from fxfact.factorizations.cp_als import balance_components, check_tolerance, cp, grow_cp, khatri_rao
 from fxfact.factorizations.cp_fit import fit_factors
 from fxfact.factorizations.linalg import squared_singular_values
 from fxfact.factorizations.stages import Rank, split_axes, stages_along, why_no_channel_modes
@@ -143,9 +143,12 @@ class _CP(Factorization):
 
 
 def _stage_weights(kernel: WeightedKernel, factors: Sequence[Tensor], roots: Sequence[Roots]) -> list[Tensor]:
-    """Return the weights of the stages from the factors of a whitened kernel."""
+    """Return the weights of the stages from the factors of a whitened kernel.
+
+    Every component has the same norm in each stage, because stages of like norms train best.
+    """
     pairs = zip((*roots, kernel.outer_roots), factors, strict=True)
-    inner, *space, outer = (own.inverse @ factor for own, factor in pairs)
+    inner, *space, outer = balance_components([own.inverse @ factor for own, factor in pairs])
     into, out = (outer, inner) if kernel.block.transposed else (inner, outer)
     return [into.T, *(factor.T for factor in space), out]
 
