@@ -48,15 +48,7 @@ def cp(
     unit = tensor / norm
     factors = _start(unit, rank, generator)
     if generator is not None or rank < unit.numel() // max(unit.shape):
-        factors = descend(
-            lambda start: _sweep(unit, start),
-            _extrapolate,
-            factors,
-            sweeps=sweeps,
-            tolerance=tolerance,
-            step=0.5,
-            longest=2.0,
-        )
+        factors = _sweeps(unit, factors, sweeps, tolerance)
     return [factor * norm ** (1 / tensor.ndim) for factor in factors]
 
 
@@ -82,15 +74,8 @@ def grow_cp(tensor: Tensor, factors: Sequence[Tensor], rank: int, *, sweeps: int
     known = [factor / norm ** (1 / tensor.ndim) for factor in factors]
     missed = unit - (known[0] @ khatri_rao(known[1:]).T).reshape(unit.shape)
     added = balance_components(_slices_start(missed, rank - known[0].shape[1]))
-    grown = descend(
-        lambda start: _sweep(unit, start),
-        _extrapolate,
-        [torch.cat(pair, dim=1) for pair in zip(known, added, strict=True)],
-        sweeps=sweeps,
-        tolerance=tolerance,
-        step=0.5,
-        longest=2.0,
-    )
+    start = [torch.cat(pair, dim=1) for pair in zip(known, added, strict=True)]
+    grown = _sweeps(unit, start, sweeps, tolerance)
     return [factor * norm ** (1 / tensor.ndim) for factor in grown]
 
 
@@ -143,6 +128,19 @@ def _start(tensor: Tensor, rank: int, generator: torch.Generator | None) -> list
         return slices
     pencil = balance_components(pencil)
     return pencil if _sweep(tensor, pencil)[1] < _sweep(tensor, slices)[1] else slices
+
+
+def _sweeps(tensor: Tensor, factors: list[Tensor], sweeps: int, tolerance: float) -> list[Tensor]:
+    """Improve the factors of a tensor of norm 1 by extrapolated sweeps."""
+    return descend(
+        lambda start: _sweep(tensor, start),
+        _extrapolate,
+        factors,
+        sweeps=sweeps,
+        tolerance=tolerance,
+        step=0.5,
+        longest=2.0,
+    )
 
 
 def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
