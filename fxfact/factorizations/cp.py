@@ -19,7 +19,7 @@ from torch import Tensor
 from fxfact.conv import ConvSpec, Sizes, compose_weights
 from fxfact.errors import ArgumentError, check_int
 from fxfact.factorizations.base import Factorization
-from fxfact.factorizations.cp_als import check_tolerance, cp, grow_cp, khatri_rao
+from fxfact.factorizations.cp_als import balance_components, check_tolerance, cp, grow_cp, khatri_rao
 from fxfact.factorizations.cp_fit import fit_factors
 from fxfact.factorizations.linalg import squared_singular_values
 from fxfact.factorizations.stages import Rank, split_axes, stages_along, why_no_channel_modes
@@ -28,8 +28,8 @@ from fxfact.factorizations.weighted_kernel import Roots, WeightedKernel
 # For estimates:
 _LARGEST_SWEEP = 1.5e10  # multiplications, of the largest rank that is tried
 _SWEEPS, _SWEEPS_ALONE, _TOLERANCE = 10, 20, 1e-4  # before a fit, and where there is none
-_SWEEPS_WORK = 8e9  # multiplications of all sweeps, beyond which there are fewer
-_ITERATIONS, _LARGEST_ITERATION = 12, 1.5e9  # of a fit; multiplications beyond which there are fewer
+_SWEEPS_WORK = 5e9  # multiplications of all sweeps, beyond which there are fewer
+_ITERATIONS, _LARGEST_ITERATION = 12, 7e8  # of a fit; multiplications beyond which there are fewer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +143,12 @@ class _CP(Factorization):
 
 
 def _stage_weights(kernel: WeightedKernel, factors: Sequence[Tensor], roots: Sequence[Roots]) -> list[Tensor]:
-    """Return the weights of the stages from the factors of a whitened kernel."""
+    """Return the weights of the stages from the factors of a whitened kernel.
+
+    Every component has the same norm in each stage, because stages of like norms train best.
+    """
     pairs = zip((*roots, kernel.outer_roots), factors, strict=True)
-    inner, *space, outer = (own.inverse @ factor for own, factor in pairs)
+    inner, *space, outer = balance_components([own.inverse @ factor for own, factor in pairs])
     into, out = (outer, inner) if kernel.block.transposed else (inner, outer)
     return [into.T, *(factor.T for factor in space), out]
 

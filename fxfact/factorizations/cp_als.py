@@ -48,15 +48,7 @@ def cp(
     unit = tensor / norm
     factors = _start(unit, rank, generator)
     if generator is not None or rank < unit.numel() // max(unit.shape):
-        factors = descend(
-            lambda start: _sweep(unit, start),
-            _extrapolate,
-            factors,
-            sweeps=sweeps,
-            tolerance=tolerance,
-            step=0.5,
-            longest=2.0,
-        )
+        factors = _sweeps(unit, factors, sweeps, tolerance)
     return [factor * norm ** (1 / tensor.ndim) for factor in factors]
 
 
@@ -81,16 +73,9 @@ def grow_cp(tensor: Tensor, factors: Sequence[Tensor], rank: int, *, sweeps: int
     unit = tensor / norm
     known = [factor / norm ** (1 / tensor.ndim) for factor in factors]
     missed = unit - (known[0] @ khatri_rao(known[1:]).T).reshape(unit.shape)
-    added = _balance(_slices_start(missed, rank - known[0].shape[1]))
-    grown = descend(
-        lambda start: _sweep(unit, start),
-        _extrapolate,
-        [torch.cat(pair, dim=1) for pair in zip(known, added, strict=True)],
-        sweeps=sweeps,
-        tolerance=tolerance,
-        step=0.5,
-        longest=2.0,
-    )
+    added = balance_components(_slices_start(missed, rank - known[0].shape[1]))
+    start = [torch.cat(pair, dim=1) for pair in zip(known, added, strict=True)]
+    grown = _sweeps(unit, start, sweeps, tolerance)
     return [factor * norm ** (1 / tensor.ndim) for factor in grown]
 
 
@@ -137,12 +122,25 @@ def check_tolerance(tolerance: object) -> None:
 def _start(tensor: Tensor, rank: int, generator: torch.Generator | None) -> list[Tensor]:
     """Return the start whose error is smaller after a sweep."""
     if generator is not None:
-        return _balance(_random_start(tensor, rank, generator))
-    slices, pencil = _balance(_slices_start(tensor, rank)), _pencil_start(tensor, rank)
+        return balance_components(_random_start(tensor, rank, generator))
+    slices, pencil = balance_components(_slices_start(tensor, rank)), _pencil_start(tensor, rank)
     if pencil is None or rank == tensor.numel() // max(tensor.shape):
         return slices
-    pencil = _balance(pencil)
+    pencil = balance_components(pencil)
     return pencil if _sweep(tensor, pencil)[1] < _sweep(tensor, slices)[1] else slices
+
+
+def _sweeps(tensor: Tensor, factors: list[Tensor], sweeps: int, tolerance: float) -> list[Tensor]:
+    """Improve the factors of a tensor of norm 1 by extrapolated sweeps."""
+    return descend(
+        lambda start: _sweep(tensor, start),
+        _extrapolate,
+        factors,
+        sweeps=sweeps,
+        tolerance=tolerance,
+        step=0.5,
+        longest=2.0,
+    )
 
 
 def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
@@ -158,7 +156,7 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], float]:
     del contracted
     gram = reduce(Tensor.mul_, (factor.T @ factor for factor in factors)).double().sum()
     square = 1 - 2 * (moment * factors[-1]).double().sum() + gram
-    return _balance(factors), float(square.clamp_min(0).sqrt())
+    return balance_components(factors), float(square.clamp_min(0).sqrt())
 
 
 def _moment(contracted: Tensor, factors: list[Tensor], mode: int) -> Tensor:
@@ -199,7 +197,7 @@ def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     return reduce(lambda left, right: (left[:, None] * right[None]).flatten(0, 1), factors)
 
 
-def _balance(factors: list[Tensor]) -> list[Tensor]:
+def balance_components(factors: list[Tensor]) -> list[Tensor]:
     """Return factors of the same tensor with equal norms within each component, which minimises Σ‖A_k‖²."""
     smallest = torch.finfo(factors[0].dtype).tiny  # a divisor that only changes 0 / 0
     norms = torch.stack([factor.norm(dim=0) for factor in factors]).clamp_min(smallest)

@@ -8,11 +8,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fxfact.factorizations.fit import MULTIPLICATIONS, LastStage, minimise
+from fxfact.factorizations.fit import LEAST_GAIN, MULTIPLICATIONS, LastStage, minimise
 from fxfact.factorizations.weighted_kernel import WeightedKernel
 
 _ROUND = 24  # iterations in the same coordinates
-_LEAST_GAIN = 5e-3  # of a round, as a share of the error
 _DAMPING = 1e-2  # of the mean of the diagonal of the curvature
 
 
@@ -49,14 +48,16 @@ def fit_factors(
         own = (part @ inverse for part, inverse in zip(parts, inverses, strict=True))
         return reduce(lambda one, other: (one[:, :, None] * other[:, None]).flatten(1), own)
 
-    outer, before = last.solve(kernels(rows))[0], float(last.error(kernels(rows))[0])
+    error, _, outer = last.error(kernels(rows))
+    before = float(error)
     while left > 0:
         moved = [_unit(part) for part in _round(last, kernels, rows, outer, min(left, _ROUND))]
-        now = float(last.error(kernels(moved))[0])
+        error, _, solved = last.error(kernels(moved))
+        now = float(error)
         if not now < before:
             break
-        rows, outer = moved, last.solve(kernels(moved))[0]
-        if before - now < _LEAST_GAIN * now:
+        rows, outer = moved, solved
+        if before - now < LEAST_GAIN * now:
             break
         left, before = left - _ROUND, now
     return [*(part.T for part in rows), outer]
@@ -80,7 +81,7 @@ def _round(
 
     def error() -> Tensor:
         composed = kernels(parts())
-        value, gradient = last.error(composed.detach())
+        value, gradient, _ = last.error(composed.detach())
         torch.autograd.backward(composed, gradient)
         return value
 

@@ -15,9 +15,9 @@ from fxfact.conv import ConvSpec, compose_weights, to_torch
 from fxfact.factorizations.weighted_kernel import WeightedKernel
 
 Weights = Sequence[Tensor]
-MULTIPLICATIONS = 1e9  # of one iteration. If it takes more, there are proportionally fewer iterations.
+MULTIPLICATIONS = 5e8  # of one iteration. If it takes more, there are proportionally fewer iterations.
 _ROUND = 12  # iterations, after each of which the gain is looked at
-_LEAST_GAIN = 5e-3  # of a round, as a share of the error
+LEAST_GAIN = 5e-3  # of a round, as a share of the error
 
 
 def start_in_metric(
@@ -77,7 +77,7 @@ def _fit(kernel: WeightedKernel, stages: Sequence[ConvSpec], start: Weights, *, 
 
     def error() -> Tensor:
         kernels = inner_kernels(weights())
-        value, gradient = last.error(kernels.detach().flatten(1))
+        value, gradient, _ = last.error(kernels.detach().flatten(1))
         torch.autograd.backward(kernels, gradient.reshape(kernels.shape))
         return value
 
@@ -116,7 +116,7 @@ def minimise(parameters: Sequence[Tensor], error: Callable[[], Tensor], iteratio
             now = math.nan
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.data = value
-        if not before - now >= _LEAST_GAIN * now:
+        if not before - now >= LEAST_GAIN * now:
             return
         before = now
 
@@ -164,15 +164,13 @@ class LastStage:
         right = (self._kernel.weighted_target @ kernels.T).double().T
         return torch.cholesky_solve(right, triangle).T.to(kernels), weighted
 
-    def error(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the relative squared error at the solution M for these kernels, and its gradient in the kernels."""
+    def error(self, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the relative squared error at the solution for these kernels, its gradient in them, and M."""
         matrix, weighted = self.solve(kernels)
-        missed, weighted_missed = (
-            matrix @ kernels - self._kernel.target,
-            matrix @ weighted - self._kernel.weighted_target,
-        )
+        missed = matrix @ kernels - self._kernel.target
+        weighted_missed = matrix @ weighted - self._kernel.weighted_target
         total = self._kernel.total
-        return (missed * weighted_missed).sum() / total, 2 / total * (matrix.T @ weighted_missed)
+        return (missed * weighted_missed).sum() / total, 2 / total * (matrix.T @ weighted_missed), matrix
 
 
 def _inner_kernels(stages: Sequence[ConvSpec], like: Tensor) -> Callable[[Weights], Tensor]:

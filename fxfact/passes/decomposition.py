@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class Decomposition:
     quick: bool = False
 
 
-class DecomposeJob(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DecomposeJob:
     """A convolution to decompose.
 
     Attributes:

@@ -20,7 +20,7 @@ from fxfact.factorizations import Factorization, Rank, WeightedLayer, weight_sca
 from fxfact.utils import atomic_write, no_reduced_precision
 
 ErrorCurve = list[tuple[Rank, float]]
-_MAX_COMPUTED_RANKS = 6  # for factorizations without a closed form
+_MAX_COMPUTED_RANKS = 6  # of a curve, unless there is an estimate from singular values
 _LARGEST_COMPUTED = 0.9  # as a fraction of the list of candidate ranks
 _FILE_FORMAT = {"format": "fxfact error curves", "version": 1}
 

@@ -7,8 +7,16 @@ import torch
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, compose
 from fxfact.errors import SpecError
-from fxfact.factorizations import ChannelSVD, WeightedLayer
-from fxfact.factorizations.cp import CPMobilenet
+from fxfact.factorizations import (
+    TT,
+    ChannelSVD,
+    CPFactorized,
+    CPMobilenet,
+    Factorization,
+    SpatialSVD,
+    Tucker,
+    WeightedLayer,
+)
 from tests.support import SPECS, equal_fishers, random_fisher, random_layer
 
 
@@ -86,3 +94,12 @@ def test_fit_that_overflows_keeps_the_start(monkeypatch: pytest.MonkeyPatch) -> 
     increases = [float(metric.loss_increase(layer.spec, kernel - layer.weight)) for kernel in (start, fitted)]
     assert torch.isfinite(start).all()
     assert increases[1] < increases[0]
+
+
+@pytest.mark.parametrize("method", [CPMobilenet(), CPFactorized(), Tucker(), TT(), SpatialSVD()])
+def test_stages_have_like_norms_because_they_train_best(method: Factorization) -> None:
+    spec = ConvSpec.parse(6, 8, (3, 3))
+    layer, metric = random_layer(spec, torch.float32), random_fisher(spec)
+    chain = method.decompose(layer, method.ranks(spec)[3], metric=metric)
+    norms = [float(stage.weight.norm()) for stage in chain.layers]
+    assert max(norms) <= 1.01 * min(norms)
