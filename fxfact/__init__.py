@@ -19,16 +19,16 @@ not know each other:
     factorizations   (convolution, rank) -> chain of convolutions; linear algebra; knows no graph
     conv             convolutions as values, modules and functions; chains, costs, the Fisher metric of a layer
     utils            timing, progress, executors, copies, files: no knowledge of convolutions
-    errors           the errors, all of them FxfactError
+    errors           the errors, all of them FxfactError, and the warnings
 """
 
 from fxfact import factorizations, nn, passes
-from fxfact.analysis import Report, Verification, diff, inspect, report, to_dot, verify
+from fxfact.analysis import Explanation, Report, Verification, diff, explain, inspect, report, to_dot, verify
 from fxfact.api import apply, calibrate, factorize, plan, plan_of
 from fxfact.calibration import Likelihood, Statistics
 from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
-from fxfact.errors import FxfactError
+from fxfact.errors import AccuracyWarning, FxfactError, SpeedWarning
 from fxfact.finetune import DistillResult, RefitResult, distill, refit
 from fxfact.planning import Decision, ErrorCurveCache, Latency, Loss, Macs, Params, Plan
 from fxfact.planning import rank_rules as ranks
@@ -36,12 +36,14 @@ from fxfact.search import for_inference
 from fxfact.serialization import load, save
 
 __all__ = [
+    "AccuracyWarning",
     "ConvChain",
     "ConvLayer",
     "ConvSpec",
     "Decision",
     "DistillResult",
     "ErrorCurveCache",
+    "Explanation",
     "FxfactError",
     "Latency",
     "Likelihood",
@@ -51,6 +53,7 @@ __all__ = [
     "Plan",
     "RefitResult",
     "Report",
+    "SpeedWarning",
     "Statistics",
     "Verification",
     "apply",
@@ -59,6 +62,7 @@ __all__ = [
     "compose",
     "diff",
     "distill",
+    "explain",
     "factorizations",
     "factorize",
     "for_inference",

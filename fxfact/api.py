@@ -46,8 +46,9 @@ from fxfact.planning import (
     Selection,
     describe_call,
     parse_factorizations,
+    warn_without_data,
 )
-from fxfact.search import CalibrationData, fall_back_if_slower, search
+from fxfact.search import CalibrationData, fall_back_if_slower, search, warn_if_slower
 from fxfact.utils import Progress, warn_caller
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
@@ -123,13 +124,15 @@ def factorize(
         A new network: a ``torch.fx.GraphModule``, or a model of its own class, whose Python code still runs (see
         ``capture``); an ExportedProgram for an ExportedProgram. ``plan_of`` tells which, and why. Training
         mode, device, dtype, memory format and requires_grad carry over. A warning says so, with the reasons, if no
-        layer is rewritten.
+        layer is rewritten; if ranks were chosen without data (``fxfact.AccuracyWarning``); and if the result measures
+        slower than the model on ``example_inputs`` (``fxfact.SpeedWarning``).
 
     Raises:
         FxfactError: what ``plan`` and ``apply`` raise, and VerificationError.
     """
     call = describe_call(plan, locals())  # first, while the locals are the arguments
     options = DecomposeOptions(generator=generator, executor=executor, progress=progress)
+    budget = _default_budget(budget, rank, calibration)
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
     calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
@@ -150,11 +153,15 @@ def factorize(
     known = found.decompositions if generator is None else {}  # the caller's generator draws new random factors
     apply_to = partial(apply_plan, captured=captured, options=options, statistics=found.statistics, known=known)
     result = apply_to(found.plan)
-    if isinstance(budget, Latency) and isinstance(result, nn.Module):
-        result = fall_back_if_slower(captured, found.plan, result, apply_to, budget)
+    if isinstance(result, nn.Module):
+        if isinstance(budget, Latency):
+            result = fall_back_if_slower(captured, found.plan, result, apply_to, budget)
+        else:
+            warn_if_slower(captured, result)
     if verify and found.plan.rewrites and captured.example_inputs is not None:
         check_rewrite(model, result, captured.example_inputs)
     _warn_if_unchanged(last_plan(result), "factorize")
+    warn_without_data(found.plan, "factorize")
     return cast(_Model, result)
 
 
@@ -194,7 +201,7 @@ def plan(
             budget, all.
         rank: the largest fraction of its parameters that a layer may keep ('same' is 1.0), an int, a tuple (for
             Tucker (r_out, r_in)), a rule of ``fxfact.ranks`` (``Energy(0.9)``, ``VBMF()``, ``LargestThatPays()``), or a
-            mapping from path or glob to any of these. Default: 0.5.
+            mapping from path or glob to any of these. Default: 0.5 if there is neither a budget nor data.
         example_inputs: a tuple is the arguments, a mapping the keyword arguments, a tensor one argument. They give the
             MACs and show which layers the model calls. The captured network is compared with the model on them,
             in evaluation mode, without gradients, on copies. Default: what an ExportedProgram was exported with, or the
@@ -204,13 +211,14 @@ def plan(
             the dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or
             ``fxfact.Loss(0.05)``, nats by which the loss may increase, as measured. Ranks are chosen for all
             layers together, and layers stay dense if that is better. The result of a budget of milliseconds
-            is for inference only: it is in evaluation mode, with batch norms folded.
+            is for inference only: it is in evaluation mode, with batch norms folded. Default: ``fxfact.Macs(0.5)`` if
+            ``calibration`` is given and ``rank`` is not.
         calibration: unlabelled batches (an iterable of tensors, tuples or mappings; elements that the example inputs do
             not have are cut off), or the ``Statistics`` that ``fxfact.calibrate`` returned. Errors are then weighed by
             their effect on the loss, in the choice of ranks and in the decomposition. Without data, the relative
             errors of all layers count equally.
-        held_out: batches to measure the plan for a budget on (``Plan.measured_loss_increase``). They are not learned
-            from. A ``Loss`` budget needs such batches. By default it holds out every fourth batch of ``calibration``
+        held_out: batches to measure the plan on (``Plan.measured_loss_increase``). They are not learned from. A
+            ``Loss`` budget needs such batches. By default it holds out every fourth batch of ``calibration``
             (of two or three, the last one). If ``calibration`` is ``Statistics``, you must pass them. For every budget
             a second plan, which spreads loss increases more evenly, is taken if it measures better by two standard
             errors on these batches, or on every fourth batch learned from. With ``Statistics`` alone it is not tried.
@@ -260,6 +268,7 @@ def plan(
     """
     call = describe_call(plan, locals())  # first, while the locals are the arguments
     options = DecomposeOptions(executor=executor, progress=progress)
+    budget = _default_budget(budget, rank, calibration)
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
     calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
@@ -274,7 +283,9 @@ def plan(
     scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
-    return search(captured, strategy, scope, data, options=options, loss=loss).plan
+    found = search(captured, strategy, scope, data, options=options, loss=loss).plan
+    warn_without_data(found, "plan")
+    return found
 
 
 def apply(
@@ -431,6 +442,11 @@ def _with_example(
     if not is_needed or calibration is None or isinstance(calibration, Statistics):
         return example_inputs, calibration
     return first_sample(cast(nn.Module, model), calibration)
+
+
+def _default_budget(budget: _Budget | None, rank: object, calibration: object) -> _Budget | None:
+    """Return the budget; with data and without ranks, half of the MACs by default."""
+    return Macs(0.5) if budget is None and rank is None and calibration is not None else budget
 
 
 def _parse_strategy(

@@ -1,4 +1,7 @@
-"""The errors of fxfact. Each message names the place, what was expected, what was found, and how to solve it."""
+"""The errors and warnings of fxfact.
+
+Each message names the place, what was expected, what was found, and how to solve it.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +79,14 @@ class FileError(FxfactError, ValueError):
 
 class VerificationError(FxfactError, ValueError):
     """A rewritten network does not compute what its own kernels imply."""
+
+
+class AccuracyWarning(UserWarning):
+    """A network may have lost more accuracy than expected, or nothing is known about its accuracy."""
+
+
+class SpeedWarning(UserWarning):
+    """A network measures slower than the original."""
 
 
 def check_int(name: str, number: object, least: int, most: int | None = None) -> int:

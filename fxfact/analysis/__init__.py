@@ -1,6 +1,7 @@
 """Verification, inspection and reports of factorized networks."""
 
 from fxfact.analysis.dot import to_dot
+from fxfact.analysis.explanation import Explanation, explain
 from fxfact.analysis.inspection import diff, inspect
 from fxfact.analysis.reference import prepare_original, stages_of, update_kernel_errors
 from fxfact.analysis.report_data import format_threads
@@ -8,10 +9,12 @@ from fxfact.analysis.reports import Report, report
 from fxfact.analysis.verification import Verification, check_rewrite, verify
 
 __all__ = [
+    "Explanation",
     "Report",
     "Verification",
     "check_rewrite",
     "diff",
+    "explain",
     "format_threads",
     "inspect",
     "prepare_original",

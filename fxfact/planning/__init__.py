@@ -1,18 +1,29 @@
 """From a request or a budget to a ``Plan``. Runs no network."""
 
 from fxfact.planning import rank_rules
-from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, least_amount
+from fxfact.planning.allocation import BudgetAllocator, allocate, least_amount
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
-from fxfact.planning.build import KINDS, Kinds, PlanDraft, SearchScope, Selection, build_plan, draft_plan
+from fxfact.planning.build import (
+    KINDS,
+    Kinds,
+    PlanDraft,
+    SearchScope,
+    Selection,
+    build_plan,
+    draft_plan,
+    warn_without_data,
+)
 from fxfact.planning.call import describe_call
-from fxfact.planning.decision import Decision
+from fxfact.planning.decision import Decision, format_rank
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
+from fxfact.planning.layer_options import LayerOptions
 from fxfact.planning.pareto import ParetoFront
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
 from fxfact.planning.strategy import (
     Allocation,
+    Alternative,
     ByPath,
     Candidate,
     Choice,
@@ -26,6 +37,7 @@ __all__ = [
     "KINDS",
     "VBMF",
     "Allocation",
+    "Alternative",
     "Budget",
     "BudgetAllocator",
     "ByPath",
@@ -57,7 +69,9 @@ __all__ = [
     "build_plan",
     "describe_call",
     "draft_plan",
+    "format_rank",
     "least_amount",
     "parse_factorizations",
     "rank_rules",
+    "warn_without_data",
 ]

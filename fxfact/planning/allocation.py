@@ -17,7 +17,16 @@ from fxfact.planning.budgets import Budget
 from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curves, interpolate
 from fxfact.planning.hardware_ranks import chain_latencies, hardware_friendly, multiples
 from fxfact.planning.knapsack import Class, Knapsack
-from fxfact.planning.strategy import Allocation, ByPath, Candidate, Choice, LatencyModel, ParetoPoint, RankStrategy
+from fxfact.planning.layer_options import LayerOptions, Option
+from fxfact.planning.strategy import (
+    Allocation,
+    ByPath,
+    Candidate,
+    Choice,
+    LatencyModel,
+    ParetoPoint,
+    RankStrategy,
+)
 from fxfact.utils import CLOCK_RESOLUTION_MS, Progress, ordered_map, with_progress
 
 _MAX_RANKS = 40  # candidates of one factorization
@@ -28,44 +37,6 @@ _MAX_TIME_SHARE = 0.97  # of the dense layer's time; a chain must be at least th
 _MIN_MS = 1000 * CLOCK_RESOLUTION_MS  # layers that take less cannot be compared by this machine's clock
 _MIN_KEPT = 1e-6  # of the energy of a layer's output; below it the energy loss is not a logarithm any more
 _DENSE = Skip("the budget lets it stay as it is")
-
-
-class Option(NamedTuple):
-    """What could become of a layer, its cost, and the expected increase of the loss (see ``LayerOptions``)."""
-
-    choice: Choice | Skip
-    cost: Cost
-    predicted_loss_increase: float
-
-
-@dataclass(frozen=True, eq=False)
-class LayerOptions:
-    """Everything that could become of one layer.
-
-    Attributes:
-        options: the dense layer first. Loss increases are in nats for one sample; without statistics they are
-            ``energy_loss`` of the layer's output.
-        loss_without_layer: the loss increase in nats if the layer's output were lost altogether; 1 without statistics.
-    """
-
-    options: tuple[Option, ...]
-    loss_without_layer: float
-
-    @property
-    def dense(self) -> Option:
-        """The layer as it is."""
-        return self.options[0]
-
-    def scaled(self, factor: float) -> LayerOptions:
-        """Return the same options with their loss increases multiplied by ``factor``."""
-        return self if factor == 1 else replace(self, options=tuple(_scaled(option, factor) for option in self.options))
-
-
-def _scaled(option: Option, factor: float) -> Option:
-    choice = option.choice
-    if isinstance(choice, Choice) and choice.predicted_loss_increase is not None:
-        choice = replace(choice, predicted_loss_increase=factor * choice.predicted_loss_increase)
-    return option._replace(choice=choice, predicted_loss_increase=factor * option.predicted_loss_increase)
 
 
 def allocate(layers: Sequence[LayerOptions], network: Cost, budget: Budget, normalization: float = 0.5) -> Allocation:
@@ -93,8 +64,10 @@ def allocate(layers: Sequence[LayerOptions], network: Cost, budget: Budget, norm
     picked = knapsack.at(budget.allowed(network) - _fixed_amount(layers, network, budget))
     if picked is None:
         raise budget.unmet_error(least_amount(layers, network, budget), network)
-    choices = tuple(layer.options[k].choice for layer, k in zip(layers, picked, strict=True))
-    return Allocation(choices, _pareto_points(layers, knapsack, network, budget))
+    chosen = list(zip(layers, picked, strict=True))
+    choices = tuple(layer.options[k].choice for layer, k in chosen)
+    alternatives = tuple(layer.alternatives(k, budget) for layer, k in chosen)
+    return Allocation(choices, _pareto_points(layers, knapsack, network, budget), alternatives)
 
 
 def least_amount(layers: Sequence[LayerOptions], network: Cost, budget: Budget) -> float:

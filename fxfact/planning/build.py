@@ -9,11 +9,12 @@ from typing import Any
 
 from fxfact.capture import Captured
 from fxfact.conv import ConvSite, ConvSpec, Cost, Skip, path_of
-from fxfact.errors import ArgumentError, ArgumentTypeError
+from fxfact.errors import AccuracyWarning, ArgumentError, ArgumentTypeError
 from fxfact.planning.budgets import Budget
 from fxfact.planning.decision import Decision, unreached_cost
 from fxfact.planning.plan import Plan
 from fxfact.planning.strategy import Allocation, Candidate, Choice, RankStrategy
+from fxfact.utils import warn_caller
 
 Selection = str | Sequence[str] | Callable[[str, ConvSpec], bool]
 Kinds = str | Sequence[str]
@@ -77,8 +78,10 @@ class PlanDraft:
     def to_plan(self, allocation: Allocation, *, uses_statistics: bool) -> Plan:
         """Return the plan for one choice for each candidate."""
         decisions = {decision.path: decision for decision in self.decisions}
-        for group, choice in zip(self.groups, allocation.choices, strict=True):
+        others = allocation.alternatives or [()] * len(self.groups)
+        for group, choice, alternatives in zip(self.groups, allocation.choices, others, strict=True):
             decided = [_decide(decisions[path], choice) for path in group]
+            decided[0] = replace(decided[0], alternatives=alternatives)
             if not self.scope.allow_growth and (skip := _why_larger(decided)):
                 decided = [_decide(decision, skip) for decision in decided]
             decisions |= {decision.path: decision for decision in decided}
@@ -132,6 +135,17 @@ def build_plan(captured: Captured, strategy: RankStrategy, scope: SearchScope) -
     draft = draft_plan(captured, scope)
     allocation = strategy.choose(draft.candidates, draft.network)
     return draft.to_plan(allocation, uses_statistics=strategy.uses_statistics)
+
+
+def warn_without_data(plan: Plan, caller: str) -> None:
+    """Warn, as ``caller``, if a plan rewrites layers without knowing what this does to the outputs."""
+    if plan.rewrites and not plan.uses_statistics:
+        warn_caller(
+            f"{caller} chose ranks without data, so it cannot know how far the accuracy of {plan.model} drops, and it "
+            "often drops far. Pass calibration=batches, a few hundred inputs without labels, and a budget such as "
+            "fxfact.Macs(0.5). If you train the network anyway, ignore fxfact.AccuracyWarning.",
+            AccuracyWarning,
+        )
 
 
 def _network_cost(captured: Captured, decisions: Iterable[Decision]) -> Cost:

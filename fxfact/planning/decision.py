@@ -9,7 +9,7 @@ from typing import Any
 from fxfact.conv import ConvSpec, Cost, Sizes, as_tuples, chain_cost
 from fxfact.errors import PlanError
 from fxfact.factorizations import Factorization, Rank
-from fxfact.planning.strategy import significant
+from fxfact.planning.strategy import Alternative, significant
 
 _TUPLES = ("input_sizes", "rank", "latencies_ms")
 
@@ -29,6 +29,8 @@ class Decision:
         note: how the decision differs from the request, if it does.
         predicted_loss_increase: the expected increase of the loss in nats for one sample. None without data.
         latencies_ms: milliseconds of the convolution and of its chain in one call of the network, if measured.
+        alternatives: what could have become of the convolution, this decision among it, if a budget chose; least loss
+            increase first (see ``fxfact.explain``).
 
     Raises:
         PlanError: if the factorization is given without a rank or a convolution, or the other way round.
@@ -44,6 +46,7 @@ class Decision:
     note: str = ""
     predicted_loss_increase: float | None = None
     latencies_ms: tuple[float, float] | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "predicted_loss_increase", significant(self.predicted_loss_increase))
@@ -80,6 +83,11 @@ class Decision:
         return chain_cost(stages, self.input_sizes, tied=self.tied_to is not None)
 
 
+def format_rank(rank: Rank | None) -> str:
+    """Return a rank as short text: "8" or "(8,9)", and "" for a layer that stays dense."""
+    return "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
+
+
 def unreached_cost(network: Cost, decisions: Iterable[Decision]) -> Cost:
     """Return the cost of a network without the layers that factorizations could replace."""
     for decision in decisions:
@@ -92,10 +100,23 @@ def decision_to_json(decision: Decision) -> dict[str, Any]:
     """Return a decision as plain data, without fields that have their default."""
     data = fields_to_json(decision)
     data["spec"] = fields_to_json(decision.spec) if decision.spec else None
-    if factorization := decision.factorization:
-        options = {field.name: getattr(factorization, field.name) for field in fields(factorization)}
-        data["factorization"] = {"name": factorization.name, "options": options}
+    if decision.factorization is not None:
+        data["factorization"] = _factorization_to_json(decision.factorization)
+    if decision.alternatives:
+        data["alternatives"] = [
+            {
+                **fields_to_json(other),
+                "factorization": _factorization_to_json(other.factorization),
+                "cost": fields_to_json(other.cost),
+            }
+            for other in decision.alternatives
+        ]
     return data
+
+
+def _factorization_to_json(factorization: Factorization) -> dict[str, Any]:
+    options = {field.name: getattr(factorization, field.name) for field in fields(factorization)}
+    return {"name": factorization.name, "options": options}
 
 
 def fields_to_json(record: Any) -> dict[str, Any]:
@@ -107,12 +128,22 @@ def fields_to_json(record: Any) -> dict[str, Any]:
 def decision_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Decision:
     """Return a decision from plain data. ``known`` has the factorizations by name. Raises PlanError."""
     values = {key: as_tuples(value) if key in _TUPLES else value for key, value in data.items()}
-    spec, factorization = values["spec"], values.get("factorization")
-    if spec is not None:
-        values["spec"] = ConvSpec.from_json(spec)
-    if factorization is not None:
-        name = factorization["name"]
-        if name not in known:
-            raise PlanError(f"unknown factorization {name!r}. Pass its class as factorizations=[...].")
-        values["factorization"] = known[name](**factorization["options"])
+    if values["spec"] is not None:
+        values["spec"] = ConvSpec.from_json(values["spec"])
+    if values.get("factorization") is not None:
+        values["factorization"] = _factorization_from_json(values["factorization"], known)
+    values["alternatives"] = tuple(_alternative_from_json(other, known) for other in data.get("alternatives", ()))
     return Decision(**values)
+
+
+def _alternative_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Alternative:
+    factorization = _factorization_from_json(data["factorization"], known)
+    increase = data["predicted_loss_increase"]
+    return Alternative(factorization, as_tuples(data["rank"]), Cost(**data["cost"]), increase)
+
+
+def _factorization_from_json(data: Mapping[str, Any], known: Mapping[str, type[Factorization]]) -> Factorization:
+    name = data["name"]
+    if name not in known:
+        raise PlanError(f"unknown factorization {name!r}. Pass its class as factorizations=[...].")
+    return known[name](**data["options"])

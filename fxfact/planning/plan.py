@@ -24,7 +24,14 @@ from fxfact.factorizations import (
     resolve_rank,
 )
 from fxfact.planning.call import installed_versions
-from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json, unreached_cost
+from fxfact.planning.decision import (
+    Decision,
+    decision_from_json,
+    decision_to_json,
+    fields_to_json,
+    format_rank,
+    unreached_cost,
+)
 from fxfact.planning.pareto import ParetoFront
 from fxfact.planning.plan_file import plan_text
 from fxfact.planning.strategy import ParetoPoint, significant
@@ -32,6 +39,8 @@ from fxfact.utils import atomic_write
 
 _FORMAT = {"format": "fxfact plan", "version": 7}
 _LAST = ("decisions", "pareto_points")  # in a file
+_WITHOUT_DATA = "made without calibration data: how far the accuracy drops is unknown, and it is often far"
+_SLOWER = "SLOWER than the original: for speed, make a plan with a budget of milliseconds (fxfact.Latency)"
 _WAYS = {
     "trace": "as one graph ('trace')",
     "modules": "by its modules, which keep the model's own Python ('modules')",
@@ -58,8 +67,8 @@ class Plan:
         measured_on_held_out: whether these are other batches than those that the plan was made from.
         inference_passes: names of exact passes that follow, so that the network runs fast (see
             ``fxfact.for_inference``).
-        measured_ms: milliseconds of the dense network in its fastest exact variant and of the result, measured in
-            turns, if measured.
+        measured_ms: milliseconds of the dense network and of the result, measured in turns, if measured. For a budget
+            of milliseconds, the dense network is measured in its fastest exact variant.
         outputs: the outputs of the network and what they mean, if the plan was made with data.
         call: the arguments of ``fxfact.plan`` that are not the defaults, among them the budget, as plain data. Plans
             made by different calls can be equal.
@@ -79,7 +88,7 @@ class Plan:
     measured_loss_increase: float | None = None
     measured_on_held_out: bool = False
     inference_passes: tuple[str, ...] = ()
-    measured_ms: tuple[float, float] | None = None
+    measured_ms: tuple[float, float] | None = field(default=None, compare=False)
     outputs: tuple[OutputPart, ...] = ()
     call: Mapping[str, Any] = field(default_factory=dict, compare=False)
     versions: Mapping[str, str] = field(default_factory=installed_versions, compare=False)
@@ -235,7 +244,10 @@ class Plan:
             expected = "" if predicted is None else f"predicted {predicted:.3g} nats, "
             notes.append(f"loss increase: {expected}measured {self.measured_loss_increase:.3g} nats on {where}")
         if self.measured_ms is not None:
-            notes.append("measured in turns: {:.3g} → {:.3g} ms".format(*self.measured_ms))
+            before, after = self.measured_ms
+            notes.append(f"measured in turns: {before:.3g} → {after:.3g} ms{f', {_SLOWER}' if after > before else ''}")
+        if self.rewrites and not self.uses_statistics:
+            notes.append(_WITHOUT_DATA)
         return "\n".join([table, *notes])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -383,13 +395,12 @@ def _table_row(decision: Decision) -> list[str]:
     remark = decision.note or decision.reason
     if decision.tied_to:
         remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
-    shown = "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
     costs = ["", "", ""] if decision.spec is None else _format_changes(decision)
     return [
         decision.path,
         str(decision.spec or ""),
         method.name if method else "-",
-        shown,
+        format_rank(rank),
         *costs,
         _format_nats(decision.predicted_loss_increase),
         remark,

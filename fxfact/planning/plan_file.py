@@ -1,4 +1,4 @@
-"""The text of a plan in a file: JSON with one line for each fact, and two for each convolution."""
+"""The text of a plan in a file: JSON with one line for each fact, two for each layer, and one for each alternative."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_SECOND_LINE = ("spec", "input_sizes")  # of a convolution, which seldom change
+_SECOND_LINE = ("spec", "input_sizes")  # of a layer, which seldom change
 
 
 def plan_text(data: Mapping[str, Any]) -> str:
@@ -24,9 +24,12 @@ def _member(key: str, value: Any) -> str:
 
 
 def _decision(decision: Mapping[str, Any]) -> str:
-    second = {key: value for key, value in decision.items() if key in _SECOND_LINE and value is not None}
-    first = _text({key: value for key, value in decision.items() if key not in second})
-    return f"{first[:-1]},\n   {_text(second)[1:]}" if second else first
+    second = {key: decision[key] for key in _SECOND_LINE if decision.get(key) is not None}
+    first = {key: value for key, value in decision.items() if key not in second and key != "alternatives"}
+    lines = [_text(line)[1:-1] for line in (first, second) if line]
+    if others := decision.get("alternatives"):
+        lines.append('"alternatives": [\n    ' + ",\n    ".join(map(_text, others)) + "]")
+    return "{" + ",\n   ".join(lines) + "}"
 
 
 def _lines(items: Sequence[str]) -> str:

@@ -90,6 +90,27 @@ class Choice:
     latencies_ms: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """What could have become of a layer.
+
+    Attributes:
+        factorization: the factorization.
+        rank: its rank.
+        cost: the cost of the layer then.
+        predicted_loss_increase: the expected increase of the loss in nats for one sample. Without data, -log of the
+            share of the output's energy that the chain keeps.
+    """
+
+    factorization: Factorization
+    rank: Rank
+    cost: Cost
+    predicted_loss_increase: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "predicted_loss_increase", significant(self.predicted_loss_increase))
+
+
 def significant(nats: _Nats) -> _Nats:
     """Return an increase of the loss with six significant digits: more than it has, and files of plans are read."""
     return nats if nats is None else float(f"{nats:.6g}")
@@ -116,10 +137,13 @@ class Allocation:
     Attributes:
         choices: one entry for each candidate, in order: a Choice, or a Skip with the reason to leave the layer dense.
         pareto_points: the best networks at other budgets, cheapest first. Empty if the strategy knows none.
+        alternatives: for each candidate, in order, the choice and what else could become of it. Empty if the strategy
+            compares nothing.
     """
 
     choices: tuple[Choice | Skip, ...]
     pareto_points: tuple[ParetoPoint, ...] = ()
+    alternatives: tuple[tuple[Alternative, ...], ...] = ()
 
 
 @final

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxfact.capture import Captured, ExampleInputs, capture, copy_arguments, run_model, seeded_rng
 from fxfact.conv import supports_onednn
-from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError
+from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, SpeedWarning, TimingError
 from fxfact.passes import (
     ChannelsLast,
     FoldBatchNorms,
@@ -23,17 +23,29 @@ from fxfact.passes import (
     OneDNN,
     can_be_linear,
     can_be_onednn,
+    last_plan,
     linear_passes,
     pass_history,
     run_passes,
     update_plan,
 )
 from fxfact.planning import Latency, Plan
-from fxfact.utils import Timer, alias_copy, as_timing_errors, copy_with_shared, difference, to_eval, warn_caller
+from fxfact.utils import (
+    Timer,
+    alias_copy,
+    as_timing_errors,
+    copy_with_shared,
+    difference,
+    summarize_turns,
+    to_eval,
+    warn_caller,
+)
 
 _MAX_RATIO = 1.1  # of the measured time to the budget, before a warning
 _TURNS = 100  # of whole networks
 _MAX_SECONDS = 12.0  # for these turns; there are fewer if they would take longer
+_CHECK_TURNS, _CHECK_SECONDS = 9, 1.0  # of networks that were not made for speed
+_CLEARLY_SLOWER = 1.05
 _STRICTNESS = 100.0  # tolerances between variants of a network, because GPUs may round to TF32
 _CALLS_BEFORE_GRAPH = 3  # torch.compile records CUDA graphs in the third call
 _Call = Callable[[], Any]
@@ -186,6 +198,34 @@ def fall_back_if_slower(
         plan = plan.edited(decision.path, skip=f"the whole network measured slower: {before:.3g} → {after:.3g} ms")
     dense: nn.Module = apply_plan(replace(plan, measured_ms=(before, before)))
     return dense
+
+
+@seeded_rng()
+def warn_if_slower(captured: Captured, result: nn.Module, timer: Timer | None = None) -> None:
+    """Warn if a factorized network is clearly slower than the original on the example inputs, and note it in its plan.
+
+    Both run in evaluation mode, for a second at most, or three times if that takes longer. A network that cannot be
+    timed is left alone.
+    """
+    if captured.example_inputs is None or not last_plan(result).rewrites:
+        return
+    networks = [to_eval(alias_copy(network)) for network in (captured.network, result)]
+    calls = [_as_call(network, captured.example_inputs, compiled=False) for network in networks]
+    with suppress(TimingError):
+        timer = timer or Timer()
+        dense, factorized = timer.turns(calls, repeats=_CHECK_TURNS, number=1, within=_CHECK_SECONDS)
+        before, after = summarize_turns([dense, factorized])
+        if min(after, *factorized) > _CLEARLY_SLOWER * before:
+            update_plan(result, measured_ms=(before, after))
+            shapes = ", ".join(
+                str(tuple(t.shape)) for t in tree_leaves(captured.example_inputs) if isinstance(t, Tensor)
+            )
+            warn_caller(
+                f"the factorized network is slower than the original, although it computes less: {before:.3g} → "
+                f"{after:.3g} ms for inputs of shape {shapes}. Pass example_inputs of the batch size that you will "
+                "use. If it is slower there too, pass budget=fxfact.Latency(0.5), which chooses ranks by the clock.",
+                SpeedWarning,
+            )
 
 
 def _fastest(

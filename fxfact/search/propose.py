@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fxfact.conv import Cost
+from fxfact.errors import AccuracyWarning
 from fxfact.planning import Budget, LayerOptions, Plan, PlanDraft, allocate
 from fxfact.search.plan_loss import PlanLoss
 from fxfact.utils import warn_caller
@@ -73,13 +74,16 @@ def best_plan(budget: Budget, propose: Propose, plan_loss: PlanLoss | None) -> P
         if not plan_loss.is_clearly_better(corrected, best):
             break
         best = corrected
-    plan_loss.finish(best)
-    return replace(
-        best,
-        pareto_points=plan.pareto_points,
-        measured_loss_increase=plan_loss.mean(best),
-        measured_on_held_out=plan_loss.on_held_out,
-    )
+    return measured(replace(best, pareto_points=plan.pareto_points), plan_loss)
+
+
+def measured(plan: Plan, plan_loss: PlanLoss | None) -> Plan:
+    """Return the plan with its loss increase on the data, if there is something to measure it with."""
+    if plan_loss is None:
+        return plan
+    plan_loss.finish(plan)
+    increase = plan_loss.mean(plan)
+    return replace(plan, measured_loss_increase=increase, measured_on_held_out=plan_loss.on_held_out)
 
 
 def warn_if_contradicted(plan: Plan) -> None:
@@ -88,7 +92,8 @@ def warn_if_contradicted(plan: Plan) -> None:
     if measured is not None and _contradicts(measured, predicted):
         warn_caller(
             f"the loss grows by {measured:.3g} nats on the data, and {predicted:.3g} were predicted. Check the network "
-            "on your own metric, or pass a larger budget or more data."
+            "on your own metric, or pass a larger budget or more data.",
+            AccuracyWarning,
         )
 
 

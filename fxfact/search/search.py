@@ -40,7 +40,7 @@ from fxfact.planning import (
 )
 from fxfact.search.latency_plan import LatencyPlanner
 from fxfact.search.plan_loss import PlanLoss
-from fxfact.search.propose import PlanProposer, Propose, best_plan, warn_if_contradicted
+from fxfact.search.propose import PlanProposer, Propose, best_plan, measured, warn_if_contradicted
 from fxfact.utils import alias_copy, to_eval
 
 _HALVINGS = 8
@@ -93,7 +93,6 @@ def search(
     Raises:
         ArgumentError, BudgetError, CalibrationError, CaptureError, RankError, TimingError, WeightError.
     """
-    has_budget = isinstance(strategy, BudgetAllocator)
     _check_requests(strategy, data)
     if data.calibration is not None or data.held_out is not None:
         captured.check_sites()
@@ -107,6 +106,7 @@ def search(
 
     # Statistics: given by the caller, or collected from the caller's batches. The original is run on the batches to
     # measure on first, so that outputs that cannot be measured are refused before the expensive part.
+    has_budget = isinstance(strategy, BudgetAllocator)
     batches = _split_batches(captured, data, has_budget=has_budget, needs_held_out=loss is not None)
     plan_network = to_eval(alias_copy(captured.network)) if batches.measuring else None
     evaluator = None if plan_network is None else _evaluator(plan_network, data, batches)
@@ -117,19 +117,17 @@ def search(
     statistics = _statistics(captured, data, batches, evaluator, options)
 
     # Fixed ranks, or propose, measure, decide.
-    if isinstance(strategy, FixedRanks):
-        fixed = replace(strategy, statistics=statistics)
-        allocation = fixed.choose(draft.candidates, draft.network)
-        plan = draft.to_plan(allocation, uses_statistics=fixed.uses_statistics)
-        return SearchResult(_with_outputs(plan, statistics), statistics, {})
-    allocator = replace(strategy, statistics=statistics)
     plan_loss = None
     if plan_network is not None and evaluator is not None and statistics is not None:
         plan_loss = PlanLoss(captured, plan_network, statistics, evaluator, options, on_held_out=batches.held_out)
-    if latency_planner is not None:
-        plan = latency_planner.plan(allocator, plan_loss)
+    strategy = replace(strategy, statistics=statistics)
+    if isinstance(strategy, FixedRanks):
+        allocation = strategy.choose(draft.candidates, draft.network)
+        plan = measured(draft.to_plan(allocation, uses_statistics=strategy.uses_statistics), plan_loss)
+    elif latency_planner is not None:
+        plan = latency_planner.plan(strategy, plan_loss)
     else:
-        plan = _plan_for_size(captured, draft, allocator, plan_loss, loss)
+        plan = _plan_for_size(captured, draft, strategy, plan_loss, loss)
     warn_if_contradicted(plan)
     decompositions = {} if plan_loss is None else plan_loss.decompositions
     return SearchResult(_with_outputs(plan, statistics), statistics, decompositions)
@@ -191,8 +189,6 @@ def _is_within(plan: Plan, loss: Loss) -> bool:
 
 def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData) -> None:
     """Raise ArgumentError or CalibrationError for arguments that would have no effect or cannot work together."""
-    if isinstance(strategy, FixedRanks) and data.held_out is not None:
-        raise ArgumentError("held_out is only used with budget=. Remove it, or pass a budget.")
     own_likelihood(data.likelihood)  # refuses what is none
     if data.likelihood is not None and data.held_out is None and isinstance(data.calibration, Statistics | None):
         raise ArgumentError(
@@ -229,7 +225,8 @@ def _split_batches(
     """Split the caller's batches into those to learn from and those to measure on.
 
     Plans are measured on the batches that the caller held out. A bound on the loss needs some; without, every fourth
-    batch is held out for it. Other budgets measure on every fourth batch, and learn from it as well.
+    batch is held out for it. Other budgets measure on every fourth batch, and learn from it as well. For fixed ranks,
+    batches are not kept to measure on.
     """
     learning = None if isinstance(data.calibration, Statistics) else data.calibration
     held_out = [] if data.held_out is None else _as_list(captured, data.held_out)
@@ -245,7 +242,7 @@ def _split_batches(
             "held_out=batches"
         )
     measuring = held_out
-    if has_budget and isinstance(learning, list) and not held_out and not _is_loss(data.likelihood):
+    if isinstance(learning, list) and not held_out and not _is_loss(data.likelihood):
         measuring = split_held_out(learning)[1] if len(learning) > 1 else learning
     return _SplitBatches(learning, measuring, bool(held_out))
 

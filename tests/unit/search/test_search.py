@@ -323,8 +323,16 @@ def test_budget_of_macs_without_sizes_is_refused_before_errors_are_computed(
         build_plan(capture(model), allocator, SearchScope())
 
 
-def test_held_out_data_are_refused_for_fixed_ranks(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
-    with pytest.raises(ArgumentError, match="held_out is only used with budget="):
+def test_fixed_ranks_are_measured_on_held_out_data(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
+    statistics = fxfact.calibrate(model, images().split(8), likelihood="categorical")
+    plan = planned(model, rank=0.5, calibration=statistics, held_out=[images()])
+    small = fxfact.apply(plan, model, calibration=statistics)
+    with torch.no_grad():
+        expected, found = (network(images()).log_softmax(1) for network in (model, small))
+    divergence = (expected.exp() * (expected - found)).sum(1).mean()
+    assert plan.measured_loss_increase == pytest.approx(float(divergence), rel=1e-3)
+    assert plan.measured_on_held_out
+    with pytest.raises(CalibrationError, match="held_out is only measured on: pass calibration"):
         planned(model, rank=0.5, held_out=[images()])
 
 

@@ -1,0 +1,115 @@
+"""Why a plan does to one layer what it does, and what else could be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from fxfact.conv import Cost, format_change
+from fxfact.errors import ArgumentTypeError
+from fxfact.factorizations import Factorization, Rank
+from fxfact.planning import Alternative, Decision, Plan, format_rank
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What becomes of one layer, why, and the next best options. ``print`` shows it.
+
+    Attributes:
+        plan: the plan.
+        decision: the decision for the layer.
+    """
+
+    plan: Plan
+    decision: Decision
+
+    def __str__(self) -> str:
+        return "\n\n".join(part for part in (self._what(), self._why(), self._table(), self._how_to_change()) if part)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _what(self) -> str:
+        decision = self.decision
+        layer = f"{decision.path}: {decision.spec or 'a layer that could not be read'}"
+        if decision.factorization is None:
+            return f"{layer} stays as it is."
+        rank = format_rank(decision.rank)
+        stages = " → ".join(map(str, decision.stages))
+        return f"{layer} becomes {decision.factorization.name} of rank {rank}: {stages}."
+
+    def _why(self) -> str:
+        decision = self.decision
+        reasons = [f"It shares the weight of {decision.tied_to}."] if decision.tied_to else []
+        if decision.reason:
+            reasons.append(f"Reason: {decision.reason}.")
+        elif decision.alternatives:
+            measure = "loss increase" if self.plan.uses_statistics else "energy lost"
+            reasons.append(
+                f"The budget chose for all layers together: this network has the least {measure} that it allows. "
+                "Increases are divided by the square root of the loss without the layer, so that no layer is "
+                "sacrificed."
+            )
+        elif decision.factorization is not None:
+            reasons.append(f"The rank was asked for{f', but {decision.note}' if decision.note else ''}.")
+        return " ".join(reasons)
+
+    def _table(self) -> str:
+        decision = self.decision
+        if not decision.alternatives:
+            return ""
+        others = [other for other in decision.alternatives if not self._is_chosen(other)]
+        increase = next((a.predicted_loss_increase for a in decision.alternatives if self._is_chosen(a)), None)
+        rows = [_row(decision.factorization, decision.rank, decision.after, increase, before=decision.before)]
+        rows += [
+            _row(o.factorization, o.rank, o.cost, o.predicted_loss_increase, before=decision.before) for o in others
+        ]
+        rows += [_row(None, None, decision.before, 0.0, before=decision.before)] if decision.rank else []
+        headers = ["factorization", "rank", "parameters", "MACs", "ms"]
+        headers.append("loss +, nats" if self.plan.uses_statistics else "energy lost")
+        marked = [["chosen" if k == 0 else "", *row] for k, row in enumerate(rows)]
+        shown = [k for k, column in enumerate(zip(*marked, strict=True)) if any(column)]
+        table = [[row[k] for k in shown] for row in (["", *headers], *marked)]
+        return tabulate(table[1:], table[0], disable_numparse=True)
+
+    def _is_chosen(self, other: Alternative) -> bool:
+        return (other.factorization, other.rank) == (self.decision.factorization, self.decision.rank)
+
+    def _how_to_change(self) -> str:
+        others = [other for other in self.decision.alternatives if not self._is_chosen(other)]
+        if not others:
+            return ""
+        name, rank = others[0].factorization.name, others[0].rank
+        arguments = f"{self.decision.path!r}, factorization={name!r}, rank={rank}"
+        return f"To change it: plan.edited({arguments}), then fxfact.apply."
+
+
+def explain(plan: Plan, path: str) -> Explanation:
+    """Explain the decision for one layer: why this factorization and rank, and what else could be done at which cost.
+
+    Args:
+        plan: a plan, for example from ``fxfact.plan_of(network)``.
+        path: the path of the layer.
+
+    Returns:
+        The explanation. For a plan that was made for a budget, its table compares the decision with the best option of
+        every other factorization that costs no more, with the next smaller and larger rank, and with the dense layer.
+        For a layer that stays as it is, it has the best options that cost at most half of it.
+
+    Raises:
+        ArgumentTypeError: if ``plan`` is not a plan.
+        PlanError: if the plan has no such layer.
+    """
+    if not isinstance(plan, Plan):
+        raise ArgumentTypeError(f"plan must be a fxfact.Plan, got {type(plan).__name__}. Pass fxfact.plan_of(network).")
+    return Explanation(plan, plan[path])
+
+
+def _row(
+    factorization: Factorization | None, rank: Rank | None, cost: Cost, increase: float | None, *, before: Cost
+) -> list[str]:
+    pairs = [(before.params, cost.params), (before.macs, cost.macs), (before.ms, cost.ms)]
+    name = "as it is" if factorization is None else factorization.name
+    shown = "" if increase is None else f"{increase:.2g}"
+    return [name, format_rank(rank), *(format_change(old, new) for old, new in pairs), shown]
