@@ -8,7 +8,7 @@ from fxfact.planning.call import describe_call
 from fxfact.planning.decision import Decision
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
-from fxfact.planning.pareto import ParetoFront
+from fxfact.planning.pareto import MeasuredPoint, ParetoFront
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
 from fxfact.planning.strategy import (
@@ -44,6 +44,7 @@ __all__ = [
     "Layout",
     "Loss",
     "Macs",
+    "MeasuredPoint",
     "Params",
     "ParetoFront",
     "ParetoPoint",

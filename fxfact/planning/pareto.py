@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from tabulate import tabulate
 
 from fxfact.conv import Cost, format_amount
 from fxfact.errors import PlanError
-from fxfact.planning.strategy import ParetoPoint
+from fxfact.planning.decision import fields_to_json
+from fxfact.planning.strategy import ParetoPoint, significant
 
 _UNITS: Mapping[str, Callable[[Cost], float | None]] = {
     "parameters": lambda cost: cost.params,
     "MACs": lambda cost: cost.macs,
     "ms": lambda cost: cost.ms,
 }
+
+
+@dataclass(frozen=True)
+class MeasuredPoint:
+    """A network whose loss, metric or time was measured while a plan was searched.
+
+    Attributes:
+        cost: the cost of the network.
+        predicted_loss_increase: the expected increase of the loss in nats for one sample, if known.
+        measured_loss_increase: the measured increase of the loss in nats for one sample, if it was measured.
+        metric: the user's own metric, if it was measured.
+        milliseconds: milliseconds of one call, if they were measured.
+    """
+
+    cost: Cost
+    predicted_loss_increase: float | None = None
+    measured_loss_increase: float | None = None
+    metric: float | None = None
+    milliseconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("predicted_loss_increase", "measured_loss_increase"):
+            object.__setattr__(self, name, significant(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +53,13 @@ class ParetoFront:
         points: the networks, cheapest first.
         uses_statistics: whether the points have loss increases in nats. Without data, the table has the share of the
             output's energy that the chains are expected to lose.
+        measured: networks that were measured, in the order of their measurement.
     """
 
     network: Cost
     points: Sequence[ParetoPoint]
     uses_statistics: bool = True
+    measured: tuple[MeasuredPoint, ...] = ()
 
     def __str__(self) -> str:
         units = self._known_units()
@@ -85,3 +111,18 @@ class ParetoFront:
     def _cells(self, unit: str, point: ParetoPoint) -> tuple[str, str]:
         amount = _UNITS[unit](point.cost) or 0
         return format_amount(amount), f"{self._share(unit, point):.2f}"
+
+
+_Point = TypeVar("_Point", bound=ParetoPoint | MeasuredPoint)
+
+
+def point_to_json(point: ParetoPoint | MeasuredPoint) -> dict[str, Any]:
+    """Return a point as plain data, with the cost's fields beside its own."""
+    data = fields_to_json(point)
+    return {**fields_to_json(data.pop("cost")), **data}
+
+
+def point_from_json(kind: type[_Point], data: Mapping[str, Any]) -> _Point:
+    """Return the point from what ``point_to_json`` gave."""
+    cost = {field.name: data[field.name] for field in fields(Cost) if field.name in data}
+    return kind(cost=Cost(**cost), **{key: value for key, value in data.items() if key not in cost})

@@ -25,13 +25,17 @@ from fxfact.factorizations import (
 )
 from fxfact.planning.call import installed_versions
 from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json, unreached_cost
-from fxfact.planning.pareto import ParetoFront
+from fxfact.planning.pareto import MeasuredPoint, ParetoFront, point_from_json, point_to_json
 from fxfact.planning.plan_file import plan_text
 from fxfact.planning.strategy import ParetoPoint, significant
 from fxfact.utils import atomic_write
 
 _FORMAT = {"format": "fxfact plan", "version": 7}
-_LAST = ("decisions", "pareto_points")  # in a file
+_POINTS: Mapping[str, type[ParetoPoint | MeasuredPoint]] = {
+    "measured_points": MeasuredPoint,
+    "pareto_points": ParetoPoint,
+}
+_LAST = ("decisions", *_POINTS)  # in a file
 _WAYS = {
     "trace": "as one graph ('trace')",
     "modules": "by its modules, which keep the model's own Python ('modules')",
@@ -54,6 +58,7 @@ class Plan:
         refused: why other ways to capture the model were not taken.
         uses_statistics: whether the chains are to be fitted in the Fisher metric of calibration statistics.
         pareto_points: networks for other budgets, cheapest first. Empty without a budget.
+        measured_points: networks that were measured while the plan was searched, in the order of their measurement.
         measured_loss_increase: the increase of the loss in nats for one sample on batches of data, if measured.
         measured_on_held_out: whether these are other batches than those that the plan was made from.
         inference_passes: names of exact passes that follow, so that the network runs fast (see
@@ -76,6 +81,7 @@ class Plan:
     refused: tuple[str, ...] = ()
     uses_statistics: bool = False
     pareto_points: tuple[ParetoPoint, ...] = ()
+    measured_points: tuple[MeasuredPoint, ...] = ()
     measured_loss_increase: float | None = None
     measured_on_held_out: bool = False
     inference_passes: tuple[str, ...] = ()
@@ -98,7 +104,12 @@ class Plan:
         """The networks that other budgets would have given. Raises PlanError for a plan without a budget."""
         if not self.pareto_points:
             raise PlanError("the plan was made without a budget, so it knows no other. Pass budget=fxfact.Macs(0.5).")
-        return ParetoFront(network=self.network, points=self.pareto_points, uses_statistics=self.uses_statistics)
+        return ParetoFront(
+            network=self.network,
+            points=self.pareto_points,
+            uses_statistics=self.uses_statistics,
+            measured=self.measured_points,
+        )
 
     @property
     def unreached(self) -> Cost:
@@ -286,11 +297,7 @@ class Plan:
         if self.outputs:
             data["outputs"] = [part.to_json() for part in self.outputs]
         data["decisions"] = [decision_to_json(decision) for decision in self.decisions]
-        if self.pareto_points:
-            data["pareto_points"] = [
-                {**fields_to_json(point.cost), "predicted_loss_increase": point.predicted_loss_increase}
-                for point in self.pareto_points
-            ]
+        data |= {name: [point_to_json(point) for point in getattr(self, name)] for name in _POINTS if name in data}
         return {**_FORMAT, **{key: data[key] for key in data if key not in _LAST}, **_last(data)}
 
     @classmethod
@@ -315,7 +322,8 @@ class Plan:
             values["network"] = Cost(**data["network"])
             values["decisions"] = tuple(decision_from_json(entry, known) for entry in data["decisions"])
             values["outputs"] = tuple(map(OutputPart.from_json, data.get("outputs", ())))
-            values["pareto_points"] = tuple(map(_point_from_json, data.get("pareto_points", ())))
+            for name, kind in _POINTS.items():
+                values[name] = tuple(point_from_json(kind, point) for point in data.get(name, ()))
             plan = cls(**values)
             str(plan)  # computes every layout
         except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -342,11 +350,6 @@ def _check_format(data: Any) -> None:
 
 def _last(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: data[key] for key in _LAST if key in data}
-
-
-def _point_from_json(data: Mapping[str, Any]) -> ParetoPoint:
-    cost = {key: value for key, value in data.items() if key != "predicted_loss_increase"}
-    return ParetoPoint(Cost(**cost), data["predicted_loss_increase"])
 
 
 def _edited_choice(

@@ -15,7 +15,7 @@ from fxfact.conv import Cost
 from fxfact.errors import ArgumentTypeError, PlanError, RankError
 from fxfact.factorizations import Tucker
 from fxfact.factorizations.cp import CPMobilenet
-from fxfact.planning import ParetoPoint
+from fxfact.planning import MeasuredPoint, ParetoPoint
 from tests.support import ALL, Small, by_name, params_of, quick
 
 
@@ -163,6 +163,18 @@ def test_increases_of_the_loss_have_six_digits(small: Small) -> None:
     assert (plan.measured_loss_increase, plan.measured_ms) == (6.66667e-10, (20 / 3, 1e5 / 3))
     assert replace(plan["second"], predicted_loss_increase=1 / 3).predicted_loss_increase == 0.333333
     assert ParetoPoint(Cost(10, 20), 1e-7 / 3).predicted_loss_increase == 3.33333e-08
+
+
+def test_measured_points_survive_the_file_of_the_plan(small: Small, tmp_path: Path) -> None:
+    points = (
+        MeasuredPoint(Cost(10, 20), predicted_loss_increase=0.5, measured_loss_increase=1e-7 / 3, metric=0.93),
+        MeasuredPoint(Cost(9, None, 1.5), milliseconds=1.25),
+    )
+    plan = replace(fxfact.plan(small), measured_points=points, pareto_points=(ParetoPoint(Cost(8, 30), 0.25),))
+    plan.save(tmp_path / "plan.json")
+    loaded = fxfact.Plan.load(tmp_path / "plan.json")
+    assert loaded.measured_points == loaded.pareto_front.measured == points
+    assert loaded.edited("second", rank=2 * (3,)).measured_points == points
 
 
 def test_plan_with_numpy_options_survives_its_file(small: Small, image: Tensor, tmp_path: Path) -> None:
