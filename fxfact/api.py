@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -46,6 +45,7 @@ from fxfact.planning import (
     Selection,
     describe_call,
     parse_factorizations,
+    summarize_reasons,
 )
 from fxfact.search import CalibrationData, fall_back_if_slower, search
 from fxfact.utils import Progress, warn_caller
@@ -407,19 +407,15 @@ def plan_of(network: nn.Module | ExportedProgram) -> Plan:
 
 
 def _warn_if_unchanged(plan: Plan, caller: str) -> None:
-    """Warn if a plan rewrites nothing, with its most frequent reasons. Details after a colon do not count."""
+    """Warn if a plan rewrites nothing, with its most frequent reasons."""
     if plan.rewrites:
         return
     if not len(plan):
         warn_caller(f"{caller} rewrote nothing: no convolution and no linear layer was found in {plan.model}")
         return
-    examples = {decision.reason.partition(":")[0]: decision.reason for decision in reversed(plan.decisions)}
-    counts = Counter(decision.reason.partition(":")[0] for decision in plan)
-    reasons = "; ".join(f"{count}× {examples[kind]}" for kind, count in counts.most_common(3))
-    rest = f"; and {len(counts) - 3} other reasons" if len(counts) > 3 else ""
     warn_caller(
-        f"{caller} rewrote none of the {len(plan)} layers of {plan.model}: {reasons}{rest}. Print the plan to "
-        "see the reason of each."
+        f"{caller} rewrote none of the {len(plan)} layers of {plan.model}: {summarize_reasons(plan)}. "
+        "Print the plan to see the reason of each."
     )
 
 

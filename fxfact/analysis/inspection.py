@@ -8,16 +8,29 @@ from difflib import SequenceMatcher
 from itertools import zip_longest
 from textwrap import shorten
 
-from tabulate import tabulate
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfact.analysis.reference import current_error, kernel_error, prepare_original
 from fxfact.capture import Captured, ExampleInputs, capture
-from fxfact.conv import ConvLayer, ConvSite, ConvSpec, Cost, Skip, chain_cost, is_conv, path_of, read_conv
+from fxfact.conv import (
+    ConvLayer,
+    ConvSite,
+    ConvSpec,
+    Cost,
+    Skip,
+    chain_cost,
+    format_amount,
+    format_short,
+    format_spec_forms,
+    is_conv,
+    path_of,
+    read_conv,
+)
 from fxfact.errors import ArgumentError, CaptureError
 from fxfact.graph import match
 from fxfact.passes import PassRecord, last_plan, pass_history
+from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
 
 _CHANGED = (
     "changed since: the weights have changed since this error was computed. verify shows today's, and so does inspect "
@@ -66,11 +79,39 @@ class Inspection:
     nodes: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        headers = ["path", "from", "factorization", "rank", "stages", "parameters", "MACs", "error", "remark"]
-        table = tabulate(map(_table_row, self.rows), headers, disable_numparse=True, maxcolwidths=[None] * 8 + [60])
-        nodes = tabulate(self.nodes, ["node", "verdict"], disable_numparse=True)
-        changed = any(row.relative_error is None and row.recorded_error is not None for row in self.rows)
-        return "\n\n".join([table, *([_CHANGED] if changed else []), *([nodes] if self.nodes else [])])
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return the convolutions as a table, and the nodes, if there are any, as a second one.
+
+        Args:
+            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
+                important columns are left out; a line says which. None gives the whole tables.
+
+        Returns:
+            The text.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        columns = [
+            Column("path", 0, least=16),
+            Column("from", 8),
+            Column("factorization", 2),
+            Column("rank", 3),
+            Column("stages", 1),
+            Column(("parameters", "params"), 6),
+            Column("MACs", 4),
+            Column("error", 5),
+            Column("remark", 7, least=24, wrap=True),
+        ]
+        texts = [Table(columns, list(map(_table_row, self.rows))).format(width)]
+        if any(row.relative_error is None and row.recorded_error is not None for row in self.rows):
+            texts.append(wrap_lines(_CHANGED, width))
+        if self.nodes:
+            node_columns = [Column("node", 0, least=16), Column("verdict", 1, least=24, wrap=True)]
+            texts.append(Table(node_columns, self.nodes).format(width))
+        return "\n\n".join(texts)
 
 
 def inspect(
@@ -201,14 +242,22 @@ def _is_stage(name: str, path: str) -> bool:
     return name.startswith(f"{path}.") and name[len(path) + 1 :].partition(".")[0].isdecimal()
 
 
-def _table_row(row: ConvRow) -> list[str]:
-    macs = "" if row.cost.macs is None else f"{row.cost.macs:,}"
+def _table_row(row: ConvRow) -> list[Cell]:
     known = row.recorded_error if row.relative_error is None else row.relative_error
     error = "" if known is None else f"{known:.3g}"
     error += " (changed since)" if error and row.relative_error is None else ""
-    stages = "\n".join(map(str, row.stages))
-    params = f"{row.cost.params:,}" if row.stages else ""
-    return [row.path, row.origin, row.factorization, row.rank, stages, params, macs, error, row.remark]
+    stages = ["\n".join(texts) for texts in zip(*map(format_spec_forms, row.stages), strict=True)]
+    return [
+        row.path,
+        format_spec_forms(row.origin),
+        row.factorization,
+        row.rank,
+        tuple(stages) or "",
+        (format_amount(row.cost.params), format_short(row.cost.params)) if row.stages else "",
+        "" if row.cost.macs is None else (format_amount(row.cost.macs), format_short(row.cost.macs)),
+        error,
+        row.remark,
+    ]
 
 
 def _verdict_text(item: ConvSite | Skip) -> str:

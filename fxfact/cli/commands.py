@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
@@ -32,7 +32,16 @@ from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
 from fxfact.planning import Plan
 from fxfact.serialization import save
-from fxfact.utils import milliseconds, processes, relative_error, summarize_turns
+from fxfact.utils import (
+    Column,
+    Table,
+    milliseconds,
+    processes,
+    relative_error,
+    summarize_turns,
+    terminal_width,
+    wrap_lines,
+)
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss"),
@@ -178,9 +187,9 @@ def bench(args: Arguments) -> int:
     first_ms, second_ms = summarize_turns(times)
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
-    table = tabulate(rows, headers="keys", floatfmt=".3f")
     sentence = f"B is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
-    print_result(args, f"{table}\n\n{sentence}", {"networks": rows, "speedup": speedup, "threads": threads})
+    text = f"{_format_times(rows)}\n\n{wrap_lines(sentence, terminal_width())}"
+    print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
     return 0
 
 
@@ -250,6 +259,17 @@ def _at_least_two_samples(value: Any) -> Any:
     """Repeat a single sample, because torch.export treats a size of 1 as a constant."""
     single = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
     return torch.cat([value, value]) if single else value
+
+
+def _format_times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of ``bench``."""
+    importance = {"network": 0, "ms": 1, "fastest": 3, "slowest": 4, "parameters": 2}
+    columns = [Column(name, place, least=None if place else 16) for name, place in importance.items()]
+    cells = [
+        [row["network"], *(f"{row[name]:.3f}" for name in ("ms", "fastest", "slowest")), f"{row['parameters']:,}"]
+        for row in rows
+    ]
+    return Table(columns, cells).format(terminal_width())
 
 
 def _load_both(args: Arguments) -> tuple[LoadedModel, LoadedModel]:

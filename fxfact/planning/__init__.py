@@ -5,7 +5,7 @@ from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, 
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
 from fxfact.planning.build import KINDS, Kinds, PlanDraft, SearchScope, Selection, build_plan, draft_plan
 from fxfact.planning.call import describe_call
-from fxfact.planning.decision import Decision
+from fxfact.planning.decision import Decision, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
 from fxfact.planning.pareto import MeasuredPoint, ParetoFront
@@ -61,4 +61,5 @@ __all__ = [
     "least_amount",
     "parse_factorizations",
     "rank_rules",
+    "summarize_reasons",
 ]

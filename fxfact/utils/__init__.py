@@ -28,6 +28,7 @@ from fxfact.utils.progress import Progress, with_progress
 from fxfact.utils.pt2_reproducible import reproducible_archive
 from fxfact.utils.pt2_safety import check_harmless, check_loadable, explain_refused, refused_classes
 from fxfact.utils.storage import StorageIndex, is_distributed, is_wrapper, plain_tensors, storages_of
+from fxfact.utils.table import Cell, Column, Table, terminal_width, wrap_lines
 from fxfact.utils.timing import (
     CLOCK_RESOLUTION_MS,
     Timer,
@@ -42,8 +43,11 @@ from fxfact.utils.warn import warn_caller
 
 __all__ = [
     "CLOCK_RESOLUTION_MS",
+    "Cell",
+    "Column",
     "Progress",
     "StorageIndex",
+    "Table",
     "Timer",
     "alias_copy",
     "as_json",
@@ -83,8 +87,10 @@ __all__ = [
     "summarize_turns",
     "tensor_digest",
     "tensors_of",
+    "terminal_width",
     "to_eval",
     "tolerance_for",
     "warn_caller",
     "with_progress",
+    "wrap_lines",
 ]
