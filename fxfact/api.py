@@ -48,7 +48,7 @@ from fxfact.planning import (
     summarize_reasons,
 )
 from fxfact.search import CalibrationData, fall_back_if_slower, search
-from fxfact.utils import Progress, warn_caller
+from fxfact.utils import Progress, warn_caller, with_phase
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
 _Ranks = RankSpec | RankRule | Mapping[str, RankSpec | RankRule]
@@ -88,7 +88,7 @@ def factorize(
     verify: bool = False,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> _Model:
     """Factorize the convolutions and linear layers of a model: ``apply(plan(model, ...), model)`` in one call.
 
@@ -135,7 +135,8 @@ def factorize(
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    captured = capture_model(
+    capturing = partial(
+        capture_model,
         model,
         example_inputs,
         how=capture,
@@ -143,6 +144,7 @@ def factorize(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
+    captured = with_phase(capturing, "capturing", progress)
     scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
@@ -153,7 +155,7 @@ def factorize(
     if isinstance(budget, Latency) and isinstance(result, nn.Module):
         result = fall_back_if_slower(captured, found.plan, result, apply_to, budget)
     if verify and found.plan.rewrites and captured.example_inputs is not None:
-        check_rewrite(model, result, captured.example_inputs)
+        with_phase(partial(check_rewrite, model, result, captured.example_inputs), "checking", progress)
     _warn_if_unchanged(last_plan(result), "factorize")
     return cast(_Model, result)
 
@@ -180,7 +182,7 @@ def plan(
     leaf_modules: str | Sequence[str] = (),
     error_curves: ErrorCurveCache | None = None,
     executor: Executor | None = None,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> Plan:
     """Choose a factorization and a rank for every convolution and linear layer.
 
@@ -245,7 +247,8 @@ def plan(
         error_curves: a cache of error curves, which makes further plans for the same weights and statistics fast.
         executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster) that computes errors and decomposes
             kernels that are measured. The plan does not depend on it.
-        progress: True for tqdm's progress bars, or a callable with tqdm's signature.
+        progress: True for progress bars on stderr, False for none, or a callable with tqdm's signature. None shows
+            bars if stderr is a terminal.
 
     Returns:
         The plan.
@@ -263,7 +266,8 @@ def plan(
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
     calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
-    captured = capture_model(
+    capturing = partial(
+        capture_model,
         model,
         example_inputs,
         how=capture,
@@ -271,6 +275,7 @@ def plan(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
+    captured = with_phase(capturing, "capturing", progress)
     scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     loss = budget if isinstance(budget, Loss) else None
@@ -289,7 +294,7 @@ def apply(
     example_inputs: ExampleInputs | None = None,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> _Model:
     """Apply a plan to a copy of the model, captured in the way that the plan was made for.
 
@@ -306,7 +311,8 @@ def apply(
             ``forward()`` requires. The captured network is compared with the model on them.
         generator: for factorizations that start from random factors. No other randomness is used.
         executor: a ``concurrent.futures.Executor`` that decomposes the kernels.
-        progress: True for tqdm's progress bars, or a callable with tqdm's signature.
+        progress: True for progress bars on stderr, False for none, or a callable with tqdm's signature. None shows
+            bars if stderr is a terminal.
 
     Returns:
         A new network, as for ``factorize``. A warning says so if the plan rewrites no layer.
@@ -352,7 +358,7 @@ def calibrate(
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
     leaf_modules: str | Sequence[str] = (),
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> Statistics:
     """Learn from unlabelled data which errors of each layer the loss can bear.
 

@@ -80,7 +80,7 @@ def report(
     factorized: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs | None = None,
     *,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> Report:
     """Report what a factorization saves and costs, for every convolution and for the whole network.
 

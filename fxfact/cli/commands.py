@@ -40,6 +40,7 @@ from fxfact.utils import (
     relative_error,
     summarize_turns,
     terminal_width,
+    with_phase,
     wrap_lines,
 )
 
@@ -112,7 +113,7 @@ def compress(args: Arguments) -> int:
             made = api.plan_of(network)
             save_error_curves(args, options)
     if loaded.inputs is not None and made.rewrites:
-        analysis.check_rewrite(loaded.model, network, loaded.inputs)
+        with_phase(partial(analysis.check_rewrite, loaded.model, network, loaded.inputs), "checking", args.progress)
     if as_program and not isinstance(network, ExportedProgram):
         network = _export(network, loaded, dynamic=args.dynamic_batch)
     save(network, args.output)

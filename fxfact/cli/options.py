@@ -155,7 +155,11 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
 
 def add_progress(group: argparse._ActionsContainer) -> None:
     """Add the option for progress bars."""
-    group.add_argument("--progress", action="store_true", help="show progress bars on stderr (needs tqdm)")
+    group.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="show progress bars on stderr (default: if it is a terminal)",
+    )
 
 
 def add_plan_output(parser: argparse.ArgumentParser) -> None:

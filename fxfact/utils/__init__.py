@@ -24,7 +24,7 @@ from fxfact.utils.model_copy import (
     to_eval,
 )
 from fxfact.utils.precision import full_precision, no_reduced_precision
-from fxfact.utils.progress import Progress, with_progress
+from fxfact.utils.progress import Progress, check_progress, with_phase, with_progress
 from fxfact.utils.pt2_reproducible import reproducible_archive
 from fxfact.utils.pt2_safety import check_harmless, check_loadable, explain_refused, refused_classes
 from fxfact.utils.storage import StorageIndex, is_distributed, is_wrapper, plain_tensors, storages_of
@@ -58,6 +58,7 @@ __all__ = [
     "check_harmless",
     "check_loadable",
     "check_path",
+    "check_progress",
     "copy_structure",
     "copy_with_shared",
     "dequantize_parameters",
@@ -91,6 +92,7 @@ __all__ = [
     "to_eval",
     "tolerance_for",
     "warn_caller",
+    "with_phase",
     "with_progress",
     "wrap_lines",
 ]
