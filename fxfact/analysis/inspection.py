@@ -1,12 +1,8 @@
-"""Text views of a network: a table of its convolutions, and the difference of two graphs."""
+"""Tables of the convolutions of a network, and of the nodes of its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
-from itertools import zip_longest
-from textwrap import shorten
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -14,7 +10,6 @@ from torch.export import ExportedProgram
 from fxfact.analysis.reference import current_error, kernel_error, prepare_original
 from fxfact.capture import Captured, ExampleInputs, capture
 from fxfact.conv import (
-    ConvLayer,
     ConvSite,
     ConvSpec,
     Cost,
@@ -23,11 +18,9 @@ from fxfact.conv import (
     format_amount,
     format_short,
     format_spec_forms,
-    is_conv,
     path_of,
-    read_conv,
 )
-from fxfact.errors import ArgumentError, CaptureError
+from fxfact.errors import CaptureError
 from fxfact.graph import match
 from fxfact.passes import PassRecord, last_plan, pass_history
 from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
@@ -169,42 +162,6 @@ def inspect(
     )
 
 
-def diff(
-    before: nn.Module | ExportedProgram, after: nn.Module | ExportedProgram, *, context: int = 2, width: int = 78
-) -> str:
-    """Show the difference of two networks' graphs, side by side.
-
-    If one of the two has no graph, because it keeps the model's own Python, the modules of both are compared instead.
-
-    Args:
-        before: The first network, shown on the left.
-        after: The second network, shown on the right.
-        context: Number of equal lines to show around every change.
-        width: Number of characters of each column, at least 10.
-
-    Returns:
-        The changed lines: ``-`` marks those of ``before``, ``+`` those of ``after``. Empty if the graphs are equal.
-
-    Raises:
-        ArgumentError: ``context`` or ``width`` is too small.
-        ArgumentTypeError: A network is neither a module nor an ExportedProgram.
-        CaptureError: A network cannot be copied.
-    """
-    if width < 10 or context < 0:
-        raise ArgumentError(f"width must be at least 10 and context at least 0, got {width}, {context}")
-    networks = [capture_for_display(before).network, capture_for_display(after).network]
-    graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
-    left, right = map(_graph_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
-    rows: list[str] = []
-    for group in SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
-        rows += ["⋯"] if rows else []
-        for tag, i, j, k, m in group:
-            marks = (" ", " ") if tag == "equal" else ("-", "+")
-            pairs = zip_longest(left[i:j], right[k:m], fillvalue="")
-            rows += [f"{_column(a, marks[0], width)} │ {_column(b, marks[1], width)}".rstrip() for a, b in pairs]
-    return "\n".join(rows)
-
-
 def capture_for_display(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> Captured:
     """Capture a network that is not going to be rewritten: by its modules if it has no graph, even without inputs."""
     try:
@@ -262,48 +219,3 @@ def _table_row(row: ConvRow) -> list[Cell]:
 
 def _verdict_text(item: ConvSite | Skip) -> str:
     return f"{item.path}: {item.spec}" if isinstance(item, ConvSite) else item.reason
-
-
-def _module_lines(network: nn.Module) -> list[str]:
-    """Return one line for every module without children."""
-    leaves = [(path, module) for path, module in network.named_modules() if not list(module.children())]
-    return [f"{path}: {_module_text(module)}" for path, module in leaves]
-
-
-def _graph_lines(graph_module: fx.GraphModule) -> list[str]:
-    """Return one line for every node.
-
-    A node that replaced another is called by that node's name, so that the lines of its users do not change.
-    """
-    names = {node: node.name for node in graph_module.graph.nodes}
-    names |= {node: name for name, node in _replacements(graph_module).items()}
-    return [_node_line(graph_module, node, names) for node in graph_module.graph.nodes]
-
-
-def _replacements(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """Return the last of the nodes with which a pass of fxfact replaced another, by the name of that other."""
-    sources = [(node.meta.get("from_node"), node) for node in graph_module.graph.nodes]
-    return {source[-1].name: node for source, node in sources if source and source[-1].pass_name.startswith("fxfact")}
-
-
-def _node_line(root: fx.GraphModule, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
-    """Return a line such as ``y = conv(x): Conv2d(…)``; shorter than ``Node.format_node``, and with other names."""
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    values = [*node.args, *(f"{key}={value}" for key, value in node.kwargs.items())]
-    arguments = ", ".join(str(fx.node.map_arg(value, lambda n: names[n])) for value in values).replace("'", "")
-    if node.op in ("placeholder", "output"):
-        return f"{names[node]}" if node.op == "placeholder" else f"return {arguments}"
-    line = f"{names[node]} = {target}({arguments})"
-    if node.op != "call_module":
-        return line
-    return f"{line}: {_module_text(root.get_submodule(str(node.target)))}"
-
-
-def _module_text(module: nn.Module) -> str:
-    """Return a convolution's sizes, or the class of another module."""
-    layer = read_conv(module) if is_conv(module) else None
-    return str(layer.spec) if isinstance(layer, ConvLayer) else type(module).__name__
-
-
-def _column(text: str, mark: str, width: int) -> str:
-    return f"{mark if text else ' '} {shorten(text, width - 2, placeholder='…')}".ljust(width)

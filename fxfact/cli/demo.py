@@ -100,7 +100,7 @@ def run_demo(
         if plan.rewrites:
             path = plan.rewrites[0].path
             one_factorized = api.factorize(dense, factorization, rank=rank, include=path)
-            difference = analysis.diff(dense, one_factorized, context=1, width=76)
+            difference = analysis.diff(dense, one_factorized, context=1)
             print_text(f"The graph around {path}, before and after:\n\n{difference}\n")
     macs = (plan.network.macs, plan.after.macs)
     print_text(_comparison({"dense": dense, "factorized": small}, macs, digits))

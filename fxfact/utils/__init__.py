@@ -1,7 +1,7 @@
 """Helpers without knowledge of convolutions: timing, progress, executors, copies, files, precision."""
 
 from fxfact.utils.activation_memory import peak_bytes
-from fxfact.utils.atomic_write import as_json, atomic_write, check_path
+from fxfact.utils.atomic_write import as_json, atomic_write, check_path, write_by_suffix
 from fxfact.utils.compare import (
     difference,
     map_tensors,
@@ -95,4 +95,5 @@ __all__ = [
     "with_phase",
     "with_progress",
     "wrap_lines",
+    "write_by_suffix",
 ]
