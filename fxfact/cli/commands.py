@@ -26,7 +26,7 @@ from fxfact.cli.inputs import (
     load_described_model,
     load_model,
 )
-from fxfact.cli.output import plan_summary, print_progress, print_result, print_text
+from fxfact.cli.output import check_plot, plan_summary, plot_front, print_progress, print_result, print_text
 from fxfact.cli.plan_options import collect_data, plan_options, read_data, save_error_curves
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
@@ -77,6 +77,7 @@ def plan(args: Arguments) -> int:
     """Make a plan, print it, and write it."""
     if args.keep_statistics and not (args.calibration or args.statistics):
         raise ArgumentError("--keep-statistics writes the statistics of data. Pass --calibration as well.")
+    check_plot(args)
     check_output(args.output, *input_files(args))
     check_output(args.keep_statistics, args.output, args.model, args.weights, args.calibration)
     check_output(args.error_curves, args.output, args.keep_statistics, *input_files(args))
@@ -91,6 +92,7 @@ def plan(args: Arguments) -> int:
     save_error_curves(args, options)
     if args.output:
         made.save(args.output)
+    plot_front(args, made)
     print_result(args, made, {"plan": made.to_json(), **plan_summary(made)})
     return 0
 
@@ -98,12 +100,14 @@ def plan(args: Arguments) -> int:
 def compress(args: Arguments) -> int:
     """Factorize a model, check the result, and write it."""
     _check_compress(args)
+    check_plot(args)
     loaded = load_model(args.model, args.input, args.weights)
     as_program = _check_program_output(args, loaded)
     started = time.perf_counter()
     with processes(args.workers) as executor:
         if args.plan:
             made = Plan.load(args.plan)
+            plot_front(args, made)
             data, _ = read_data(args, loaded, held_out=made.measured_on_held_out)
             statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
@@ -111,6 +115,7 @@ def compress(args: Arguments) -> int:
             options = plan_options(args, loaded, executor)
             network = api.factorize(loaded.model, args.factorization, **options)
             made = api.plan_of(network)
+            plot_front(args, made)
             save_error_curves(args, options)
     if loaded.inputs is not None and made.rewrites:
         with_phase(partial(analysis.check_rewrite, loaded.model, network, loaded.inputs), "checking", args.progress)

@@ -166,6 +166,7 @@ def add_plan_output(parser: argparse.ArgumentParser) -> None:
     """Add the options for what ``plan`` writes."""
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="FILE", help="write the plan to this file")
+    add_plot(group)
     group.add_argument(
         "--keep-statistics",
         metavar="FILE",
@@ -183,9 +184,19 @@ def add_compress_output(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="NAME.pt2 (a program) or NAME.pt (weights for fxfact.load)",
     )
+    add_plot(group)
     group.add_argument("--plan", metavar="FILE", help="apply the plan in this file instead of making one")
     group.add_argument(
         "--dynamic-batch", action="store_true", help="export a module to a program that takes any batch size"
+    )
+
+
+def add_plot(group: argparse._ActionsContainer) -> None:
+    """Add the option for a picture of the Pareto front."""
+    group.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw what every other budget would cost the accuracy: NAME.png, NAME.svg or NAME.pdf (needs matplotlib)",
     )
 
 

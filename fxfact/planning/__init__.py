@@ -9,6 +9,7 @@ from fxfact.planning.decision import Decision, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
 from fxfact.planning.pareto import MeasuredPoint, ParetoFront
+from fxfact.planning.pareto_plot import check_plot_path
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
 from fxfact.planning.strategy import (
@@ -56,6 +57,7 @@ __all__ = [
     "Selection",
     "allocate",
     "build_plan",
+    "check_plot_path",
     "describe_call",
     "draft_plan",
     "least_amount",

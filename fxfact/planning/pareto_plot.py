@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,14 +36,8 @@ def draw_front(
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-        from matplotlib.ticker import PercentFormatter  # noqa: PLC0415
-    except ImportError as error:
-        raise ArgumentError(
-            "a picture of the Pareto front needs matplotlib: pip install 'fxfact[plot]'. print() needs nothing."
-        ) from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figures, ticker = _import_matplotlib("figure"), _import_matplotlib("ticker")
+    figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*_positive(predicted), marker=".", color=_PREDICTED, label="predicted")
     if measured:
@@ -51,7 +46,7 @@ def draw_front(
         axes.axvline(chosen, color="gray", linestyle=":", label=f"this plan: {chosen:.0%} of the {unit}")
     if any(value > 0 for _, value in (*predicted, *measured)):
         axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
     axes.set(xlabel=f"{unit}, share of the dense network's", ylabel=loss)
     axes.grid(visible=True, alpha=0.3)
     if metric:
@@ -63,20 +58,35 @@ def draw_front(
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure to a file, whole or not at all, in the format of its suffix.
-
-    Raises ArgumentError for a format that matplotlib does not know, ArgumentTypeError for a path that is none, and
-    FileError if the file cannot be written.
-    """
-    check_path(path)
-    known, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix.removeprefix(".").lower()
-    if suffix not in known:
-        raise ArgumentError(f"a picture is written to NAME.png, NAME.svg or NAME.pdf, got {os.fspath(path)}")
+    """Write a figure to a file, whole or not at all. Raises what ``check_plot_path`` raises, and FileError."""
+    suffix = check_plot_path(path)
     try:
         with atomic_write(path) as file:
             figure.savefig(file, format=suffix)
     except OSError as error:
         raise FileError(f"{os.fspath(path)}: the picture cannot be written there: {error}") from error
+
+
+def check_plot_path(path: str | os.PathLike[str]) -> str:
+    """Return the format of a picture by the suffix of its file.
+
+    Raises ArgumentError if matplotlib is not installed or does not know the format, and ArgumentTypeError if ``path``
+    is not a path.
+    """
+    check_path(path)
+    suffix = Path(path).suffix.removeprefix(".").lower()
+    if suffix not in _import_matplotlib("backend_bases").FigureCanvasBase.get_supported_filetypes():
+        raise ArgumentError(f"a picture is written to NAME.png, NAME.svg or NAME.pdf, got {os.fspath(path)}")
+    return suffix
+
+
+def _import_matplotlib(module: str) -> Any:
+    try:
+        return importlib.import_module(f"matplotlib.{module}")
+    except ImportError as error:
+        raise ArgumentError(
+            "a picture of the Pareto front needs matplotlib: pip install 'fxfact[plot]'. print() needs nothing."
+        ) from error
 
 
 def _positive(series: Series) -> tuple[list[float], list[float]]:

@@ -173,6 +173,22 @@ def test_threads_and_progress_are_used(
     assert list(dict.fromkeys(phases)) == ["capturing", "calibrating", "planning", "measuring", "decomposing"]
 
 
+def test_pareto_front_is_plotted_or_refused_at_once(
+    workspace: Path, capsys: pytest.CaptureFixture[str], run_json: RunJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    run_json("plan", "net.pt2", "--macs", "0.6", "--plot", "front.svg", "-o", "plan.json")
+    run_json("compress", "net.pt2", "-o", "small.pt2", "--plan", "plan.json", "--plot", "front.png")
+    assert min(Path(name).stat().st_size for name in ("front.svg", "front.png")) > 5000
+    assert main(["plan", "net.pt2", "--rank", "0.5", "--plot", "other.png"]) == 1
+    assert "--rank is no budget" in capsys.readouterr().err
+    assert main(["plan", "absent.pt2", "--macs", "0.6", "--plot", "other.html"]) == 1
+    assert "a picture is written to NAME.png" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert main(["plan", "absent.pt2", "--macs", "0.6", "--plot", "other.png"]) == 1
+    assert "pip install 'fxfact[plot]'" in capsys.readouterr().err
+
+
 def test_dynamic_batch_is_exported_from_a_single_sample(workspace: Path, run_json: RunJson) -> None:
     run_json("compress", "shop:small", "-o", "s.pt2", "--rank", "0.5", "--input", "1,3,10,10", "--dynamic-batch")
     assert torch.export.load("s.pt2").module()(torch.randn(5, 3, 10, 10)).shape == (5, 4)
