@@ -23,7 +23,7 @@ not know each other:
 """
 
 from fxfact import factorizations, nn, passes
-from fxfact.analysis import Explanation, Report, Verification, diff, explain, inspect, report, to_dot, verify
+from fxfact.analysis import Diff, Explanation, Report, Verification, diff, explain, inspect, report, to_dot, verify
 from fxfact.api import apply, calibrate, factorize, plan, plan_of
 from fxfact.calibration import Likelihood, Statistics
 from fxfact.compile_backend import backend
@@ -41,6 +41,7 @@ __all__ = [
     "ConvLayer",
     "ConvSpec",
     "Decision",
+    "Diff",
     "DistillResult",
     "ErrorCurveCache",
     "Explanation",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
-from fxfact.conv import Cost, format_change
+from fxfact.conv import Cost, format_change_forms
 from fxfact.errors import ArgumentTypeError
 from fxfact.factorizations import Factorization, Rank
 from fxfact.planning import Alternative, Decision, Plan, format_rank
+from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,24 @@ class Explanation:
     decision: Decision
 
     def __str__(self) -> str:
-        return "\n\n".join(part for part in (self._what(), self._why(), self._table(), self._how_to_change()) if part)
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return the explanation as text.
+
+        Args:
+            width: Number of characters in a line. None breaks no line.
+
+        Returns:
+            What becomes of the layer, why, the options side by side, and how to take another one.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        parts = [wrap_lines(text, width) for text in (self._what(), self._why())]
+        if self.decision.alternatives:
+            parts += [self._options().format(width), wrap_lines(self._how_to_change(), width)]
+        return "\n\n".join(filter(None, parts))
 
     def __repr__(self) -> str:
         return str(self)
@@ -55,23 +71,27 @@ class Explanation:
             reasons.append(f"The rank was asked for{f', but {decision.note}' if decision.note else ''}.")
         return " ".join(reasons)
 
-    def _table(self) -> str:
+    def _options(self) -> Table:
         decision = self.decision
-        if not decision.alternatives:
-            return ""
         others = [other for other in decision.alternatives if not self._is_chosen(other)]
         increase = next((a.predicted_loss_increase for a in decision.alternatives if self._is_chosen(a)), None)
-        rows = [_row(decision.factorization, decision.rank, decision.after, increase, before=decision.before)]
-        rows += [
-            _row(o.factorization, o.rank, o.cost, o.predicted_loss_increase, before=decision.before) for o in others
+        options = [(decision.factorization, decision.rank, decision.after, increase)]
+        options += [(other.factorization, other.rank, other.cost, other.predicted_loss_increase) for other in others]
+        options += [(None, None, decision.before, 0.0)] if decision.rank else []
+        rows = [_row(*option, before=decision.before) for option in options]
+        loss = "loss +, nats" if self.plan.uses_statistics else "energy lost"
+        columns = [
+            Column("", 0),
+            Column("factorization", 1),
+            Column("rank", 3),
+            Column("parameters", 4),
+            Column("MACs", 5),
+            Column("ms", 6),
+            Column(loss, 2),
         ]
-        rows += [_row(None, None, decision.before, 0.0, before=decision.before)] if decision.rank else []
-        headers = ["factorization", "rank", "parameters", "MACs", "ms"]
-        headers.append("loss +, nats" if self.plan.uses_statistics else "energy lost")
-        marked = [["chosen" if k == 0 else "", *row] for k, row in enumerate(rows)]
-        shown = [k for k, column in enumerate(zip(*marked, strict=True)) if any(column)]
-        table = [[row[k] for k in shown] for row in (["", *headers], *marked)]
-        return tabulate(table[1:], table[0], disable_numparse=True)
+        known = [k for k in range(len(columns)) if k == 0 or any("".join(row[k]) for row in rows)]
+        rows[0][0] = "chosen"
+        return Table([columns[k] for k in known], [[row[k] for k in known] for row in rows])
 
     def _is_chosen(self, other: Alternative) -> bool:
         return (other.factorization, other.rank) == (self.decision.factorization, self.decision.rank)
@@ -108,8 +128,8 @@ def explain(plan: Plan, path: str) -> Explanation:
 
 def _row(
     factorization: Factorization | None, rank: Rank | None, cost: Cost, increase: float | None, *, before: Cost
-) -> list[str]:
+) -> list[Cell]:
     pairs = [(before.params, cost.params), (before.macs, cost.macs), (before.ms, cost.ms)]
     name = "as it is" if factorization is None else factorization.name
     shown = "" if increase is None else f"{increase:.2g}"
-    return [name, format_rank(rank), *(format_change(old, new) for old, new in pairs), shown]
+    return ["", name, format_rank(rank), *(format_change_forms(old, new) for old, new in pairs), shown]

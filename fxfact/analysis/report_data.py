@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tabulate import tabulate
-
-from fxfact.conv import Cost, format_change
+from fxfact.conv import Cost, format_change_forms, format_spec_forms
+from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,23 +153,43 @@ class ReportData:
     diagrams: tuple[BlockDiagram, BlockDiagram]
 
     def __str__(self) -> str:
-        headers = ["path", "convolution", "became", "parameters", "MACs", "ms", "peak MB", "kernel", "output", "remark"]
-        rows = [_table_row(conv) for conv in self.convolutions]
-        before, after = self.before, self.after
-        pairs = [
-            (before.params, after.params),
-            (before.macs, after.macs),
-            self.milliseconds,
-            to_megabytes(self.activation_bytes),
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return the convolutions as a table, with the errors of the network above it and the check below it.
+
+        Args:
+            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
+                important columns are left out; a line says which. None gives the whole table.
+
+        Returns:
+            The text.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        columns = [
+            Column("path", 0, least=16),
+            Column("convolution", 9),
+            Column("became", 1),
+            Column(("parameters", "params"), 5),
+            Column("MACs", 3),
+            Column("ms", 2),
+            Column("peak MB", 6),
+            Column("kernel", 7),
+            Column("output", 4),
+            Column("remark", 8, least=24, wrap=True),
         ]
-        changes = [format_change(*pair) for pair in pairs]
-        rows.append(["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""])
-        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 9 + [50])
-        check = format_graph_check(self.graph_error, self.tolerance, self.changed, self.overflow)
-        return (
-            f"{format_approximation_error(self.end_to_end_error)}{format_loss(self.loss_increase)}\n\n{table}\n\n{check}\n"
+        changes = [format_change_forms(old, new) for old, new in _pairs(self)]
+        total: list[Cell] = ["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""]
+        rows: list[list[Cell]] = [*map(_table_row, self.convolutions), total]
+        above = f"{format_approximation_error(self.end_to_end_error)}{format_loss(self.loss_increase)}"
+        below = (
+            f"{format_graph_check(self.graph_error, self.tolerance, self.changed, self.overflow)}\n"
             f"ms: {format_threads(self.threads)}; peak MB: activations; kernel, output: relative errors"
         )
+        table = Table(columns, rows, has_total=True).format(width)
+        return f"{wrap_lines(above, width)}\n\n{table}\n\n{wrap_lines(below, width)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data: numbers, strings, lists and dicts."""
@@ -238,16 +257,26 @@ def format_rank(rank: tuple[int, ...] | None) -> str:
     return ",".join(map(str, rank or ()))
 
 
-def _table_row(conv: ConvReport) -> list[str]:
+def _table_row(conv: ConvReport) -> list[Cell]:
+    params, *changes = [format_change_forms(old, new) for old, new in _pairs(conv)]
     return [
         conv.path,
-        conv.convolution,
+        format_spec_forms(conv.convolution),
         f"{conv.factorization} {format_rank(conv.rank)}".strip() or "-",
-        format_change(conv.before.params, conv.after.params) if conv.convolution else "",
-        format_change(conv.before.macs, conv.after.macs),
-        "" if conv.milliseconds is None else format_change(*conv.milliseconds),
-        "" if conv.activation_bytes is None else format_change(*to_megabytes(conv.activation_bytes)),
+        params if conv.convolution else "",
+        *changes,
         format_error(conv.kernel_error),
         format_error(conv.output_error),
         conv.reason or conv.note,
+    ]
+
+
+def _pairs(data: ConvReport | ReportData) -> list[tuple[float | None, float | None]]:
+    """Return parameters, MACs, milliseconds and megabytes of activations, before and after."""
+    unknown = (None, None)
+    return [
+        (data.before.params, data.after.params),
+        (data.before.macs, data.after.macs),
+        data.milliseconds or unknown,
+        unknown if data.activation_bytes is None else to_megabytes(data.activation_bytes),
     ]

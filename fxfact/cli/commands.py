@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
@@ -26,13 +26,23 @@ from fxfact.cli.inputs import (
     load_described_model,
     load_model,
 )
-from fxfact.cli.output import plan_summary, print_progress, print_result, print_text
+from fxfact.cli.output import check_plot, plan_summary, plot_front, print_progress, print_result, print_text
 from fxfact.cli.plan_options import collect_data, plan_options, read_data, save_error_curves
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
 from fxfact.planning import Plan
 from fxfact.serialization import save
-from fxfact.utils import milliseconds, processes, relative_error, summarize_turns
+from fxfact.utils import (
+    Column,
+    Table,
+    milliseconds,
+    processes,
+    relative_error,
+    summarize_turns,
+    terminal_width,
+    with_phase,
+    wrap_lines,
+)
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss"),
@@ -67,6 +77,7 @@ def plan(args: Arguments) -> int:
     """Make a plan, print it, and write it."""
     if args.keep_statistics and not (args.calibration or args.statistics):
         raise ArgumentError("--keep-statistics writes the statistics of data. Pass --calibration as well.")
+    check_plot(args)
     check_output(args.output, *input_files(args))
     check_output(args.keep_statistics, args.output, args.model, args.weights, args.calibration)
     check_output(args.error_curves, args.output, args.keep_statistics, *input_files(args))
@@ -81,6 +92,7 @@ def plan(args: Arguments) -> int:
     save_error_curves(args, options)
     if args.output:
         made.save(args.output)
+    plot_front(args, made)
     print_result(args, made, {"plan": made.to_json(), **plan_summary(made)})
     return 0
 
@@ -88,12 +100,14 @@ def plan(args: Arguments) -> int:
 def compress(args: Arguments) -> int:
     """Factorize a model, check the result, and write it."""
     _check_compress(args)
+    check_plot(args)
     loaded = load_model(args.model, args.input, args.weights)
     as_program = _check_program_output(args, loaded)
     started = time.perf_counter()
     with processes(args.workers) as executor:
         if args.plan:
             made = Plan.load(args.plan)
+            plot_front(args, made)
             data, _ = read_data(args, loaded, held_out=made.measured_on_held_out)
             statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
@@ -101,9 +115,10 @@ def compress(args: Arguments) -> int:
             options = plan_options(args, loaded, executor)
             network = api.factorize(loaded.model, args.factorization, **options)
             made = api.plan_of(network)
+            plot_front(args, made)
             save_error_curves(args, options)
     if loaded.inputs is not None and made.rewrites:
-        analysis.check_rewrite(loaded.model, network, loaded.inputs)
+        with_phase(partial(analysis.check_rewrite, loaded.model, network, loaded.inputs), "checking", args.progress)
     if as_program and not isinstance(network, ExportedProgram):
         network = _export(network, loaded, dynamic=args.dynamic_batch)
     save(network, args.output)
@@ -178,9 +193,9 @@ def bench(args: Arguments) -> int:
     first_ms, second_ms = summarize_turns(times)
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
-    table = tabulate(rows, headers="keys", floatfmt=".3f")
     sentence = f"B is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
-    print_result(args, f"{table}\n\n{sentence}", {"networks": rows, "speedup": speedup, "threads": threads})
+    text = f"{_format_times(rows)}\n\n{wrap_lines(sentence, terminal_width())}"
+    print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
     return 0
 
 
@@ -250,6 +265,17 @@ def _at_least_two_samples(value: Any) -> Any:
     """Repeat a single sample, because torch.export treats a size of 1 as a constant."""
     single = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
     return torch.cat([value, value]) if single else value
+
+
+def _format_times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of ``bench``."""
+    importance = {"network": 0, "ms": 1, "fastest": 3, "slowest": 4, "parameters": 2}
+    columns = [Column(name, place, least=None if place else 16) for name, place in importance.items()]
+    cells = [
+        [row["network"], *(f"{row[name]:.3f}" for name in ("ms", "fastest", "slowest")), f"{row['parameters']:,}"]
+        for row in rows
+    ]
+    return Table(columns, cells).format(terminal_width())
 
 
 def _load_both(args: Arguments) -> tuple[LoadedModel, LoadedModel]:

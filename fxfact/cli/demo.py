@@ -9,17 +9,17 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxfact import analysis, api
+from fxfact import api
 from fxfact.errors import FxfactError
 from fxfact.factorizations import RankSpec
-from fxfact.planning import FactorizationRequest
-from fxfact.utils import side_by_side
+from fxfact.planning import FactorizationRequest, Latency
+from fxfact.utils import Column, Table, side_by_side, terminal_width
 
 Print = Callable[[str], None]
 _BATCH = 64
+_SAMPLES = 512  # to calibrate with
 
 
 class DemoError(FxfactError, ValueError):
@@ -70,16 +70,22 @@ class DigitNet(nn.Module):
 
 
 def run_demo(
-    factorization: FactorizationRequest,
-    rank: RankSpec,
+    factorization: FactorizationRequest | None,
+    rank: RankSpec | None,
     *,
     seed: int,
     epochs: int,
     print_text: Print,
     print_progress: Print,
 ) -> None:
-    """Train, factorize and compare. Raises FxfactError for a request that cannot be met, DemoError for missing data."""
-    api.plan(DigitNet(), factorization, rank=rank)  # reports a wrong request before the training, which takes longer
+    """Train, factorize and compare. Raises FxfactError for a request that cannot be met, DemoError for missing data.
+
+    Without a rank, the budget is half of the time that a batch takes, and unlabelled training images are the data.
+    """
+    if rank is not None:
+        api.plan(
+            DigitNet(), factorization, rank=rank
+        )  # reports a wrong request before the training, which takes longer
     digits = load_digits(seed)
     images, labels = digits.train
     print_text(
@@ -89,22 +95,22 @@ def run_demo(
         torch.manual_seed(seed)
         dense = DigitNet()
         train(dense, digits, epochs=epochs, print_progress=print_progress)
+        batches = images[:_SAMPLES].split(_BATCH)
+        request = "budget=fxfact.Latency(0.5)" if rank is None else f"rank={rank!r}"
+        request = request if factorization is None else f"{factorization!r}, {request}"
+        print_text(f"small = fxfact.factorize(dense, {request}, calibration=batches, example_inputs=batches[0])\n")
         started = time.perf_counter()
-        small = api.factorize(dense, factorization, rank=rank, exclude="stem", example_inputs=images[:1], verify=True)
-        seconds = time.perf_counter() - started
-        call = (
-            f"fxfact.factorize(dense, {factorization!r}, rank={rank!r}, exclude='stem', example_inputs=x, verify=True)"
+        small = api.factorize(
+            dense,
+            factorization,
+            rank=rank,
+            budget=Latency(0.5) if rank is None else None,
+            calibration=batches,
+            example_inputs=batches[0],
         )
-        print_text(f"small = {call}    # {seconds:.1f} s\n")
-        plan = api.plan_of(small)
-        print_text(f"{plan}\n")
-        if plan.rewrites:
-            path = plan.rewrites[0].path
-            one_factorized = api.factorize(dense, factorization, rank=rank, include=path)
-            difference = analysis.diff(dense, one_factorized, context=1, width=76)
-            print_text(f"The graph around {path}, before and after:\n\n{difference}\n")
-    macs = (plan.network.macs, plan.after.macs)
-    print_text(_comparison({"dense": dense, "factorized": small}, macs, digits))
+        seconds = time.perf_counter() - started
+        print_text(f"{api.plan_of(small)}\n")
+    print_text(_comparison(dense, small, digits, seconds))
 
 
 def load_digits(seed: int) -> Digits:
@@ -148,19 +154,23 @@ def accuracy(network: nn.Module, digits: Digits) -> float:
         return float((network(images).argmax(1) == labels).float().mean())
 
 
-def _comparison(networks: dict[str, nn.Module], macs: tuple[int | None, ...], digits: Digits) -> str:
-    """Return a table of accuracy, size and time of the networks."""
-    batch = digits.test[0][:128]
+def _comparison(dense: nn.Module, small: nn.Module, digits: Digits, seconds: float) -> str:
+    """Return a table of accuracy, size and time of the networks, and a sentence that sums it up."""
+    networks, batch = {"dense": dense, "factorized": small}, digits.test[0][:_BATCH]
+    plan = api.plan_of(small)
     times = side_by_side([partial(network, batch) for network in networks.values()])
+    accuracies = [100 * accuracy(network, digits) for network in networks.values()]
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks.values()]
+    macs = [plan.network.macs or 0, plan.after.macs or 0]
     rows = [
-        [
-            name,
-            f"{accuracy(network, digits):.1%}",
-            f"{sum(p.numel() for p in network.parameters()):,}",
-            f"{count:,}",
-            f"{ms:.2f} ms",
-        ]
-        for (name, network), count, ms in zip(networks.items(), macs, times, strict=True)
+        [name, f"{share:.1f} %", f"{size:,}", f"{count:,}", f"{ms:.2f} ms"]
+        for name, share, size, count, ms in zip(networks, accuracies, sizes, macs, times, strict=True)
     ]
-    headers = ["network", "held-out accuracy", "parameters", "MACs per image", "batch of 128"]
-    return tabulate(rows, headers, disable_numparse=True)
+    headers = ["network", "held-out accuracy", "parameters", "MACs per image", f"batch of {_BATCH}"]
+    points = accuracies[1] - accuracies[0]
+    change = f"{abs(points):.1f} points {'less' if points < 0 else 'more'} accurate" if points else "as accurate"
+    return (
+        f"{tabulate(rows, headers, disable_numparse=True)}\n\n"
+        f"In {seconds:.0f} seconds and without training, the network became {sizes[0] / sizes[1]:.1f} times as small "
+        f"and {times[0] / times[1]:.1f} times as fast, and it is {change} on held-out digits."
+    )

@@ -390,3 +390,9 @@ def _format_per_axis(values: tuple[object, ...]) -> str:
 def as_tuples(value: Any) -> Any:
     """Return ``value`` with all lists, which JSON has instead of tuples, turned into tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def format_spec_forms(spec: ConvSpec | str | None) -> tuple[str, ...]:
+    """Return the text of a spec, and its channels and kernel size alone, for tables that are narrow."""
+    text = str(spec or "")
+    return (text, ", ".join(text.partition("(")[2].rstrip(")").split(", ")[:2]))

@@ -14,11 +14,12 @@ from fxfact.planning.build import (
     warn_without_data,
 )
 from fxfact.planning.call import describe_call
-from fxfact.planning.decision import Decision, format_rank
+from fxfact.planning.decision import Decision, format_rank, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
 from fxfact.planning.layer_options import LayerOptions
-from fxfact.planning.pareto import ParetoFront
+from fxfact.planning.pareto import MeasuredPoint, ParetoFront
+from fxfact.planning.pareto_plot import check_plot_path
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
 from fxfact.planning.strategy import (
@@ -56,6 +57,7 @@ __all__ = [
     "Layout",
     "Loss",
     "Macs",
+    "MeasuredPoint",
     "Params",
     "ParetoFront",
     "ParetoPoint",
@@ -67,11 +69,13 @@ __all__ = [
     "Selection",
     "allocate",
     "build_plan",
+    "check_plot_path",
     "describe_call",
     "draft_plan",
     "format_rank",
     "least_amount",
     "parse_factorizations",
     "rank_rules",
+    "summarize_reasons",
     "warn_without_data",
 ]

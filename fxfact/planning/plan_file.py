@@ -18,7 +18,7 @@ def plan_text(data: Mapping[str, Any]) -> str:
 def _member(key: str, value: Any) -> str:
     if key == "decisions":
         return _lines([_decision(decision) for decision in value])
-    if key in ("outputs", "pareto_points"):
+    if key in ("outputs", "measured_points", "pareto_points"):
         return _lines([_text(point) for point in value])
     return _text(value)
 

@@ -15,7 +15,7 @@ from fxfact.conv import Cost
 from fxfact.errors import ArgumentTypeError, PlanError, RankError
 from fxfact.factorizations import Tucker
 from fxfact.factorizations.cp import CPMobilenet
-from fxfact.planning import ParetoPoint
+from fxfact.planning import MeasuredPoint, ParetoPoint
 from tests.support import ALL, Small, by_name, params_of, quick
 
 
@@ -40,7 +40,7 @@ def test_plan_says_what_the_network_will_have(
 
 
 def test_plan_prints_as_a_table(small: Small, image: Tensor) -> None:
-    text = str(fxfact.plan(small, rank={"second": (5, 4)}, example_inputs=image))
+    text = fxfact.plan(small, rank={"second": (5, 4)}, example_inputs=image).table()
     assert "second" in text
     assert "tucker" in text
     assert "(5,4)" in text
@@ -48,6 +48,24 @@ def test_plan_prints_as_a_table(small: Small, image: Tensor) -> None:
     assert "864 → 272 (0.31)" in text
     assert "21,600 → 9,200 (0.43)" in text
     assert "1 of 3 rewritten" in text
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120])
+def test_plan_fits_the_width_and_says_why_layers_stay_dense(small: Small, image: Tensor, width: int) -> None:
+    plan = fxfact.plan(small, rank={"second": (5, 4)}, example_inputs=image)
+    text = plan.table(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert all(decision.path in text for decision in plan)
+    words = " ".join(text.split())
+    assert "no rank is given for it" in words
+    assert ("stay dense: 2× no rank is given for it" in words) == ("remark" not in text.splitlines()[0])
+
+
+def test_plan_is_printed_in_the_width_of_the_terminal(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = fxfact.plan(small)
+    monkeypatch.setenv("COLUMNS", "44")
+    assert str(plan) == plan.table(44)
+    assert len(plan.table().splitlines()[0]) > 44
 
 
 def test_plan_without_example_inputs_has_no_macs(small: Small) -> None:
@@ -165,6 +183,18 @@ def test_increases_of_the_loss_have_six_digits(small: Small) -> None:
     assert (plan.measured_loss_increase, plan.measured_ms) == (6.66667e-10, (20 / 3, 1e5 / 3))
     assert replace(plan["second"], predicted_loss_increase=1 / 3).predicted_loss_increase == 0.333333
     assert ParetoPoint(Cost(10, 20), 1e-7 / 3).predicted_loss_increase == 3.33333e-08
+
+
+def test_measured_points_survive_the_file_of_the_plan(small: Small, tmp_path: Path) -> None:
+    points = (
+        MeasuredPoint(Cost(10, 20), predicted_loss_increase=0.5, measured_loss_increase=1e-7 / 3, metric=0.93),
+        MeasuredPoint(Cost(9, None, 1.5), milliseconds=1.25),
+    )
+    plan = replace(fxfact.plan(small), measured_points=points, pareto_points=(ParetoPoint(Cost(8, 30), 0.25),))
+    plan.save(tmp_path / "plan.json")
+    loaded = fxfact.Plan.load(tmp_path / "plan.json")
+    assert loaded.measured_points == loaded.pareto_front.measured == points
+    assert loaded.edited("second", rank=2 * (3,)).measured_points == points
 
 
 def test_plan_with_numpy_options_survives_its_file(small: Small, image: Tensor, tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""Tables that fit a width. If space is short, cells are shortened, and then the least important columns left out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from textwrap import fill
+
+from fxfact.errors import check_int
+
+Cell = str | tuple[str, ...]
+"""The text of a cell, or several texts for it, from the longest to the shortest."""
+
+_SPACE = "  "  # between two columns
+_LEAST_WIDTH = 20  # of a table
+_WIDTH_IN_FILES = 120  # where the output is no terminal
+
+
+def terminal_width() -> int:
+    """Return the width of the terminal, that in ``COLUMNS`` if it is set, or 120 if the output is no terminal."""
+    return max(_LEAST_WIDTH, shutil.get_terminal_size((_WIDTH_IN_FILES, 0)).columns)
+
+
+def wrap_lines(text: str, width: int | None) -> str:
+    """Break every line that is longer than ``width``. None breaks no line."""
+    if width is None:
+        return text
+    return "\n".join(fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in text.splitlines())
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        header: Its name.
+        importance: Its place among the columns if some have to be left out: 0 is left out last.
+        least: The width to which its texts may be cut, or None if they are never cut.
+        wrap: Whether a text that is too long goes on in further lines. Otherwise its beginning is cut off.
+    """
+
+    header: Cell
+    importance: int
+    least: int | None = None
+    wrap: bool = False
+
+    def text(self, cell: Cell, level: int, width: int) -> str:
+        """Return the text of a cell at a level of shortening, within a width."""
+        text = _form(cell, level)
+        if self.wrap:
+            return "\n".join(fill(line, width, break_on_hyphens=False) for line in text.splitlines())
+        return text if _text_width(text) <= width else f"…{text[1 - width :]}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        columns: The columns, from left to right.
+        rows: The cells of every row.
+        has_total: Whether the last row is about all others, so that a line divides it from them.
+    """
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    has_total: bool = False
+
+    def format(self, width: int | None = None) -> str:
+        """Return the table as text.
+
+        Args:
+            width: Number of characters in a line. None shows every column with its longest texts.
+
+        Returns:
+            The lines of the table. A last line names the columns that were left out, if any.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        shown = self._fit(width)
+        widths = [room for _, room in shown.values()]
+        rule = _SPACE.join("-" * room for room in widths)
+        lines = []
+        for row in [[column.header for column in self.columns], *self.rows]:
+            lines.append([self.columns[k].text(row[k], *shown[k]).splitlines() for k in shown])
+        texts = ["\n".join(_join(parts, widths) for parts in zip_longest(*cells, fillvalue="")) for cells in lines]
+        texts.insert(1, rule)
+        if self.has_total:
+            texts.insert(-1, rule)
+        if hidden := ", ".join(self.left_out(width)):
+            texts.append(wrap_lines(f"left out of {width} characters: {hidden}", width))
+        return "\n".join(texts)
+
+    def left_out(self, width: int | None) -> list[str]:
+        """Return the names of the columns that are left out of a table of this width."""
+        shown = self._fit(width)
+        return [_form(column.header, 0) for k, column in enumerate(self.columns) if k not in shown]
+
+    def _fit(self, width: int | None) -> dict[int, tuple[int, int]]:
+        """Return the level of shortening and the width of every column that is shown.
+
+        Every column begins with its shortest texts. The rest of the width is then given out by importance.
+        """
+        longest = max((len(cell) for cell in self._cells() if isinstance(cell, tuple)), default=1)
+        if width is None:
+            return {k: (0, self._column_width(k, 0)) for k in range(len(self.columns))}
+        free = check_int("width", width, _LEAST_WIDTH) + len(_SPACE)
+        fitted: dict[int, tuple[int, int]] = {}
+        by_importance = sorted(range(len(self.columns)), key=lambda k: self.columns[k].importance)
+        for k in by_importance:
+            column, needed = self.columns[k], self._column_width(k, longest)
+            if column.least is not None:
+                needed = min(needed, max(column.least, _text_width(_form(column.header, longest))))
+            if needed + len(_SPACE) <= free or not fitted:
+                fitted[k], free = (longest, needed), free - needed - len(_SPACE)
+        for level in reversed(range(longest)):
+            for k in filter(fitted.__contains__, by_importance):
+                wanted = self._column_width(k, level)
+                more = wanted - fitted[k][1]
+                if more <= free:
+                    fitted[k], free = (level, wanted), free - more
+        for k in filter(fitted.__contains__, by_importance):
+            level, given = fitted[k]
+            more = min(max(free, 0), self._column_width(k, level) - given)
+            fitted[k], free = (level, given + more), free - more
+        return {k: fitted[k] for k in sorted(fitted)}
+
+    def _cells(self) -> Iterable[Cell]:
+        return chain((column.header for column in self.columns), *self.rows)
+
+    def _column_width(self, number: int, level: int) -> int:
+        cells = [self.columns[number].header, *(row[number] for row in self.rows)]
+        return max(_text_width(_form(cell, level)) for cell in cells)
+
+
+def _join(parts: Sequence[str], widths: Sequence[int]) -> str:
+    return _SPACE.join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+
+
+def _form(cell: Cell, level: int) -> str:
+    return cell if isinstance(cell, str) else cell[min(level, len(cell) - 1)]
+
+
+def _text_width(text: str) -> int:
+    return max(map(len, text.splitlines()), default=0)
