@@ -95,7 +95,7 @@ def run_demo(
         torch.manual_seed(seed)
         dense = DigitNet()
         train(dense, digits, epochs=epochs, print_progress=print_progress)
-        batches = images[:_SAMPLES].split(_BATCH)
+        batches = torch.split(images[:_SAMPLES], _BATCH)
         request = "budget=fxfact.Latency(0.5)" if rank is None else f"rank={rank!r}"
         request = request if factorization is None else f"{factorization!r}, {request}"
         print_text(f"small = fxfact.factorize(dense, {request}, calibration=batches, example_inputs=batches[0])\n")
@@ -162,15 +162,21 @@ def _comparison(dense: nn.Module, small: nn.Module, digits: Digits, seconds: flo
     accuracies = [100 * accuracy(network, digits) for network in networks.values()]
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks.values()]
     macs = [plan.network.macs or 0, plan.after.macs or 0]
+    columns = [
+        Column("network", 0),
+        Column(("held-out accuracy", "accuracy"), 1),
+        Column("parameters", 2),
+        Column("MACs per image", 3),
+        Column(f"batch of {_BATCH}", 4),
+    ]
     rows = [
         [name, f"{share:.1f} %", f"{size:,}", f"{count:,}", f"{ms:.2f} ms"]
         for name, share, size, count, ms in zip(networks, accuracies, sizes, macs, times, strict=True)
     ]
-    headers = ["network", "held-out accuracy", "parameters", "MACs per image", f"batch of {_BATCH}"]
     points = accuracies[1] - accuracies[0]
     change = f"{abs(points):.1f} points {'less' if points < 0 else 'more'} accurate" if points else "as accurate"
     return (
-        f"{tabulate(rows, headers, disable_numparse=True)}\n\n"
+        f"{Table(columns, rows).format(terminal_width())}\n\n"
         f"In {seconds:.0f} seconds and without training, the network became {sizes[0] / sizes[1]:.1f} times as small "
         f"and {times[0] / times[1]:.1f} times as fast, and it is {change} on held-out digits."
     )

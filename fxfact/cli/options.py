@@ -235,15 +235,13 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--factorization",
         type=_names,
-        default="tucker",
         metavar="NAMES",
-        help="a name, or several separated by commas (default: %(default)s)",
+        help="a name, or several separated by commas (default: for each layer the best)",
     )
     parser.add_argument(
         "--rank",
         type=_rank,
-        default=0.25,
-        help="a fraction of each convolution's parameters, an integer, or 'same' (default: %(default)s)",
+        help="a fraction of each layer's parameters, an integer, or 'same' (default: chosen within half of the time)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
     parser.add_argument("--epochs", type=_positive_int, default=10, help="epochs of training (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -9,12 +10,16 @@ import pytest
 from fxfact.cli import main
 
 
-def test_demo_shows_plan_diff_and_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_shows_plan_and_comparison_and_ends_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="the demo is an extra: pip install 'fxfact[demo]'")
     assert main(["demo", "--epochs", "1", "--factorization", "channel_svd", "--rank", "0.5"]) == 0
     printed = capsys.readouterr()
-    for words in ("1348 images", "channel_svd", "5 of 7 rewritten", "before and after", "held-out accuracy", " ms"):
+    for words in ("1348 images", "channel_svd", "6 of 7", "accuracy", "calibration=batches"):
         assert words in printed.out
+    last = printed.out.strip().splitlines()[-1]
+    assert re.search(
+        r"became \d+\.\d times as small and \d+\.\d times as fast, and it is .* on held-out digits\.$", last
+    )
     assert "epoch 1 of 1" in printed.err
 
 
