@@ -30,7 +30,7 @@ from fxfact.compile_backend import backend
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
 from fxfact.errors import FxfactError
 from fxfact.finetune import DistillResult, RefitResult, distill, refit
-from fxfact.planning import Decision, ErrorCurveCache, Latency, Loss, Macs, Params, Plan
+from fxfact.planning import Decision, ErrorCurveCache, Latency, Loss, Macs, Metric, Params, Plan, Speedup
 from fxfact.planning import rank_rules as ranks
 from fxfact.search import for_inference
 from fxfact.serialization import load, save
@@ -47,10 +47,12 @@ __all__ = [
     "Likelihood",
     "Loss",
     "Macs",
+    "Metric",
     "Params",
     "Plan",
     "RefitResult",
     "Report",
+    "Speedup",
     "Statistics",
     "Verification",
     "apply",

@@ -2,7 +2,7 @@
 
 from fxfact.planning import rank_rules
 from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, least_amount
-from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
+from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Metric, Params, Speedup
 from fxfact.planning.build import KINDS, Kinds, PlanDraft, SearchScope, Selection, build_plan, draft_plan
 from fxfact.planning.call import describe_call
 from fxfact.planning.decision import Decision
@@ -45,6 +45,7 @@ __all__ = [
     "Loss",
     "Macs",
     "MeasuredPoint",
+    "Metric",
     "Params",
     "ParetoFront",
     "ParetoPoint",
@@ -54,6 +55,7 @@ __all__ = [
     "RankStrategy",
     "SearchScope",
     "Selection",
+    "Speedup",
     "allocate",
     "build_plan",
     "describe_call",

@@ -31,6 +31,8 @@ class MeasuredPoint:
         measured_loss_increase: the measured increase of the loss in nats for one sample, if it was measured.
         metric: the user's own metric, if it was measured.
         milliseconds: milliseconds of one call, if they were measured.
+        drop_at_most: by how much the metric is worse than that of the dense network, if it was measured; if there is
+            one score for each sample, the upper confidence limit of the mean.
     """
 
     cost: Cost
@@ -38,9 +40,10 @@ class MeasuredPoint:
     measured_loss_increase: float | None = None
     metric: float | None = None
     milliseconds: float | None = None
+    drop_at_most: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("predicted_loss_increase", "measured_loss_increase"):
+        for name in ("predicted_loss_increase", "measured_loss_increase", "metric", "drop_at_most"):
             object.__setattr__(self, name, significant(getattr(self, name)))
 
 
@@ -111,6 +114,16 @@ class ParetoFront:
     def _cells(self, unit: str, point: ParetoPoint) -> tuple[str, str]:
         amount = _UNITS[unit](point.cost) or 0
         return format_amount(amount), f"{self._share(unit, point):.2f}"
+
+
+def describe_metric(points: Sequence[MeasuredPoint], cost: Cost) -> list[str]:
+    """Return a sentence on the caller's metric before and after, or none if it was not measured at this cost."""
+    measured = [point for point in points if point.metric is not None]
+    own = next((point for point in measured if point.cost == cost), None)
+    if own is None:
+        return []
+    change = f"{measured[0].metric:.4g} → {own.metric:.4g}, worse by at most {own.drop_at_most:.3g}"
+    return [f"metric: {change}; {len(measured)} networks were measured"]
 
 
 _Point = TypeVar("_Point", bound=ParetoPoint | MeasuredPoint)

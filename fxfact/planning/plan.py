@@ -25,7 +25,7 @@ from fxfact.factorizations import (
 )
 from fxfact.planning.call import installed_versions
 from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json, unreached_cost
-from fxfact.planning.pareto import MeasuredPoint, ParetoFront, point_from_json, point_to_json
+from fxfact.planning.pareto import MeasuredPoint, ParetoFront, describe_metric, point_from_json, point_to_json
 from fxfact.planning.plan_file import plan_text
 from fxfact.planning.strategy import ParetoPoint, significant
 from fxfact.utils import atomic_write
@@ -245,6 +245,7 @@ class Plan:
             predicted = self.predicted_loss_increase
             expected = "" if predicted is None else f"predicted {predicted:.3g} nats, "
             notes.append(f"loss increase: {expected}measured {self.measured_loss_increase:.3g} nats on {where}")
+        notes += describe_metric(self.measured_points, self.after)
         if self.measured_ms is not None:
             notes.append("measured in turns: {:.3g} → {:.3g} ms".format(*self.measured_ms))
         return "\n".join([table, *notes])
