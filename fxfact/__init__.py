@@ -3,6 +3,7 @@
 The rooms of the package, top down. Imports go strictly down as well, except that ``factorizations`` and ``graph`` do
 not know each other:
 
+    public           the names below, which ``fxfact`` itself has
     cli              the shell: commands, their arguments, the demo
     serialization    networks and programs in files: written whole or not at all, read without executing anything
     api              the functions that a user calls: factorize, plan, apply, calibrate, plan_of
@@ -22,62 +23,22 @@ not know each other:
     errors           the errors, all of them FxfactError, and the warnings
 """
 
-from fxfact import factorizations, nn, passes
-from fxfact.analysis import Diff, Explanation, Report, Verification, diff, explain, inspect, report, to_dot, verify
-from fxfact.api import apply, calibrate, factorize, plan, plan_of
-from fxfact.calibration import Likelihood, Statistics
-from fxfact.compile_backend import backend
-from fxfact.conv import ConvChain, ConvLayer, ConvSpec, compose, run
-from fxfact.errors import AccuracyWarning, FxfactError, SpeedWarning
-from fxfact.finetune import DistillResult, RefitResult, distill, refit
-from fxfact.planning import Decision, ErrorCurveCache, Latency, Loss, Macs, Params, Plan
-from fxfact.planning import rank_rules as ranks
-from fxfact.search import for_inference
-from fxfact.serialization import load, save
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AccuracyWarning",
-    "ConvChain",
-    "ConvLayer",
-    "ConvSpec",
-    "Decision",
-    "Diff",
-    "DistillResult",
-    "ErrorCurveCache",
-    "Explanation",
-    "FxfactError",
-    "Latency",
-    "Likelihood",
-    "Loss",
-    "Macs",
-    "Params",
-    "Plan",
-    "RefitResult",
-    "Report",
-    "SpeedWarning",
-    "Statistics",
-    "Verification",
-    "apply",
-    "backend",
-    "calibrate",
-    "compose",
-    "diff",
-    "distill",
-    "explain",
-    "factorizations",
-    "factorize",
-    "for_inference",
-    "inspect",
-    "load",
-    "nn",
-    "passes",
-    "plan",
-    "plan_of",
-    "ranks",
-    "refit",
-    "report",
-    "run",
-    "save",
-    "to_dot",
-    "verify",
-]
+if TYPE_CHECKING:
+    from fxfact.public import *  # noqa: F403 (its __all__)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when the first is used, because ``fxfact --version`` should not import PyTorch."""
+    if not name.startswith("__") or name == "__all__":
+        public = importlib.import_module("fxfact.public")
+        globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -39,6 +39,7 @@ from fxfact.planning import (
     Latency,
     Loss,
     Macs,
+    Metric,
     Plan,
     RankRule,
     SearchScope,
@@ -53,7 +54,7 @@ from fxfact.utils import Progress, warn_caller, with_phase
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
 _Ranks = RankSpec | RankRule | Mapping[str, RankSpec | RankRule]
-_Budget = Budget | Loss
+_Budget = Budget | Loss | Metric
 _Likelihood = (
     str
     | Likelihood
@@ -143,21 +144,22 @@ def factorize(
         model,
         example_inputs,
         how=capture,
-        keep_members=not isinstance(budget, Latency),  # batch norms can only be folded in a graph
+        keep_members=not isinstance(_cost_budget(budget), Latency),  # batch norms can only be folded in a graph
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
     captured = with_phase(capturing, "capturing", progress)
     scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
-    loss = budget if isinstance(budget, Loss) else None
-    found = search(captured, strategy, scope, data, options=options, loss=loss)
+    bound = budget if isinstance(budget, Loss | Metric) else None
+    found = search(captured, strategy, scope, data, options=options, bound=bound)
     known = found.decompositions if generator is None else {}  # the caller's generator draws new random factors
     apply_to = partial(apply_plan, captured=captured, options=options, statistics=found.statistics, known=known)
     result = apply_to(found.plan)
     if isinstance(result, nn.Module):
-        if isinstance(budget, Latency):
-            result = fall_back_if_slower(captured, found.plan, result, apply_to, budget)
+        cost = _cost_budget(budget)
+        if isinstance(cost, Latency):
+            result = fall_back_if_slower(captured, found.plan, result, apply_to, cost)
         else:
             warn_if_slower(captured, result)
     if verify and found.plan.rewrites and captured.example_inputs is not None:
@@ -210,9 +212,10 @@ def plan(
             first sample of the calibration batches.
         budget: a bound on the cost of the network, instead of ``rank``: ``fxfact.Macs(0.5)`` or ``fxfact.Params(0.5)``,
             a share of the whole network's (or ``at_most=`` a number); ``fxfact.Latency(0.5)``, a share of the time of
-            the dense network in its fastest exact variant on this machine (or ``at_most_ms=``); or
-            ``fxfact.Loss(0.05)``, nats by which the loss may increase, as measured. Ranks are chosen for all
-            layers together, and layers stay dense if that is better. The result of a budget of milliseconds
+            the dense network in its fastest exact variant on this machine (or ``at_most_ms=``), which is
+            ``fxfact.Speedup(2)``; ``fxfact.Loss(0.05)``, nats by which the loss may increase, as measured; or
+            ``fxfact.Metric(evaluate, at_most_drop=0.5)``, a bound on your own metric. Ranks are chosen for all layers
+            together, and layers stay dense if that is better. The result of a budget of milliseconds
             is for inference only: it is in evaluation mode, with batch norms folded. Default: ``fxfact.Macs(0.5)`` if
             ``calibration`` is given and ``rank`` is not.
         calibration: unlabelled batches (an iterable of tensors, tuples or mappings; elements that the example inputs do
@@ -267,6 +270,7 @@ def plan(
         RankError, WeightError: if a rank is not feasible, or a weight is not finite.
         BudgetError: if no network meets the budget.
         CalibrationError: if something is wrong with the data.
+        MetricError: if your own metric cannot be measured.
         TimingError: if the network does not run while it is timed.
     """
     call = describe_call(plan, locals())  # first, while the locals are the arguments
@@ -280,15 +284,15 @@ def plan(
         model,
         example_inputs,
         how=capture,
-        keep_members=not isinstance(budget, Latency),  # batch norms can only be folded in a graph
+        keep_members=not isinstance(_cost_budget(budget), Latency),  # batch norms can only be folded in a graph
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
     captured = with_phase(capturing, "capturing", progress)
     scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
-    loss = budget if isinstance(budget, Loss) else None
-    found = search(captured, strategy, scope, data, options=options, loss=loss).plan
+    bound = budget if isinstance(budget, Loss | Metric) else None
+    found = search(captured, strategy, scope, data, options=options, bound=bound).plan
     warn_without_data(found, "plan")
     return found
 
@@ -465,23 +469,33 @@ def _parse_strategy(
     if budget is None:
         requested = "tucker" if factorization is None else factorization
         return FixedRanks.parse(requested, 0.5 if rank is None else rank, multiple_of)
-    if not isinstance(budget, Budget | Loss):
+    cost = _cost_budget(budget)
+    if cost is None:
         raise ArgumentTypeError(
-            f"budget must be fxfact.Macs, Params, Latency or Loss, got {budget!r}. Pass fxfact.Macs(0.5)."
+            f"budget must be fxfact.Macs, Params, Latency, Loss or Metric, got {budget!r}. Pass fxfact.Macs(0.5)."
         )
     if rank is not None:
         raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
     if factorization is None:
         every = [kind() for kind in FACTORIZATIONS]
-        every += [SpatialSVD(last_axes_first=True)] if isinstance(budget, Latency) else []
+        every += [SpatialSVD(last_axes_first=True)] if isinstance(cost, Latency) else []
         factorizations = ByPath(tuple(every), {})
     else:
         factorizations = ByPath.parse(factorization, parse_factorizations)
     return BudgetAllocator(
-        budget=budget if isinstance(budget, Budget) else Macs(1.0),
+        budget=cost,
         factorizations=factorizations,
         multiple=1 if multiple_of is None else multiple_of,
         error_curves=ErrorCurveCache() if error_curves is None else error_curves,
         progress=options.progress,
         executor=options.executor,
     )
+
+
+def _cost_budget(budget: object) -> Budget | None:
+    """Return the budget that says in which unit the cost is counted, or None if this is no budget."""
+    if isinstance(budget, Loss):
+        return Macs(1.0)
+    if isinstance(budget, Metric):
+        return budget.minimise(1.0)
+    return budget if isinstance(budget, Budget) else None

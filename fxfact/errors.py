@@ -69,6 +69,10 @@ class BudgetError(FxfactError, ValueError):
         self.least = least
 
 
+class MetricError(FxfactError, ValueError):
+    """The function of a ``fxfact.Metric`` failed, returned no number, or changed the network that it measured."""
+
+
 class TimingError(FxfactError, RuntimeError):
     """A call that should be timed failed."""
 

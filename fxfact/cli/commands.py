@@ -17,7 +17,6 @@ from fxfact import analysis, api
 from fxfact.capture import ExampleInputs, arguments_of
 from fxfact.cli.demo import run_demo
 from fxfact.cli.inputs import (
-    Arguments,
     LoadedModel,
     callable_module,
     check_output,
@@ -26,6 +25,7 @@ from fxfact.cli.inputs import (
     load_described_model,
     load_model,
 )
+from fxfact.cli.options import Arguments
 from fxfact.cli.output import check_plot, plan_summary, plot_front, print_progress, print_result, print_text
 from fxfact.cli.plan_options import collect_data, plan_options, read_data, save_error_curves
 from fxfact.errors import ArgumentError, PlanError, VerificationError

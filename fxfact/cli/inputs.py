@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 from collections.abc import Mapping
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxfact.capture import ExampleInputs, inputs_of
+from fxfact.cli.options import Arguments
 from fxfact.errors import ArgumentError, CalibrationError, FileError, FxfactError
 from fxfact.serialization import load
-
-Arguments = argparse.Namespace
 
 
 class LoadedModel(NamedTuple):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
+Arguments = argparse.Namespace
 _MODEL_HELP = "a .pt2 file of torch.export.save, or package.module:callable, which must return a torch.nn.Module"
 
 
@@ -278,6 +280,8 @@ def _import_package(text: str) -> str:
 
 
 def _input_tensor(text: str) -> Tensor:
+    import torch  # noqa: PLC0415 (it takes seconds, and --help and --version do not need it)
+
     sizes, _, dtype_name = text.partition(":")
     shape = [_positive_int(size) for size in sizes.split(",")]
     dtype = getattr(torch, dtype_name or "float32", None)

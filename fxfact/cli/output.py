@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from fxfact.cli.inputs import Arguments
+from fxfact.cli.options import Arguments
 from fxfact.conv import Cost
 from fxfact.errors import ArgumentError
 from fxfact.planning import Plan, check_plot_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import re
@@ -11,9 +12,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import NamedTuple
 
-from fxfact.cli import commands
-from fxfact.cli.inputs import Arguments
 from fxfact.cli.options import (
+    Arguments,
     add_budget,
     add_compress_output,
     add_computation,
@@ -47,7 +47,6 @@ _ONLY_IN_PYTHON = ("capture=", "leaf_modules", "transform=", "weights='empty'", 
 
 class _Command(NamedTuple):
     name: str
-    run: Callable[[Arguments], int]
     help: str
     example: str
     add_arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
@@ -55,45 +54,39 @@ class _Command(NamedTuple):
 
 _CHOICES = (add_scope, add_budget, add_data, add_computation)
 _COMMANDS = (
-    _Command("inspect", commands.inspect, "list every convolution of a network", "resnet.pt2", (add_model,)),
+    _Command("inspect", "list every convolution of a network", "resnet.pt2", (add_model,)),
     _Command(
         "plan",
-        commands.plan,
         "choose a factorization and a rank for every convolution",
         "resnet.pt2 --macs 0.5 --calibration images.npy -o plan.json",
         (add_model, *_CHOICES, add_plan_output),
     ),
     _Command(
         "compress",
-        commands.compress,
         "factorize a network, check the result and write it",
         "resnet.pt2 -o small.pt2 --macs 0.5 --calibration images.npy",
         (add_model, *_CHOICES, add_compress_output),
     ),
     _Command(
         "verify",
-        commands.verify,
         "compare a factorized network with its original",
         "resnet.pt2 small.pt2",
         (add_two_models, add_tolerance),
     ),
     _Command(
         "bench",
-        commands.bench,
         "time two networks side by side",
         "resnet.pt2 small.pt2 --threads 1",
         (add_two_models, add_timing),
     ),
     _Command(
         "report",
-        commands.report,
         "show the changes in a network, their savings and their costs",
         "resnet.pt2 small.pt2 -o report.html",
         (add_two_models, add_report_output),
     ),
     _Command(
         "demo",
-        commands.demo,
         "train, factorize and compare a small network on handwritten digits (half a minute)",
         "--factorization cp --rank 0.5",
         (add_demo,),
@@ -121,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # not every terminal can show arrows
     args = _build_parser().parse_args(arguments)
     try:
-        status: int = args.run(args)
+        commands = importlib.import_module("fxfact.cli.commands")  # only now: it imports PyTorch, which takes seconds
+        status: int = getattr(commands, args.command)(args)
         sys.stdout.flush()
         return status
     except FxfactError as error:
@@ -163,7 +157,7 @@ def _build_parser() -> argparse.ArgumentParser:
             description=f"{command.help[0].upper()}{command.help[1:]}.",
             epilog=f"example: fxfact {command.name} {command.example}",
         )
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(command=command.name)
         for add_arguments in command.add_arguments:
             add_arguments(subparser)
     return parser

@@ -9,12 +9,12 @@ from typing import Any
 from fxfact import api
 from fxfact.calibration import Statistics, split_held_out, take_samples
 from fxfact.cli.inputs import (
-    Arguments,
     LoadedModel,
     example_inputs_of,
     model_dtype,
     read_batches,
 )
+from fxfact.cli.options import Arguments
 from fxfact.errors import ArgumentError
 from fxfact.planning import KINDS, ErrorCurveCache, Latency, Loss, Macs, Params
 

@@ -2,7 +2,7 @@
 
 from fxfact.planning import rank_rules
 from fxfact.planning.allocation import BudgetAllocator, allocate, least_amount
-from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
+from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Metric, Params, Speedup
 from fxfact.planning.build import (
     KINDS,
     Kinds,
@@ -58,6 +58,7 @@ __all__ = [
     "Loss",
     "Macs",
     "MeasuredPoint",
+    "Metric",
     "Params",
     "ParetoFront",
     "ParetoPoint",
@@ -67,6 +68,7 @@ __all__ = [
     "RankStrategy",
     "SearchScope",
     "Selection",
+    "Speedup",
     "allocate",
     "build_plan",
     "check_plot_path",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from fxfact.conv import Cost
-from fxfact.errors import BudgetError
+from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, check_int
 from fxfact.utils import Timer
+
+_LEAST_EVALUATIONS = 3  # of a metric: the dense network twice, and one other
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,7 @@ class Budget(ABC):
     def __post_init__(self) -> None:
         given = [value for value in (self.fraction, self.at_most) if value is not None]
         name = type(self).__name__
-        numbers = all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in given)
-        if len(given) != 1 or not numbers or not given[0] > 0 or (self.fraction or 0) > 1:
+        if len(given) != 1 or not _is_number(given[0]) or not given[0] > 0 or (self.fraction or 0) > 1:
             raise BudgetError(
                 f"{name}({self.fraction!r}, {self.bound}={self.at_most!r}) is no budget. Pass a share of at most 1, "
                 f"{name}(0.5), or {name}({self.example})."
@@ -190,6 +192,27 @@ class Latency(Budget):
         return cost.ms
 
 
+def Speedup(factor: float, *, compiled: bool = False, timer: Timer | None = None) -> Latency:  # noqa: N802 (a budget)
+    """Return the budget of a network that is ``factor`` times as fast: ``Speedup(2)`` is ``Latency(1 / 2)``.
+
+    Args:
+        factor: how many times as fast as the dense network in its fastest exact variant, at least 1.
+        compiled: see ``Latency``.
+        timer: see ``Latency``.
+
+    Returns:
+        The budget of milliseconds.
+
+    Raises:
+        BudgetError: unless the factor is a number of at least 1.
+    """
+    if not _is_number(factor) or factor < 1:
+        raise BudgetError(
+            f"Speedup({factor!r}) is no budget. Pass a factor of at least 1: Speedup(2) is twice as fast."
+        )
+    return Latency(1 / factor, compiled=compiled, timer=timer)
+
+
 @final
 @dataclass(frozen=True)
 class Loss:
@@ -209,8 +232,69 @@ class Loss:
     nats: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.nats, bool) or not isinstance(self.nats, Real) or not 0 < self.nats < math.inf:
+        if not _is_number(self.nats) or not self.nats > 0:
             raise BudgetError(f"Loss({self.nats!r}) is no budget: pass a positive number of nats for one sample")
+
+
+@final
+@dataclass(frozen=True)
+class Metric:
+    """A bound on how much worse a metric of your own may become: ``Metric(evaluate, at_most_drop=0.5)``.
+
+    fxfact measures a few networks along the Pareto front and returns the cheapest one that meets the bound.
+    ``Plan.measured_points`` has them all.
+
+    If ``evaluate`` returns one score for each sample, the bound is meant to hold for other samples of the same kind
+    too. A network then meets it if the upper confidence limit of its mean drop is within the bound. If ``evaluate``
+    returns one number, the drop of this number is within the bound, and on other samples it may be larger.
+
+    Args:
+        evaluate: a function that measures a network. It gets a module in evaluation mode, without gradients, which it
+            must not change (the module of an ExportedProgram). It returns a number, or a tensor (n,) with the score of
+            each of n samples, always in the same order.
+        at_most_drop: by how much the metric may be worse than that of the dense network, in its own unit, at least 0.
+        lower_is_better: whether the metric is an error instead of a score.
+        minimise: what to make as small as possible: ``fxfact.Macs``, ``fxfact.Params`` or ``fxfact.Latency``.
+        evaluations: how many times ``evaluate`` is called at most, at least 3. The first two calls are on the dense
+            network, which shows whether its result is random.
+        confidence: the probability that the drop is within the bound in the mean of all possible samples. Only for
+            scores of samples.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: for an argument out of range, or of another type.
+        BudgetError: if ``at_most_drop`` is not a number of at least 0.
+    """
+
+    evaluate: Callable[[Any], Any]
+    at_most_drop: float
+    _: KW_ONLY
+    lower_is_better: bool = False
+    minimise: type[Budget] = Macs
+    evaluations: int = 8
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not callable(self.evaluate):
+            raise ArgumentTypeError(f"Metric: evaluate must be a function of a network, got {self.evaluate!r}")
+        if not _is_number(self.at_most_drop) or self.at_most_drop < 0:
+            raise BudgetError(
+                f"Metric: at_most_drop must be a number of at least 0, in the unit of the metric, got "
+                f"{self.at_most_drop!r}"
+            )
+        if not isinstance(self.lower_is_better, bool):
+            raise ArgumentTypeError(f"Metric: lower_is_better is True or False, got {self.lower_is_better!r}")
+        if self.minimise not in (Macs, Params, Latency):
+            raise ArgumentTypeError(
+                f"Metric: minimise must be the class fxfact.Macs, fxfact.Params or fxfact.Latency, got "
+                f"{self.minimise!r}"
+            )
+        check_int("Metric: evaluations", self.evaluations, _LEAST_EVALUATIONS)
+        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
+            raise ArgumentError(f"Metric: confidence must be at least 0.5 and less than 1, got {self.confidence!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _format(amount: float) -> str:

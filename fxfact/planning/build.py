@@ -75,6 +75,11 @@ class PlanDraft:
         if least > allowed:
             raise budget.out_of_reach_error(least, self.network)
 
+    def dense_plan(self, reason: str = "") -> Plan:
+        """Return the plan without rewrites, with a reason for the candidates."""
+        choices = (Skip(reason),) * len(self.candidates)
+        return self.to_plan(Allocation(choices), uses_statistics=False)
+
     def to_plan(self, allocation: Allocation, *, uses_statistics: bool) -> Plan:
         """Return the plan for one choice for each candidate."""
         decisions = {decision.path: decision for decision in self.decisions}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ class MeasuredPoint:
         measured_loss_increase: the measured increase of the loss in nats for one sample, if it was measured.
         metric: the user's own metric, if it was measured.
         milliseconds: milliseconds of one call, if they were measured.
+        drop_at_most: by how much the metric is worse than that of the dense network, if it was measured; if there is
+            one score for each sample, the upper confidence limit of the mean.
     """
 
     cost: Cost
@@ -44,9 +46,10 @@ class MeasuredPoint:
     measured_loss_increase: float | None = None
     metric: float | None = None
     milliseconds: float | None = None
+    drop_at_most: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("predicted_loss_increase", "measured_loss_increase"):
+        for name in ("predicted_loss_increase", "measured_loss_increase", "metric", "drop_at_most"):
             object.__setattr__(self, name, significant(getattr(self, name)))
 
 
@@ -224,6 +227,16 @@ def _merged(point: MeasuredPoint, other: MeasuredPoint) -> MeasuredPoint:
 
 def _was_measured(point: MeasuredPoint) -> bool:
     return any(getattr(point, name) is not None for name in _VALUES if name != "predicted_loss_increase")
+
+
+def describe_metric(points: Sequence[MeasuredPoint], cost: Cost) -> list[str]:
+    """Return a sentence on the caller's metric before and after, or none if it was not measured at this cost."""
+    measured = [point for point in points if point.metric is not None]
+    own = next((point for point in measured if point.cost == cost), None)
+    if own is None:
+        return []
+    change = f"{measured[0].metric:.4g} → {own.metric:.4g}, worse by at most {own.drop_at_most:.3g}"
+    return [f"metric: {change}; {len(measured)} networks were measured"]
 
 
 _Point = TypeVar("_Point", bound=ParetoPoint | MeasuredPoint)

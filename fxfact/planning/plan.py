@@ -23,7 +23,7 @@ from fxfact.factorizations import (
 )
 from fxfact.planning.call import installed_versions
 from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json, unreached_cost
-from fxfact.planning.pareto import MeasuredPoint, ParetoFront, point_from_json, point_to_json
+from fxfact.planning.pareto import MeasuredPoint, ParetoFront, describe_metric, point_from_json, point_to_json
 from fxfact.planning.plan_file import plan_text
 from fxfact.planning.plan_table import decision_table, format_decisions, format_unreached
 from fxfact.planning.strategy import ParetoPoint, significant
@@ -257,6 +257,7 @@ class Plan:
             predicted = self.predicted_loss_increase
             expected = "" if predicted is None else f"predicted {predicted:.3g} nats, "
             yield f"loss increase: {expected}measured {self.measured_loss_increase:.3g} nats on {where}"
+        yield from describe_metric(self.measured_points, self.after)
         if self.measured_ms is not None:
             before, after = self.measured_ms
             yield f"measured in turns: {before:.3g} → {after:.3g} ms{f', {_SLOWER}' if after > before else ''}"

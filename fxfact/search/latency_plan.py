@@ -72,6 +72,15 @@ class LatencyPlanner:
             self._model.forget()
         return self._plan_by_macs(allocator, plan_loss, "of the network contradict those of its layers")
 
+    def proposer(self, allocator: BudgetAllocator) -> PlanProposer:
+        """Return what proposes plans by the times of single layers and chains, with a warning if these are inexact."""
+        layers = replace(allocator, latency_model=self._model).layer_options(self._draft.candidates)
+        self._network_ms = min(self._network_ms, self._baseline.milliseconds())  # at the speed of the layers
+        if self._model.is_noisy:
+            warn_caller("the machine is under load, so its times are inexact. Try again when it is idle.")
+        self._model.save()
+        return self._proposer(layers, allocator)
+
     def _plan_by_macs(self, allocator: BudgetAllocator, plan_loss: PlanLoss | None, why: str) -> Plan:
         share = min(1.0, self._budget.allowed(self._network()) / self._network_ms)
         warn_caller(

@@ -74,7 +74,7 @@ class PlanLoss:
 
     def finish(self, plan: Plan) -> None:
         """Go on with the fits of a plan's kernels, so that they are those of the network that it makes."""
-        leaders = (_leader_decision(decision) for decision in plan.rewrites)
+        leaders = (leader_decision(decision) for decision in plan.rewrites)
         quick = {
             d.rewrite: d
             for d in leaders
@@ -86,7 +86,7 @@ class PlanLoss:
     def _divergences_of(self, rewrites: Sequence[Decision]) -> Tensor:
         key = frozenset(decision.rewrite for decision in rewrites)
         if key not in self._divergences:
-            leaders = {decision.path: _leader_decision(decision) for decision in rewrites}
+            leaders = {decision.path: leader_decision(decision) for decision in rewrites}
             self._decompose([d for d in leaders.values() if d.rewrite not in self.decompositions], quick=True)
             kernels = {path: self._composed_kernel(decision) for path, decision in leaders.items()}
             network = with_kernels(self._fresh_network(), {**self._dense_kernels, **kernels})
@@ -120,6 +120,6 @@ class PlanLoss:
         return to_torch(self._sites[decision.path].spec, compose_weights(decision.stages, weights))
 
 
-def _leader_decision(decision: Decision) -> Decision:
+def leader_decision(decision: Decision) -> Decision:
     """Return the decision for the convolution whose weight this one shares."""
     return replace(decision, path=decision.tied_to or decision.path)

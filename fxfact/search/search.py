@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -27,23 +28,27 @@ from fxfact.capture import Captured, ExampleInputs
 from fxfact.errors import ArgumentError, CalibrationError
 from fxfact.passes import DecomposeOptions, Decomposition
 from fxfact.planning import (
+    Budget,
     BudgetAllocator,
     FixedRanks,
     Latency,
     Loss,
     Macs,
+    Metric,
     Params,
     Plan,
     PlanDraft,
     SearchScope,
     draft_plan,
 )
+from fxfact.search.cheapest import CostOfIncrease, Limit, cheapest_within
 from fxfact.search.latency_plan import LatencyPlanner
+from fxfact.search.metric_drop import MetricDrop
 from fxfact.search.plan_loss import PlanLoss
-from fxfact.search.propose import PlanProposer, Propose, best_plan, measured, warn_if_contradicted
+from fxfact.search.propose import PlanProposer, best_plan, measured, warn_if_contradicted
 from fxfact.utils import alias_copy, to_eval
 
-_HALVINGS = 8
+_LOSS_TRIALS = 8  # plans measured for a bound on the loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,7 @@ def search(
     data: CalibrationData,
     *,
     options: DecomposeOptions,
-    loss: Loss | None = None,
+    bound: Loss | Metric | None = None,
 ) -> SearchResult:
     """Find the plan for fixed ranks or for a budget.
 
@@ -87,12 +92,13 @@ def search(
         scope: which layers may change.
         data: the caller's data.
         options: how kernels are decomposed in order to measure plans.
-        loss: find the cheapest network within this bound on the loss. The strategy's budget then only says in which
-            unit the cost is counted.
+        bound: find the cheapest network within this bound on the loss, or on the caller's metric. The strategy's budget
+            then only says in which unit the cost is counted.
 
     Raises:
-        ArgumentError, BudgetError, CalibrationError, CaptureError, RankError, TimingError, WeightError.
+        ArgumentError, BudgetError, CalibrationError, CaptureError, MetricError, RankError, TimingError, WeightError.
     """
+    loss = bound if isinstance(bound, Loss) else None
     _check_requests(strategy, data)
     if data.calibration is not None or data.held_out is not None:
         captured.check_sites()
@@ -104,32 +110,31 @@ def search(
         draft.check_reach(budget)
         strategy.check_budget(draft.candidates, draft.network)
 
-    # Statistics: given by the caller, or collected from the caller's batches. The original is run on the batches to
-    # measure on first, so that outputs that cannot be measured are refused before the expensive part.
-    has_budget = isinstance(strategy, BudgetAllocator)
-    batches = _split_batches(captured, data, has_budget=has_budget, needs_held_out=loss is not None)
+    # Statistics: given by the caller, or collected from the caller's batches. The original is measured first, so that
+    # metrics that fail, and outputs that cannot be measured, are refused before the expensive part.
+    metric_drop = MetricDrop(bound, captured, draft.dense_plan(), options) if isinstance(bound, Metric) else None
+    batches = _split_batches(captured, data, has_budget=bool(budget or loss), needs_held_out=loss is not None)
     plan_network = to_eval(alias_copy(captured.network)) if batches.measuring else None
     evaluator = None if plan_network is None else _evaluator(plan_network, data, batches)
-    latency_planner = None
-    if isinstance(strategy, BudgetAllocator) and isinstance(budget, Latency):
-        latency_planner = LatencyPlanner(captured, draft, budget)
-        latency_planner.check_budget(strategy)
+    latency_planner = _latency_planner(captured, draft, strategy)
     statistics = _statistics(captured, data, batches, evaluator, options)
 
     # Fixed ranks, or propose, measure, decide.
     plan_loss = None
     if plan_network is not None and evaluator is not None and statistics is not None:
         plan_loss = PlanLoss(captured, plan_network, statistics, evaluator, options, on_held_out=batches.held_out)
+    decompositions = {} if plan_loss is None else plan_loss.decompositions
     strategy = replace(strategy, statistics=statistics)
     if isinstance(strategy, FixedRanks):
-        allocation = strategy.choose(draft.candidates, draft.network)
-        plan = measured(draft.to_plan(allocation, uses_statistics=strategy.uses_statistics), plan_loss)
-    elif latency_planner is not None:
-        plan = latency_planner.plan(strategy, plan_loss)
+        plan = measured(_fixed_plan(draft, strategy), plan_loss)
+    elif metric_drop is not None:
+        proposer = _proposer(draft, strategy) if latency_planner is None else latency_planner.proposer(strategy)
+        limit = metric_drop.limit(statistics, decompositions)
+        plan = _cheapest_plan(limit, proposer, type(strategy.budget), plan_loss)
+        plan = replace(plan, measured_points=tuple(metric_drop.points))
     else:
-        plan = _plan_for_size(captured, draft, strategy, plan_loss, loss)
-    warn_if_contradicted(plan)
-    decompositions = {} if plan_loss is None else plan_loss.decompositions
+        plan = _plan_by_data(draft, strategy, latency_planner, plan_loss, loss)
+        warn_if_contradicted(plan)
     return SearchResult(_with_outputs(plan, statistics), statistics, decompositions)
 
 
@@ -145,46 +150,64 @@ def _with_outputs(plan: Plan, statistics: Statistics | None) -> Plan:
     return plan if statistics is None else replace(plan, outputs=statistics.outputs)
 
 
-def _plan_for_size(
-    captured: Captured, draft: PlanDraft, allocator: BudgetAllocator, plan_loss: PlanLoss | None, loss: Loss | None
+def _latency_planner(
+    captured: Captured, draft: PlanDraft, strategy: FixedRanks | BudgetAllocator
+) -> LatencyPlanner | None:
+    """Return the planner for a budget of milliseconds, which is checked. Raises BudgetError."""
+    if not isinstance(strategy, BudgetAllocator) or not isinstance(strategy.budget, Latency):
+        return None
+    planner = LatencyPlanner(captured, draft, strategy.budget)
+    planner.check_budget(strategy)
+    return planner
+
+
+def _fixed_plan(draft: PlanDraft, fixed: FixedRanks) -> Plan:
+    allocation = fixed.choose(draft.candidates, draft.network)
+    return draft.to_plan(allocation, uses_statistics=fixed.uses_statistics)
+
+
+def _plan_by_data(
+    draft: PlanDraft,
+    allocator: BudgetAllocator,
+    latency_planner: LatencyPlanner | None,
+    plan_loss: PlanLoss | None,
+    loss: Loss | None,
 ) -> Plan:
-    """Return the plan for a budget of MACs or parameters, or the cheapest one within a bound on the loss."""
+    """Return the plan for a budget, or the cheapest one within a bound on the loss."""
+    if latency_planner is not None:
+        return latency_planner.plan(allocator, plan_loss)
     if loss is None:
         allocator.check_budget(draft.candidates, draft.network)  # again: no gradient may have reached some layers
+        return best_plan(allocator.budget, _proposer(draft, allocator).propose, plan_loss)
+    limit = Limit(_measured_loss, loss.nats, _LOSS_TRIALS, slope=1.0, subject="loss")
+    unit = Params if draft.network.macs is None else Macs
+    return _cheapest_plan(limit, _proposer(draft, allocator), unit, plan_loss)
+
+
+def _measured_loss(plan: Plan) -> float:
+    return math.inf if plan.measured_loss_increase is None else plan.measured_loss_increase
+
+
+def _proposer(draft: PlanDraft, allocator: BudgetAllocator) -> PlanProposer:
     layers = allocator.layer_options(draft.candidates)
-    proposer = PlanProposer(draft, layers, draft.network, allocator.uses_statistics)
-    if loss is None:
-        return best_plan(allocator.budget, proposer.propose, plan_loss)
-    return _cheapest_plan(loss, proposer.propose, plan_loss, Params if captured.macs is None else Macs)
+    return PlanProposer(draft, layers, draft.network, allocator.uses_statistics)
 
 
-def _cheapest_plan(loss: Loss, propose: Propose, plan_loss: PlanLoss | None, unit: type[Macs | Params]) -> Plan:
-    """Return the cheapest plan whose measured loss increase is within the bound.
+def _cheapest_plan(limit: Limit, proposer: PlanProposer, unit: type[Budget], plan_loss: PlanLoss | None) -> Plan:
+    """Return the cheapest plan that measures within a limit, or one without rewrites."""
 
-    The share of the dense cost is found by halving the interval between the cheapest network and the dense one eight
-    times.
-    """
-    dense = best_plan(unit(1.0), propose, plan_loss)
-    network = dense.network.macs or dense.network.params
-    cheapest = dense.pareto_points[0].cost if dense.pareto_points else dense.network
-    low, high = (cheapest.macs or cheapest.params) / network, 1.0
-    best = dense
-    if not _is_within(dense, loss):  # the loss cannot even bear the rewrites that are expected to cost nothing
-        for decision in dense.rewrites:
-            best = best.edited(decision.path, skip="the loss cannot bear it")
-        best = replace(best, measured_loss_increase=0.0)
-    for _ in range(_HALVINGS if dense.pareto_points else 0):
-        middle = (low + high) / 2
-        plan = best_plan(unit(middle), propose, plan_loss)
-        if _is_within(plan, loss):
-            best, high = plan, middle
-        else:
-            low = middle
-    return best
+    def plan_at(share: float) -> Plan:
+        budget = unit(min(share * (1 + 1e-9), 1.0))  # not less than the front's cheapest network, by rounding
+        return best_plan(budget, proposer.propose, plan_loss)
 
-
-def _is_within(plan: Plan, loss: Loss) -> bool:
-    return plan.measured_loss_increase is not None and plan.measured_loss_increase <= loss.nats
+    whole = proposer.propose(unit(1.0))
+    if not whole.pareto_points:
+        return plan_at(1.0)
+    found = cheapest_within(limit, CostOfIncrease(whole.pareto_points, whole.network, unit), plan_at)
+    if found is not None and found.rewrites:
+        return found
+    dense = proposer.draft.dense_plan(f"the {limit.subject} cannot bear it")
+    return replace(whole, decisions=dense.decisions, measured_loss_increase=None if plan_loss is None else 0.0)
 
 
 def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData) -> None:

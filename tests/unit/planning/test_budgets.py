@@ -125,3 +125,13 @@ def test_latency_budget_has_a_timer_that_does_not_count_in_comparisons() -> None
     assert type(fxfact.Latency(0.5).timer) is Timer
     assert budget == fxfact.Latency(0.5) != fxfact.Latency(0.5, compiled=True)
     assert repr(budget) == "Latency(fraction=0.5, at_most=None, compiled=False)"
+
+
+def test_speedup_is_its_share_of_the_milliseconds() -> None:
+    timer = Timer()
+    assert fxfact.Speedup(2) == fxfact.Latency(0.5)
+    assert fxfact.Speedup(4.0, compiled=True, timer=timer) == fxfact.Latency(0.25, compiled=True)
+    assert fxfact.Speedup(4.0, timer=timer).timer is timer
+    for factor in (0.5, 0, -1, float("inf"), None, True):
+        with pytest.raises(BudgetError, match=r"Speedup\(2\) is twice as fast"):
+            fxfact.Speedup(factor)
