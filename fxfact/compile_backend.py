@@ -37,12 +37,14 @@ from fxfact.planning import (
     SearchScope,
     Selection,
     build_plan,
+    warn_without_data,
 )
 
 _log = logging.getLogger(__name__)
 _Compiled = Callable[..., Any]
 _BACKEND_OPTIONS = ("factorization", "rank", "multiple_of", "include", "exclude", "kinds", "allow_growth", "inner")
 _NEAR = 0.75  # similarity of two names, from which on one may be the other one misspelt
+_WITH_DATA = "Compile fxfact.factorize(model, budget=fxfact.Macs(0.5), calibration=batches) instead."
 _IS_TRAINED = "gradients are on and its weight is being trained; call the compiled model under torch.no_grad()"
 
 
@@ -51,7 +53,8 @@ class backend:  # noqa: N801 (it is called like a function)
 
     The factors follow the model's parameters: if a parameter is written to, replaced, loaded or converted, it is
     decomposed again at the next call. Only in-place writes to ``parameter.data`` are not noticed. The model keeps its
-    dense parameters, so it does not become smaller.
+    dense parameters, so it does not become smaller. Ranks are chosen without data: where accuracy matters, compile what
+    ``fxfact.factorize`` returns.
 
     Args:
         factorization: As for ``fxfact.plan``. Paths are those of the model's modules. If Dynamo splits the model into
@@ -116,6 +119,7 @@ class backend:  # noqa: N801 (it is called like a function)
         captured = _capture_graph(lifted.graph_module)
         plan = build_plan(captured, self._strategy, self._scope)
         self.plans.append(plan)
+        warn_without_data(plan, "fxfact.backend", _WITH_DATA)
         _log.info("a graph of %d nodes:\n%s", len(graph_module.graph.nodes), plan)
         if not plan.rewrites:
             return cast(_Compiled, compile_inner(graph_module, list(example_inputs), **options))

@@ -142,13 +142,19 @@ def build_plan(captured: Captured, strategy: RankStrategy, scope: SearchScope) -
     return draft.to_plan(allocation, uses_statistics=strategy.uses_statistics)
 
 
-def warn_without_data(plan: Plan, caller: str) -> None:
+def warn_without_data(
+    plan: Plan,
+    caller: str,
+    advice: str = (
+        "Pass calibration=batches, a few hundred inputs without labels, and a budget such as fxfact.Macs(0.5). If you "
+        "train the network anyway, ignore fxfact.AccuracyWarning."
+    ),
+) -> None:
     """Warn, as ``caller``, if a plan rewrites layers without knowing what this does to the outputs."""
     if plan.rewrites and not plan.uses_statistics:
         warn_caller(
             f"{caller} chose ranks without data, so it cannot know how far the accuracy of {plan.model} drops, and it "
-            "often drops far. Pass calibration=batches, a few hundred inputs without labels, and a budget such as "
-            "fxfact.Macs(0.5). If you train the network anyway, ignore fxfact.AccuracyWarning.",
+            f"often drops far. {advice}",
             AccuracyWarning,
         )
 

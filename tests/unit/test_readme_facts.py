@@ -36,12 +36,18 @@ def test_ci_runs_exactly_the_second_command() -> None:
 
 
 def test_first_screens_are_enough_to_use_it() -> None:
-    install, commands, quickstart, budgets = (
+    call, install, commands, quickstart, wishes = (
         FIRST_SCREENS.index(words)
-        for words in ("pip install .", "fxfact demo", "## Quickstart", "## Which budget to take")
+        for words in (
+            "factorize(model, budget=fxfact.Macs(0.5), calibration=loader)",
+            "pip install .",
+            "fxfact demo",
+            "## Quickstart",
+            "## What you want, and what you type",
+        )
     )
-    assert install < commands < quickstart < budgets < FIRST_SCREENS.index("## Contents")
-    for name in ("Macs", "Params", "Latency", "Loss"):
+    assert call < install < commands < quickstart < wishes < FIRST_SCREENS.index("## Contents")
+    for name in ("Macs", "Params", "Latency", "Loss", "Metric", "Speedup"):
         assert f"fxfact.{name}(" in FIRST_SCREENS
 
 

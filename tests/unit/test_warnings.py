@@ -57,6 +57,12 @@ def test_a_plan_that_changes_nothing_does_not_warn_of_accuracy(network: nn.Modul
         fxfact.plan(network, exclude="*")
 
 
+def test_the_compiler_backend_warns_and_says_what_to_compile(network: nn.Module, images: Tensor) -> None:
+    compiled = torch.compile(network, backend=fxfact.backend(inner="eager"))
+    with torch.no_grad(), pytest.warns(fxfact.AccuracyWarning, match=r"Compile fxfact\.factorize"):
+        compiled(images)
+
+
 def test_data_without_ranks_and_budget_give_half_of_the_macs(network: nn.Module, images: Tensor) -> None:
     given = {"calibration": images.split(4)}
     assert fxfact.plan(network, **given) == fxfact.plan(network, budget=fxfact.Macs(0.5), **given)
