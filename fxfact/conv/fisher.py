@@ -21,6 +21,7 @@ from fxfact.conv.spec import ConvSpec
 from fxfact.errors import SpecError
 
 MIN_EIGENVALUE = 1e-7  # as a fraction of the largest one
+_STRIP = 512  # rows of a matrix that are multiplied at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,10 @@ class KroneckerMoment:
             return self.factors[1][0]
         channels = self.size // count
         return torch.einsum("iaib->ab", self.factors[0][0].reshape(channels, count, channels, count))
+
+    def gram(self, rows: Tensor) -> Tensor:
+        """Return ``rows`` (m, n) @ M @ ``rows``ᵀ for the first group (m, m), from a strip of rows at a time."""
+        return torch.cat([self.left_multiply(strip) @ rows.T for strip in rows.split(_STRIP)])
 
     def shrunk(self, samples: int, least: float = 0.0) -> KroneckerMoment:
         """Return the moment with each factor shrunk towards the multiple of the identity with the same trace.
@@ -175,7 +180,9 @@ class KroneckerFisher:
         """Return tr(G Δ C Δᵀ) for the first group, where Δ is the ``difference`` of two kernels (out, in, *kernel)."""
         rows, columns = self.row_and_column_moments(spec)
         matrix = as_matrix(spec, difference)
-        return columns.left_multiply(matrix).mul_(rows.left_multiply(matrix.T).T).sum()
+        if len(matrix) > matrix.shape[1]:
+            rows, columns, matrix = columns, rows, matrix.T
+        return rows.left_multiply(columns.gram(matrix)).trace()
 
     def loss_increase(self, spec: ConvSpec, difference: Tensor) -> float:
         """Return the estimated loss increase for one sample, in nats: ½ tr(G Δ C Δᵀ), summed over groups.

@@ -70,8 +70,6 @@ class WeightedKernel:
         columns: the moment Q of the columns.
         outer_roots: the square root of the moment R of the rows, and its inverse.
         target: T = R^½ W (outer, inner · positions).
-        weighted_target: T Q.
-        total: tr(T Q Tᵀ), twice what losing the kernel costs in nats.
     """
 
     def __init__(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> None:
@@ -86,8 +84,16 @@ class WeightedKernel:
         self._matrix = self.columns.factors[0][0] if is_matrix else None
         self.outer_roots = Roots(*rows.root_and_inverse())
         self.target = self.outer_roots.root @ matrix
-        self.weighted_target = self.weigh(self.target)
-        self.total = float((self.weighted_target * self.target).double().sum())
+
+    @cached_property
+    def weighted_target(self) -> Tensor:
+        """T Q (outer, inner · positions)."""
+        return self.weigh(self.target)
+
+    @cached_property
+    def total(self) -> float:
+        """tr(T Q Tᵀ), twice what losing the kernel costs in nats."""
+        return float((self.weighted_target * self.target).double().sum())
 
     @property
     def vanishes(self) -> bool:
@@ -96,7 +102,9 @@ class WeightedKernel:
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh((self.weighted_target @ self.target.T).double())
+        # The kernels of linear layers may be very large, and nothing else asks for their T Q.
+        gram = self.columns.gram(self.target) if self.positions == 1 else self.weighted_target @ self.target.T
+        values, vectors = torch.linalg.eigh(gram.double())
         return values.clamp_min(0).flip(0), vectors.flip(1)
 
     @property
