@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fxfact.conv import Cost, format_change_forms, format_spec_forms
+from fxfact.planning import ParetoFront
 from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
 
 
@@ -129,9 +130,15 @@ class ReportData:
         changed: ``Verification.changed``.
         overflow: ``Verification.overflow``.
         loss_increase: ``Verification.loss_increase``.
+        predicted_loss_increase: What the plan predicted, in nats per sample, or None if it was made without data.
+        measured_loss_increase: What was measured on the data of the plan, in nats per sample, or None.
+        pareto_front: The networks that other budgets would have given, or None if the plan has no budget.
         ok: ``Verification.ok``: whether the graph is correct. It says nothing about the approximation error.
-        convolutions: One entry for every convolution of the original.
+        convolutions: One entry for every convolution and linear layer of the original.
         diagrams: Block diagrams of both networks.
+        call: The call that made the plan.
+        versions: The versions of fxfact and PyTorch that made the plan.
+        created: When the report was made, in UTC.
     """
 
     model: str
@@ -151,6 +158,12 @@ class ReportData:
     ok: bool
     convolutions: tuple[ConvReport, ...]
     diagrams: tuple[BlockDiagram, BlockDiagram]
+    predicted_loss_increase: float | None
+    measured_loss_increase: float | None
+    pareto_front: ParetoFront | None
+    call: str
+    versions: Mapping[str, str]
+    created: str
 
     def __str__(self) -> str:
         return self.table(terminal_width())

@@ -4,7 +4,7 @@ from fxfact.planning import rank_rules
 from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, least_amount
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Params
 from fxfact.planning.build import KINDS, Kinds, PlanDraft, SearchScope, Selection, build_plan, draft_plan
-from fxfact.planning.call import describe_call
+from fxfact.planning.call import describe_call, format_call
 from fxfact.planning.decision import Decision, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
@@ -60,6 +60,7 @@ __all__ = [
     "check_plot_path",
     "describe_call",
     "draft_plan",
+    "format_call",
     "least_amount",
     "parse_factorizations",
     "rank_rules",
