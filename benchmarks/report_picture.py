@@ -20,7 +20,6 @@ from benchmarks.networks import NETWORKS
 from benchmarks.tasks import TASKS
 
 PICTURE = Path(__file__).parents[1] / ".github" / "report.png"
-_OPEN = "<script>document.querySelectorAll('.chain')[2]?.dispatchEvent(new Event('click'))</script>"
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.5, help="share of the network's MACs")
     parser.add_argument("--samples", type=int, default=512, help="number of calibration samples")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--size", type=int, nargs=2, default=(1400, 1230), help="width and height in pixels")
+    parser.add_argument("--size", type=int, nargs=2, default=(1400, 1100), help="width and height in pixels")
     parser.add_argument("--page", type=Path, help="also write the page to this file")
     parser.add_argument("--output", type=Path, default=PICTURE)
     given = parser.parse_args()
@@ -41,7 +40,7 @@ def main() -> None:
     model, batches = NETWORKS[given.network].load(), TASKS[given.network].batches(given.samples, 0)
     options = {"budget": fxfact.Macs(given.macs), "calibration": batches, "example_inputs": batches[0]}
     small = fxfact.factorize(model, given.factorizations, **options)
-    page = fxfact.report(model, small, batches[0]).to_html().replace("</body>", f"{_OPEN}</body>")
+    page = fxfact.report(model, small, batches[0]).to_html()
     with tempfile.TemporaryDirectory() as folder:
         path = given.page or Path(folder) / "report.html"
         path.write_text(page, encoding="utf-8")
