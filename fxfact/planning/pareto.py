@@ -100,8 +100,7 @@ class ParetoFront:
             ]
             for point in points
         ]
-        known = [k for k in range(len(columns)) if k <= len(units) + 1 or any(row[k] for row in rows)]
-        text = Table([columns[k] for k in known], [[row[k] for k in known] for row in rows]).format(width)
+        text = Table(columns, rows).format(width)
         return f"{text}\n* the network of this plan" if any(map(self.is_chosen, points)) else text
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:

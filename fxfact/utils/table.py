@@ -56,7 +56,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts. Columns that are empty are not shown.
 
     Attributes:
         columns: The columns, from left to right.
@@ -94,7 +94,11 @@ class Table:
     def left_out(self, width: int | None) -> list[str]:
         """Return the names of the columns that are left out of a table of this width."""
         shown = self._fit(width)
-        return [_form(column.header, 0) for k, column in enumerate(self.columns) if k not in shown]
+        return [_form(self.columns[k].header, 0) for k in self._filled() if k not in shown]
+
+    def _filled(self) -> list[int]:
+        """Return the numbers of the columns with a text in any row. Without rows, these are all columns."""
+        return [k for k in range(len(self.columns)) if not self.rows or any(_form(row[k], 0) for row in self.rows)]
 
     def _row_text(self, cells: Sequence[Cell], shown: Mapping[int, tuple[int, int]]) -> str:
         """Return a row, in as many lines as its longest cell has."""
@@ -104,11 +108,12 @@ class Table:
 
     def _fit(self, width: int | None) -> dict[int, tuple[int, int]]:
         """Return the level of shortening and the width of every column that is shown."""
+        numbers = self._filled()
         if width is None:
-            return {k: (0, self._column_width(k, 0)) for k in range(len(self.columns))}
+            return {k: (0, self._column_width(k, 0)) for k in numbers}
         cells = chain((column.header for column in self.columns), *self.rows)
         shortest = max((len(cell) for cell in cells if isinstance(cell, tuple)), default=1)
-        by_importance = sorted(range(len(self.columns)), key=lambda k: self.columns[k].importance)
+        by_importance = sorted(numbers, key=lambda k: self.columns[k].importance)
         free = check_int("width", width, _LEAST_WIDTH) + len(_SPACE)
         fitted: dict[int, tuple[int, int]] = {}
         for k in by_importance:  # as many columns as fit with their shortest texts
