@@ -122,8 +122,7 @@ def _point(front: ParetoFront, point: MeasuredPoint, x: _Axis, y: _Axis) -> Iter
 
 def describe_point(front: ParetoFront, point: MeasuredPoint) -> str:
     """Return the numbers of a network, a line each."""
-    share = front.share(point)
-    amount = {"ms": point.cost.ms, "MACs": point.cost.macs, "parameters": point.cost.params}[front.unit]
+    amount, share = front.amount(point), front.share(point)
     lines = ["this network" if front.is_chosen(point) else "another budget"]
     if share is not None and amount is not None:
         lines.append(f"{format_short(amount)} {front.unit} ({share:.0%})")
