@@ -8,19 +8,23 @@ from html import escape
 from importlib.resources import files
 
 from fxfact.analysis.front_chart import draw_front_chart
-from fxfact.analysis.html_layers import layer_map, layer_table
+from fxfact.analysis.html_layers import grew, layer_map, layer_table
 from fxfact.analysis.html_terms import explained, term
 from fxfact.analysis.report_data import (
     ReportData,
+    cost_changes,
     format_approximation_error,
     format_graph_check,
     format_threads,
-    to_megabytes,
 )
 from fxfact.analysis.svg import Scale, draw_diagram
 from fxfact.conv import format_short
 
-_WORSE = 1.02  # ratio from which on a cost counts as larger
+_SERIES = {
+    "predicted, for other budgets": ("is", "predicted_loss_increase"),
+    "measured": ("hot", "measured_loss_increase"),
+    "metric": ("metric", "metric"),
+}  # of the Pareto front: the colour and the field of each
 _MUCH_WORSE = 2.0  # ratio from which on a loss increase is far more than was predicted
 
 
@@ -56,17 +60,10 @@ def _header(data: ReportData) -> Iterator[str]:
 
 
 def _tiles(data: ReportData) -> Iterator[str]:
-    peaks = to_megabytes(data.activation_bytes)
-    costs: list[tuple[str, float | None, float | None]] = [
-        ("parameters", data.before.params, data.after.params),
-        ("MACs", data.before.macs, data.after.macs),
-        ("ms", *data.milliseconds),
-        ("peak MB", *peaks),
-    ]
     yield '<div class="tiles">'
-    for name, before, after in costs:
+    for name, change in cost_changes(data).items():
         unit = f"{term(name)}, {format_threads(data.threads)}" if name == "ms" else term(name)
-        yield f"<div>{unit}{_change(before, after)}</div>"
+        yield f"<div>{unit}{_change(*change)}</div>"
     rewritten = sum(bool(conv.factorization) for conv in data.convolutions)
     yield f"<div>layers rewritten<b>{rewritten}</b><small>of {len(data.convolutions)}</small></div></div>"
 
@@ -75,9 +72,8 @@ def _change(before: float | None, after: float | None) -> str:
     """Return by how many percent a cost changed, and from what to what."""
     if before is None or after is None:
         return "<b>?</b>"
-    ratio = after / before if before else 1.0
-    kind = "worse" if ratio > _WORSE else "better" if ratio < 1 / _WORSE else "soft"
-    percent = f"{100 * (ratio - 1):+.0f} %".replace("-", "−")
+    kind = "worse" if grew(before, after) else "better" if grew(after, before) else "soft"
+    percent = f"{100 * (after / before - 1) if before else 0.0:+.0f} %".replace("-", "−")
     percent = "±0 %" if percent[1:] == "0 %" else percent
     return f'<b class="{kind}">{percent}</b><small>{format_short(before)} → {format_short(after)}</small>'
 
@@ -90,8 +86,7 @@ def _trade_off(data: ReportData) -> Iterator[str]:
     if not chart or front is None:
         yield f'<dl class="numbers">{"".join(_numbers(data))}</dl>'
         return
-    keys = [("predicted, for other budgets", "is"), ("measured", "hot"), ("metric", "metric")]
-    known = [keys[0], *(k for k in keys[1:] if front.series({"hot": "measured_loss_increase"}.get(k[1], k[1])))]
+    known = [(name, colour) for name, (colour, field) in _SERIES.items() if front.series(field)]
     legend = "".join(f'<span style="--key:var(--{colour})">{name}</span>' for name, colour in known)
     yield f"<p>What every other budget would have cost, by its share of the {term(front.unit)}.</p>"
     yield f'<div class="tradeoff"><div>{chart}<div class="legend">{legend}</div></div>'
@@ -110,9 +105,9 @@ def _numbers(data: ReportData) -> Iterator[str]:
             kind = "worse" if increase > tolerable else "same"
             yield f'<dt>{term(name)}</dt><dd class="{kind}">{increase:.3g} {term("nats")}</dd>'
     front = data.pareto_front
-    for point in [] if front is None else front.all_points:
-        if front is not None and front.is_chosen(point) and point.metric is not None:
-            yield f"<dt>{term('metric')}</dt><dd>{point.metric:.4g}</dd>"
+    own = next((point for point in front.all_points if front.is_chosen(point)), None) if front else None
+    if own is not None and own.metric is not None:
+        yield f"<dt>{term('metric')}</dt><dd>{own.metric:.4g}</dd>"
     amount, _, meaning = format_approximation_error(data.end_to_end_error).partition(":")
     text = amount.removeprefix("approximation error").strip()
     yield f"<dt>{explained('approximation error', meaning.strip())}</dt><dd>{escape(text)}</dd>"

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
 from fxfact.analysis.html_terms import explained, factorization_meaning, meaning
-from fxfact.analysis.report_data import ConvReport, format_error, format_rank, to_megabytes
+from fxfact.analysis.report_data import Change, ConvReport, cost_changes, format_error, format_rank
 from fxfact.analysis.svg import draw_spectrum
 from fxfact.conv import format_change, format_short
 
-_WORSE = 1.02  # ratio from which on a cost counts as larger
-Change = tuple[float | None, float | None]
-
-_CHANGES: dict[str, Callable[[ConvReport], Change]] = {
-    "parameters": lambda conv: (conv.before.params, conv.after.params),
-    "MACs": lambda conv: (conv.before.macs, conv.after.macs),
-    "ms": lambda conv: conv.milliseconds or (None, None),
-    "peak MB": lambda conv: (None, None) if conv.activation_bytes is None else to_megabytes(conv.activation_bytes),
-}
+_GREW = 1.02  # ratio from which on a cost counts as larger
 _ERRORS: dict[str, Callable[[ConvReport], float | None]] = {
     "loss +": lambda conv: conv.predicted_loss_increase,
     "output error": lambda conv: conv.output_error,
@@ -50,7 +43,7 @@ def layer_map(convolutions: Sequence[ConvReport]) -> Iterator[str]:
             yield f"<b>{explained(name, meaning(name))}</b>"
             yield from (_error_square(name, conv, error_of(conv), largest) for conv in convolutions)
     for name in _MAPPED_CHANGES:
-        changes = [_CHANGES[name](conv) if conv.factorization else (None, None) for conv in convolutions]
+        changes = [cost_changes(conv)[name] if conv.factorization else (None, None) for conv in convolutions]
         if any(before and after is not None for before, after in changes):
             yield f"<b>{explained(name, meaning(name))}</b>"
             yield from (_change_square(name, *pair) for pair in zip(convolutions, changes, strict=True))
@@ -67,16 +60,15 @@ def _group_names(convolutions: Sequence[ConvReport]) -> list[str]:
 def _error_square(name: str, conv: ConvReport, value: float | None, largest: float) -> str:
     if value is None:
         return _square(conv, "none", 0.0, f"{name}: {conv.reason or 'not known'}")
-    return _square(conv, "error", (value / largest) ** 0.5, f"{name} {format_error(value)}")
+    return _square(conv, "error", _share(value, largest) ** 0.5, f"{name} {format_error(value)}")
 
 
 def _change_square(name: str, conv: ConvReport, change: Change) -> str:
     before, after = change
     if not before or after is None:
         return _square(conv, "none", 0.0, f"{name}: {conv.reason or 'not known'}")
-    ratio = after / before
-    strength = min(1.0, abs(1 - ratio))
-    return _square(conv, "grew" if ratio > _WORSE else "saved", strength, f"{name} {format_change(before, after)}")
+    kind = "grew" if grew(before, after) else "saved"
+    return _square(conv, kind, min(1.0, abs(1 - after / before)), f"{name} {format_change(before, after)}")
 
 
 def _square(conv: ConvReport, kind: str, strength: float, text: str) -> str:
@@ -97,8 +89,9 @@ def layer_table(convolutions: Sequence[ConvReport]) -> Iterator[str]:
     if not convolutions:
         return
     errors = [name for name, error_of in _ERRORS.items() if any(error_of(conv) is not None for conv in convolutions)]
+    costs = list(cost_changes(convolutions[0]))
     scales = _Scales(
-        {name: max(max(v or 0.0 for v in change(conv)) for conv in convolutions) for name, change in _CHANGES.items()},
+        {name: max(max(v or 0.0 for v in cost_changes(conv)[name]) for conv in convolutions) for name in costs},
         {name: max(_ERRORS[name](conv) or 0.0 for conv in convolutions) for name in errors},
     )
     yield "<h2>Layers</h2>"
@@ -107,7 +100,7 @@ def layer_table(convolutions: Sequence[ConvReport]) -> Iterator[str]:
         "Every column has its own scale. Click on a name to sort.</p>"
     )
     yield "<table><thead><tr>"
-    yield from map(_head, ("layer", "became", *_CHANGES, *errors, "singular values"))
+    yield from map(_head, ("layer", "became", *costs, *errors, "singular values"))
     yield "</tr></thead><tbody>"
     for conv in convolutions:
         yield from _row(conv, scales)
@@ -130,8 +123,8 @@ def _row(conv: ConvReport, scales: _Scales) -> Iterator[str]:
         yield f'<td class="became">{explained(name, stages)}{note}</td>'
     else:
         yield f'<td class="reason">dense: {escape(conv.reason)}</td>'
-    for name, change in _CHANGES.items():
-        yield _change_cell(name, change(conv), scales.changes[name])
+    for name, change in cost_changes(conv).items():
+        yield _change_cell(name, change, scales.changes[name])
     for name, largest in scales.errors.items():
         yield _error_cell(name, _ERRORS[name](conv), largest)
     spectra = "".join(map(draw_spectrum, conv.spectra))
@@ -144,8 +137,7 @@ def _change_cell(name: str, change: Change, largest: float) -> str:
     before, after = change
     if before is None or after is None:
         return '<td data-value=""></td>'
-    ratio = after / before if before else 1.0
-    is_worse = ratio > _WORSE
+    ratio, is_worse = after / before if before else 1.0, grew(before, after)
     bars = _bar("", before, largest) + (_bar("more" if is_worse else "is", after, largest) if after != before else "")
     if after == before:
         text = f"<small>{format_short(before)}</small>"
@@ -167,4 +159,15 @@ def _error_cell(name: str, value: float | None, largest: float) -> str:
 
 
 def _bar(kind: str, value: float, largest: float) -> str:
-    return f'<i class="{kind}" style="width:{100 * value / largest if largest else 0:.1f}%"></i>'
+    return f'<i class="{kind}" style="width:{100 * _share(value, largest):.1f}%"></i>'
+
+
+def _share(value: float, largest: float) -> float:
+    """Return a value as a share of the largest, and 1 for infinity and NaN."""
+    share = value / largest if largest else 0.0
+    return share if math.isfinite(value) and math.isfinite(share) else 1.0
+
+
+def grew(before: float, after: float) -> bool:
+    """Return whether a cost is larger than before, by more than its measurement varies."""
+    return after > _GREW * before

@@ -11,6 +11,9 @@ from fxfact.conv import Cost, format_change_forms, format_spec_forms
 from fxfact.planning import ParetoFront
 from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
 
+Change = tuple[float | None, float | None]
+"""A number before and after."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
@@ -193,7 +196,7 @@ class ReportData:
             Column("output", 4),
             Column("remark", 8, least=24, wrap=True),
         ]
-        changes = [format_change_forms(old, new) for old, new in _pairs(self)]
+        changes = [format_change_forms(old, new) for old, new in cost_changes(self).values()]
         total: list[Cell] = ["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""]
         rows: list[list[Cell]] = [*map(_table_row, self.convolutions), total]
         above = f"{format_approximation_error(self.end_to_end_error)}{format_loss(self.loss_increase)}"
@@ -271,7 +274,7 @@ def format_rank(rank: tuple[int, ...] | None) -> str:
 
 
 def _table_row(conv: ConvReport) -> list[Cell]:
-    params, *changes = [format_change_forms(old, new) for old, new in _pairs(conv)]
+    params, *changes = [format_change_forms(old, new) for old, new in cost_changes(conv).values()]
     return [
         conv.path,
         format_spec_forms(conv.convolution),
@@ -284,12 +287,11 @@ def _table_row(conv: ConvReport) -> list[Cell]:
     ]
 
 
-def _pairs(data: ConvReport | ReportData) -> list[tuple[float | None, float | None]]:
-    """Return parameters, MACs, milliseconds and megabytes of activations, before and after."""
-    unknown = (None, None)
-    return [
-        (data.before.params, data.after.params),
-        (data.before.macs, data.after.macs),
-        data.milliseconds or unknown,
-        unknown if data.activation_bytes is None else to_megabytes(data.activation_bytes),
-    ]
+def cost_changes(data: ConvReport | ReportData) -> dict[str, Change]:
+    """Return every cost before and after, by its name in tables. Those of one pair are None if they are not known."""
+    return {
+        "parameters": (data.before.params, data.after.params),
+        "MACs": (data.before.macs, data.after.macs),
+        "ms": data.milliseconds or (None, None),
+        "peak MB": (None, None) if data.activation_bytes is None else to_megabytes(data.activation_bytes),
+    }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -129,3 +130,14 @@ def test_html_maps_every_layer_and_sorts_by_numbers(report: Report) -> None:
     assert set(heads[2:]) == {"number"}
     cells = page[page.index("<tbody>") :].count("<td")
     assert cells == count * len(heads)
+
+
+def test_html_bears_errors_that_are_not_finite(report: Report) -> None:
+    errors = (math.inf, math.nan, 0.5, None)
+    convolutions = tuple(
+        replace(report.convolutions[0], path=str(k), kernel_error=error, output_error=error)
+        for k, error in enumerate(errors)
+    )
+    page = replace(report, convolutions=convolutions, end_to_end_error=math.nan, loss_increase=math.inf).to_html()
+    assert not re.search(r"(?:--v|width):(?:nan|inf)", page)
+    assert "unknown" in page
