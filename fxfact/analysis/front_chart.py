@@ -38,7 +38,8 @@ def draw_front_chart(front: ParetoFront) -> str:
         return ""
     top = math.ceil(math.log10(max(losses)))
     bottom = max(math.floor(math.log10(min(losses))), top - _DECADES)
-    x = _Axis(0.0, 1.0, _LEFT, _WIDTH - _RIGHT)
+    shares = [front.share(point) or 0.0 for point in front.all_points]
+    x = _Axis(0.0, max(1.0, *shares), _LEFT, _WIDTH - _RIGHT)
     y = _Axis(10.0**bottom, 10.0 ** max(top, bottom + 1), _HEIGHT - _BOTTOM, _TOP, is_log=True)
     parts = [
         f'<svg class="front" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>loss increase over cost</title>',

@@ -138,7 +138,8 @@ class ParetoFront:
         """The unit of the budget, in which the networks are sorted: 'ms', 'MACs' or 'parameters'."""
         units = self._known_units()[::-1]
         amounts = {unit: [_UNITS[unit](point.cost) or 0 for point in self.points] for unit in units}
-        return next((unit for unit in units if amounts[unit] == sorted(amounts[unit])), units[0])
+        ascending = [unit for unit in units if amounts[unit] == sorted(amounts[unit])]
+        return next(iter([*ascending, *units]), "parameters")
 
     @property
     def all_points(self) -> list[MeasuredPoint]:

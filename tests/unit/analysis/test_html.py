@@ -109,6 +109,10 @@ def test_html_has_the_pareto_front_with_what_was_measured(report: Report) -> Non
     assert len(root.findall('.//circle[@class="predicted"]')) == 2, "a loss of 0 has no place on the axis"
     assert len(root.findall('.//circle[@class="measured"]')) == 1
     assert "this network: 50%" in picture
+    larger = replace(front, chosen=MeasuredPoint(Cost(150, 1500), 0.2))
+    (picture,) = re.findall(r'<svg class="front".*?</svg>', replace(report, pareto_front=larger).to_html(), re.DOTALL)
+    places = [float(place) for place in re.findall(r'cx="([^"]+)"', picture)]
+    assert 0 < min(places) < max(places) <= 720 - 58, "a network that costs more than the dense one is in the picture"
     nothing = replace(front, points=(ParetoPoint(Cost(100, 1000), 0.0),), chosen=None)
     assert '<svg class="front"' not in replace(report, pareto_front=nothing).to_html()
 
