@@ -35,7 +35,8 @@ def layer_map(convolutions: Sequence[ConvReport]) -> Iterator[str]:
     columns = f"grid-template-columns:auto repeat({len(convolutions)},minmax(0,1fr))"
     yield f'<div class="map" style="{layers};{columns}"><b></b>'
     for name, group in groupby(_group_names(convolutions)):
-        yield f'<em style="grid-column:span {len(list(group))}" title="{escape(name)}">{escape(name)}</em>'
+        label = name.rpartition(".")[2]
+        yield f'<em style="grid-column:span {len(list(group))}" title="{escape(name)}">{escape(label)}</em>'
     for name, error_of in _ERRORS.items():
         values = [error_of(conv) for conv in convolutions]
         largest = max((value for value in values if value is not None), default=0.0)

@@ -106,7 +106,7 @@ def _draw_block(block: Block, x: float, y: float, scale: Scale) -> Iterator[str]
         left = x + _WIDTH + _SHARE
         for stage in block.stages:
             yield f'<path class="edge" d="M{left - _GAP} {y + _HEIGHT / 2}H{left}"/>'
-            yield _draw_box((left, y), _stage_width(stage), escape(stage), "stage")
+            yield _draw_box((left, y), _stage_width(stage), escape(format_spec_forms(stage)[1]), "stage")
             left += _stage_width(stage) + _GAP
         yield "</g>"
     yield "</g>"
@@ -127,7 +127,7 @@ def _draw_side_edge(right: float, lane: float, above: float, below: float) -> st
 
 
 def _stage_width(stage: str) -> int:
-    return min(_MAX_STAGE_WIDTH, round(14 + _LETTER * len(stage)))
+    return min(_MAX_STAGE_WIDTH, round(14 + _LETTER * len(format_spec_forms(stage)[1])))
 
 
 def _top(number: int) -> float:

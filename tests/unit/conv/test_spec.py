@@ -119,8 +119,9 @@ def test_chain_cost_follows_the_shrinking_map_and_sums_over_calls() -> None:
     assert chain_cost(stages, [(8, 8)], tied=True) == Cost(6, macs), "tied chains store only their biases"
 
 
-def test_short_form_of_a_spec_has_its_channels_and_kernel_size() -> None:
+def test_short_form_of_a_spec_has_its_channels_kernel_size_and_groups() -> None:
     spec = ConvSpec.parse(8, 12, (3, 5), stride=2, padding=1)
     assert format_spec_forms(spec) == (str(spec), "8→12, 3×5")
+    assert format_spec_forms(ConvSpec.parse(8, 8, 3, groups=8, order=1))[1] == "8→8, 3, groups 8"
     assert format_spec_forms("Linear(12→5)") == ("Linear(12→5)", "12→5")
     assert format_spec_forms(None) == ("", "")
