@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from itertools import zip_longest
-from textwrap import shorten
 from typing import Any
 
 from torch import fx, nn
@@ -135,7 +134,8 @@ def _side_by_side(line: DiffLine, room: int) -> str:
 
 
 def _column(text: str, mark: str, room: int) -> str:
-    return f"{mark if text else ' '} {shorten(text, room - _MARK, placeholder='…')}".ljust(room)
+    shown = f"{mark if text else ' '} {text}"
+    return shown.ljust(room) if len(shown) <= room else f"{shown[: room - 1]}…"
 
 
 def _module_lines(network: nn.Module) -> list[str]:

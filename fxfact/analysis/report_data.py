@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fxfact.conv import Cost, format_change_forms, format_spec_forms
+from fxfact.planning import ParetoFront
 from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
+
+Change = tuple[float | None, float | None]
+"""A number before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +133,15 @@ class ReportData:
         changed: ``Verification.changed``.
         overflow: ``Verification.overflow``.
         loss_increase: ``Verification.loss_increase``.
+        predicted_loss_increase: What the plan predicted, in nats per sample, or None if it was made without data.
+        measured_loss_increase: What was measured on the data of the plan, in nats per sample, or None.
+        pareto_front: The networks that other budgets would have given, or None if the plan has no budget.
         ok: ``Verification.ok``: whether the graph is correct. It says nothing about the approximation error.
-        convolutions: One entry for every convolution of the original.
+        convolutions: One entry for every convolution and linear layer of the original.
         diagrams: Block diagrams of both networks.
+        call: The call that made the plan.
+        versions: The versions of fxfact and PyTorch that made the plan.
+        created: When the report was made, in UTC.
     """
 
     model: str
@@ -151,6 +161,12 @@ class ReportData:
     ok: bool
     convolutions: tuple[ConvReport, ...]
     diagrams: tuple[BlockDiagram, BlockDiagram]
+    predicted_loss_increase: float | None
+    measured_loss_increase: float | None
+    pareto_front: ParetoFront | None
+    call: str
+    versions: Mapping[str, str]
+    created: str
 
     def __str__(self) -> str:
         return self.table(terminal_width())
@@ -180,7 +196,7 @@ class ReportData:
             Column("output", 4),
             Column("remark", 8, least=24, wrap=True),
         ]
-        changes = [format_change_forms(old, new) for old, new in _pairs(self)]
+        changes = [format_change_forms(old, new) for old, new in cost_changes(self).values()]
         total: list[Cell] = ["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""]
         rows: list[list[Cell]] = [*map(_table_row, self.convolutions), total]
         above = f"{format_approximation_error(self.end_to_end_error)}{format_loss(self.loss_increase)}"
@@ -258,7 +274,7 @@ def format_rank(rank: tuple[int, ...] | None) -> str:
 
 
 def _table_row(conv: ConvReport) -> list[Cell]:
-    params, *changes = [format_change_forms(old, new) for old, new in _pairs(conv)]
+    params, *changes = [format_change_forms(old, new) for old, new in cost_changes(conv).values()]
     return [
         conv.path,
         format_spec_forms(conv.convolution),
@@ -271,12 +287,11 @@ def _table_row(conv: ConvReport) -> list[Cell]:
     ]
 
 
-def _pairs(data: ConvReport | ReportData) -> list[tuple[float | None, float | None]]:
-    """Return parameters, MACs, milliseconds and megabytes of activations, before and after."""
-    unknown = (None, None)
-    return [
-        (data.before.params, data.after.params),
-        (data.before.macs, data.after.macs),
-        data.milliseconds or unknown,
-        unknown if data.activation_bytes is None else to_megabytes(data.activation_bytes),
-    ]
+def cost_changes(data: ConvReport | ReportData) -> dict[str, Change]:
+    """Return every cost before and after, by its name in tables. Those of one pair are None if they are not known."""
+    return {
+        "parameters": (data.before.params, data.after.params),
+        "MACs": (data.before.macs, data.after.macs),
+        "ms": data.milliseconds or (None, None),
+        "peak MB": (None, None) if data.activation_bytes is None else to_megabytes(data.activation_bytes),
+    }

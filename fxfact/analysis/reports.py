@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from fxfact.conv import ConvSite, write_chain, write_conv
 from fxfact.errors import ArgumentError
 from fxfact.factorizations import Tucker
 from fxfact.passes import capture_as_planned, last_plan
-from fxfact.planning import Decision, Plan
+from fxfact.planning import Decision, Plan, format_call
 from fxfact.utils import (
     Progress,
     as_json,
@@ -118,7 +119,10 @@ def report(
         milliseconds=(ms[0], ms[1]), activation_bytes=(peaks[0], peaks[1]), threads=torch.get_num_threads(),
         graph_error=verified.graph, end_to_end_error=verified.end_to_end, tolerance=verified.tolerance,
         changed=verified.changed, overflow=verified.overflow, loss_increase=verified.loss_increase, ok=verified.ok,
-        convolutions=convolutions, diagrams=diagrams,
+        convolutions=convolutions, diagrams=diagrams, predicted_loss_increase=plan.predicted_loss_increase,
+        measured_loss_increase=plan.measured_loss_increase,
+        pareto_front=plan.pareto_front if plan.pareto_points else None, call=format_call(plan.call),
+        versions=plan.versions, created=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )  # fmt: skip
 
 

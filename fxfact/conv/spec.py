@@ -393,6 +393,7 @@ def as_tuples(value: Any) -> Any:
 
 
 def format_spec_forms(spec: ConvSpec | str | None) -> tuple[str, ...]:
-    """Return the text of a spec, and its channels and kernel size alone, for tables that are narrow."""
+    """Return the text of a spec, and its channels, kernel size and groups alone, for tables that are narrow."""
     text = str(spec or "")
-    return (text, ", ".join(text.partition("(")[2].rstrip(")").split(", ")[:2]))
+    sizes = text.partition("(")[2].rstrip(")").split(", ")
+    return (text, ", ".join([*sizes[:2], *(part for part in sizes[2:] if part.startswith("groups"))]))

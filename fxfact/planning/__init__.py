@@ -13,7 +13,7 @@ from fxfact.planning.build import (
     draft_plan,
     warn_without_data,
 )
-from fxfact.planning.call import describe_call
+from fxfact.planning.call import describe_call, format_call
 from fxfact.planning.decision import Decision, format_rank, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
@@ -74,6 +74,7 @@ __all__ = [
     "check_plot_path",
     "describe_call",
     "draft_plan",
+    "format_call",
     "format_rank",
     "least_amount",
     "parse_factorizations",

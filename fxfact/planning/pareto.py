@@ -19,11 +19,12 @@ _UNITS: Mapping[str, Callable[[Cost], float | None]] = {
     "MACs": lambda cost: cost.macs,
     "ms": lambda cost: cost.ms,
 }
-
-
-_UNIT_HEADERS: Mapping[str, Cell] = {"parameters": ("parameters", "parameters", "params"), "MACs": "MACs", "ms": "ms"}
-_VALUES = {"predicted_loss_increase": 2, "measured_loss_increase": 4, "metric": 3, "milliseconds": 5}
-"""The fields of a point that are columns of a table, and their importance."""
+_VALUES: Mapping[str, Column] = {
+    "predicted_loss_increase": Column(("loss +, nats", "loss +"), 2),
+    "measured_loss_increase": Column("measured", 4),
+    "metric": Column("metric", 3),
+    "milliseconds": Column(("ms measured", "ms"), 5),
+}  # the fields of a point that are columns of a table
 _ROWS = 15  # of a table
 
 
@@ -88,23 +89,20 @@ class ParetoFront:
         Raises:
             ArgumentError: ``width`` is less than 20.
         """
-        points = self._representative_points()
-        units = self._known_units()
-        columns = [
-            Column("", 0),
-            *(Column(_UNIT_HEADERS[unit], 1 if unit == self.unit else 6) for unit in units),
-            *(Column(self._value_headers()[name], importance) for name, importance in _VALUES.items()),
-        ]
+        points, units = self._representative_points(), self._known_units()
+        values = dict(_VALUES)
+        if not self.uses_statistics:
+            values["predicted_loss_increase"] = Column("energy lost", 2)
+        columns = [Column("", 0), *(Column(unit, 1 if unit == self.unit else 6) for unit in units), *values.values()]
         rows: list[list[Cell]] = [
             [
                 "*" if self.is_chosen(point) else "",
                 *(self._cost_cell(unit, point) for unit in units),
-                *(format_value(self.value(name, point)) for name in _VALUES),
+                *(format_value(self.value(name, point)) for name in values),
             ]
             for point in points
         ]
-        known = [k for k in range(len(columns)) if k <= len(units) + 1 or any(row[k] for row in rows)]
-        text = Table([columns[k] for k in known], [[row[k] for k in known] for row in rows]).format(width)
+        text = Table(columns, rows).format(width)
         return f"{text}\n* the network of this plan" if any(map(self.is_chosen, points)) else text
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
@@ -143,7 +141,8 @@ class ParetoFront:
         """The unit of the budget, in which the networks are sorted: 'ms', 'MACs' or 'parameters'."""
         units = self._known_units()[::-1]
         amounts = {unit: [_UNITS[unit](point.cost) or 0 for point in self.points] for unit in units}
-        return next((unit for unit in units if amounts[unit] == sorted(amounts[unit])), units[0])
+        ascending = [unit for unit in units if amounts[unit] == sorted(amounts[unit])]
+        return next(iter([*ascending, *units]), "parameters")
 
     @property
     def all_points(self) -> list[MeasuredPoint]:
@@ -163,10 +162,13 @@ class ParetoFront:
         """Return whether a point is the network that the plan makes."""
         return self.chosen is not None and _same_network(point, self.chosen)
 
+    def amount(self, point: MeasuredPoint, unit: str | None = None) -> float | None:
+        """Return the cost of a point in the unit of the budget, or in another one, if it is known."""
+        return _UNITS[unit or self.unit](point.cost)
+
     def share(self, point: MeasuredPoint, unit: str | None = None) -> float | None:
-        """Return the share of the dense network's cost, in the unit of the budget or another one, if it is known."""
-        amount = _UNITS[unit or self.unit]
-        part, whole = amount(point.cost), amount(self.network)
+        """Return the cost of a point as a share of the dense network's, if it is known."""
+        part, whole = self.amount(point, unit), _UNITS[unit or self.unit](self.network)
         return None if part is None or not whole else part / whole
 
     def value(self, name: str, point: MeasuredPoint) -> float | None:
@@ -195,19 +197,10 @@ class ParetoFront:
         return [unit for unit, amount in _UNITS.items() if amount(self.network)]
 
     def _cost_cell(self, unit: str, point: MeasuredPoint) -> Cell:
-        amount, share = _UNITS[unit](point.cost), self.share(point, unit)
+        amount, share = self.amount(point, unit), self.share(point, unit)
         if amount is None or share is None:
             return ""
         return (f"{format_amount(amount)} ({share:.2f})", f"{format_short(amount)} ({share:.2f})", f"{share:.2f}")
-
-    def _value_headers(self) -> dict[str, Cell]:
-        predicted: Cell = ("loss +, nats", "loss +") if self.uses_statistics else "energy lost"
-        return {
-            "predicted_loss_increase": predicted,
-            "measured_loss_increase": "measured",
-            "metric": "metric",
-            "milliseconds": ("ms measured", "ms"),
-        }
 
 
 def format_value(value: float | None) -> str:

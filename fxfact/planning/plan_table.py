@@ -14,10 +14,7 @@ _LEAST_PATH, _LEAST_REMARK = 16, 24  # characters
 def decision_table(
     decisions: Sequence[Decision], model: str, before: Cost, after: Cost, predicted_loss_increase: float | None
 ) -> Table:
-    """Return a table of decisions. The last row has the class, the costs and the loss increase of the network.
-
-    Times and loss increases that are not known have no columns.
-    """
+    """Return a table of decisions. The last row has the class, the costs and the loss increase of the network."""
     columns = [
         Column("path", 0, least=_LEAST_PATH),
         Column("layer", 8),
@@ -32,11 +29,7 @@ def decision_table(
     rewritten = sum(decision.factorization is not None for decision in decisions)
     counts = (f"{rewritten} of {len(decisions)} rewritten", f"{rewritten} of {len(decisions)}")
     total = ["network", model, counts, "", *_changes(before, after), format_nats(predicted_loss_increase), ""]
-    rows = [*map(_row, decisions), total]
-    has_losses = any(decision.predicted_loss_increase is not None for decision in decisions)
-    unknown = [k for k, known in ((6, before.ms is not None), (7, has_losses)) if not known]
-    shown = [k for k in range(len(columns)) if k not in unknown]
-    return Table([columns[k] for k in shown], [[row[k] for k in shown] for row in rows], has_total=True)
+    return Table(columns, [*map(_row, decisions), total], has_total=True)
 
 
 def format_decisions(table: Table, decisions: Iterable[Decision], width: int | None) -> str:

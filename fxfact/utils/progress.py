@@ -61,7 +61,9 @@ def check_progress(progress: object) -> None:
 
 
 def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    """Return whether stderr is a terminal that can draw over a line. Of several processes, only the first has it."""
+    is_first = os.environ.get("RANK", "0") == "0"  # set by torchrun
+    return is_first and sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _show(results: Iterable[T], bar: _Bar, work: Sequence[float]) -> Iterator[T]:

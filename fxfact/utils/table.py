@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from textwrap import fill
@@ -56,7 +56,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts. Columns that are empty are not shown.
 
     Attributes:
         columns: The columns, from left to right.
@@ -82,11 +82,8 @@ class Table:
         """
         shown = self._fit(width)
         widths = [room for _, room in shown.values()]
-        rule = _SPACE.join("-" * room for room in widths)
-        lines = []
-        for row in [[column.header for column in self.columns], *self.rows]:
-            lines.append([self.columns[k].text(row[k], *shown[k]).splitlines() for k in shown])
-        texts = ["\n".join(_join(parts, widths) for parts in zip_longest(*cells, fillvalue="")) for cells in lines]
+        texts = [self._row_text(row, shown) for row in ([column.header for column in self.columns], *self.rows)]
+        rule = _join(["-" * room for room in widths], widths)
         texts.insert(1, rule)
         if self.has_total:
             texts.insert(-1, rule)
@@ -97,39 +94,50 @@ class Table:
     def left_out(self, width: int | None) -> list[str]:
         """Return the names of the columns that are left out of a table of this width."""
         shown = self._fit(width)
-        return [_form(column.header, 0) for k, column in enumerate(self.columns) if k not in shown]
+        return [_form(self.columns[k].header, 0) for k in self._filled() if k not in shown]
+
+    def _filled(self) -> list[int]:
+        """Return the numbers of the columns with a text in any row. Without rows, these are all columns."""
+        return [k for k in range(len(self.columns)) if not self.rows or any(_form(row[k], 0) for row in self.rows)]
+
+    def _row_text(self, cells: Sequence[Cell], shown: Mapping[int, tuple[int, int]]) -> str:
+        """Return a row, in as many lines as its longest cell has."""
+        parts = [self.columns[k].text(cells[k], *shown[k]).splitlines() for k in shown]
+        widths = [room for _, room in shown.values()]
+        return "\n".join(_join(line, widths) for line in zip_longest(*parts, fillvalue=""))
 
     def _fit(self, width: int | None) -> dict[int, tuple[int, int]]:
-        """Return the level of shortening and the width of every column that is shown.
-
-        Every column begins with its shortest texts. The rest of the width is then given out by importance.
-        """
-        longest = max((len(cell) for cell in self._cells() if isinstance(cell, tuple)), default=1)
+        """Return the level of shortening and the width of every column that is shown."""
+        numbers = self._filled()
         if width is None:
-            return {k: (0, self._column_width(k, 0)) for k in range(len(self.columns))}
+            return {k: (0, self._column_width(k, 0)) for k in numbers}
+        cells = chain((column.header for column in self.columns), *self.rows)
+        shortest = max((len(cell) for cell in cells if isinstance(cell, tuple)), default=1)
+        by_importance = sorted(numbers, key=lambda k: self.columns[k].importance)
         free = check_int("width", width, _LEAST_WIDTH) + len(_SPACE)
         fitted: dict[int, tuple[int, int]] = {}
-        by_importance = sorted(range(len(self.columns)), key=lambda k: self.columns[k].importance)
-        for k in by_importance:
-            column, needed = self.columns[k], self._column_width(k, longest)
-            if column.least is not None:
-                needed = min(needed, max(column.least, _text_width(_form(column.header, longest))))
-            if needed + len(_SPACE) <= free or not fitted:
-                fitted[k], free = (longest, needed), free - needed - len(_SPACE)
-        for level in reversed(range(longest)):
-            for k in filter(fitted.__contains__, by_importance):
-                wanted = self._column_width(k, level)
-                more = wanted - fitted[k][1]
+        for k in by_importance:  # as many columns as fit with their shortest texts
+            needed = self._least_width(k, shortest) + len(_SPACE)
+            if needed <= free or not fitted:
+                fitted[k] = (shortest, needed - len(_SPACE))
+                free -= needed
+        for level in reversed(range(shortest)):  # longer texts, as far as the width allows
+            for k in [k for k in by_importance if k in fitted]:
+                more = self._column_width(k, level) - fitted[k][1]
                 if more <= free:
-                    fitted[k], free = (level, wanted), free - more
-        for k in filter(fitted.__contains__, by_importance):
-            level, given = fitted[k]
-            more = min(max(free, 0), self._column_width(k, level) - given)
-            fitted[k], free = (level, given + more), free - more
-        return {k: fitted[k] for k in sorted(fitted)}
+                    fitted[k] = (level, fitted[k][1] + more)
+                    free -= more
+        for k, (level, given) in fitted.items():  # the rest to texts that are still cut
+            more = max(0, min(free, self._column_width(k, level) - given))
+            fitted[k] = (level, given + more)
+            free -= more
+        return dict(sorted(fitted.items()))
 
-    def _cells(self) -> Iterable[Cell]:
-        return chain((column.header for column in self.columns), *self.rows)
+    def _least_width(self, number: int, level: int) -> int:
+        column, width = self.columns[number], self._column_width(number, level)
+        return (
+            width if column.least is None else min(width, max(column.least, _text_width(_form(column.header, level))))
+        )
 
     def _column_width(self, number: int, level: int) -> int:
         cells = [self.columns[number].header, *(row[number] for row in self.rows)]

@@ -48,6 +48,21 @@ def test_program_is_inspected_compressed_verified_reported_and_timed(
     assert "Conv2d(3→16, 3×3)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", ["60", "80", "120"])
+def test_every_command_fits_the_terminal(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["compress", "net.pt2", "-o", "small.pt2", "--rank", "0.5", "--factorization", "tucker,svd"]) == 0
+    both = ["net.pt2", "small.pt2"]
+    commands = [["inspect", "small.pt2"], ["verify", *both], ["report", *both], ["plan", "net.pt2", "--macs", "0.6"]]
+    for arguments in (*commands, ["bench", *both, "--repeats", "1", "--number", "1"]):
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) > 3
+        assert max(map(len, printed)) <= int(columns), arguments
+
+
 def test_program_with_keyword_inputs_is_compressed(workspace: Path, run_json: RunJson) -> None:
     class Named(torch.nn.Module):
         def __init__(self) -> None:

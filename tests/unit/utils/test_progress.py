@@ -57,6 +57,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("RANK", raising=False)
     return stream
 
 
@@ -101,9 +102,10 @@ def test_bar_bears_a_total_that_was_estimated_wrong(total: int | None, terminal:
     assert list(with_progress(iter("abc"), total, "calibrating", True)) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("kind", ["pipe", "dumb", "none"])
+@pytest.mark.parametrize("kind", ["pipe", "dumb", "none", "second process"])
 def test_without_a_terminal_there_is_no_bar_by_default(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = {"pipe": io.StringIO(), "dumb": Terminal(), "none": None}[kind]
+    stream = {"pipe": io.StringIO(), "none": None}.get(kind, Terminal())
+    monkeypatch.setenv("RANK", "1" if kind == "second process" else "0")
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     monkeypatch.setenv("TERM", "dumb" if kind == "dumb" else "xterm")
     assert list(with_progress(iter("ab"), 2, "planning", None)) == ["a", "b"]

@@ -86,6 +86,13 @@ def test_total_is_divided_from_the_rows() -> None:
     assert [set(line) == {"-"} for line in lines] == [False, True, False, True, False]
 
 
+def test_empty_columns_are_not_shown() -> None:
+    table = Table([Column("path", 0), Column("remark", 1), Column("rank", 2)], [("a", "", ("", "")), ("b", "", "3")])
+    assert table.format().splitlines()[0].split() == ["path", "rank"]
+    assert table.format(20).splitlines()[0].split() == ["path", "rank"]
+    assert table.left_out(20) == []
+
+
 def test_table_without_rows_has_a_header() -> None:
     assert Table([Column("path", 0), Column("rank", 1)], []).format(30).splitlines()[0] == "path  rank"
 
