@@ -86,7 +86,7 @@ class KroneckerMoment:
 
     def gram(self, rows: Tensor) -> Tensor:
         """Return ``rows`` (m, n) @ M @ ``rows``ᵀ for the first group (m, m), from a strip of rows at a time."""
-        return torch.cat([self.left_multiply(strip) @ rows.T for strip in rows.split(_STRIP)])
+        return torch.cat([self.left_multiply(strip) @ rows.T for strip in torch.split(rows, _STRIP)])
 
     def shrunk(self, samples: int, least: float = 0.0) -> KroneckerMoment:
         """Return the moment with each factor shrunk towards the multiple of the identity with the same trace.
