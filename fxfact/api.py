@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,7 +23,7 @@ from fxfact.calibration import (
     first_sample,
     with_batch_options,
 )
-from fxfact.capture import CaptureMode, ExampleInputs
+from fxfact.capture import Captured, CaptureMode, ExampleInputs
 from fxfact.capture import capture as capture_model
 from fxfact.errors import ArgumentError, ArgumentTypeError, CalibrationError, PlanError, check_int
 from fxfact.factorizations import FACTORIZATIONS, RankSpec, SpatialSVD
@@ -49,7 +50,7 @@ from fxfact.planning import (
     summarize_reasons,
     warn_without_data,
 )
-from fxfact.search import CalibrationData, fall_back_if_slower, search, warn_if_slower
+from fxfact.search import CalibrationData, SearchResult, fall_back_if_slower, search, warn_if_slower
 from fxfact.utils import Progress, warn_caller, with_phase
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
@@ -131,34 +132,17 @@ def factorize(
     Raises:
         FxfactError: what ``plan`` and ``apply`` raise, and VerificationError.
     """
-    call = describe_call(plan, locals())  # first, while the locals are the arguments
+    arguments = locals()  # first, while these are the arguments
     options = DecomposeOptions(generator=generator, executor=executor, progress=progress)
-    budget = _default_budget(budget, rank, calibration)
-    strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
-    calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
-    example_inputs, calibration = _with_example(model, example_inputs, calibration)
-    if verify and example_inputs is None and not isinstance(model, ExportedProgram):
+    has_example = example_inputs is not None or not isinstance(calibration, Statistics | None)
+    if verify and not has_example and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    capturing = partial(
-        capture_model,
-        model,
-        example_inputs,
-        how=capture,
-        keep_members=not isinstance(_cost_budget(budget), Latency),  # batch norms can only be folded in a graph
-        fold_weights=fold_weights,
-        leaf_modules=leaf_modules,
-    )
-    captured = with_phase(capturing, "capturing", progress)
-    scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
-    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
-    bound = budget if isinstance(budget, Loss | Metric) else None
-    found = search(captured, strategy, scope, data, options=options, bound=bound)
+    captured, found = _find_plan(arguments, options)
     known = found.decompositions if generator is None else {}  # the caller's generator draws new random factors
     apply_to = partial(apply_plan, captured=captured, options=options, statistics=found.statistics, known=known)
     result = apply_to(found.plan)
     if isinstance(result, nn.Module):
-        cost = _cost_budget(budget)
-        if isinstance(cost, Latency):
+        if isinstance(cost := _cost_budget(budget), Latency):
             result = fall_back_if_slower(captured, found.plan, result, apply_to, cost)
         else:
             warn_if_slower(captured, result)
@@ -273,28 +257,10 @@ def plan(
         MetricError: if your own metric cannot be measured.
         TimingError: if the network does not run while it is timed.
     """
-    call = describe_call(plan, locals())  # first, while the locals are the arguments
-    options = DecomposeOptions(executor=executor, progress=progress)
-    budget = _default_budget(budget, rank, calibration)
-    strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
-    calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
-    example_inputs, calibration = _with_example(model, example_inputs, calibration)
-    capturing = partial(
-        capture_model,
-        model,
-        example_inputs,
-        how=capture,
-        keep_members=not isinstance(_cost_budget(budget), Latency),  # batch norms can only be folded in a graph
-        fold_weights=fold_weights,
-        leaf_modules=leaf_modules,
-    )
-    captured = with_phase(capturing, "capturing", progress)
-    scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
-    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
-    bound = budget if isinstance(budget, Loss | Metric) else None
-    found = search(captured, strategy, scope, data, options=options, bound=bound).plan
-    warn_without_data(found, "plan")
-    return found
+    arguments = locals()  # first, while these are the arguments
+    _, found = _find_plan(arguments, DecomposeOptions(executor=executor, progress=progress))
+    warn_without_data(found.plan, "plan")
+    return found.plan
 
 
 def apply(
@@ -438,6 +404,39 @@ def _warn_if_unchanged(plan: Plan, caller: str) -> None:
         f"{caller} rewrote none of the {len(plan)} layers of {plan.model}: {summarize_reasons(plan)}. "
         "Print the plan to see the reason of each."
     )
+
+
+def _find_plan(arguments: Mapping[str, Any], options: DecomposeOptions) -> tuple[Captured, SearchResult]:
+    """Capture the model and find the plan, for the arguments of ``plan`` by name."""
+    given = SimpleNamespace(**arguments)
+    budget = _default_budget(given.budget, given.rank, given.calibration)
+    strategy = _parse_strategy(
+        given.factorization, given.rank, budget, given.multiple_of, error_curves=given.error_curves, options=options
+    )
+    calibration, held_out = with_batch_options(
+        given.transform, given.max_samples, calibration=given.calibration, held_out=given.held_out
+    )
+    example_inputs, calibration = _with_example(given.model, given.example_inputs, calibration)
+    capturing = partial(
+        capture_model,
+        given.model,
+        example_inputs,
+        how=given.capture,
+        keep_members=not isinstance(_cost_budget(budget), Latency),  # batch norms can only be folded in a graph
+        fold_weights=given.fold_weights,
+        leaf_modules=given.leaf_modules,
+    )
+    captured = with_phase(capturing, "capturing", options.progress)
+    scope = SearchScope(
+        include=given.include,
+        exclude=given.exclude,
+        kinds=given.kinds,
+        allow_growth=given.allow_growth,
+        call=describe_call(plan, arguments),
+    )
+    data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=given.likelihood)
+    bound = budget if isinstance(budget, Loss | Metric) else None
+    return captured, search(captured, strategy, scope, data, options=options, bound=bound)
 
 
 def _with_example(
