@@ -21,7 +21,7 @@ from fxfact.utils import atomic_write, no_reduced_precision
 
 ErrorCurve = list[tuple[Rank, float]]
 _MAX_COMPUTED_RANKS = 6  # of a curve, unless there is an estimate from singular values
-_LARGEST_COMPUTED = 0.9  # as a fraction of the list of candidate ranks
+_LARGEST_COMPUTED = 0.8  # as a fraction of the list of candidate ranks
 _FILE_FORMAT = {"format": "fxfact error curves", "version": 1}
 
 
@@ -131,6 +131,8 @@ def _error_curve(
     with no_reduced_precision(layer.weight.device):
         if weighted is None and (estimates := factorization.error_estimates(layer, ranks)) is not None:
             return list(zip(ranks, estimates, strict=True))
+        if weighted is not None and not factorization.is_fitted:
+            return list(zip(ranks, factorization.loss_increases(weighted, ranks), strict=True))
         positions = np.linspace(0, _LARGEST_COMPUTED, _MAX_COMPUTED_RANKS) ** 1.5 * (len(ranks) - 1)
         computed = [ranks[k] for k in np.unique(positions.round().astype(int))]
         if weighted is not None:
