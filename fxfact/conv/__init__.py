@@ -19,6 +19,7 @@ from fxfact.conv.chain import (
     to_torch,
 )
 from fxfact.conv.composed_layer import ComposedLayer, OwnParameters
+from fxfact.conv.conv_attributes import ConvAttributes
 from fxfact.conv.cost import Cost, format_amount, format_change
 from fxfact.conv.factorized_module import FactorizedModule, factorize_module, stages_in
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
@@ -63,6 +64,7 @@ __all__ = [
     "TRANSPOSED_TYPES",
     "ComposedChain",
     "ComposedLayer",
+    "ConvAttributes",
     "ConvCall",
     "ConvChain",
     "ConvLayer",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxfact.conv.chain import ConvLayer, compose_weights, from_torch, to_torch
 from fxfact.conv.kernels import PLAIN_TYPES
 from fxfact.conv.site import Skip
-from fxfact.conv.spec import ConvSpec, pad_amounts, same_padding
+from fxfact.conv.spec import ConvSpec, pad_amounts, torch_padding
 from fxfact.errors import ArgumentError, SpecError
 
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -186,15 +186,12 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
     if not spec.order:
         return [_write_linear(spec, weight, bias)]
     pads: list[nn.Module] = []
-    padding: str | int | tuple[int, ...] = tuple(pair[0] for pair in spec.padding)
+    padding: str | int | tuple[int, ...] | None = torch_padding(spec)
     mode = spec.padding_mode
-    if any(first != last for first, last in spec.padding):
-        if set(spec.stride) == {1} and spec.padding == same_padding(spec.kernel_size, spec.dilation):
-            padding = "same"
-        else:
-            amounts = pad_amounts(spec.padding)
-            pad = _PADS[mode][spec.order - 1]
-            pads, padding, mode = [pad(amounts[0] if len(set(amounts)) == 1 else tuple(amounts))], 0, "zeros"
+    if padding is None:
+        amounts = pad_amounts(spec.padding)
+        pad = _PADS[mode][spec.order - 1]
+        pads, padding, mode = [pad(amounts[0] if len(set(amounts)) == 1 else tuple(amounts))], 0, "zeros"
     kind: type = (TRANSPOSED_TYPES if spec.transposed else CONV_TYPES)[spec.order - 1]
     module = kind(
         spec.in_channels,

@@ -371,6 +371,14 @@ def same_padding(kernel: Sizes, dilation: Sizes) -> Padding:
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
+def torch_padding(spec: ConvSpec) -> Sizes | str | None:
+    """Return the ``padding`` of PyTorch's convolution: ints or 'same', or None if it has no such padding."""
+    if all(before == after for before, after in spec.padding):
+        return tuple(before for before, _ in spec.padding)
+    is_same = set(spec.stride) == {1} and spec.padding == same_padding(spec.kernel_size, spec.dilation)
+    return "same" if is_same else None
+
+
 def _parse_padding(padding: int | str | Sequence[int], kernel: Sizes, dilation: Sizes, stride: Sizes) -> Padding:
     if padding == "valid":
         return ((0, 0),) * len(kernel)

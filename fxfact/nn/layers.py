@@ -1,14 +1,10 @@
-"""Factorized convolution layers to build models with, compatible with TensorLy-Torch's ``FactorizedConv``.
-
-A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of a dense kernel.
-"""
+"""The factorized layers of one convolution: FactorizedConv, and its classes for CP, Tucker and TT."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +12,12 @@ from torch import Tensor, nn
 from fxfact.conv import (
     ComposedChain,
     ComposedLayer,
+    ConvAttributes,
     ConvSpec,
     OwnParameters,
-    Sizes,
     Skip,
-    compose_weights,
-    composed_spec,
     computes_weight,
+    from_torch,
     is_conv,
     read_conv,
     run_stages,
@@ -32,74 +27,13 @@ from fxfact.conv import (
     write_conv,
 )
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError, WeightError
-from fxfact.factorizations import (
-    CPFactorized,
-    Factorization,
-    Rank,
-    RankSpec,
-    Tucker,
-    check_generator,
-    parse_factorization,
-    parse_rank_spec,
-    resolve_rank,
-)
+from fxfact.factorizations import Factorization, Rank, RankSpec, check_generator
+from fxfact.nn.factors import FactorizedTensor, factors_of, read_factors
+from fxfact.nn.structure import FixedRankModes, Implementation, Structure, with_options
 from fxfact.utils import no_reduced_precision
 
-__all__ = ["CPConv", "FactorizedConv", "Implementation", "TTConv", "TuckerConv"]
 
-Implementation = Literal["factorized", "mobilenet", "reconstructed"]
-
-
-@dataclass(frozen=True)
-class Structure:
-    """A factorized layer without its tensors.
-
-    Attributes:
-        spec: the dense convolution.
-        factorization: how the kernel is factorized.
-        rank: the rank of each group.
-        implementation: how ``forward`` computes the layer.
-        stages: the convolutions that hold the parameters. They are stored because ``forward`` must not compute them.
-    """
-
-    spec: ConvSpec
-    factorization: Factorization
-    rank: Rank
-    implementation: Implementation
-    stages: tuple[ConvSpec, ...]
-
-    @classmethod
-    def parse(
-        cls,
-        spec: ConvSpec,
-        factorization: str | Factorization,
-        rank: RankSpec,
-        implementation: str,
-    ) -> Structure:
-        """Parse the arguments of a layer. Raises ArgumentError, RankError or RefusedError."""
-        of_layers = {"cp": CPFactorized(), "tucker": Tucker(keep_full_sides=True)}
-        method = of_layers.get(factorization.lower()) if isinstance(factorization, str) else None
-        method = method or parse_factorization(factorization)
-        allowed = [n for n in get_args(Implementation) if n != "mobilenet" or isinstance(method, CPFactorized)]
-        if implementation not in allowed:
-            raise ArgumentError(f"implementation of {method.name} is one of {allowed}, got {implementation!r}")
-        resolved = resolve_rank(method, spec, parse_rank_spec(rank), clip=False, rule="tensorly")
-        if isinstance(resolved, Skip):
-            raise RefusedError(f"{resolved.reason} ({spec})")
-        stages = method.layout(spec, resolved)
-        if implementation == "mobilenet":
-            stages = (stages[0], composed_spec(stages[1:-1]), stages[-1])
-        return cls(spec, method, resolved, implementation, stages)  # type: ignore[arg-type]
-
-    def stage_weights(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return the weights of ``stages`` for those of the chain: 'mobilenet' composes the 1-D kernels into one."""
-        if self.implementation != "mobilenet":
-            return list(weights)
-        space = self.factorization.layout(self.spec, self.rank)[1:-1]
-        return [weights[0], compose_weights(space, weights[1:-1]), weights[-1]]
-
-
-class FactorizedConv(ComposedLayer):
+class FactorizedConv(ConvAttributes, ComposedLayer):
     """A convolution with 1 to 3 spatial axes, held as the stages of a factorization.
 
     Input (batch, in, *size) or (in, *size), output (batch, out, *size) or (out, *size), as for ``nn.Conv2d``, whose
@@ -120,9 +54,12 @@ class FactorizedConv(ComposedLayer):
             name or object of ``fxfact.factorizations``. Needed unless the class has a default.
         rank: an int, a tuple, or a fraction of the dense parameters ('same' means 1.0). TensorLy's rules
             (``tensorly.cp_tensor.validate_cp_rank`` and similar) turn a fraction into a rank, which is then clipped to
-            a feasible one. Tucker's spatial modes are kept whole.
+            a feasible one. Tucker's spatial modes are kept whole. A tuple may have TensorLy's form as well: for Tucker
+            one entry for each mode, (out, in, *kernel), for TT the ranks with a 1 at both ends.
         implementation: 'factorized' runs the stages one after the other. 'mobilenet', for 'cp' only, has one depthwise
             k×k stage. 'reconstructed' composes the dense kernel in every forward and runs one dense convolution.
+        fixed_rank_modes: for 'tucker', the modes whose rank is their size: 0 (out), 1 (in), or spatial ones, which
+            always are whole. 'spatial' therefore means no other modes.
         device: the device of the parameters.
         dtype: their type.
         generator: draws the initial values.
@@ -154,6 +91,7 @@ class FactorizedConv(ComposedLayer):
         factorization: str | Factorization | None = None,
         rank: RankSpec = "same",
         implementation: str = "factorized",
+        fixed_rank_modes: FixedRankModes = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -171,13 +109,13 @@ class FactorizedConv(ComposedLayer):
             padding_mode=padding_mode,
             bias=bias,
         )
-        structure = Structure.parse(spec, self._method(factorization), rank, implementation)
+        structure = Structure.parse(spec, self._method(factorization), rank, implementation, fixed_rank_modes)
         like = torch.empty(0, device=device, dtype=dtype)
         if not like.dtype.is_floating_point:
             raise ArgumentError(f"dtype must be a real floating-point type, got {like.dtype}")
         like.requires_grad_()
         self._assemble(structure, like, like.new_empty(out_channels).requires_grad_() if bias else None)
-        self.reset_parameters(generator)
+        self.reset_parameters(generator=generator)
 
     @classmethod
     @torch.inference_mode(False)  # inference tensors cannot be trained
@@ -189,6 +127,8 @@ class FactorizedConv(ComposedLayer):
         factorization: str | Factorization | None = None,
         implementation: str = "factorized",
         decompose_weights: bool = True,
+        decomposition_kwargs: Mapping[str, Any] | None = None,
+        fixed_rank_modes: FixedRankModes = None,
         generator: torch.Generator | None = None,
     ) -> Self:
         """Return the factorized layer for a convolution.
@@ -200,6 +140,9 @@ class FactorizedConv(ComposedLayer):
             factorization: as for the class.
             implementation: as for the class.
             decompose_weights: whether to decompose the weight. If not, the layer has the initial values of a new one.
+            decomposition_kwargs: options of the factorization, such as ``{"sweeps": 100}``. TensorLy's names
+                n_iter_max, tol and random_state are known as well.
+            fixed_rank_modes: as for the class.
             generator: draws the initial values, or the start of a factorization that starts at random.
 
         Returns:
@@ -222,7 +165,8 @@ class FactorizedConv(ComposedLayer):
         layer = read_conv(conv)
         if isinstance(layer, Skip):
             raise RefusedError(f"{type(conv).__name__}: {layer.reason}")
-        structure = Structure.parse(layer.spec, cls._method(factorization), rank, implementation)
+        method, generator = with_options(cls._method(factorization), decomposition_kwargs, generator)
+        structure = Structure.parse(layer.spec, method, rank, implementation, fixed_rank_modes)
         weights = None
         if decompose_weights and layer.weight.is_meta:
             raise WeightError("the weight is on the meta device and has no values. Pass decompose_weights=False.")
@@ -233,8 +177,68 @@ class FactorizedConv(ComposedLayer):
         bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_(layer.bias.requires_grad)
         new._assemble(structure, cast(Tensor, conv.weight), bias, weights)
         if not decompose_weights:
-            new.reset_parameters(generator)
+            new.reset_parameters(generator=generator)
         return new.train(conv.training)
+
+    @classmethod
+    @torch.inference_mode(False)
+    def from_factors(
+        cls,
+        factors: FactorizedTensor,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        bias: Tensor | None = None,
+        padding_mode: str = "zeros",
+        implementation: str = "factorized",
+        kernel_size: Sequence[int] | None = None,
+    ) -> Self:
+        """Return the layer of a factorized kernel.
+
+        Args:
+            factors: a ``CPTensor`` or ``TuckerTensor`` of TensorLy with the modes (out, in, *kernel), or a ``TTTensor``
+                with the modes (in, *kernel, out). Its tensors are copied. A rank that is larger than a chain can use is
+                lowered, which is exact. Tucker's spatial factors are multiplied with the core.
+            stride: the stride.
+            padding: the padding, also 'same' or 'valid'.
+            dilation: the dilation.
+            bias: the bias (out,), which is copied, or None.
+            padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+            implementation: as for the class.
+            kernel_size: of a CP tensor (out, in, positions) that has all spatial axes in one mode.
+
+        Returns:
+            The layer, with the device and dtype of the factors.
+
+        Raises:
+            ArgumentTypeError: if ``factors`` is no factorized tensor, or of another factorization than the class.
+            ArgumentError: if its modes are not those of a convolution, or the implementation is invalid.
+            SpecError: if the other arguments do not describe a convolution.
+        """
+        read = read_factors(factors, None if kernel_size is None else tuple(kernel_size))
+        if cls.default_factorization and cls.default_factorization not in read.factorization.name:
+            raise ArgumentTypeError(
+                f"{cls.__name__} takes the factors of {cls.default_factorization}, got a {type(factors).__name__}. "
+                "Call FactorizedConv.from_factors, which takes any."
+            )
+        out_channels, in_channels, *kernel = read.kernel_shape
+        spec = ConvSpec.parse(
+            in_channels,
+            out_channels,
+            kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            padding_mode=padding_mode,
+            bias=bias is not None,
+        )
+        structure, weights = read.fit(spec, implementation)
+        new = cls.__new__(cls)
+        copies = [weight.detach().clone() for weight in weights]
+        own_bias = None if bias is None else bias.detach().clone().requires_grad_()
+        new._assemble(structure, torch.empty_like(copies[0]).requires_grad_(), own_bias, copies)
+        return new
 
     @classmethod
     def _method(cls, factorization: str | Factorization | None) -> str | Factorization:
@@ -255,15 +259,23 @@ class FactorizedConv(ComposedLayer):
         modules = write_chain(structure.stages, values, bias, like=like)
         self.stages = nn.Sequential(*modules)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, std: float | None = None, *, generator: torch.Generator | None = None) -> None:
         """Draw new values for all parameters.
 
-        Every stage preserves the variance of its input, except that the last one reduces it to a third, as PyTorch's
-        initialisation of the dense convolution does (He et al. 2015 with a = √5).
+        Without ``std`` every stage preserves the variance of its input, except that the last one reduces it to a third,
+        as PyTorch's initialisation of the dense convolution does (He et al. 2015 with a = √5).
 
         Args:
+            std: the standard deviation of the composed kernel, as TensorLy-Torch defines the initialisation: the values
+                of all stages have the same normal distribution, and the bias is zero.
             generator: draws the values. None means PyTorch's global one.
+
+        Raises:
+            ArgumentError: if ``std`` is not a positive number.
         """
+        if std is not None:
+            self._draw_with_std(std, generator)
+            return
         convs, dense = self._convs(), self._structure.spec
         inputs, fan_in = math.prod(dense.weight_shape[1:]), _fan_in(dense)
         for conv, spec in zip(convs, self._structure.stages, strict=True):
@@ -271,6 +283,20 @@ class FactorizedConv(ComposedLayer):
             _draw(conv.weight, math.sqrt(gain / math.prod(spec.weight_shape[1:])), generator)
         if (bias := convs[-1].bias) is not None:
             _draw(bias, 1 / math.sqrt(fan_in), generator)
+
+    @torch.no_grad()
+    def _draw_with_std(self, std: float, generator: torch.Generator | None) -> None:
+        if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
+            raise ArgumentError(f"std must be a positive number, got {std!r}. Pass generator= by its name.")
+        convs, stages = self._convs(), self._structure.stages
+        terms = math.prod(stage.weight_shape[1] for stage in stages[1:])  # that are summed for a value of the kernel
+        of_stages = (std / math.sqrt(terms)) ** (1 / len(stages))
+        for conv in convs:
+            device = conv.weight.device if generator is None else generator.device
+            drawn = torch.empty_like(conv.weight, device=device)
+            conv.weight.copy_(drawn.normal_(0, of_stages, generator=generator))
+        if (bias := convs[-1].bias) is not None:
+            bias.zero_()
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Map (batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size).
@@ -324,9 +350,15 @@ class FactorizedConv(ComposedLayer):
         return self._structure.spec
 
     @property
-    def kernel_size(self) -> Sizes:
-        """The kernel size of the dense convolution."""
-        return self._structure.spec.kernel_size
+    def factors(self) -> FactorizedTensor:
+        """The kernel as a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of TensorLy, made at every access.
+
+        Its factors are views of the weights of the stages: what is written to them under ``torch.no_grad()`` changes
+        the layer. With 'mobilenet', and with 'cp_mobilenet', all spatial axes are in one mode. Raises RefusedError for
+        a layer with groups, and for a factorization that TensorLy does not have.
+        """
+        weights = (from_torch(s, c.weight) for s, c in zip(self._structure.stages, self._convs(), strict=True))
+        return factors_of(self._structure, list(weights))
 
     def extra_repr(self) -> str:
         """Describe the layer in ``repr``."""
@@ -341,9 +373,7 @@ class FactorizedConv(ComposedLayer):
         return ComposedChain(self._structure.spec, self._structure.stages, convs)
 
     def _has_bias(self, bias: bool) -> None:
-        before = self._structure
-        stages = (*before.stages[:-1], replace(before.stages[-1], bias=bias))
-        self._structure = replace(before, spec=replace(before.spec, bias=bias), stages=stages)
+        self._structure = self._structure.with_bias(bias)
 
 
 def _fan_in(spec: ConvSpec) -> int:

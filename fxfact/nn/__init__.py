@@ -1,0 +1,9 @@
+"""Factorized convolution layers to build models with, compatible with TensorLy-Torch's ``FactorizedConv``.
+
+A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of a dense kernel.
+"""
+
+from fxfact.nn.layers import CPConv, FactorizedConv, TTConv, TuckerConv
+from fxfact.nn.structure import Implementation
+
+__all__ = ["CPConv", "FactorizedConv", "Implementation", "TTConv", "TuckerConv"]
