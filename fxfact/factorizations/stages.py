@@ -321,7 +321,7 @@ def pointwise(block: ConvSpec, in_channels: int, out_channels: int) -> ConvSpec:
         out_channels: the output channels of the stage.
 
     Returns:
-        A 1×1 convolution (1, 2 or 3 axes as ``block``) or a linear layer, with stride 1, without padding and bias.
+        A 1×1 convolution with the axes of ``block`` or a linear layer, with stride 1, without padding and bias.
     """
     order = len(block.kernel_size)
     ones = (1,) * order

@@ -3,7 +3,8 @@
 A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of a dense kernel.
 """
 
+from fxfact.conv import ConvNd
 from fxfact.nn.layers import CPConv, FactorizedConv, TTConv, TuckerConv
 from fxfact.nn.structure import Implementation
 
-__all__ = ["CPConv", "FactorizedConv", "Implementation", "TTConv", "TuckerConv"]
+__all__ = ["CPConv", "ConvNd", "FactorizedConv", "Implementation", "TTConv", "TuckerConv"]

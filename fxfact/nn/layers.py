@@ -13,6 +13,7 @@ from fxfact.conv import (
     ComposedChain,
     ComposedLayer,
     ConvAttributes,
+    ConvNd,
     ConvSpec,
     OwnParameters,
     Skip,
@@ -30,11 +31,11 @@ from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError, Weight
 from fxfact.factorizations import Factorization, Rank, RankSpec, check_generator
 from fxfact.nn.factors import FactorizedTensor, factors_of, read_factors
 from fxfact.nn.structure import FixedRankModes, Implementation, Structure, with_options
-from fxfact.utils import no_reduced_precision
+from fxfact.utils import check_memory, no_reduced_precision
 
 
 class FactorizedConv(ConvAttributes, ComposedLayer):
-    """A convolution with 1 to 3 spatial axes, held as the stages of a factorization.
+    """A convolution with any number of spatial axes, held as the stages of a factorization.
 
     Input (batch, in, *size) or (in, *size), output (batch, out, *size) or (out, *size), as for ``nn.Conv2d``, whose
     arguments come first. The initial values give the output the variance of the dense layer's initialisation.
@@ -66,7 +67,7 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
 
     Raises:
         SpecError: if the arguments do not describe a convolution.
-        ArgumentError: if the factorization, implementation or dtype is invalid.
+        ArgumentError: if the factorization, implementation or dtype is invalid, or a kernel is larger than the memory.
         ArgumentTypeError: if the factorization, rank or generator is of a wrong type.
         RankError: if the rank is invalid.
         RefusedError: if the convolution cannot be factorized this way.
@@ -134,8 +135,8 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
         """Return the factorized layer for a convolution.
 
         Args:
-            conv: an ``nn.Conv1d/2d/3d`` or ``nn.ConvTranspose1d/2d/3d``. It is not changed, and shares no tensor with
-                the layer, which has its device, dtype, mode and attributes.
+            conv: an ``nn.Conv1d/2d/3d``, ``nn.ConvTranspose1d/2d/3d`` or ``ConvNd``. It is not changed, and shares no
+                tensor with the layer, which has its device, dtype, mode and attributes.
             rank: as for the class.
             factorization: as for the class.
             implementation: as for the class.
@@ -153,8 +154,9 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
             RefusedError: if it cannot be factorized this way, or computes its weight from other parameters.
             ArgumentError, RankError, WeightError: if another argument, the rank or the weight is invalid.
         """
-        if not isinstance(conv, nn.Module) or not is_conv(conv) or isinstance(conv, nn.Linear):
-            kinds = "torch.nn.Conv1d/2d/3d or ConvTranspose1d/2d/3d"
+        is_dense = isinstance(conv, nn.Module) and _is_stage(conv) and not isinstance(conv, nn.Linear)
+        if not is_dense:
+            kinds = "torch.nn.Conv1d/2d/3d, ConvTranspose1d/2d/3d or fxfact.nn.ConvNd"
             raise ArgumentTypeError(f"conv must be a {kinds}, got {type(conv).__name__}")
         check_generator(generator)
         if computes_weight(conv):
@@ -253,6 +255,9 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
         self, structure: Structure, like: Tensor, bias: Tensor | None, weights: Sequence[Tensor] | None = None
     ) -> None:
         super().__init__()
+        dense = structure.spec if structure.implementation == "reconstructed" else None
+        for spec in (*structure.stages, *filter(None, [dense])):
+            check_memory(f"the kernel of {spec}", math.prod(spec.weight_shape), like)
         vars(self)["_parameters"] = OwnParameters(self, {})
         self._structure = structure
         values = weights or [like.new_empty(spec.weight_shape) for spec in structure.stages]
@@ -318,10 +323,14 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
         """Compose the layer to a dense convolution.
 
         Returns:
-            A new ``nn.Conv…`` or ``nn.ConvTranspose…`` that computes the same, with the device, dtype and training mode
-            of this layer.
+            A new ``nn.Conv…``, ``nn.ConvTranspose…``, or with more than three axes ``ConvNd``, that computes the same.
+            It has the device, dtype and training mode of this layer.
+
+        Raises:
+            ArgumentError: if the kernel is larger than the memory of the device.
         """
         like = self._convs()[0].weight
+        check_memory(f"the kernel of {self.spec}", math.prod(self.spec.weight_shape), like)
         with torch.no_grad(), no_reduced_precision(like.device):
             weight = self._composed().clone(memory_format=torch.contiguous_format)
         bias = self.bias
@@ -369,11 +378,16 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
         return list(self._chain().convs.values())
 
     def _chain(self) -> ComposedChain:
-        convs = {f"stages.{name}": stage for name, stage in self.stages.named_children() if is_conv(stage)}
+        convs = {f"stages.{name}": stage for name, stage in self.stages.named_children() if _is_stage(stage)}
         return ComposedChain(self._structure.spec, self._structure.stages, convs)
 
     def _has_bias(self, bias: bool) -> None:
         self._structure = self._structure.with_bias(bias)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module is a convolution, and not the padding before one."""
+    return isinstance(module, ConvNd) or is_conv(module)
 
 
 def _fan_in(spec: ConvSpec) -> int:
