@@ -6,5 +6,15 @@ A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of 
 from fxfact.conv import ConvNd
 from fxfact.nn.layers import CPConv, FactorizedConv, TTConv, TuckerConv
 from fxfact.nn.structure import Implementation
+from fxfact.nn.tltorch import from_tltorch, load_tltorch_state_dict
 
-__all__ = ["CPConv", "ConvNd", "FactorizedConv", "Implementation", "TTConv", "TuckerConv"]
+__all__ = [
+    "CPConv",
+    "ConvNd",
+    "FactorizedConv",
+    "Implementation",
+    "TTConv",
+    "TuckerConv",
+    "from_tltorch",
+    "load_tltorch_state_dict",
+]

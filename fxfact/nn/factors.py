@@ -35,7 +35,7 @@ def factors_of(structure: Structure, weights: Sequence[Tensor]) -> FactorizedTen
     if spec.groups > 1 or not isinstance(method, CPFactorized | CPMobilenet | Tucker | TT):
         what = f"{spec.groups} groups" if spec.groups > 1 else method.name
         raise RefusedError(f"TensorLy has no tensor for a layer with {what} ({spec}). Read the weights of its stages.")
-    with _tensorly():
+    with with_tensorly():
         if isinstance(method, Tucker):
             return TuckerTensor(_tucker_factors(structure, weights))
         first, *space, last = weights
@@ -108,7 +108,7 @@ class ReadFactors:
 
     def kernel(self) -> Tensor:
         """Return the dense kernel (out, in, *kernel)."""
-        with torch.no_grad(), _tensorly():
+        with torch.no_grad(), with_tensorly():
             kernel: Tensor = self.source.to_tensor()
         return (kernel.movedim(-1, 0) if isinstance(self.source, TTTensor) else kernel).reshape(self.kernel_shape)
 
@@ -130,7 +130,7 @@ def read_factors(factors: FactorizedTensor, kernel_size: Sizes | None = None) ->
             f"the factors of a convolution have the modes (out, in, *kernel), got {order + 2} modes and "
             f"kernel_size={kernel_size}. Pass kernel_size only with a CP tensor that has all spatial axes in one mode."
         )
-    with torch.no_grad(), _tensorly():
+    with torch.no_grad(), with_tensorly():
         read = _READERS[type(factors)](factors)
         if kernel_size is None:
             return read
@@ -198,7 +198,7 @@ def _eye(size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
-def _tensorly() -> AbstractContextManager[None]:
+def with_tensorly() -> AbstractContextManager[None]:
     """Let TensorLy compute with PyTorch, in this thread only."""
     context: AbstractContextManager[None] = tensorly.backend_context("pytorch", local_threadsafe=True)
     return context

@@ -369,6 +369,11 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
         weights = (from_torch(s, c.weight) for s, c in zip(self._structure.stages, self._convs(), strict=True))
         return factors_of(self._structure, list(weights))
 
+    @property
+    def stage_names(self) -> list[str]:
+        """The names of the convolutions that the layer runs, such as 'stages.0', in order."""
+        return list(self._chain().convs)
+
     def extra_repr(self) -> str:
         """Describe the layer in ``repr``."""
         return f"{self.spec}, {self.factorization.name}, rank={self.rank}, implementation={self.implementation!r}"

@@ -1,0 +1,195 @@
+"""Moves layers and checkpoints of TensorLy-Torch 0.5 over, without importing it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensorly.cp_tensor import CPTensor
+from tensorly.tt_tensor import TTTensor
+from tensorly.tucker_tensor import TuckerTensor
+from torch import Tensor, nn
+
+from fxfact.conv import ConvNd, ConvSpec, has_hooks, is_conv, spec_of, to_torch, write_conv
+from fxfact.errors import ArgumentError, ArgumentTypeError, RankError, RefusedError, error_context, first_differences
+from fxfact.nn.factors import FactorizedTensor, read_factors, with_tensorly
+from fxfact.nn.layers import FactorizedConv
+from fxfact.utils import warn_caller
+
+_KINDS = ("CPTensor", "TuckerTensor", "TTTensor", "DenseTensor")
+_KEYS = "weight.factors.factor_0, weight.factors.factor_1, …"
+
+
+def from_tltorch(layer_or_model: nn.Module) -> nn.Module:
+    """Return the layer for a ``FactorizedConv`` of TensorLy-Torch, or a copy of a model with all of them replaced.
+
+    Args:
+        layer_or_model: a ``tltorch.FactorizedConv``, or a model that contains some. It is not changed, and shares no
+            tensor with the result.
+
+    Returns:
+        For a layer a ``FactorizedConv`` with equal outputs, or an ``nn.Conv…`` if its weight is dense. For a model a
+        copy. A rank that is larger than a chain can use is lowered, and Tucker's spatial factors are multiplied with
+        the core, which are both exact.
+
+    Raises:
+        ArgumentTypeError: if there is no ``FactorizedConv`` of TensorLy-Torch.
+        RefusedError: if one cannot be moved: its tensor is complex or of a tensorized layer, or it has hooks.
+    """
+    if not isinstance(layer_or_model, nn.Module):
+        raise ArgumentTypeError(f"pass a layer or a model, got {type(layer_or_model).__name__}")
+    if _is_factorized_conv(layer_or_model):
+        return _converted(layer_or_model)
+    found = {path: m for path, m in layer_or_model.named_modules(remove_duplicate=False) if _is_factorized_conv(m)}
+    if not found:
+        name = type(layer_or_model).__name__
+        raise ArgumentTypeError(
+            f"{name} has no FactorizedConv of TensorLy-Torch (tltorch), which is what can be moved."
+        )
+    converted: dict[int, nn.Module] = {}
+    for path, module in found.items():
+        with error_context(path):
+            converted[id(module)] = converted.get(id(module)) or _converted(module)
+    _warn_of_others(layer_or_model)
+    memo: dict[int, Any] = dict(converted)  # deepcopy takes these for the copies of the layers
+    return copy.deepcopy(layer_or_model, memo)
+
+
+def _is_factorized_conv(module: nn.Module) -> bool:
+    return any(_is_of_tltorch(kind) and kind.__name__ == "FactorizedConv" for kind in type(module).__mro__)
+
+
+def _is_of_tltorch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "tltorch"
+
+
+def _warn_of_others(model: nn.Module) -> None:
+    kinds = ("FactorizedLinear", "FactorizedEmbedding", "TRL", "TCL")
+    names = [path for path, m in model.named_modules() if _is_of_tltorch(type(m)) and type(m).__name__ in kinds]
+    if names:
+        warn_caller(f"layers of TensorLy-Torch that are no convolutions stay as they are: {', '.join(names)}")
+
+
+@torch.no_grad()
+def _converted(layer: Any) -> nn.Module:
+    """Return the layer of fxfact for one of TensorLy-Torch. Raises RefusedError."""
+    kind = type(layer.weight).__name__
+    if kind not in _KINDS:
+        raise RefusedError(f"a weight of the type {kind} cannot be moved, only {', '.join(_KINDS)}.")
+    if layer.n_layers != 1:
+        raise RefusedError(f"it holds n_layers={layer.n_layers} convolutions, and only single ones can be moved.")
+    if has_hooks(layer) or has_hooks(layer.weight):
+        raise RefusedError(
+            "it has hooks, which would be lost. Remove them: tltorch.remove_tensor_dropout(layer.weight), "
+            "tltorch.remove_tensor_lasso(layer.weight)."
+        )
+    settings: dict[str, Any] = {
+        name: tuple(getattr(layer, name).tolist()) for name in ("stride", "padding", "dilation")
+    }
+    if kind == "DenseTensor":
+        return _dense(layer, settings)
+    factors = _factors(kind, layer.weight.state_dict(), [f"factors.{key}" for key in layer.weight.factors.keys])
+    implementation = layer.implementation
+    if kind != "CPTensor" and implementation == "mobilenet":
+        implementation = "factorized"  # as TensorLy-Torch computes it
+    new = FactorizedConv.from_factors(factors, bias=layer.bias, implementation=implementation, **settings)
+    trained = [parameter.requires_grad for parameter in layer.parameters()]
+    if any(trained) != all(trained):
+        warn_caller(
+            "a layer of TensorLy-Torch has frozen and trained tensors. All parameters of the new one are trained."
+        )
+    return new.requires_grad_(any(trained)).train(layer.training)
+
+
+def _dense(layer: Any, settings: Mapping[str, Any]) -> nn.Module:
+    weight, bias = (None if t is None else t.detach().clone() for t in (layer.weight.tensor, layer.bias))
+    assert weight is not None
+    out_channels, in_channels, *kernel = weight.shape
+    spec = ConvSpec.parse(in_channels, out_channels, kernel, bias=bias is not None, **settings)
+    trained = layer.weight.tensor.requires_grad
+    (conv,) = write_conv(spec, weight.requires_grad_(trained), None if bias is None else bias.requires_grad_(trained))
+    return conv.train(layer.training)
+
+
+def _factors(kind: str, tensors: Mapping[str, Tensor], names: Sequence[str]) -> FactorizedTensor:
+    """Return the tensor of TensorLy for those of a state dict. ``names`` are those of the factors in order."""
+    factors = [tensors[name] for name in names]
+    with with_tensorly():
+        if kind == "CPTensor":
+            return CPTensor((tensors["weights"], factors))
+        return TTTensor(factors) if kind == "TTTensor" else TuckerTensor((tensors["core"], factors))
+
+
+def load_tltorch_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a state dict of TensorLy-Torch 0.5 into a model with the layers of ``fxfact.nn`` in place of its own.
+
+    Args:
+        model: the model. Its modules have the paths of those that wrote the state dict. Its layers have the same
+            factorization and rank, or the largest rank that a chain can use if that in the state dict is larger.
+        state_dict: the state dict. The tensors of all other modules are loaded as ``load_state_dict`` does.
+
+    Raises:
+        ArgumentError: if keys are missing or left over, or a tensor has another shape. Then nothing was loaded.
+        RankError: if a layer has another rank. Then nothing was loaded.
+    """
+    given, translated = dict(state_dict), dict[str, Tensor]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        with error_context(path) if path else error_context(type(module).__name__):
+            if isinstance(module, FactorizedConv):
+                own = {key: given.pop(key) for key in list(given) if key.startswith(prefix)}
+                tensors = {key.removeprefix(prefix): tensor for key, tensor in own.items()}
+                translated.update({prefix + key: tensor for key, tensor in _stage_state(module, tensors).items()})
+            elif (dense := given.pop(f"{prefix}weight.tensor", None)) is not None:
+                translated[f"{prefix}weight"] = _dense_weight(module, dense)
+    _load_exactly(model, {**given, **translated})
+
+
+def _stage_state(layer: FactorizedConv, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of a layer for the tensors that TensorLy-Torch's layer at its path has."""
+    names = [f"weight.factors.factor_{k}" for k in range(layer.order + 2)]
+    extra = [name for name in ("weight.weights", "weight.core") if name in tensors]
+    bias = ["bias"] if layer.bias is not None else []
+    if sorted(tensors) != sorted([*names, *extra, *bias]):
+        raise ArgumentError(
+            f"the state dict has {sorted(tensors) or 'nothing'} for this layer{'' if bias else ' without a bias'}, and "
+            f"TensorLy-Torch 0.5 writes {_KEYS}. Load it with the version that wrote it, into an equal layer, and pass "
+            "that to fxfact.nn.from_tltorch."
+        )
+    kind = {"weight.weights": "CPTensor", "weight.core": "TuckerTensor"}.get("".join(extra), "TTTensor")
+    own = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+    read = read_factors(_factors(kind, own, [name.removeprefix("weight.") for name in names]))
+    spec, same = layer.spec, type(read.factorization) is type(layer.factorization)
+    if not same or read.kernel_shape != spec.weight_shape:
+        raise ArgumentError(
+            f"the state dict has a {kind} for a kernel {read.kernel_shape}, and the layer is "
+            f"{layer.factorization.name} with a kernel {spec.weight_shape}. "
+            "Make the layer with the arguments of TensorLy-Torch's."
+        )
+    structure, weights = read.fit(spec, layer.implementation)
+    if structure.rank != layer.rank:
+        raise RankError(
+            f"the state dict has the rank {structure.rank}, and the layer has {layer.rank}. Make it with that."
+        )
+    stages = zip(layer.stage_names, structure.stages, weights, strict=True)
+    state = {f"{name}.weight": to_torch(stage, weight) for name, stage, weight in stages}
+    return {**state, **{f"{layer.stage_names[-1]}.{name}": tensors[name] for name in bias}}
+
+
+def _dense_weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the weight that TensorLy-Torch holds as a dense tensor, for a convolution of PyTorch."""
+    spec = module.spec if isinstance(module, ConvNd) else spec_of(module) if is_conv(module) else None
+    if spec is None or spec.weight_shape != tuple(weight.shape):
+        raise ArgumentError(f"the state dict has a dense kernel {tuple(weight.shape)}, and the module is {module}")
+    return weight
+
+
+def _load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict if it has the keys and shapes of the model, or raise ArgumentError before it is changed."""
+    expected, found = ({key: str(tuple(value.shape)) for key, value in d.items()} for d in (model.state_dict(), state))
+    if expected != found:
+        differences = first_differences("the model", expected, "the state dict", found)
+        raise ArgumentError(f"the state dict does not fit the model. {differences}")
+    model.load_state_dict(dict(state))

@@ -1,0 +1,238 @@
+"""TensorLy-Torch 0.5, as installed: layers, models and checkpoints that move over, and the table of the README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfact.nn as fnn
+from fxfact.errors import ArgumentError, ArgumentTypeError, FxfactError, RankError, RefusedError
+from tests.support import apart, copied_state, has_state
+
+tltorch: Any = pytest.importorskip("tltorch", reason="needs the extra tltorch")
+
+KERNELS = {1: (5,), 2: (3, 3), 3: (3, 2, 3)}
+FACTORIZATIONS = ["cp", "tucker", "tt"]
+VARIANTS = [
+    *((name, how) for name in FACTORIZATIONS for how in ("factorized", "reconstructed", "mobilenet")),
+    ("dense", "reconstructed"),
+]
+variants = pytest.mark.parametrize(("factorization", "implementation"), VARIANTS)
+
+
+def theirs(factorization: str, implementation: str, order: int = 2, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"rank": 0.5, "bias": True, "stride": 2, "padding": 1, **settings}
+    layer = tltorch.FactorizedConv(
+        6,
+        8,
+        options.pop("kernel_size", KERNELS[order]),
+        factorization=factorization,
+        implementation=implementation,
+        **options,
+    )
+    layer.reset_parameters(0.1)
+    nn.init.normal_(layer.bias) if layer.bias is not None else None
+    return layer
+
+
+def sample(order: int = 2) -> Tensor:
+    return torch.randn(2, 6, *[9] * order, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@variants
+def test_moved_layer_equals_the_original(factorization: str, implementation: str, order: int) -> None:
+    if (implementation, order) == ("mobilenet", 1) and factorization == "cp":
+        settings = {"stride": 1, "padding": 0}  # lists of one int fail in TensorLy-Torch 0.5
+    else:
+        settings = {}
+    layer, x = theirs(factorization, implementation, order, **settings), sample(order)
+    before = copied_state(layer)
+    moved = fnn.from_tltorch(layer)
+    assert apart(layer(x), moved(x)) < 1e-5
+    assert has_state(layer, before)
+    assert all(p.requires_grad for p in moved.parameters())
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.zero_()
+    assert has_state(layer, before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": False},
+        {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+        {"rank": 2.0},
+        {"rank": 40},
+        {"kernel_size": (1, 3)},
+        {"kernel_size": (1, 1), "padding": 0},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_moved_layer_keeps_settings_and_any_rank(factorization: str, settings: dict[str, Any]) -> None:
+    layer = theirs(factorization, "factorized", **settings)
+    moved, x = fnn.from_tltorch(layer), sample().to(settings.get("dtype", torch.float32))
+    assert apart(layer(x), moved(x)) < 1e-5
+    assert {p.dtype for p in moved.parameters()} == {x.dtype}
+
+
+def test_moved_layer_keeps_mode_and_frozen_parameters() -> None:
+    layer = theirs("tucker", "factorized").eval().requires_grad_(False)
+    moved = fnn.from_tltorch(layer)
+    assert not moved.training
+    assert not any(p.requires_grad for p in moved.parameters())
+    layer.weight.core.requires_grad_()
+    with pytest.warns(UserWarning, match="frozen and trained"):
+        assert all(p.requires_grad for p in fnn.from_tltorch(layer).parameters())
+
+
+class Network(nn.Module):
+    """Layers of a package at three paths, two of them one module, around others."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.first, self.blocks = layers[0], nn.ModuleList(layers[1:])
+        self.again = layers[1]
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return self.head(self.again(x).mean((2, 3)))
+
+
+def their_network() -> Network:
+    made = [("cp", 6), ("tucker", 8), ("tt", 8), ("dense", 8)]
+    layers = []
+    for factorization, channels in made:
+        how = "reconstructed" if factorization == "dense" else "factorized"
+        torch.manual_seed(channels)
+        layers.append(
+            tltorch.FactorizedConv(
+                channels,
+                8,
+                3,
+                order=2,
+                padding=1,
+                bias=True,
+                rank=(4, 4, 3, 3) if factorization == "tucker" else 0.5,
+                factorization=factorization,
+                implementation=how,
+            )
+        )
+        layers[-1].reset_parameters(0.2)
+    return Network(*layers).eval()
+
+
+def our_network() -> Network:
+    return Network(
+        fnn.CPConv(6, 8, 3, order=2, padding=1, rank=0.5),
+        fnn.TuckerConv(8, 8, 3, order=2, padding=1, rank=(4, 4, 3, 3)),
+        fnn.TTConv(8, 8, 3, order=2, padding=1, rank=0.5),
+        nn.Conv2d(8, 8, 3, padding=1),
+    ).eval()
+
+
+def test_model_moves_with_all_its_layers() -> None:
+    model, x = their_network(), sample()
+    moved = fnn.from_tltorch(model)
+    assert apart(model(x), moved(x)) < 1e-5
+    assert moved.again is moved.blocks[0]
+    assert isinstance(moved, Network)
+    assert moved.head.weight.data_ptr() != model.head.weight.data_ptr()
+    assert not any(type(m).__module__.startswith("tltorch") for m in moved.modules())
+    assert torch.fx.symbolic_trace(moved)(x).equal(moved(x))
+
+
+def test_checkpoint_loads_into_a_model_of_our_layers() -> None:
+    model, ours, x = their_network(), our_network(), sample()
+    fnn.load_tltorch_state_dict(ours, model.state_dict())
+    assert apart(model(x), ours(x)) < 1e-5
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@variants
+def test_checkpoint_of_every_variant_loads(factorization: str, implementation: str, order: int) -> None:
+    layer = theirs(factorization, implementation, order)
+    ours = fnn.from_tltorch(layer)
+    expected = ours(sample(order))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    fnn.load_tltorch_state_dict(ours, layer.state_dict())
+    assert apart(expected, ours(sample(order))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda state: state.pop("first.weight.factors.factor_1"), ArgumentError, r"^first: .* writes weight\.factors"),
+        (lambda state: state.update({"first.factors.0": torch.ones(2)}), ArgumentError, "^first: .*factors.0"),
+        (lambda state: state.pop("first.bias"), ArgumentError, "^first: "),
+        (
+            lambda state: state.pop("head.weight"),
+            ArgumentError,
+            "head.weight: the model has .*, the state dict nothing",
+        ),
+        (lambda state: state.update(more=torch.ones(2)), ArgumentError, "more: the model has nothing"),
+        (lambda state: state.update({"blocks.2.weight.tensor": torch.ones(2, 2)}), ArgumentError, "dense kernel"),
+        (
+            lambda state: state.update(
+                {f"first.weight.factors.factor_{k}": torch.ones(n, 3) for k, n in enumerate((8, 6, 3, 3))},
+                **{"first.weight.weights": torch.ones(3)},
+            ),
+            RankError,
+            r"^first: the state dict has the rank \(3,\)",
+        ),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(
+    change: Any, error: type[FxfactError], words: str
+) -> None:
+    state, ours = their_network().state_dict(), our_network()
+    change(state)
+    before = copied_state(ours)
+    with pytest.raises(error, match=words):
+        fnn.load_tltorch_state_dict(ours, state)
+    assert has_state(ours, before)
+
+
+def test_checkpoint_of_another_factorization_is_refused() -> None:
+    for ours in (fnn.TTConv(6, 8, 3, order=2, rank=2), fnn.CPConv(6, 8, 5, order=2, rank=2)):
+        with pytest.raises(ArgumentError, match="CPTensor for a kernel"):
+            fnn.load_tltorch_state_dict(ours, theirs("cp", "factorized").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: "layer", ArgumentTypeError, "got str"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 3)), ArgumentTypeError, "Sequential has no FactorizedConv"),
+        (lambda: theirs("ComplexCP", "reconstructed", dtype=torch.complex64), RefusedError, "ComplexCPTensor"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused(make: Any, error: type[FxfactError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        fnn.from_tltorch(make())
+
+
+def test_hooks_are_not_lost_in_silence() -> None:
+    layer = theirs("tucker", "factorized")
+    layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(RefusedError, match=r"^0: it has hooks"):
+        fnn.from_tltorch(nn.Sequential(layer))
+
+
+def test_other_layers_of_tensorly_torch_are_named() -> None:
+    linear = tltorch.FactorizedLinear((4, 4), (2, 2), rank=0.5)
+    with pytest.warns(UserWarning, match="stay as they are: 1$"):
+        moved = fnn.from_tltorch(nn.Sequential(theirs("cp", "factorized"), linear))
+    assert type(moved[1]) is type(linear)
