@@ -234,12 +234,12 @@ def _write_linear(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> nn.Lin
 
 
 def run_stages(
-    stages: Iterable[nn.Module], spec: ConvSpec, input: Tensor, output_size: Sequence[int] | None = None
+    stages: Iterable[Any], spec: ConvSpec, input: Tensor, output_size: Sequence[int] | None = None
 ) -> Tensor:
     """Run the modules of a chain that equals a convolution with this spec.
 
     Args:
-        stages: The modules, in order.
+        stages: The modules, in order. There may be functions that keep the size between them.
         spec: The spec of the convolution.
         input: The input, as ``fxfact.conv.run`` takes it.
         output_size: The size of the output that a transposed convolution returns, as its ``forward`` takes it.
@@ -252,7 +252,7 @@ def run_stages(
             input = stage(input)
         return input
     for stage in stages:
-        if isinstance(stage, (*TRANSPOSED_TYPES, ConvNd)) and stage.transposed:
+        if isinstance(stage, nn.Module) and getattr(stage, "transposed", False):
             axes = enumerate(decides_size(stage), start=-spec.order)
             input = stage(input, [output_size[axis] if decides else input.shape[axis] for axis, decides in axes])
         else:

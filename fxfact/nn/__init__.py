@@ -5,6 +5,14 @@ A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of 
 
 from fxfact.conv import ConvNd
 from fxfact.nn.layers import CPConv, FactorizedConv, TTConv, TuckerConv
+from fxfact.nn.rank_regularizers import (
+    lasso_loss,
+    prune_ranks,
+    remove_tensor_dropout,
+    remove_tensor_lasso,
+    tensor_dropout,
+    tensor_lasso,
+)
 from fxfact.nn.structure import Implementation
 from fxfact.nn.tltorch import from_tltorch, load_tltorch_state_dict
 
@@ -16,5 +24,11 @@ __all__ = [
     "TTConv",
     "TuckerConv",
     "from_tltorch",
+    "lasso_loss",
     "load_tltorch_state_dict",
+    "prune_ranks",
+    "remove_tensor_dropout",
+    "remove_tensor_lasso",
+    "tensor_dropout",
+    "tensor_lasso",
 ]

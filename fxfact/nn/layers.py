@@ -9,32 +9,16 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv import (
-    ComposedChain,
-    ComposedLayer,
-    ConvAttributes,
-    ConvNd,
-    ConvSpec,
-    OwnParameters,
-    Skip,
-    computes_weight,
-    from_torch,
-    is_conv,
-    read_conv,
-    run_stages,
-    run_weight,
-    takes_output_size,
-    write_chain,
-    write_conv,
-)
+from fxfact.conv import ConvSpec, Skip, computes_weight, read_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError, WeightError
-from fxfact.factorizations import Factorization, Rank, RankSpec, check_generator
-from fxfact.nn.factors import FactorizedTensor, factors_of, read_factors
-from fxfact.nn.structure import FixedRankModes, Implementation, Structure, with_options
-from fxfact.utils import check_memory, no_reduced_precision
+from fxfact.factorizations import Factorization, RankSpec, check_generator
+from fxfact.nn.factors import FactorizedTensor, read_factors
+from fxfact.nn.rank_gains import RankDropout, RankLasso, rank_stages
+from fxfact.nn.staged_conv import StagedConv, is_dense_conv
+from fxfact.nn.structure import FixedRankModes, Structure, with_options
 
 
-class FactorizedConv(ConvAttributes, ComposedLayer):
+class FactorizedConv(StagedConv):
     """A convolution with any number of spatial axes, held as the stages of a factorization.
 
     Input (batch, in, *size) or (in, *size), output (batch, out, *size) or (out, *size), as for ``nn.Conv2d``, whose
@@ -61,6 +45,9 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
             k×k stage. 'reconstructed' composes the dense kernel in every forward and runs one dense convolution.
         fixed_rank_modes: for 'tucker', the modes whose rank is their size: 0 (out), 1 (in), or spatial ones, which
             always are whole. 'spatial' therefore means no other modes.
+        tensor_dropout: the probability with which rank indices are dropped while training. See
+            ``fxfact.nn.tensor_dropout``, which also adds it later, with more options.
+        tensor_lasso: whether rank indices have gains to train. See ``fxfact.nn.tensor_lasso``.
         device: the device of the parameters.
         dtype: their type.
         generator: draws the initial values.
@@ -74,7 +61,6 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
     """
 
     default_factorization: ClassVar[str | None] = None
-    _weight_in_torch_layout = False
 
     def __init__(  # noqa: PLR0917 (the positions of nn.Conv2d)
         self,
@@ -93,6 +79,8 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
         rank: RankSpec = "same",
         implementation: str = "factorized",
         fixed_rank_modes: FixedRankModes = None,
+        tensor_dropout: float = 0.0,
+        tensor_lasso: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -111,11 +99,16 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
             bias=bias,
         )
         structure = Structure.parse(spec, self._method(factorization), rank, implementation, fixed_rank_modes)
+        dropout = RankDropout(tensor_dropout, min_dim=3, min_values=1, drop_test=False)
         like = torch.empty(0, device=device, dtype=dtype)
         if not like.dtype.is_floating_point:
             raise ArgumentError(f"dtype must be a real floating-point type, got {like.dtype}")
         like.requires_grad_()
         self._assemble(structure, like, like.new_empty(out_channels).requires_grad_() if bias else None)
+        self.rank_dropout = dropout if tensor_dropout else None
+        self.rank_lasso = (
+            RankLasso(rank_stages(structure), like, clamp_weights=True, threshold=1e-6) if tensor_lasso else None
+        )
         self.reset_parameters(generator=generator)
 
     @classmethod
@@ -154,7 +147,7 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
             RefusedError: if it cannot be factorized this way, or computes its weight from other parameters.
             ArgumentError, RankError, WeightError: if another argument, the rank or the weight is invalid.
         """
-        is_dense = isinstance(conv, nn.Module) and _is_stage(conv) and not isinstance(conv, nn.Linear)
+        is_dense = isinstance(conv, nn.Module) and is_dense_conv(conv) and not isinstance(conv, nn.Linear)
         if not is_dense:
             kinds = "torch.nn.Conv1d/2d/3d, ConvTranspose1d/2d/3d or fxfact.nn.ConvNd"
             raise ArgumentTypeError(f"conv must be a {kinds}, got {type(conv).__name__}")
@@ -251,19 +244,6 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
             )
         return method
 
-    def _assemble(
-        self, structure: Structure, like: Tensor, bias: Tensor | None, weights: Sequence[Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        dense = structure.spec if structure.implementation == "reconstructed" else None
-        for spec in (*structure.stages, *filter(None, [dense])):
-            check_memory(f"the kernel of {spec}", math.prod(spec.weight_shape), like)
-        vars(self)["_parameters"] = OwnParameters(self, {})
-        self._structure = structure
-        values = weights or [like.new_empty(spec.weight_shape) for spec in structure.stages]
-        modules = write_chain(structure.stages, values, bias, like=like)
-        self.stages = nn.Sequential(*modules)
-
     def reset_parameters(self, std: float | None = None, *, generator: torch.Generator | None = None) -> None:
         """Draw new values for all parameters.
 
@@ -302,97 +282,6 @@ class FactorizedConv(ConvAttributes, ComposedLayer):
             conv.weight.copy_(drawn.normal_(0, of_stages, generator=generator))
         if (bias := convs[-1].bias) is not None:
             bias.zero_()
-
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Map (batch, in, *size) or (in, *size) to (batch, out, *size) or (out, *size).
-
-        Args:
-            x: the input.
-            output_size: the size of the output, as the forward of ``nn.ConvTranspose2d`` takes it. Only for layers that
-                ``from_conv`` made of a transposed convolution.
-        """
-        spec = self._structure.spec
-        if self.implementation != "reconstructed":
-            return run_stages(self.stages, spec, x, output_size)
-        if takes_output_size(output_size, spec):
-            spec = spec.for_output_size(tuple(x.shape[-spec.order :]), output_size)
-        return run_weight(spec, self._composed(), self.bias, x)
-
-    @torch.inference_mode(False)
-    def to_conv(self) -> nn.Module:
-        """Compose the layer to a dense convolution.
-
-        Returns:
-            A new ``nn.Conv…``, ``nn.ConvTranspose…``, or with more than three axes ``ConvNd``, that computes the same.
-            It has the device, dtype and training mode of this layer.
-
-        Raises:
-            ArgumentError: if the kernel is larger than the memory of the device.
-        """
-        like = self._convs()[0].weight
-        check_memory(f"the kernel of {self.spec}", math.prod(self.spec.weight_shape), like)
-        with torch.no_grad(), no_reduced_precision(like.device):
-            weight = self._composed().clone(memory_format=torch.contiguous_format)
-        bias = self.bias
-        copied = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
-        (conv,) = write_conv(self._structure.spec, weight.requires_grad_(like.requires_grad), copied)
-        return conv.train(self.training)
-
-    @property
-    def factorization(self) -> Factorization:
-        """The factorization of the kernel."""
-        return self._structure.factorization
-
-    @property
-    def rank(self) -> Rank:
-        """The rank of each group."""
-        return self._structure.rank
-
-    @property
-    def implementation(self) -> Implementation:
-        """How ``forward`` computes the layer: 'factorized', 'mobilenet' or 'reconstructed'."""
-        return self._structure.implementation
-
-    @property
-    def spec(self) -> ConvSpec:
-        """The dense convolution that this layer replaces."""
-        return self._structure.spec
-
-    @property
-    def factors(self) -> FactorizedTensor:
-        """The kernel as a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of TensorLy, made at every access.
-
-        Its factors are views of the weights of the stages: what is written to them under ``torch.no_grad()`` changes
-        the layer. With 'mobilenet', and with 'cp_mobilenet', all spatial axes are in one mode. Raises RefusedError for
-        a layer with groups, and for a factorization that TensorLy does not have.
-        """
-        weights = (from_torch(s, c.weight) for s, c in zip(self._structure.stages, self._convs(), strict=True))
-        return factors_of(self._structure, list(weights))
-
-    @property
-    def stage_names(self) -> list[str]:
-        """The names of the convolutions that the layer runs, such as 'stages.0', in order."""
-        return list(self._chain().convs)
-
-    def extra_repr(self) -> str:
-        """Describe the layer in ``repr``."""
-        return f"{self.spec}, {self.factorization.name}, rank={self.rank}, implementation={self.implementation!r}"
-
-    def _convs(self) -> list[Any]:
-        """Return the stages without the padding modules between them."""
-        return list(self._chain().convs.values())
-
-    def _chain(self) -> ComposedChain:
-        convs = {f"stages.{name}": stage for name, stage in self.stages.named_children() if _is_stage(stage)}
-        return ComposedChain(self._structure.spec, self._structure.stages, convs)
-
-    def _has_bias(self, bias: bool) -> None:
-        self._structure = self._structure.with_bias(bias)
-
-
-def _is_stage(module: nn.Module) -> bool:
-    """Whether a module is a convolution, and not the padding before one."""
-    return isinstance(module, ConvNd) or is_conv(module)
 
 
 def _fan_in(spec: ConvSpec) -> int:

@@ -89,6 +89,10 @@ class Structure:
         space = self.factorization.layout(self.spec, self.rank)[1:-1]
         return [weights[0], compose_weights(space, weights[1:-1]), weights[-1]]
 
+    def with_rank(self, rank: Rank) -> Structure:
+        """Return the structure with another rank. Raises RankError."""
+        return Structure.of(self.spec, self.factorization, rank, self.implementation)
+
     def with_bias(self, bias: bool) -> Structure:
         """Return the structure with or without a bias."""
         stages = (*self.stages[:-1], replace(self.stages[-1], bias=bias))

@@ -16,6 +16,7 @@ from fxfact.conv import ConvNd, ConvSpec, has_hooks, is_conv, spec_of, to_torch,
 from fxfact.errors import ArgumentError, ArgumentTypeError, RankError, RefusedError, error_context, first_differences
 from fxfact.nn.factors import FactorizedTensor, read_factors, with_tensorly
 from fxfact.nn.layers import FactorizedConv
+from fxfact.nn.rank_regularizers import tensor_dropout
 from fxfact.utils import warn_caller
 
 _KINDS = ("CPTensor", "TuckerTensor", "TTTensor", "DenseTensor")
@@ -36,7 +37,8 @@ def from_tltorch(layer_or_model: nn.Module) -> nn.Module:
 
     Raises:
         ArgumentTypeError: if there is no ``FactorizedConv`` of TensorLy-Torch.
-        RefusedError: if one cannot be moved: its tensor is complex or of a tensorized layer, or it has hooks.
+        RefusedError: if one cannot be moved: its tensor is complex or of a tensorized layer, or it has hooks other than
+            tensor dropout and tensor lasso.
     """
     if not isinstance(layer_or_model, nn.Module):
         raise ArgumentTypeError(f"pass a layer or a model, got {type(layer_or_model).__name__}")
@@ -80,11 +82,9 @@ def _converted(layer: Any) -> nn.Module:
         raise RefusedError(f"a weight of the type {kind} cannot be moved, only {', '.join(_KINDS)}.")
     if layer.n_layers != 1:
         raise RefusedError(f"it holds n_layers={layer.n_layers} convolutions, and only single ones can be moved.")
-    if has_hooks(layer) or has_hooks(layer.weight):
-        raise RefusedError(
-            "it has hooks, which would be lost. Remove them: tltorch.remove_tensor_dropout(layer.weight), "
-            "tltorch.remove_tensor_lasso(layer.weight)."
-        )
+    dropouts, lassos = _rank_hooks(layer, "TensorDropout"), _rank_hooks(layer, "TensorLasso")
+    if has_hooks(layer) or len(layer.weight._forward_hooks) > len(dropouts) + len(lassos):
+        raise RefusedError("it has hooks, which would be lost. Remove them, and register them on the new layer.")
     settings: dict[str, Any] = {
         name: tuple(getattr(layer, name).tolist()) for name in ("stride", "padding", "dilation")
     }
@@ -100,7 +100,20 @@ def _converted(layer: Any) -> nn.Module:
         warn_caller(
             "a layer of TensorLy-Torch has frozen and trained tensors. All parameters of the new one are trained."
         )
+    if lassos:
+        warn_caller(
+            "the gains of a tensor lasso became part of the factors. Call fxfact.nn.tensor_lasso to go on with one."
+        )
+    for dropout in dropouts:
+        options = {name: getattr(dropout, name) for name in ("min_dim", "min_values", "drop_test")}
+        tensor_dropout(new, dropout.proba, **options)
     return new.requires_grad_(any(trained)).train(layer.training)
+
+
+def _rank_hooks(layer: Any, base: str) -> list[Any]:
+    """Return the hooks of a class of TensorLy-Torch on the weight of a layer."""
+    hooks = layer.weight._forward_hooks.values()
+    return [hook for hook in hooks if base in (kind.__name__ for kind in type(hook).__mro__)]
 
 
 def _dense(layer: Any, settings: Mapping[str, Any]) -> nn.Module:
@@ -114,8 +127,12 @@ def _dense(layer: Any, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _factors(kind: str, tensors: Mapping[str, Tensor], names: Sequence[str]) -> FactorizedTensor:
-    """Return the tensor of TensorLy for those of a state dict. ``names`` are those of the factors in order."""
-    factors = [tensors[name] for name in names]
+    """Return the tensor of TensorLy for those of a state dict. ``names`` are those of the factors in order.
+
+    The gains of a lasso multiply the columns of the factors. TensorLy-Torch's CP layers do not use theirs.
+    """
+    gains = [tensors.get(f"lasso_weights.param_{k}", torch.ones(())) for k in range(len(names))]
+    factors = [tensors[name] * gain.to(tensors[name]) for name, gain in zip(names, gains, strict=True)]
     with with_tensorly():
         if kind == "CPTensor":
             return CPTensor((tensors["weights"], factors))
@@ -152,7 +169,8 @@ def _stage_state(layer: FactorizedConv, tensors: Mapping[str, Tensor]) -> dict[s
     names = [f"weight.factors.factor_{k}" for k in range(layer.order + 2)]
     extra = [name for name in ("weight.weights", "weight.core") if name in tensors]
     bias = ["bias"] if layer.bias is not None else []
-    if sorted(tensors) != sorted([*names, *extra, *bias]):
+    lasso = [name for name in tensors if name.startswith("weight.lasso_weights")]
+    if sorted(tensors) != sorted([*names, *extra, *lasso, *bias]):
         raise ArgumentError(
             f"the state dict has {sorted(tensors) or 'nothing'} for this layer{'' if bias else ' without a bias'}, and "
             f"TensorLy-Torch 0.5 writes {_KEYS}. Load it with the version that wrote it, into an equal layer, and pass "

@@ -231,6 +231,31 @@ def test_hooks_are_not_lost_in_silence() -> None:
         fnn.from_tltorch(nn.Sequential(layer))
 
 
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_tensor_dropout_moves_with_its_options(factorization: str) -> None:
+    layer, x = theirs(factorization, "factorized"), sample()
+    tltorch.tensor_dropout(layer.weight, 0.25, min_dim=2, min_values=2)
+    moved = fnn.from_tltorch(layer)
+    assert (moved.rank_dropout.p, moved.rank_dropout.min_dim, moved.rank_dropout.min_values) == (0.25, 2, 2)
+    assert moved.rank_dropout.training
+    tltorch.remove_tensor_dropout(layer.weight)
+    assert apart(layer(x), moved.eval()(x)) < 1e-5
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_gains_of_a_tensor_lasso_become_part_of_the_factors(factorization: str) -> None:
+    layer, x = theirs(factorization, "factorized"), sample()
+    lasso = tltorch.tensor_lasso(factorization)
+    lasso.apply(layer.weight)
+    lasso.set_weights(layer.weight, 0.5)
+    with pytest.warns(UserWarning, match="tensor_lasso"):
+        moved = fnn.from_tltorch(layer)
+    assert apart(layer(x), moved(x)) < 1e-5
+    ours = fnn.from_tltorch(theirs(factorization, "factorized"))
+    fnn.load_tltorch_state_dict(ours, layer.state_dict())
+    assert apart(layer(x), ours(x)) < 1e-5
+
+
 def test_other_layers_of_tensorly_torch_are_named() -> None:
     linear = tltorch.FactorizedLinear((4, 4), (2, 2), rank=0.5)
     with pytest.warns(UserWarning, match="stay as they are: 1$"):
