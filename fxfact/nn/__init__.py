@@ -4,6 +4,7 @@ A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of 
 """
 
 from fxfact.conv import ConvNd
+from fxfact.nn.joint import JointConv, SharedConv
 from fxfact.nn.layers import CPConv, FactorizedConv, TTConv, TuckerConv
 from fxfact.nn.rank_regularizers import (
     lasso_loss,
@@ -21,6 +22,8 @@ __all__ = [
     "ConvNd",
     "FactorizedConv",
     "Implementation",
+    "JointConv",
+    "SharedConv",
     "TTConv",
     "TuckerConv",
     "from_tltorch",

@@ -143,52 +143,72 @@ def _holds_tensors(factors: FactorizedTensor) -> bool:
 
 
 def _read_cp(factors: CPTensor) -> ReadFactors:
-    out, into, *space = factors.factors
-    out = out * factors.weights
-    for factor in space:
-        out = out * factor if len(factor) == 1 else out
-    long = [factor.T for factor in space if len(factor) > 1]
+    rank, weights = cp_chain(factors.weights, factors.factors)
     return ReadFactors(
-        kernel_shape=(len(out), len(into), *map(len, space)),
-        factorization=CPFactorized() if long else SVD(),
-        rank=(out.shape[1],),
-        weights=[into.T, *long, out],
-        source=factors,
-    )
-
-
-def _read_tucker(factors: TuckerTensor) -> ReadFactors:
-    core, (out, into, *space) = factors.core, factors.factors
-    for axis, factor in enumerate(space, start=2):
-        core = torch.tensordot(core, factor, dims=([axis], [1])).movedim(-1, axis)
-    if is_pointwise := set(core.shape[2:]) == {1}:
-        weights = [into.T, out @ core.flatten(1)]
-    else:
-        weights = [into.T, core, out]
-    return ReadFactors(
-        kernel_shape=(len(out), len(into), *core.shape[2:]),
-        factorization=SVD() if is_pointwise else Tucker(keep_full_sides=True),
-        rank=tuple(core.shape[1:2] if is_pointwise else core.shape[:2]),
+        kernel_shape=tuple(map(len, factors.factors)),
+        factorization=CPFactorized() if len(weights) > 2 else SVD(),
+        rank=rank,
         weights=weights,
         source=factors,
     )
 
 
+def _read_tucker(factors: TuckerTensor) -> ReadFactors:
+    rank, (into, core, out) = tucker_chain(factors.core, factors.factors)
+    if is_pointwise := set(core.shape[2:]) == {1}:
+        rank, weights = rank[1:], [into, out @ core.flatten(1)]
+    return ReadFactors(
+        kernel_shape=tuple(map(len, factors.factors)),
+        factorization=SVD() if is_pointwise else Tucker(keep_full_sides=True),
+        rank=rank,
+        weights=weights if is_pointwise else [into, core, out],
+        source=factors,
+    )
+
+
 def _read_tt(factors: TTTensor) -> ReadFactors:
-    first, *middle, last = factors.factors
+    rank, weights = tt_chain(factors.factors)
+    into, *kernel, out = (core.shape[1] for core in factors.factors)
+    return ReadFactors(
+        kernel_shape=(out, into, *kernel),
+        factorization=TT() if len(weights) > 2 else SVD(),
+        rank=rank,
+        weights=weights,
+        source=factors,
+    )
+
+
+def cp_chain(gains: Tensor, factors: Sequence[Tensor]) -> tuple[Rank, list[Tensor]]:
+    """Return the rank and the weights of the chain of a CP tensor (out, in, *kernel), whose components have gains."""
+    out, into, *space = factors
+    out = out * gains
+    for factor in space:
+        out = out * factor if len(factor) == 1 else out
+    return (out.shape[1],), [into.T, *(factor.T for factor in space if len(factor) > 1), out]
+
+
+def tucker_chain(core: Tensor, factors: Sequence[Tensor]) -> tuple[Rank, list[Tensor]]:
+    """Return the rank and the weights of the chain of a Tucker tensor (out, in, *kernel).
+
+    The factors of the kernel, if there are any, become part of the core.
+    """
+    out, into, *space = factors
+    for axis, factor in enumerate(space, start=2):
+        core = torch.tensordot(core, factor, dims=([axis], [1])).movedim(-1, axis)
+    return tuple(core.shape[:2]), [into.T, core, out]
+
+
+def tt_chain(train: Sequence[Tensor]) -> tuple[Rank, list[Tensor]]:
+    """Return the rank and the weights of the chain of a tensor train (in, *kernel, out)."""
+    first, *middle, last = train
     cores = [first]
     for core in middle:
         if core.shape[1] > 1:
             cores.append(core)
         else:
             cores[-1] = cores[-1] @ core[:, 0]
-    return ReadFactors(
-        kernel_shape=(last.shape[1], first.shape[1], *(core.shape[1] for core in middle)),
-        factorization=TT() if len(cores) > 1 else SVD(),
-        rank=tuple(core.shape[2] for core in cores),
-        weights=[cores[0][0].T, *(core.permute(2, 0, 1) for core in cores[1:]), last[..., 0].T],
-        source=factors,
-    )
+    rank = tuple(core.shape[2] for core in cores)
+    return rank, [cores[0][0].T, *(core.permute(2, 0, 1) for core in cores[1:]), last[..., 0].T]
 
 
 _READERS = {CPTensor: _read_cp, TuckerTensor: _read_tucker, TTTensor: _read_tt}

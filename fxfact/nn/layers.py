@@ -13,6 +13,7 @@ from fxfact.conv import ConvSpec, Skip, computes_weight, read_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError, WeightError
 from fxfact.factorizations import Factorization, RankSpec, check_generator
 from fxfact.nn.factors import FactorizedTensor, read_factors
+from fxfact.nn.joint import JointConv
 from fxfact.nn.rank_gains import RankDropout, RankLasso, rank_stages
 from fxfact.nn.staged_conv import StagedConv, is_dense_conv
 from fxfact.nn.structure import FixedRankModes, Structure, with_options
@@ -174,6 +175,24 @@ class FactorizedConv(StagedConv):
         if not decompose_weights:
             new.reset_parameters(generator=generator)
         return new.train(conv.training)
+
+    @classmethod
+    def from_conv_list(cls, convs: Sequence[nn.Module], rank: RankSpec = "same", **options: Any) -> JointConv:
+        """Return a joint layer, in which several convolutions share one factorized tensor.
+
+        Args:
+            convs: the convolutions, with weights of one shape.
+            rank: the rank of the joint tensor.
+            options: the other arguments of ``JointConv.from_conv_list``.
+
+        Returns:
+            The layer. ``joint[i]`` is in the place of ``convs[i]``.
+
+        Raises:
+            ArgumentTypeError, RefusedError, ArgumentError, RankError, WeightError: as ``JointConv.from_conv_list``.
+        """
+        factorization = options.pop("factorization", None) or cls.default_factorization or "cp"
+        return JointConv.from_conv_list(convs, rank, factorization=factorization, **options)
 
     @classmethod
     @torch.inference_mode(False)

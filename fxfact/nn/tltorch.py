@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 import torch
 from tensorly.cp_tensor import CPTensor
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from fxfact.conv import ConvNd, ConvSpec, has_hooks, is_conv, spec_of, to_torch, write_conv
 from fxfact.errors import ArgumentError, ArgumentTypeError, RankError, RefusedError, error_context, first_differences
 from fxfact.nn.factors import FactorizedTensor, read_factors, with_tensorly
+from fxfact.nn.joint import JointConv, SharedConv
+from fxfact.nn.joint_tensor import JointTensors
 from fxfact.nn.layers import FactorizedConv
 from fxfact.nn.rank_regularizers import tensor_dropout
 from fxfact.utils import warn_caller
@@ -31,9 +34,9 @@ def from_tltorch(layer_or_model: nn.Module) -> nn.Module:
             tensor with the result.
 
     Returns:
-        For a layer a ``FactorizedConv`` with equal outputs, or an ``nn.Conv…`` if its weight is dense. For a model a
-        copy. A rank that is larger than a chain can use is lowered, and Tucker's spatial factors are multiplied with
-        the core, which are both exact.
+        For a layer a ``FactorizedConv`` with equal outputs, a ``JointConv`` if it has several convolutions, or an
+        ``nn.Conv…`` if its weight is dense. For a model a copy. A rank that is larger than a chain can use is lowered,
+        and Tucker's spatial factors are multiplied with the core, which are both exact.
 
     Raises:
         ArgumentTypeError: if there is no ``FactorizedConv`` of TensorLy-Torch.
@@ -42,9 +45,9 @@ def from_tltorch(layer_or_model: nn.Module) -> nn.Module:
     """
     if not isinstance(layer_or_model, nn.Module):
         raise ArgumentTypeError(f"pass a layer or a model, got {type(layer_or_model).__name__}")
-    if _is_factorized_conv(layer_or_model):
+    if _is_conv(layer_or_model, "FactorizedConv"):
         return _converted(layer_or_model)
-    found = {path: m for path, m in layer_or_model.named_modules(remove_duplicate=False) if _is_factorized_conv(m)}
+    found = {p: m for p, m in layer_or_model.named_modules(remove_duplicate=False) if _is_conv(m, "FactorizedConv")}
     if not found:
         name = type(layer_or_model).__name__
         raise ArgumentTypeError(
@@ -55,12 +58,16 @@ def from_tltorch(layer_or_model: nn.Module) -> nn.Module:
         with error_context(path):
             converted[id(module)] = converted.get(id(module)) or _converted(module)
     _warn_of_others(layer_or_model)
+    for module in layer_or_model.modules():
+        if _is_conv(module, "SubFactorizedConv"):
+            shared: Any = module
+            converted[id(module)] = cast(JointConv, converted[id(shared.main_conv)])[shared.indices]
     memo: dict[int, Any] = dict(converted)  # deepcopy takes these for the copies of the layers
     return copy.deepcopy(layer_or_model, memo)
 
 
-def _is_factorized_conv(module: nn.Module) -> bool:
-    return any(_is_of_tltorch(kind) and kind.__name__ == "FactorizedConv" for kind in type(module).__mro__)
+def _is_conv(module: nn.Module, name: str) -> bool:
+    return any(_is_of_tltorch(kind) and kind.__name__ == name for kind in type(module).__mro__)
 
 
 def _is_of_tltorch(kind: type) -> bool:
@@ -80,11 +87,11 @@ def _converted(layer: Any) -> nn.Module:
     kind = type(layer.weight).__name__
     if kind not in _KINDS:
         raise RefusedError(f"a weight of the type {kind} cannot be moved, only {', '.join(_KINDS)}.")
-    if layer.n_layers != 1:
-        raise RefusedError(f"it holds n_layers={layer.n_layers} convolutions, and only single ones can be moved.")
     dropouts, lassos = _rank_hooks(layer, "TensorDropout"), _rank_hooks(layer, "TensorLasso")
     if has_hooks(layer) or len(layer.weight._forward_hooks) > len(dropouts) + len(lassos):
         raise RefusedError("it has hooks, which would be lost. Remove them, and register them on the new layer.")
+    if layer.n_layers != 1:
+        return _joint(layer)
     settings: dict[str, Any] = {
         name: tuple(getattr(layer, name).tolist()) for name in ("stride", "padding", "dilation")
     }
@@ -114,6 +121,48 @@ def _rank_hooks(layer: Any, base: str) -> list[Any]:
     """Return the hooks of a class of TensorLy-Torch on the weight of a layer."""
     hooks = layer.weight._forward_hooks.values()
     return [hook for hook in hooks if base in (kind.__name__ for kind in type(hook).__mro__)]
+
+
+def _joint(layer: Any) -> JointConv:
+    """Return the joint layer for one of several convolutions."""
+    kind, layers = type(layer.weight).__name__, tuple(layer.layers_shape)
+    if kind == "DenseTensor" or layer.implementation == "mobilenet":
+        raise RefusedError(f"a joint layer with a {kind} and implementation={layer.implementation!r} cannot be moved.")
+    dense: dict[str, Any] = {
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "kernel_size": layer.kernel_size,
+    }
+    specs = []
+    for place in product(*map(range, layers)):
+        settings: dict[str, Any] = {
+            name: tuple(getattr(layer, name)[place].tolist()) for name in ("stride", "padding", "dilation")
+        }
+        has_bias = layer.bias is not None and bool(layer.has_bias[place])
+        specs.append(ConvSpec.parse(**dense, **settings, bias=has_bias))
+    names = [f"factors.{key}" for key in layer.weight.factors.keys]
+    tensors = _joint_tensors(kind, layer.weight.state_dict(), names, len(layers))
+    new = JointConv.holding(
+        layers,
+        specs,
+        (None if tensors[0] is None else tensors[0].clone(), [factor.clone() for factor in tensors[1]]),
+        None if layer.bias is None else layer.bias.detach().clone(),
+        factorization=kind.removesuffix("Tensor").lower(),
+        implementation=layer.implementation,
+    )
+    trained = any(parameter.requires_grad for parameter in layer.parameters())
+    return new.requires_grad_(trained).train(layer.training)
+
+
+def _joint_tensors(kind: str, tensors: Mapping[str, Tensor], names: Sequence[str], axes: int) -> JointTensors:
+    """Return the core and the factors of a joint layer. Tucker's spatial factors become part of the core."""
+    factors = [tensors[name] for name in names]
+    if kind != "TuckerTensor":
+        return tensors.get("weights"), factors
+    core = tensors["core"]
+    for axis, factor in enumerate(factors[axes + 2 :], start=axes + 2):
+        core = torch.tensordot(core, factor, dims=([axis], [1])).movedim(-1, axis)
+    return core, factors[: axes + 2]
 
 
 def _dense(layer: Any, settings: Mapping[str, Any]) -> nn.Module:
@@ -154,11 +203,17 @@ def load_tltorch_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     given, translated = dict(state_dict), dict[str, Tensor]()
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        with error_context(path) if path else error_context(type(module).__name__):
-            if isinstance(module, FactorizedConv):
-                own = {key: given.pop(key) for key in list(given) if key.startswith(prefix)}
-                tensors = {key.removeprefix(prefix): tensor for key, tensor in own.items()}
-                translated.update({prefix + key: tensor for key, tensor in _stage_state(module, tensors).items()})
+        with error_context(path or type(module).__name__):
+            if isinstance(module, FactorizedConv | JointConv):
+                parent, _, name = path.rpartition(".")
+                is_shared = name == "joint" and isinstance(model.get_submodule(parent), SharedConv)
+                theirs = f"{prefix.removesuffix('joint.')}main_conv." if is_shared else prefix
+                own = {key: given.pop(key) for key in list(given) if key.startswith(theirs)}
+                tensors = {key.removeprefix(theirs): tensor for key, tensor in own.items()}
+                state = (
+                    _joint_state(module, tensors) if isinstance(module, JointConv) else _stage_state(module, tensors)
+                )
+                translated.update({prefix + key: tensor for key, tensor in state.items()})
             elif (dense := given.pop(f"{prefix}weight.tensor", None)) is not None:
                 translated[f"{prefix}weight"] = _dense_weight(module, dense)
     _load_exactly(model, {**given, **translated})
@@ -166,19 +221,9 @@ def load_tltorch_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
 
 def _stage_state(layer: FactorizedConv, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict of a layer for the tensors that TensorLy-Torch's layer at its path has."""
-    names = [f"weight.factors.factor_{k}" for k in range(layer.order + 2)]
-    extra = [name for name in ("weight.weights", "weight.core") if name in tensors]
     bias = ["bias"] if layer.bias is not None else []
-    lasso = [name for name in tensors if name.startswith("weight.lasso_weights")]
-    if sorted(tensors) != sorted([*names, *extra, *lasso, *bias]):
-        raise ArgumentError(
-            f"the state dict has {sorted(tensors) or 'nothing'} for this layer{'' if bias else ' without a bias'}, and "
-            f"TensorLy-Torch 0.5 writes {_KEYS}. Load it with the version that wrote it, into an equal layer, and pass "
-            "that to fxfact.nn.from_tltorch."
-        )
-    kind = {"weight.weights": "CPTensor", "weight.core": "TuckerTensor"}.get("".join(extra), "TTTensor")
-    own = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
-    read = read_factors(_factors(kind, own, [name.removeprefix("weight.") for name in names]))
+    kind, own, names = _read_keys(tensors, layer.order + 2, bias)
+    read = read_factors(_factors(kind, own, names))
     spec, same = layer.spec, type(read.factorization) is type(layer.factorization)
     if not same or read.kernel_shape != spec.weight_shape:
         raise ArgumentError(
@@ -194,6 +239,34 @@ def _stage_state(layer: FactorizedConv, tensors: Mapping[str, Tensor]) -> dict[s
     stages = zip(layer.stage_names, structure.stages, weights, strict=True)
     state = {f"{name}.weight": to_torch(stage, weight) for name, stage, weight in stages}
     return {**state, **{f"{layer.stage_names[-1]}.{name}": tensors[name] for name in bias}}
+
+
+def _joint_state(layer: JointConv, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of a joint layer for the tensors of TensorLy-Torch's."""
+    axes = len(layer.n_layers)
+    bias = ["bias"] if layer.bias is not None else []
+    kind, own, names = _read_keys(tensors, axes + layer.spec_at((0,) * axes).order + 2, bias)
+    core, factors = _joint_tensors(kind, own, names, axes)
+    state = {f"factors.{k}": factor for k, factor in enumerate(factors)} | {name: tensors[name] for name in bias}
+    return state if core is None else {**state, "core": core}
+
+
+def _read_keys(
+    tensors: Mapping[str, Tensor], modes: int, bias: Sequence[str]
+) -> tuple[str, dict[str, Tensor], list[str]]:
+    """Return the kind of the tensor of a layer, its parts by their names in it, and the names of the factors."""
+    names = [f"weight.factors.factor_{k}" for k in range(modes)]
+    extra = [name for name in ("weight.weights", "weight.core") if name in tensors]
+    lasso = [name for name in tensors if name.startswith("weight.lasso_weights")]
+    if sorted(tensors) != sorted([*names, *extra, *lasso, *bias]):
+        raise ArgumentError(
+            f"the state dict has {sorted(tensors) or 'nothing'} for this layer{'' if bias else ' without a bias'}, and "
+            f"TensorLy-Torch 0.5 writes {_KEYS}. Load it with the version that wrote it, into an equal layer, and pass "
+            "that to fxfact.nn.from_tltorch."
+        )
+    kind = {"weight.weights": "CPTensor", "weight.core": "TuckerTensor"}.get("".join(extra), "TTTensor")
+    own = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+    return kind, own, [name.removeprefix("weight.") for name in names]
 
 
 def _dense_weight(module: nn.Module, weight: Tensor) -> Tensor:

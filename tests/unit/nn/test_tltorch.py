@@ -256,6 +256,52 @@ def test_gains_of_a_tensor_lasso_become_part_of_the_factors(factorization: str) 
     assert apart(layer(x), ours(x)) < 1e-5
 
 
+def their_joint(factorization: str, n_layers: Any, implementation: str = "factorized") -> Any:
+    torch.manual_seed(0)
+    rank = {"cp": 5, "tucker": (2,) * (1 if isinstance(n_layers, int) else 2) + (4, 3, 2, 3), "tt": 0.3}[factorization]
+    joint = tltorch.FactorizedConv(
+        6,
+        8,
+        (3, 3),
+        padding=1,
+        bias=True,
+        n_layers=n_layers,
+        rank=rank,
+        factorization=factorization,
+        implementation=implementation,
+    )
+    joint.reset_parameters(0.1)
+    return joint
+
+
+@pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
+@pytest.mark.parametrize("n_layers", [3, (2, 3)])
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_joint_layer_moves_with_its_convolutions(factorization: str, n_layers: Any, implementation: str) -> None:
+    joint, x = their_joint(factorization, n_layers, implementation), sample()
+    places = [0, 1, 2] if n_layers == 3 else [(0, 0), (1, 2), (0, 1)]
+    joint.set(places[1], stride=2, padding=0, bias=torch.randn(8))
+    ours = fnn.from_tltorch(joint)
+    for place in places:
+        assert apart(joint.get_conv(place)(x), ours[place](x)) < 1e-5
+    expected = ours[places[1]](x)
+    ours.reset_parameters()
+    fnn.load_tltorch_state_dict(ours, joint.state_dict())
+    assert ours[places[1]](x).equal(expected)
+
+
+def test_model_moves_with_the_convolutions_of_a_joint_layer() -> None:
+    joint, x = their_joint("tucker", 3), sample()
+    model = nn.Sequential(joint[0], nn.Conv2d(8, 6, 1), joint[2])
+    moved = fnn.from_tltorch(model)
+    assert apart(model(x), moved(x)) < 1e-5
+    assert moved[0].joint is moved[2].joint
+    for parameter in moved[0].joint.parameters():
+        nn.init.zeros_(parameter)
+    fnn.load_tltorch_state_dict(moved, model.state_dict())
+    assert apart(model(x), moved(x)) < 1e-5
+
+
 def test_other_layers_of_tensorly_torch_are_named() -> None:
     linear = tltorch.FactorizedLinear((4, 4), (2, 2), rank=0.5)
     with pytest.warns(UserWarning, match="stay as they are: 1$"):
