@@ -30,6 +30,7 @@ from fxfact.factorizations import Factorization, Rank
 from fxfact.nn.factors import FactorizedTensor, factors_of
 from fxfact.nn.rank_gains import RankDropout, RankLasso, rank_stages
 from fxfact.nn.structure import Implementation, Structure
+from fxfact.nn.transduction import spec_with_axis, stages_with_axis
 from fxfact.utils import check_memory, no_reduced_precision
 
 
@@ -160,6 +161,46 @@ class StagedConv(ConvAttributes, ComposedLayer):
         copied = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
         (conv,) = write_conv(self._structure.spec, weight.requires_grad_(like.requires_grad), copied)
         return conv.train(self.training)
+
+    @torch.no_grad()
+    def transduct(
+        self,
+        kernel_size: int,
+        axis: int = 0,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        train_all: bool = True,
+    ) -> Self:
+        """Return a layer with one more spatial axis, such as time: a layer for images becomes one for videos.
+
+        At first the kernel is zero but at the center of the new axis, so that the layer maps every frame as this one
+        does. CP and TT get one more stage. In a Tucker layer, and with 'mobilenet', a stage gets one more axis.
+
+        Args:
+            kernel_size: the size of the kernel along the new axis.
+            axis: the position of the new axis among the spatial ones: 0 is before all of them.
+            stride: the stride along the new axis.
+            padding: the padding along the new axis. None means that which keeps the number of frames.
+            dilation: the dilation along the new axis.
+            train_all: whether all parameters are trained, or only the stage with the new axis.
+
+        Returns:
+            The layer, which shares no tensor with this one.
+
+        Raises:
+            ArgumentError: if an argument is out of its range, or the padding of a transposed layer would be uneven.
+            RefusedError: if the factorization has no transduction.
+        """
+        before = self._structure
+        spec = spec_with_axis(before.spec, axis, kernel_size, stride=stride, padding=padding, dilation=dilation)
+        structure, weights, stage = stages_with_axis(before, self.stage_weights(), spec, axis)
+        new = self.with_stages(structure, weights)
+        if not train_all:
+            new.requires_grad_(False)
+            new._convs()[stage].weight.requires_grad_(True)
+        return new
 
     @property
     def factorization(self) -> Factorization:
