@@ -14,6 +14,7 @@ not know each other:
     planning         from a request or a budget to a plan: budgets, rank rules, error curves, allocation
     calibration      from unlabelled data to statistics: the Fisher information of every layer
     capture          makes a model rewritable: traced, by its modules, or exported; each is compared with the model
+    transduction     a network for images becomes one for videos
     nn               factorized layers: CPConv, TuckerConv, TTConv
     graph            torch.fx only: recognises convolutions and linear layers (graph/match.py), splices chains, folds
     factorizations   (convolution, rank) -> chain of convolutions; linear algebra; knows no graph
@@ -34,6 +35,7 @@ from fxfact.planning import Decision, ErrorCurveCache, Latency, Loss, Macs, Para
 from fxfact.planning import rank_rules as ranks
 from fxfact.search import for_inference
 from fxfact.serialization import load, save
+from fxfact.transduction import transduct
 
 __all__ = [
     "ConvChain",
@@ -74,5 +76,6 @@ __all__ = [
     "run",
     "save",
     "to_dot",
+    "transduct",
     "verify",
 ]

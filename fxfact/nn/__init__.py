@@ -16,6 +16,7 @@ from fxfact.nn.rank_regularizers import (
 )
 from fxfact.nn.structure import Implementation
 from fxfact.nn.tltorch import from_tltorch, load_tltorch_state_dict
+from fxfact.nn.transduction import transduct_conv
 
 __all__ = [
     "CPConv",
@@ -34,4 +35,5 @@ __all__ = [
     "remove_tensor_lasso",
     "tensor_dropout",
     "tensor_lasso",
+    "transduct_conv",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxfact.conv import ConvSpec, Sizes
-from fxfact.errors import ArgumentError, RefusedError, check_int
+from fxfact.conv import ConvSpec, Sizes, Skip, read_conv, write_conv
+from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError, check_int
 from fxfact.factorizations import TT, CPFactorized, CPMobilenet, Tucker
 from fxfact.nn.structure import Structure
 
@@ -82,3 +83,36 @@ def stages_with_axis(
     holder = next(k for k, kernel in enumerate(kernels) if kernel[axis] == kernel_size and max(kernel) > 1)
     made = [kernel_with_axis(w, axis, kernel_size if k == holder else 1) for k, w in enumerate(weights)]
     return new, made, holder
+
+
+def transduct_conv(
+    conv: nn.Module, kernel_size: int, axis: int = 0, *, stride: int = 1, padding: int | None = None, dilation: int = 1
+) -> nn.Module:
+    """Return a dense convolution with one more spatial axis, whose kernel at first is zero but at its center.
+
+    Args:
+        conv: an ``nn.Conv1d/2d/3d``, ``nn.ConvTranspose1d/2d/3d`` or ``ConvNd``. It is not changed.
+        kernel_size: the size of the kernel along the new axis.
+        axis: the position of the new axis among the spatial ones: 0 is before all of them.
+        stride: the stride along the new axis.
+        padding: the padding along the new axis. None means that which keeps the number of frames.
+        dilation: the dilation along the new axis.
+
+    Returns:
+        The convolution, which shares no tensor with ``conv``, after a pad module if it needs uneven padding.
+
+    Raises:
+        ArgumentTypeError: if ``conv`` is no convolution.
+        ArgumentError: if an argument is out of its range, or the padding of a transposed one would be uneven.
+        RefusedError: if it is no plain convolution.
+    """
+    if not isinstance(conv, nn.Module) or isinstance(conv, nn.Linear):
+        raise ArgumentTypeError(f"conv must be a convolution, got {type(conv).__name__}")
+    layer = read_conv(conv)
+    if isinstance(layer, Skip):
+        raise RefusedError(f"{type(conv).__name__}: {layer.reason}")
+    spec = spec_with_axis(layer.spec, axis, kernel_size, stride=stride, padding=padding, dilation=dilation)
+    weight = kernel_with_axis(layer.weight.detach(), axis, kernel_size).clone()
+    bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_(layer.bias.requires_grad)
+    modules = write_conv(spec, weight.requires_grad_(cast(Tensor, conv.weight).requires_grad), bias)
+    return (modules[0] if len(modules) == 1 else nn.Sequential(*modules)).train(conv.training)
