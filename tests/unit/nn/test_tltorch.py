@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -307,3 +309,57 @@ def test_other_layers_of_tensorly_torch_are_named() -> None:
     with pytest.warns(UserWarning, match="stay as they are: 1$"):
         moved = fnn.from_tltorch(nn.Sequential(theirs("cp", "factorized"), linear))
     assert type(moved[1]) is type(linear)
+
+
+# The table of the README
+
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+ROWS = re.findall(
+    r"^\| `(.*?)` \| `(.*?)` \|$",
+    README.split("| TensorLy-Torch 0.5 | fxfact.nn |")[1].split("\n\n")[0],
+    flags=re.MULTILINE,
+)
+CONV = nn.Conv2d(6, 8, 3, padding=1)
+
+
+def value_of(code: str, **names: Any) -> Any:
+    """Run statements, and return the value of the last one if it is an expression."""
+    *statements, last = code.split("; ")
+    namespace = {"tltorch": tltorch, "fnn": fnn, "conv": CONV, "convs": [CONV] * 3, "x": sample(), **names}
+    exec("\n".join(statements), namespace)
+    return eval(last, namespace)
+
+
+def output_of(made: Any) -> Tensor | None:
+    """The output of a layer, or the tensor that was made."""
+    if isinstance(made, nn.Module) and not type(made).__name__.endswith("Tensor"):
+        order = made.main_conv.order if hasattr(made, "main_conv") else getattr(made, "order", 2)
+        return made(torch.randn(2, 6, *[9] * order, generator=torch.Generator().manual_seed(2)))
+    return made if isinstance(made, Tensor) else None
+
+
+@pytest.mark.parametrize(("there", "here"), ROWS)
+def test_row_of_the_table_runs_there_and_here(there: str, here: str) -> None:
+    layer, train = theirs("cp", "factorized"), theirs("tt", "factorized")
+    before = fnn.from_tltorch(layer)
+    model = their_network()
+    names = {"layer": layer, "train": train, "model": model, "state": model.state_dict()}
+    ours = {"layer": before, "train": fnn.from_tltorch(train), "model": our_network(), "state": model.state_dict()}
+    theirs_made, ours_made = value_of(there, **names), value_of(here, **ours)
+    first, second = output_of(theirs_made), output_of(ours_made)
+    assert (first is None) == (second is None) or "tensor_" in here
+    if "load" in here:
+        assert apart(model(sample()), ours["model"](sample())) < 1e-5
+    elif "from_conv(" in there and "decompose_weights" not in there:
+        exact = CONV(torch.randn(2, 6, 9, 9, generator=torch.Generator().manual_seed(2)))
+        assert apart(exact, second) < 1.1 * apart(exact, first)
+    elif "(layer" in there or there.startswith("layer.weight") or "transduct" in there:
+        expected, found = (first, second) if first is not None else (layer(sample()), before.eval()(sample()))
+        if "dropout" not in there or "remove" in there:
+            assert apart(expected, found) < 1e-5
+    elif first is not None and second is not None:
+        assert first.shape == second.shape
+
+
+def test_table_has_a_row_for_each_part() -> None:
+    assert len(ROWS) >= 20
