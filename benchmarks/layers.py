@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,9 +94,6 @@ def transduction() -> list[Row]:
     rows = []
     for kernel_size, train_all in ((1, True), (3, False), (3, True)):
         video = fxfact.transduct(images.eval(), train[0][:2, :, 0], kernel_size=kernel_size, train_all=train_all)
-        video.get_submodule("14").requires_grad_()
-        for norm in (m for m in video.modules() if isinstance(m, nn.BatchNorm3d)):
-            norm.requires_grad_()
         started = time.perf_counter()
         fit(video, train, 3, 2e-3, lambda: 0.0)
         trained = "everything" if train_all else "new stages, norms and head"
@@ -127,6 +125,18 @@ def jointly(model: nn.Module, names: Sequence[str], factorization: str, rank: An
     for name, conv in zip(names, joint, strict=True):
         model.set_submodule(name, conv)
     return params(joint)
+
+
+def core_rank(model: nn.Module, names: Sequence[str], fraction: float) -> tuple[int, int, int]:
+    """Return the largest Tucker rank with a core for each convolution that has a fraction of the parameters."""
+    out, into, *kernel = model.get_submodule(names[0]).weight.shape
+    count, taps = len(names), math.prod(kernel)
+
+    def size(r: int) -> int:
+        return count**2 + (out + into) * r + count * taps * r * r
+
+    rank = max(r for r in range(1, min(out, into) + 1) if size(r) <= fraction * count * out * into * taps)
+    return (count, rank, rank)
 
 
 def separately(model: nn.Module, names: Sequence[str], factorization: str, most: int) -> int:
@@ -169,14 +179,22 @@ def joint() -> list[Row]:
         )
         show("ResNet-56: convolutions of equal shape", rows)
 
-    add("dense", "", dense, sum(params(dense.get_submodule(n)) for names in equal_convs(dense) for n in names))
-    for factorization in ("tucker", "tt", "cp"):
-        for fraction in (0.8, 0.5):
-            made, apart = copy.deepcopy(dense), copy.deepcopy(dense)
-            together = [jointly(made, names, factorization, fraction) for names in equal_convs(dense)]
-            add("joint", factorization, made, sum(together))
-            counts = zip(equal_convs(dense), together, strict=True)
-            add("separate", factorization, apart, sum(separately(apart, n, factorization, most) for n, most in counts))
+    sets = equal_convs(dense)
+    add("dense", "", dense, sum(params(dense.get_submodule(name)) for names in sets for name in names))
+    for factorization, fraction, own_cores in (
+        ("tucker", 0.8, True),
+        ("tucker", 0.8, False),
+        ("tucker", 0.5, True),
+        ("cp", 0.8, False),
+    ):
+        made, apart = copy.deepcopy(dense), copy.deepcopy(dense)
+        counts = []
+        for names in sets:
+            rank = core_rank(made, names, fraction) if own_cores else fraction
+            counts.append(jointly(made, names, factorization, rank))
+        add("joint, a core for each" if own_cores else "joint", factorization, made, sum(counts))
+        counts = [separately(apart, names, factorization, most) for names, most in zip(sets, counts, strict=True)]
+        add("separate", factorization, apart, sum(counts))
     return rows
 
 

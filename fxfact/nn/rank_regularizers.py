@@ -167,6 +167,9 @@ def _pruned(layer: StagedConv) -> StagedConv:
     structure, weights = _without_zeros(layer.structure, weights)
     new = layer.with_stages(structure, weights)
     new.rank_dropout = copy.deepcopy(layer.rank_dropout)
+    for name in layer.stage_names:
+        trained = layer.get_parameter(f"{name}.weight").requires_grad
+        new.get_parameter(f"{name}.weight").requires_grad_(trained)
     return new
 
 

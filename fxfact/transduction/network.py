@@ -31,8 +31,8 @@ def transduct(
         model: the network, with one input: maps (batch, channels, height, width). It is not changed.
         example_inputs: a batch of images, with which both networks are compared on a still clip.
         kernel_size: the size of the new kernels along the frames.
-        train_all: whether all parameters are trained, or only what factorized layers of ``fxfact.nn`` get for the
-            frames.
+        train_all: whether convolutions are trained as a whole. If not, only the stages of factorized layers of
+            ``fxfact.nn`` that see other frames are, beside norms and linear layers.
 
     Returns:
         The network, whose input is (batch, channels, frames, height, width). It shares no tensor with the model.

@@ -231,6 +231,7 @@ def test_pruning_a_model_replaces_its_layers_in_a_copy() -> None:
     assert pruned[0].rank_dropout.p == 0.2
     assert model[0].rank == (4, 3)
     assert not pruned[0].training
+    assert all(p.requires_grad for p in pruned.parameters())
     assert pruned[2].weight.data_ptr() != model[2].weight.data_ptr()
     assert apart(model(x), pruned(x)) < 1e-6
 

@@ -16,6 +16,8 @@ from tests.support import apart, copied_state, has_state
 
 tltorch: Any = pytest.importorskip("tltorch", reason="needs the extra tltorch")
 
+pytestmark = pytest.mark.integration
+
 KERNELS = {1: (5,), 2: (3, 3), 3: (3, 2, 3)}
 FACTORIZATIONS = ["cp", "tucker", "tt"]
 VARIANTS = [
@@ -313,7 +315,7 @@ def test_other_layers_of_tensorly_torch_are_named() -> None:
 
 # The table of the README
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 ROWS = re.findall(
     r"^\| `(.*?)` \| `(.*?)` \|$",
     README.split("| TensorLy-Torch 0.5 | fxfact.nn |")[1].split("\n\n")[0],
