@@ -143,72 +143,82 @@ def _holds_tensors(factors: FactorizedTensor) -> bool:
 
 
 def _read_cp(factors: CPTensor) -> ReadFactors:
-    rank, weights = cp_chain(factors.weights, factors.factors)
+    out, into, *kernel = map(len, factors.factors)
     return ReadFactors(
-        kernel_shape=tuple(map(len, factors.factors)),
-        factorization=CPFactorized() if len(weights) > 2 else SVD(),
-        rank=rank,
-        weights=weights,
+        kernel_shape=(out, into, *kernel),
+        factorization=CPFactorized() if max(kernel) > 1 else SVD(),
+        rank=(factors.factors[0].shape[1],),
+        weights=cp_chain(factors.weights, factors.factors, tuple(kernel)),
         source=factors,
     )
 
 
 def _read_tucker(factors: TuckerTensor) -> ReadFactors:
-    rank, (into, core, out) = tucker_chain(factors.core, factors.factors)
-    if is_pointwise := set(core.shape[2:]) == {1}:
-        rank, weights = rank[1:], [into, out @ core.flatten(1)]
+    out, into, *kernel = map(len, factors.factors)
+    first, core, last = tucker_chain(factors.core, factors.factors)
+    is_pointwise = max(kernel) == 1
     return ReadFactors(
-        kernel_shape=tuple(map(len, factors.factors)),
+        kernel_shape=(out, into, *kernel),
         factorization=SVD() if is_pointwise else Tucker(keep_full_sides=True),
-        rank=rank,
-        weights=weights if is_pointwise else [into, core, out],
+        rank=(core.shape[1],) if is_pointwise else (core.shape[0], core.shape[1]),
+        weights=[first, last @ core.flatten(1)] if is_pointwise else [first, core, last],
         source=factors,
     )
 
 
 def _read_tt(factors: TTTensor) -> ReadFactors:
-    rank, weights = tt_chain(factors.factors)
     into, *kernel, out = (core.shape[1] for core in factors.factors)
     return ReadFactors(
         kernel_shape=(out, into, *kernel),
-        factorization=TT() if len(weights) > 2 else SVD(),
-        rank=rank,
-        weights=weights,
+        factorization=TT() if max(kernel) > 1 else SVD(),
+        rank=tt_chain_rank([core.shape for core in factors.factors]),
+        weights=tt_chain(factors.factors, tuple(kernel)),
         source=factors,
     )
 
 
-def cp_chain(gains: Tensor, factors: Sequence[Tensor]) -> tuple[Rank, list[Tensor]]:
-    """Return the rank and the weights of the chain of a CP tensor (out, in, *kernel), whose components have gains."""
+# torch.fx can trace these three, since the size of the kernel decides everything.
+
+
+def cp_chain(gains: Tensor, factors: Sequence[Tensor], kernel_size: Sizes) -> list[Tensor]:
+    """Return the weights of the chain of a CP tensor (out, in, *kernel), whose components have gains."""
     out, into, *space = factors
     out = out * gains
-    for factor in space:
-        out = out * factor if len(factor) == 1 else out
-    return (out.shape[1],), [into.T, *(factor.T for factor in space if len(factor) > 1), out]
+    for factor, size in zip(space, kernel_size, strict=True):
+        out = out * factor if size == 1 else out
+    return [into.T, *(factor.T for factor, size in zip(space, kernel_size, strict=True) if size > 1), out]
 
 
-def tucker_chain(core: Tensor, factors: Sequence[Tensor]) -> tuple[Rank, list[Tensor]]:
-    """Return the rank and the weights of the chain of a Tucker tensor (out, in, *kernel).
+def tucker_chain(core: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weights of the chain of a Tucker tensor (out, in, *kernel).
 
     The factors of the kernel, if there are any, become part of the core.
     """
     out, into, *space = factors
     for axis, factor in enumerate(space, start=2):
         core = torch.tensordot(core, factor, dims=([axis], [1])).movedim(-1, axis)
-    return tuple(core.shape[:2]), [into.T, core, out]
+    return [into.T, core, out]
 
 
-def tt_chain(train: Sequence[Tensor]) -> tuple[Rank, list[Tensor]]:
-    """Return the rank and the weights of the chain of a tensor train (in, *kernel, out)."""
+def tt_chain(train: Sequence[Tensor], kernel_size: Sizes) -> list[Tensor]:
+    """Return the weights of the chain of a tensor train (in, *kernel, out)."""
     first, *middle, last = train
     cores = [first]
-    for core in middle:
-        if core.shape[1] > 1:
+    for core, size in zip(middle, kernel_size, strict=True):
+        if size > 1:
             cores.append(core)
         else:
             cores[-1] = cores[-1] @ core[:, 0]
-    rank = tuple(core.shape[2] for core in cores)
-    return rank, [cores[0][0].T, *(core.permute(2, 0, 1) for core in cores[1:]), last[..., 0].T]
+    return [cores[0][0].T, *(core.permute(2, 0, 1) for core in cores[1:]), last[..., 0].T]
+
+
+def tt_chain_rank(shapes: Sequence[Sequence[int]]) -> Rank:
+    """Return the rank of the chain of a tensor train with cores of these shapes."""
+    (_, _, rank), *middle, _ = shapes
+    ranks = [rank]
+    for _, size, after in middle:
+        ranks = [*ranks, after] if size > 1 else [*ranks[:-1], after]
+    return tuple(ranks)
 
 
 _READERS = {CPTensor: _read_cp, TuckerTensor: _read_tucker, TTTensor: _read_tt}

@@ -23,7 +23,7 @@ from fxfact.conv import (
 )
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
 from fxfact.factorizations import RankSpec, check_generator
-from fxfact.nn.joint_tensor import JointTensors, decompose_jointly, empty_tensors, joint_chain, joint_rank
+from fxfact.nn.joint_tensor import JointTensors, chain_rank, decompose_jointly, empty_tensors, joint_chain, joint_rank
 from fxfact.nn.staged_conv import is_dense_conv
 from fxfact.utils import no_reduced_precision
 
@@ -204,6 +204,7 @@ class JointConv(nn.Module):
         self.factorization, self.implementation = factorization.lower(), implementation
         self.n_layers, self._specs = layers, list(specs)
         core, factors = tensors
+        self._chain_rank = chain_rank(self.factorization, tensors, len(layers))
         self.factors = nn.ParameterList(factors)
         self.register_parameter("core", None if core is None else nn.Parameter(core))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
@@ -313,7 +314,8 @@ class JointConv(nn.Module):
             The specs of its stages, and their weights (out, in / groups, *kernel).
         """
         place = self._parse_index(index)
-        return joint_chain(self.factorization, self.spec_at(place), (self.core, list(self.factors)), place)
+        factors = [self.factors[k] for k in range(len(self.factors))]
+        return joint_chain(self.factorization, self.spec_at(place), (self.core, factors), place, self._chain_rank)
 
     def forward(self, x: Tensor, index: int | Sequence[int]) -> Tensor:
         """Run one of the convolutions.

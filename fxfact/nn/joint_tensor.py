@@ -24,7 +24,7 @@ from fxfact.factorizations import (
     parse_rank_spec,
     truncated_svd,
 )
-from fxfact.nn.factors import cp_chain, factors_of, tt_chain, tucker_chain
+from fxfact.nn.factors import cp_chain, factors_of, tt_chain, tt_chain_rank, tucker_chain
 from fxfact.nn.structure import Structure
 
 JointTensors = tuple[Tensor | None, list[Tensor]]
@@ -34,27 +34,38 @@ _METHODS: dict[str, Factorization] = {"cp": CPFactorized(), "tucker": Tucker(kee
 
 
 def joint_chain(
-    factorization: str, spec: ConvSpec, tensors: JointTensors, place: Sizes
+    factorization: str, spec: ConvSpec, tensors: JointTensors, place: Sizes, rank: Rank
 ) -> tuple[tuple[ConvSpec, ...], list[Tensor]]:
-    """Return the specs and the weights (out, in / groups, *kernel) of the stages of the convolution at a place."""
-    rank, weights = _rank_and_weights(factorization, tensors, place)
+    """Return the specs and the weights (out, in / groups, *kernel) of the stages of the convolution at a place.
+
+    ``rank`` is that of its chain. torch.fx can trace it.
+    """
+    weights = _chain_weights(factorization, spec.kernel_size, tensors, place)
     method = SVD() if len(weights) == 2 else _METHODS[factorization]  # CP and TT of a 1×1 kernel
     stages = method.unbounded_layout(spec, rank)
     return stages, [weight.reshape(stage.weight_shape) for weight, stage in zip(weights, stages, strict=True)]
 
 
-def _rank_and_weights(factorization: str, tensors: JointTensors, place: Sizes) -> tuple[Rank, list[Tensor]]:
+def _chain_weights(factorization: str, kernel_size: Sizes, tensors: JointTensors, place: Sizes) -> list[Tensor]:
     core, factors = tensors
     mixing, rest = factors[: len(place)], factors[len(place) :]
     if factorization == "tt":
         row = mixing[0][:, place[0]]
         for train_core, i in zip(mixing[1:], place[1:], strict=True):
             row = row @ train_core[:, i]
-        return tt_chain([torch.tensordot(row, rest[0], dims=1), *rest[1:]])
+        return tt_chain([torch.tensordot(row, rest[0], dims=1), *rest[1:]], kernel_size)
     own = cast(Tensor, core)
     for factor, i in zip(mixing, place, strict=True):
         own = own * factor[i] if factorization == "cp" else torch.tensordot(factor[i], own, dims=1)
-    return (cp_chain if factorization == "cp" else tucker_chain)(own, rest)
+    return cp_chain(own, rest, kernel_size) if factorization == "cp" else tucker_chain(own, rest)
+
+
+def chain_rank(factorization: str, tensors: JointTensors, axes: int) -> Rank:
+    """Return the rank of the chain of each convolution, where the first modes are ``axes`` numbers of layers."""
+    core, factors = tensors
+    if factorization == "tt":
+        return tt_chain_rank([factor.shape for factor in factors[axes:]])
+    return tuple(factors[0].shape[1:]) if factorization == "cp" else tuple(cast(Tensor, core).shape[axes : axes + 2])
 
 
 def joint_rank(factorization: str, layers: Sizes, spec: ConvSpec, rank: RankSpec) -> Rank:

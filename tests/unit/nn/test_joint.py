@@ -136,6 +136,7 @@ def test_convolution_of_a_joint_layer_can_be_traced_compiled_exported_copied_and
     joint = fnn.JointConv(6, 8, (3, 3), n_layers=3, factorization=factorization, rank=0.5)
     model, x = nn.Sequential(joint[0], nn.Conv2d(8, 6, 1), joint[2]), torch.randn(2, 6, 9, 9)
     y = model(x)
+    assert torch.fx.symbolic_trace(model)(x).equal(y)
     torch.compiler.reset()
     assert apart(y, torch.compile(model, fullgraph=True, backend="aot_eager")(x)) < 1e-5
     assert apart(y, torch.export.export(model, (x,)).module()(x)) < 1e-5
