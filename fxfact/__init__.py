@@ -15,6 +15,7 @@ not know each other:
     planning         from a request or a budget to a plan: budgets, rank rules, error curves, allocation
     calibration      from unlabelled data to statistics: the Fisher information of every layer
     capture          makes a model rewritable: traced, by its modules, or exported; each is compared with the model
+    transduction     a network for images becomes one for videos
     nn               factorized layers: CPConv, TuckerConv, TTConv
     graph            torch.fx only: recognises convolutions and linear layers (graph/match.py), splices chains, folds
     factorizations   (convolution, rank) -> chain of convolutions; linear algebra; knows no graph

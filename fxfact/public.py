@@ -12,6 +12,7 @@ from fxfact.planning import Decision, ErrorCurveCache, Latency, Loss, Macs, Metr
 from fxfact.planning import rank_rules as ranks
 from fxfact.search import for_inference
 from fxfact.serialization import load, save
+from fxfact.transduction import transduct
 
 __all__ = [
     "AccuracyWarning",
@@ -59,5 +60,6 @@ __all__ = [
     "run",
     "save",
     "to_dot",
+    "transduct",
     "verify",
 ]

@@ -12,13 +12,12 @@ from fxfact.conv.chain import (
     compose,
     compose_weights,
     composed_spec,
-    from_torch,
-    padded,
     run,
-    run_weight,
-    to_torch,
 )
 from fxfact.conv.composed_layer import ComposedLayer, OwnParameters
+from fxfact.conv.conv_attributes import ConvAttributes
+from fxfact.conv.conv_nd import ConvNd
+from fxfact.conv.convolve import from_torch, padded, run_weight, takes_output_size, to_torch
 from fxfact.conv.cost import Cost, format_amount, format_change, format_change_forms, format_short
 from fxfact.conv.factorized_module import FactorizedModule, factorize_module, stages_in
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
@@ -41,7 +40,6 @@ from fxfact.conv.modules import (
     read_conv,
     run_stages,
     spec_of,
-    takes_output_size,
     torch_conv_class,
     why_state_unsupported,
     why_unsupported,
@@ -63,9 +61,11 @@ __all__ = [
     "TRANSPOSED_TYPES",
     "ComposedChain",
     "ComposedLayer",
+    "ConvAttributes",
     "ConvCall",
     "ConvChain",
     "ConvLayer",
+    "ConvNd",
     "ConvSite",
     "ConvSpec",
     "Cost",

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fxfact.conv.spec import ConvSpec, Sizes, chain_macs, pad_amounts
+from fxfact.conv.convolve import run_weight, with_default_strides
+from fxfact.conv.spec import ConvSpec, Sizes, chain_macs
 from fxfact.errors import SpecError
 from fxfact.utils import no_reduced_precision
-
-_CONV = (F.conv1d, F.conv2d, F.conv3d)
-_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,22 +133,6 @@ def run(conv: ConvLayer | ConvChain, x: Tensor) -> Tensor:
     return run_weight(conv.spec, conv.weight, conv.bias, x)
 
 
-def run_weight(spec: ConvSpec, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Run the convolution with these tensors. torch.fx can trace it, since ``spec`` decides everything else."""
-    if not spec.order:
-        return F.linear(x, weight, bias)
-    if spec.transposed:
-        padding = [before for before, _ in spec.padding]
-        weight = to_torch(spec, weight)
-        transposed = _CONV_TRANSPOSE[spec.order - 1]
-        return transposed(x, weight, bias, spec.stride, padding, spec.output_padding, spec.groups, spec.dilation)
-    native_padding = spec.padding_mode == "zeros" and all(before == after for before, after in spec.padding)
-    if not native_padding:
-        x = padded(spec, x)
-    padding = [before for before, _ in spec.padding] if native_padding else [0] * spec.order
-    return _CONV[spec.order - 1](x, weight, bias, spec.stride, padding, spec.dilation, spec.groups)
-
-
 def as_maps(rows: Tensor, count: int) -> Tensor:
     """Return the inputs or outputs of a linear layer (…, channels) as ``count`` maps (count, channels, positions).
 
@@ -159,22 +140,6 @@ def as_maps(rows: Tensor, count: int) -> Tensor:
     """
     positions = rows.shape[:-1].numel() // max(1, count)
     return rows.reshape(count, positions, rows.shape[-1]).movedim(-1, 1)
-
-
-def padded(spec: ConvSpec, x: Tensor) -> Tensor:
-    """Return ``x`` with the padding of a convolution that is not transposed."""
-    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-    return F.pad(x, pad_amounts(spec.padding), mode=mode)
-
-
-def to_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
-    """Return a weight (out, in / groups, *kernel) in PyTorch's layout, (in, out / groups, *kernel) if transposed."""
-    return _with_default_strides(_swap_channels(weight, spec.groups)) if spec.transposed else weight
-
-
-def from_torch(spec: ConvSpec, weight: Tensor) -> Tensor:
-    """Return a weight in PyTorch's layout as (out, in / groups, *kernel): a view, if possible."""
-    return _swap_channels(weight, spec.groups) if spec.transposed else weight
 
 
 def compose(chain: ConvChain) -> Tensor:
@@ -248,20 +213,4 @@ def compose_weights(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> Te
         order_of_axes = [2 + axis + part * order for axis in range(order) for part in (0, 1)]
         size = tuple(a * b for a, b in zip(size, spec.kernel_size, strict=True))
         kernel, groups = product.permute(0, 1, *order_of_axes).reshape(spec.out_channels, inputs, *size), common
-    return _with_default_strides(kernel)
-
-
-def _with_default_strides(weight: Tensor) -> Tensor:
-    """Return a contiguous tensor that also has default strides along axes of size 1, where any stride is valid.
-
-    PyTorch 2.13 takes those strides for a memory format and can crash, for example in a grouped ``conv1d`` with
-    kernel size 1 and dilation 3.
-    """
-    return weight.reshape(-1).reshape(weight.shape)
-
-
-def _swap_channels(weight: Tensor, groups: int) -> Tensor:
-    """Swap the input and output channels of each group."""
-    first, second, *kernel = weight.shape
-    blocks = weight.reshape(groups, first // groups, second, *kernel)
-    return blocks.transpose(1, 2).reshape(groups * second, first // groups, *kernel)
+    return with_default_strides(kernel)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv.chain import ConvLayer, compose_weights, from_torch, to_torch
+from fxfact.conv.chain import ConvLayer, compose_weights
+from fxfact.conv.conv_nd import ConvNd
+from fxfact.conv.convolve import from_torch, takes_output_size, to_torch
 from fxfact.conv.kernels import PLAIN_TYPES
 from fxfact.conv.site import Skip
-from fxfact.conv.spec import ConvSpec, pad_amounts, same_padding
+from fxfact.conv.spec import ConvSpec, pad_amounts, torch_padding
 from fxfact.errors import ArgumentError, SpecError
 
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -71,6 +73,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in names)
 
 
+_HAS_HOOKS = "it has hooks, which a factorized convolution would lose"
 ATTENTION_ADVICE = (
     "nn.MultiheadAttention computes its projections by a function. They are linear layers in the graph of "
     "torch.export.export(model, args): factorize that"
@@ -80,6 +83,9 @@ FOLD_ADVICE = ": fold_weights=True folds those of torch.nn.utils"  # in reasons,
 
 def read_conv(module: nn.Module) -> ConvLayer | Skip:
     """Return the convolution that the module computes, with the module's tensors, or a Skip if it is not plain."""
+    if type(module) is ConvNd:
+        reason = _HAS_HOOKS if has_hooks(module) else why_weight_unsupported(module.weight)
+        return Skip(reason) if reason else ConvLayer(module.spec, from_torch(module.spec, module.weight), module.bias)
     if reason := why_unsupported(module):
         return Skip(reason)
     if list(module.children()) or {*module._parameters, *module._buffers} - {"weight", "bias"}:
@@ -98,7 +104,7 @@ def why_unsupported(module: nn.Module) -> str:
     if kind not in PLAIN_TYPES and kind is not torch_conv_class(kind):
         name = f"{kind.__module__}.{kind.__qualname__}"
         return f"{name} is a subclass of {torch_conv_class(kind).__name__} that may compute something else"
-    return "it has hooks, which a factorized convolution would lose" if has_hooks(module) else ""
+    return _HAS_HOOKS if has_hooks(module) else ""
 
 
 def why_state_unsupported(module: nn.Module) -> str:
@@ -173,8 +179,8 @@ def spec_of(module: nn.Module) -> ConvSpec:
 def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> list[nn.Module]:
     """Return ordinary PyTorch modules that compute a convolution with these tensors.
 
-    The result is one ``nn.Conv`` module, or an ``nn.Linear``. Asymmetric padding that is not ``'same'`` needs a pad
-    module before it.
+    The result is one ``nn.Conv`` module, an ``nn.Linear``, or with more than three axes a ``ConvNd``. Asymmetric
+    padding that is not ``'same'`` needs a pad module before an ``nn.Conv``.
 
     Args:
         spec: The spec of the convolution.
@@ -185,16 +191,17 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
     """
     if not spec.order:
         return [_write_linear(spec, weight, bias)]
+    parameter = _as_parameter(weight if isinstance(weight, nn.Parameter) else to_torch(spec, weight))
+    own_bias = None if bias is None else _as_parameter(bias)
+    if spec.order > 3:
+        return [ConvNd.holding(spec, parameter, own_bias)]
     pads: list[nn.Module] = []
-    padding: str | int | tuple[int, ...] = tuple(pair[0] for pair in spec.padding)
+    padding: str | int | tuple[int, ...] | None = torch_padding(spec)
     mode = spec.padding_mode
-    if any(first != last for first, last in spec.padding):
-        if set(spec.stride) == {1} and spec.padding == same_padding(spec.kernel_size, spec.dilation):
-            padding = "same"
-        else:
-            amounts = pad_amounts(spec.padding)
-            pad = _PADS[mode][spec.order - 1]
-            pads, padding, mode = [pad(amounts[0] if len(set(amounts)) == 1 else tuple(amounts))], 0, "zeros"
+    if padding is None:
+        amounts = pad_amounts(spec.padding)
+        pad = _PADS[mode][spec.order - 1]
+        pads, padding, mode = [pad(amounts[0] if len(set(amounts)) == 1 else tuple(amounts))], 0, "zeros"
     kind: type = (TRANSPOSED_TYPES if spec.transposed else CONV_TYPES)[spec.order - 1]
     module = kind(
         spec.in_channels,
@@ -209,9 +216,9 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
         device="meta",
         **({"output_padding": spec.output_padding} if spec.transposed else {}),
     )
-    module.weight = _as_parameter(weight if isinstance(weight, nn.Parameter) else to_torch(spec, weight))
-    if bias is not None:
-        module.bias = _as_parameter(bias)
+    module.weight = parameter
+    if own_bias is not None:
+        module.bias = own_bias
     return [*pads, module]
 
 
@@ -227,12 +234,12 @@ def _write_linear(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> nn.Lin
 
 
 def run_stages(
-    stages: Iterable[nn.Module], spec: ConvSpec, input: Tensor, output_size: Sequence[int] | None = None
+    stages: Iterable[Any], spec: ConvSpec, input: Tensor, output_size: Sequence[int] | None = None
 ) -> Tensor:
     """Run the modules of a chain that equals a convolution with this spec.
 
     Args:
-        stages: The modules, in order.
+        stages: The modules, in order. There may be functions that keep the size between them.
         spec: The spec of the convolution.
         input: The input, as ``fxfact.conv.run`` takes it.
         output_size: The size of the output that a transposed convolution returns, as its ``forward`` takes it.
@@ -245,7 +252,7 @@ def run_stages(
             input = stage(input)
         return input
     for stage in stages:
-        if isinstance(stage, TRANSPOSED_TYPES):
+        if isinstance(stage, nn.Module) and getattr(stage, "transposed", False):
             axes = enumerate(decides_size(stage), start=-spec.order)
             input = stage(input, [output_size[axis] if decides else input.shape[axis] for axis, decides in axes])
         else:
@@ -256,18 +263,9 @@ def run_stages(
     return input
 
 
-def takes_output_size(output_size: Sequence[int] | None, spec: ConvSpec) -> TypeGuard[Sequence[int]]:
-    """Whether a convolution is called with an output size. Raises ArgumentError if it is not transposed."""
-    if spec.transposed or output_size is None:
-        return output_size is not None
-    if isinstance(output_size, Sequence):  # not a proxy, which torch.fx passes for every argument of a root module
-        raise ArgumentError("only a transposed convolution takes an output_size. Call this one without it.")
-    return False
-
-
 def decides_size(stage: nn.Module) -> tuple[bool, ...]:
     """Return for each spatial axis whether a transposed stage of a chain works along it, and so decides its size."""
-    assert isinstance(stage, nn.modules.conv._ConvNd)
+    assert isinstance(stage, nn.modules.conv._ConvNd | ConvNd)
     axes = zip(stage.kernel_size, stage.stride, stage.padding, strict=True)
     return tuple(k > 1 or s > 1 or p != 0 for k, s, p in axes)
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fxfact.conv.chain import ConvLayer, from_torch
+from fxfact.conv.chain import ConvLayer
+from fxfact.conv.convolve import from_torch
 from fxfact.conv.spec import ConvSpec, Sizes
 
 

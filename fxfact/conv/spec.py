@@ -25,8 +25,8 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class ConvSpec:
     """The shapes and settings of a convolution, without its weights.
 
-    Tuples have one entry per spatial axis. There are 1, 2 or 3 spatial axes, or none for a linear layer. ``parse``
-    accepts the shorter forms that PyTorch accepts.
+    Tuples have one entry per spatial axis. There is any number of them, none for a linear layer. PyTorch's own modules
+    have up to three. ``parse`` accepts the shorter forms that PyTorch accepts.
 
     Attributes:
         in_channels: Number of input channels.
@@ -62,8 +62,6 @@ class ConvSpec:
         order = len(self.kernel_size)
         if not self.output_padding:
             object.__setattr__(self, "output_padding", (0,) * order)
-        if order > 3:
-            raise SpecError(f"a convolution has 1, 2 or 3 spatial axes, got kernel_size={self.kernel_size}")
         if not order and (self.groups, self.padding_mode) != (1, "zeros"):
             raise SpecError(f"a linear layer has no groups and no padding, got {self.groups}, {self.padding_mode!r}")
         for name in ("stride", "padding", "dilation", "output_padding"):
@@ -151,8 +149,8 @@ class ConvSpec:
             if not isinstance(kernel_size, Sequence):
                 raise SpecError(f"kernel_size={kernel_size!r} does not tell the number of axes: pass a tuple or order=")
             order = len(kernel_size)
-        if order not in (0, 1, 2, 3):
-            raise SpecError(f"order, the number of spatial axes, must be 0, 1, 2 or 3, got {order!r}")
+        if (order := _to_int("order", order)) < 0:
+            raise SpecError(f"order, the number of spatial axes, must be at least 0, got {order}")
         kernel = _per_axis("kernel_size", kernel_size, order)
         dilations = _per_axis("dilation", dilation, order)
         strides = _per_axis("stride", stride, order)
@@ -369,6 +367,14 @@ def same_padding(kernel: Sizes, dilation: Sizes) -> Padding:
     """Return the padding that keeps the size at stride 1. PyTorch puts the larger half of an odd total at the end."""
     totals = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
     return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def torch_padding(spec: ConvSpec) -> Sizes | str | None:
+    """Return the ``padding`` of PyTorch's convolution: ints or 'same', or None if it has no such padding."""
+    if all(before == after for before, after in spec.padding):
+        return tuple(before for before, _ in spec.padding)
+    is_same = set(spec.stride) == {1} and spec.padding == same_padding(spec.kernel_size, spec.dilation)
+    return "same" if is_same else None
 
 
 def _parse_padding(padding: int | str | Sequence[int], kernel: Sizes, dilation: Sizes, stride: Sizes) -> Padding:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv.chain import compose_weights, from_torch, to_torch
+from fxfact.conv.chain import compose_weights
 from fxfact.conv.channel_gains import channel_gains
+from fxfact.conv.convolve import from_torch, to_torch
 from fxfact.conv.modules import compose_modules, computes_weight
 from fxfact.conv.spec import ConvSpec
 from fxfact.errors import WeightError

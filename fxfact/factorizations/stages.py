@@ -167,6 +167,22 @@ class ChainLayout(ABC):
         return [self._checked_stages(spec, block, most, rank) for rank in ranks]
 
     @final
+    def unbounded_layout(self, spec: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
+        """Return the stages for a rank that may be larger than this convolution can use.
+
+        Factors that several convolutions share can have such a rank.
+
+        Args:
+            spec: the convolution, without groups.
+            rank: the rank.
+
+        Returns:
+            The stages in order. Only the last one has a bias, if the convolution has one.
+        """
+        stages = tuple(self._stages(one_group(spec), rank))
+        return (*stages[:-1], replace(stages[-1], bias=spec.bias))
+
+    @final
     def ranks(self, spec: ConvSpec) -> tuple[Rank, ...]:
         """Return the ranks to choose from: all that are proportional to the largest one.
 
@@ -321,7 +337,7 @@ def pointwise(block: ConvSpec, in_channels: int, out_channels: int) -> ConvSpec:
         out_channels: the output channels of the stage.
 
     Returns:
-        A 1×1 convolution (1, 2 or 3 axes as ``block``) or a linear layer, with stride 1, without padding and bias.
+        A 1×1 convolution with the axes of ``block`` or a linear layer, with stride 1, without padding and bias.
     """
     order = len(block.kernel_size)
     ones = (1,) * order

@@ -14,6 +14,7 @@ from fxfact.utils.compare import (
 from fxfact.utils.digest import tensor_digest
 from fxfact.utils.executor import check_executor, ordered_map, processes
 from fxfact.utils.finite_state import check_finite_state
+from fxfact.utils.memory import check_memory
 from fxfact.utils.model_copy import (
     alias_copy,
     copy_structure,
@@ -57,6 +58,7 @@ __all__ = [
     "check_finite_state",
     "check_harmless",
     "check_loadable",
+    "check_memory",
     "check_path",
     "check_progress",
     "copy_structure",

@@ -22,7 +22,7 @@ LEVELS = [
     ["conv"],
     ["factorizations", "graph"],
     ["nn"],
-    ["capture"],
+    ["capture", "transduction"],
     ["calibration"],
     ["planning"],
     ["passes"],

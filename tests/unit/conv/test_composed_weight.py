@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fxfact.conv import ConvSpec, FactorizedModule, Skip, factorize_module, run_weight, write_chain, write_conv
-from fxfact.conv.chain import from_torch
+from fxfact.conv.convolve import from_torch
 from fxfact.errors import ArgumentError, WeightError
 from fxfact.factorizations import Factorization, Tucker, resolve_rank
 from fxfact.nn import CPConv, FactorizedConv, TuckerConv

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfact.conv import looks_like_conv, read_call, run_weight, spec_of, write_call
-from fxfact.conv.chain import from_torch
+from fxfact.conv.convolve import from_torch
 from tests.support import apart, random_input
 
 aten = torch.ops.aten

@@ -35,7 +35,7 @@ def test_same_padding_is_parsed_as_torch_pads() -> None:
         ({"kernel_size": (3, 3), "padding": -1}, "negative"),
         ({"kernel_size": (3, 3), "groups": 3}, "groups=3"),
         ({"kernel_size": (3, 3), "padding_mode": "mirror"}, "mirror"),
-        ({"kernel_size": (1, 1, 1, 1)}, "0, 1, 2 or 3"),
+        ({"kernel_size": 3, "order": -1}, "at least 0"),
         ({"kernel_size": (3.5, 3)}, "ints"),
         ({"kernel_size": (3, 3), "groups": True}, "ints"),
         ({"kernel_size": (3, 3), "output_padding": 1}, "only a transposed"),
