@@ -13,7 +13,7 @@ from fxfact.factorizations import FACTORIZATIONS
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(fxfact.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FIRST_SCREENS = "\n".join(README.splitlines()[:140])
+FIRST_SCREENS = "\n".join(README.splitlines()[:150])
 PAGES = ["README.md", "benchmarks/README.md", ".github/CONTRIBUTING.md"]
 
 
