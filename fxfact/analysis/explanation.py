@@ -8,11 +8,11 @@ from fxfact.conv import Cost, format_change_forms
 from fxfact.errors import ArgumentTypeError
 from fxfact.factorizations import Factorization, Rank
 from fxfact.planning import Alternative, Decision, Plan, format_rank
-from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
+from fxfact.utils import Cell, Column, PrintsTable, Table, wrap_lines
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(PrintsTable):
     """What becomes of one layer, why, and the next best options. ``print`` shows it.
 
     Attributes:
@@ -23,21 +23,8 @@ class Explanation:
     plan: Plan
     decision: Decision
 
-    def __str__(self) -> str:
-        return self.table(terminal_width())
-
-    def table(self, width: int | None = None) -> str:
-        """Return the explanation as text.
-
-        Args:
-            width: Number of characters in a line. None breaks no line.
-
-        Returns:
-            What becomes of the layer, why, the options side by side, and how to take another one.
-
-        Raises:
-            ArgumentError: ``width`` is less than 20.
-        """
+    def _table(self, width: int | None) -> str:
+        """What becomes of the layer, why, the options side by side, and how to take another one."""
         parts = [wrap_lines(text, width) for text in (self._what(), self._why())]
         if self.decision.alternatives:
             parts += [self._options().format(width), wrap_lines(self._how_to_change(), width)]

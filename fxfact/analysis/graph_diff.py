@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from fxfact.analysis.inspection import capture_for_display
 from fxfact.conv import ConvLayer, is_conv, read_conv
 from fxfact.errors import check_int
-from fxfact.utils import as_json, terminal_width, write_by_suffix
+from fxfact.utils import PrintsTable, as_json, write_by_suffix
 
 _MARK, _LINE = 2, " │ "  # characters before a text, and between the two networks
 
@@ -36,7 +36,7 @@ class DiffLine:
 
 
 @dataclass(frozen=True)
-class Diff:
+class Diff(PrintsTable):
     """The result of ``diff``. ``print`` shows it side by side, in the width of the terminal.
 
     It is false if the networks are equal.
@@ -50,25 +50,12 @@ class Diff:
     def __bool__(self) -> bool:
         return bool(self.groups)
 
-    def __str__(self) -> str:
-        return self.table(terminal_width())
-
-    def table(self, width: int | None = None) -> str:
-        """Return the lines side by side: ``-`` marks those of the first network, ``+`` those of the second.
-
-        Args:
-            width: Number of characters in a line. Longer lines are cut off. None cuts none.
-
-        Returns:
-            The text. Empty if the networks are equal.
-
-        Raises:
-            ArgumentError: ``width`` is less than 20.
-        """
+    def _table(self, width: int | None) -> str:
+        """The lines side by side, cut off: ``-`` marks those of the first network, ``+`` those of the second."""
         texts = [text for group in self.groups for line in group for text in (line.before, line.after)]
         room = max(map(len, texts), default=0) + _MARK
         if width is not None:
-            room = min(room, (check_int("width", width, 20) - len(_LINE)) // 2)
+            room = min(room, (width - len(_LINE)) // 2)
         groups = ["\n".join(_side_by_side(line, room) for line in group) for group in self.groups]
         return "\n⋯\n".join(groups)
 

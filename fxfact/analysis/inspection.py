@@ -23,7 +23,7 @@ from fxfact.conv import (
 from fxfact.errors import CaptureError
 from fxfact.graph import match
 from fxfact.passes import PassRecord, last_plan, pass_history
-from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
+from fxfact.utils import Cell, Column, PrintsTable, Table, wrap_lines
 
 _CHANGED = (
     "changed since: the weights have changed since this error was computed. verify shows today's, and so does inspect "
@@ -60,7 +60,7 @@ class ConvRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class Inspection(PrintsTable):
     """The result of ``inspect``. ``print`` shows it as tables.
 
     Attributes:
@@ -71,22 +71,8 @@ class Inspection:
     rows: tuple[ConvRow, ...]
     nodes: tuple[tuple[str, str], ...]
 
-    def __str__(self) -> str:
-        return self.table(terminal_width())
-
-    def table(self, width: int | None = None) -> str:
-        """Return the convolutions as a table, and the nodes, if there are any, as a second one.
-
-        Args:
-            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
-                important columns are left out; a line says which. None gives the whole tables.
-
-        Returns:
-            The text.
-
-        Raises:
-            ArgumentError: ``width`` is less than 20.
-        """
+    def _table(self, width: int | None) -> str:
+        """The layers as a table, and the nodes, if there are any, as a second one."""
         columns = [
             Column("path", 0, least=16),
             Column("from", 8),

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxfact.conv import Cost, format_change_forms, format_spec_forms
 from fxfact.planning import ParetoFront
-from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
+from fxfact.utils import Cell, Column, PrintsTable, Table, wrap_lines
 
 Change = tuple[float | None, float | None]
 """A number before and after."""
@@ -115,7 +115,7 @@ class ConvReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportData:
+class ReportData(PrintsTable):
     """Two networks compared on some inputs.
 
     Attributes:
@@ -168,22 +168,8 @@ class ReportData:
     versions: Mapping[str, str]
     created: str
 
-    def __str__(self) -> str:
-        return self.table(terminal_width())
-
-    def table(self, width: int | None = None) -> str:
-        """Return the convolutions as a table, with the errors of the network above it and the check below it.
-
-        Args:
-            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
-                important columns are left out; a line says which. None gives the whole table.
-
-        Returns:
-            The text.
-
-        Raises:
-            ArgumentError: ``width`` is less than 20.
-        """
+    def _table(self, width: int | None) -> str:
+        """The layers as a table, with the errors of the network above it and the check below it."""
         columns = [
             Column("path", 0, least=16),
             Column("convolution", 9),

@@ -36,6 +36,7 @@ from fxfact.passes import last_plan
 from fxfact.planning import Plan
 from fxfact.utils import (
     Column,
+    PrintsTable,
     StorageIndex,
     Table,
     alias_copy,
@@ -44,7 +45,6 @@ from fxfact.utils import (
     plain_tensors,
     relative_error,
     seeded_randn,
-    terminal_width,
     to_eval,
     tolerance_for,
     wrap_lines,
@@ -71,7 +71,7 @@ class SiteErrors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
+class Verification(PrintsTable):
     """The errors of a factorized network on some inputs. ``print`` shows them as a table.
 
     Every error is relative: ‖found − expected‖ / ‖expected‖, of the output tensor for which it is largest.
@@ -110,21 +110,8 @@ class Verification:
         """
         return self.graph <= self.tolerance and self.overflow is None
 
-    def __str__(self) -> str:
-        return self.table(terminal_width())
-
-    def table(self, width: int | None = None) -> str:
-        """Return the errors of the convolutions as a table, and those of the network below it.
-
-        Args:
-            width: Number of characters in a line. None breaks no line.
-
-        Returns:
-            The text.
-
-        Raises:
-            ArgumentError: ``width`` is less than 20.
-        """
+    def _table(self, width: int | None) -> str:
+        """The errors of the layers as a table, and those of the network below it."""
         columns = [Column("convolution", 0, least=16), Column("kernel", 2), Column("output", 1)]
         rows = [
             [site.path, f"{site.weight:.2e}", "" if site.output is None else f"{site.output:.2e}"]

@@ -12,7 +12,7 @@ from fxfact.conv import Cost, format_amount, format_short
 from fxfact.planning.decision import fields_to_json
 from fxfact.planning.pareto_plot import draw_front, save_figure
 from fxfact.planning.strategy import ParetoPoint, significant
-from fxfact.utils import Cell, Column, Table, terminal_width
+from fxfact.utils import Cell, Column, PrintsTable, Table
 
 _UNITS: Mapping[str, Callable[[Cost], float | None]] = {
     "parameters": lambda cost: cost.params,
@@ -55,7 +55,7 @@ class MeasuredPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParetoFront:
+class ParetoFront(PrintsTable):
     """Networks that a budget could have given instead. ``print`` it for a table.
 
     Attributes:
@@ -73,22 +73,8 @@ class ParetoFront:
     chosen: MeasuredPoint | None = None
     measured: tuple[MeasuredPoint, ...] = ()
 
-    def __str__(self) -> str:
-        return self.table(terminal_width())
-
-    def table(self, width: int | None = None) -> str:
-        """Return fifteen networks as a table, among them all that were measured, and the chosen one with a star.
-
-        Args:
-            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
-                important columns are left out; a line says which. None gives the whole table.
-
-        Returns:
-            The text.
-
-        Raises:
-            ArgumentError: ``width`` is less than 20.
-        """
+    def _table(self, width: int | None) -> str:
+        """Fifteen networks, among them all that were measured, and the chosen one with a star."""
         points, units = self._representative_points(), self._known_units()
         values = dict(_VALUES)
         if not self.uses_statistics:

@@ -27,7 +27,7 @@ from fxfact.planning.pareto import MeasuredPoint, ParetoFront, describe_metric, 
 from fxfact.planning.plan_file import plan_text
 from fxfact.planning.plan_table import decision_table, format_decisions, format_unreached
 from fxfact.planning.strategy import ParetoPoint, significant
-from fxfact.utils import atomic_write, terminal_width, wrap_lines
+from fxfact.utils import PrintsTable, atomic_write, wrap_lines
 
 _FORMAT = {"format": "fxfact plan", "version": 7}
 _POINTS: Mapping[str, type[ParetoPoint | MeasuredPoint]] = {
@@ -45,7 +45,7 @@ _WAYS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(PrintsTable):
     """The decisions for all convolutions of one model, in the order of its graph. ``print(plan)`` shows a table.
 
     Attributes:
@@ -220,22 +220,8 @@ class Plan:
         different = first_differences("the plan", theirs, "the model", ours)
         raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 
-    def __str__(self) -> str:
-        return self.table(terminal_width())
-
-    def table(self, width: int | None = None) -> str:
-        """Return the decisions as a table, and notes below it. ``print(plan)`` fits it to the terminal.
-
-        Args:
-            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
-                important columns are left out; a line says which. None gives the whole table.
-
-        Returns:
-            The text.
-
-        Raises:
-            ArgumentError: ``width`` is less than 20.
-        """
+    def _table(self, width: int | None) -> str:
+        """The decisions as a table, and notes below it."""
         predicted = self.predicted_loss_increase
         table = decision_table(self.decisions, self.model, self.network, self.after, predicted)
         text = format_decisions(table, self.decisions, width)

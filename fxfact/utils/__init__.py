@@ -29,7 +29,7 @@ from fxfact.utils.progress import Progress, check_progress, with_phase, with_pro
 from fxfact.utils.pt2_reproducible import reproducible_archive
 from fxfact.utils.pt2_safety import check_harmless, check_loadable, explain_refused, refused_classes
 from fxfact.utils.storage import StorageIndex, is_distributed, is_wrapper, plain_tensors, storages_of
-from fxfact.utils.table import Cell, Column, Table, terminal_width, wrap_lines
+from fxfact.utils.table import Cell, Column, PrintsTable, Table, terminal_width, wrap_lines
 from fxfact.utils.timing import (
     CLOCK_RESOLUTION_MS,
     Timer,
@@ -46,6 +46,7 @@ __all__ = [
     "CLOCK_RESOLUTION_MS",
     "Cell",
     "Column",
+    "PrintsTable",
     "Progress",
     "StorageIndex",
     "Table",

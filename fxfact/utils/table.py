@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -28,6 +29,32 @@ def wrap_lines(text: str, width: int | None) -> str:
     if width is None:
         return text
     return "\n".join(fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in text.splitlines())
+
+
+class PrintsTable(ABC):
+    """An object that prints as a table in the width of the terminal."""
+
+    def __str__(self) -> str:
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return what ``print`` shows, for another width.
+
+        Args:
+            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
+                important columns are left out; a line says which. None gives the whole table, and breaks no line.
+
+        Returns:
+            The text.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        return self._table(width if width is None else check_int("width", width, _LEAST_WIDTH))
+
+    @abstractmethod
+    def _table(self, width: int | None) -> str:
+        """Return the text for a width."""
 
 
 @dataclass(frozen=True)
