@@ -23,7 +23,7 @@ from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
 from fxfact.factorizations import SVD, TT, CPFactorized, CPMobilenet, Factorization, Rank, Tucker
 from fxfact.nn.structure import Structure
 
-FactorizedTensor: TypeAlias = "CPTensor | TuckerTensor | TTTensor"
+FactorizedTensor: TypeAlias = CPTensor | TuckerTensor | TTTensor
 
 
 def factors_of(structure: Structure, weights: Sequence[Tensor]) -> FactorizedTensor:

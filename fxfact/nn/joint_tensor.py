@@ -26,6 +26,7 @@ from fxfact.factorizations import (
 )
 from fxfact.nn.factors import cp_chain, factors_of, tt_chain, tt_chain_rank, tucker_chain
 from fxfact.nn.structure import Structure
+from fxfact.utils import check_memory
 
 JointTensors = tuple[Tensor | None, list[Tensor]]
 """The core of a Tucker tensor, the gains of a CP tensor, or None; and the factors in the order of the modes."""
@@ -107,11 +108,15 @@ def joint_rank(factorization: str, layers: Sizes, spec: ConvSpec, rank: RankSpec
 
 
 def empty_tensors(factorization: str, layers: Sizes, spec: ConvSpec, rank: Rank, like: Tensor) -> JointTensors:
-    """Return an uninitialized core and factors: those of the modes (*layers, out, in, *kernel), or of the train."""
+    """Return an uninitialized core and factors: those of the modes (*layers, out, in, *kernel), or of the train.
+
+    Raises ArgumentError if the core is larger than the memory of the device.
+    """
     channels, kernel = spec.weight_shape[:2], spec.kernel_size
     if factorization.lower() == "cp":
         return like.new_empty(rank), [like.new_empty(n, *rank) for n in (*layers, *channels, *kernel)]
     if factorization.lower() == "tucker":
+        check_memory(f"the core of {math.prod(layers)} joint layers {spec}", math.prod((*rank, *kernel)), like)
         factors = [like.new_empty(n, r) for n, r in zip((*layers, *channels), rank, strict=True)]
         return like.new_empty(*rank, *kernel), factors
     train = (*layers, channels[1], *kernel, channels[0])

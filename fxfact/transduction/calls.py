@@ -6,40 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from fxfact.transduction.modules import upsampling_mode, with_frames
 
-_TENSOR: Any = Tensor
-_FUNCTIONAL: Any = F
-_ELEMENTWISE = {
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "true_divide",
-        "neg",
-        "abs",
-        "exp",
-        "sqrt",
-        "square",
-        "pow",
-        "clamp",
-        "maximum",
-        "minimum",
-    ),
-    *("add_", "sub_", "mul_", "div_", "clamp_", "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish"),
-    *("sigmoid", "sigmoid_", "tanh", "tanh_", "hardtanh", "hardswish", "hardsigmoid", "softplus", "dropout"),
-    *("iadd", "isub", "imul", "itruediv", "truediv", "contiguous", "clone", "detach", "to", "float", "double", "half"),
-    *("type", "type_as", "flatten", "view", "reshape"),
+_UNCHANGED = {
+    name
+    for names in (
+        "add add_ iadd sub sub_ isub mul mul_ imul div div_ true_divide truediv itruediv neg abs exp sqrt square pow",
+        "clamp clamp_ maximum minimum relu relu_ relu6 leaky_relu elu gelu silu mish sigmoid sigmoid_ tanh tanh_",
+        "hardtanh hardswish hardsigmoid softplus dropout batch_norm group_norm",
+        "contiguous clone detach to float double half type type_as",
+        "flatten view reshape",  # the still clip shows whether they mean the same
+    )
+    for name in names.split()
 }
 _MEANS = {"mean", "amax", "amin"}
 
 
 def change_call(node: fx.Node, name: str) -> bool:
     """Rewrite a call on maps for maps with frames, and return whether it could."""
-    if name in _ELEMENTWISE:
+    if name in _UNCHANGED:
         return True
     change = _CHANGES.get(name)
     return False if change is None else change(node)

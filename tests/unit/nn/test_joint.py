@@ -164,6 +164,11 @@ def test_convolution_of_a_joint_layer_can_be_traced_compiled_exported_copied_and
         (lambda: fnn.JointConv(2, 2, (3, 3), n_layers=2, factorization="tucker", rank=(1, 2)), RankError, "3 entries"),
         (lambda: fnn.JointConv(2, 2, (3, 3), n_layers=2, factorization="tt", rank=(1, 2)), RankError, "4 ranks"),
         (lambda: fnn.JointConv(2, 2, (3, 3), n_layers=2)[2], IndexError, "n_layers"),
+        (
+            lambda: fnn.JointConv(64, 64, 3, order=30, n_layers=2, factorization="tucker", rank=32),
+            ArgumentError,
+            "GiB, and the device",
+        ),
         (lambda: fnn.JointConv(2, 2, (3, 3), n_layers=2)[0, 1], ArgumentError, "index"),
         (lambda: fnn.JointConv(2, 2, (3, 3), n_layers=2).set(0, groups=2), ArgumentError, "'groups'"),
         (lambda: fnn.JointConv(2, 2, (3, 3), n_layers=2).set(0, stride=0), SpecError, "stride"),
