@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,9 +26,17 @@ from fxfact.cli.inputs import (
     load_described_model,
     load_model,
 )
+from fxfact.cli.onnx_file import save_onnx
 from fxfact.cli.options import Arguments
 from fxfact.cli.output import check_plot, plan_summary, plot_front, print_progress, print_result, print_text
-from fxfact.cli.plan_options import collect_data, plan_options, read_data, save_error_curves
+from fxfact.cli.plan_options import (
+    COST_OPTIONS,
+    collect_data,
+    plan_options,
+    read_data,
+    save_error_curves,
+    statistics_beside,
+)
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history, set_history
 from fxfact.planning import Plan
@@ -45,7 +54,7 @@ from fxfact.utils import (
 )
 
 _DECIDED_BY_PLAN = (
-    *("rank", "macs", "params", "latency", "loss"),
+    *("rank", "macs", "params", "latency", "loss", "metric", "at_most_drop", "lower_is_better", "minimise"),
     *("factorization", "multiple_of", "include", "exclude", "kinds", "fold_weights", "error_curves"),
 )
 
@@ -78,22 +87,28 @@ def plan(args: Arguments) -> int:
     if args.keep_statistics and not (args.calibration or args.statistics):
         raise ArgumentError("--keep-statistics writes the statistics of data. Pass --calibration as well.")
     check_plot(args)
+    kept = args.keep_statistics
+    if args.output and args.calibration and not args.statistics:
+        kept = kept or statistics_beside(args.output)
     check_output(args.output, *input_files(args))
-    check_output(args.keep_statistics, args.output, args.model, args.weights, args.calibration)
-    check_output(args.error_curves, args.output, args.keep_statistics, *input_files(args))
+    check_output(kept, args.output, args.model, args.weights, args.calibration)
+    check_output(args.error_curves, args.output, kept, *input_files(args))
     loaded = load_described_model(args)
     with processes(args.workers) as executor:
         options = plan_options(args, loaded, executor)
-        if args.keep_statistics:
-            options["calibration"] = collect_data(args, loaded, options["calibration"], options["fold_weights"])
+        statistics = collect_data(args, loaded, options["calibration"], options["fold_weights"]) if kept else None
+        if statistics is not None and options["budget"] is None:  # else plans are measured on the data as well
+            options |= {"calibration": statistics, "likelihood": None}
         made = api.plan(loaded.model, args.factorization, **options)
-    if args.keep_statistics:
-        options["calibration"].save(args.keep_statistics)
+    if kept and statistics is not None:
+        statistics.save(kept)
     save_error_curves(args, options)
     if args.output:
         made.save(args.output)
     plot_front(args, made)
-    print_result(args, made, {"plan": made.to_json(), **plan_summary(made)})
+    written = " and ".join(file for file in (args.output, kept) if file)
+    text = f"{made}\n\nwrote {written}" if written else made
+    print_result(args, text, {"plan": made.to_json(), **plan_summary(made), "statistics": kept})
     return 0
 
 
@@ -108,6 +123,7 @@ def compress(args: Arguments) -> int:
         if args.plan:
             made = Plan.load(args.plan)
             plot_front(args, made)
+            _find_statistics(args, made)
             data, _ = read_data(args, loaded, held_out=made.measured_on_held_out)
             statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
@@ -121,7 +137,10 @@ def compress(args: Arguments) -> int:
         with_phase(partial(analysis.check_rewrite, loaded.model, network, loaded.inputs), "checking", args.progress)
     if as_program and not isinstance(network, ExportedProgram):
         network = _export(network, loaded, dynamic=args.dynamic_batch)
-    save(network, args.output)
+    if args.output.endswith(".onnx"):
+        save_onnx(network, args.output)
+    else:
+        save(network, args.output)
     seconds = time.perf_counter() - started
     text = f"{made}\n\nwrote {args.output} in {seconds:.1f} s"
     print_result(args, text, {**plan_summary(made), "output": args.output, "seconds": seconds})
@@ -214,11 +233,17 @@ def demo(args: Arguments) -> int:
 
 def _check_compress(args: Arguments) -> None:
     """Raise ArgumentError or FileError for arguments that contradict each other, before anything is loaded."""
-    if not args.output.endswith((".pt2", ".pt")):
-        raise ArgumentError(f"-o must be NAME.pt2 (a program) or NAME.pt (weights), got {args.output}.")
+    if not args.output.endswith((".pt2", ".pt", ".onnx")):
+        raise ArgumentError(f"-o must be NAME.pt2 (a program), NAME.onnx or NAME.pt (weights), got {args.output}.")
     check_output(args.output, args.plan, args.error_curves, *input_files(args))
     check_output(args.error_curves, args.plan, *input_files(args))
     if not args.plan:
+        if all(getattr(args, option.removeprefix("--")) is None for option in COST_OPTIONS):
+            raise ArgumentError(
+                f"Say what the network may cost, by one of {', '.join(COST_OPTIONS)}. For half of the "
+                f"multiply-accumulates: fxfact compress {args.model} -o {args.output} --macs 0.5 --calibration "
+                f"{args.calibration or 'images.npy'}"
+            )
         return
     if decided := [name for name in _DECIDED_BY_PLAN if getattr(args, name) is not None]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in decided)
@@ -229,11 +254,24 @@ def _check_compress(args: Arguments) -> None:
         raise ArgumentError("--likelihood is only used with data. Pass --calibration as well, or remove it.")
 
 
+def _find_statistics(args: Arguments, made: Plan) -> None:
+    """Use the statistics beside a plan that was made with data, if no data are given. Raises ArgumentError."""
+    if not made.uses_statistics or not made.rewrites or args.statistics or args.calibration:
+        return
+    beside = statistics_beside(args.plan)
+    if not os.path.exists(beside):
+        raise ArgumentError(
+            f"{args.plan} was made with data, and {beside}, where fxfact plan keeps their statistics, is missing. Pass "
+            "the data again, --calibration DATA, or the statistics, --statistics FILE."
+        )
+    args.statistics = beside
+
+
 def _check_program_output(args: Arguments, loaded: LoadedModel) -> bool:
     """Return whether a program is written. Raises ArgumentError if the model cannot be written that way."""
-    as_program: bool = args.output.endswith(".pt2")
+    as_program: bool = args.output.endswith((".pt2", ".onnx"))
     if isinstance(loaded.model, ExportedProgram) and not as_program:
-        raise ArgumentError("MODEL is an exported program, and the result is one as well. Pass -o NAME.pt2.")
+        raise ArgumentError("MODEL is an exported program, and so is the result. Pass -o NAME.pt2 or NAME.onnx.")
     if args.dynamic_batch and (isinstance(loaded.model, ExportedProgram) or not as_program):
         raise ArgumentError(
             "--dynamic-batch only applies when a module is exported. Pass package.module:callable and -o NAME.pt2."

@@ -64,31 +64,53 @@ def load_described_model(args: Arguments) -> LoadedModel:
     return loaded
 
 
+def import_function(option: str, text: str) -> Any:
+    """Import ``package.module:callable``, the value of an option. Raises ArgumentError."""
+    module_name, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # a module can raise anything while it is imported
+        raise ArgumentError(
+            f"{option} {text} cannot be imported: {type(error).__name__}: {error}. Pass package.module:callable."
+        ) from error
+
+
 def input_files(args: Arguments) -> list[str | None]:
     """Return the files that a command reads."""
     return [args.model, args.weights, getattr(args, "calibration", None), getattr(args, "statistics", None)]
 
 
-def read_batches(path: str, size: int, dtype: torch.dtype) -> list[Tensor]:
-    """Read samples along the first axis from a .npy file, or from all .npy files of a folder, in batches of ``size``.
+def read_batches(path: str, size: int, dtype: torch.dtype) -> list[Any]:
+    """Read samples along the first axis from a .npy or .npz file, or all those of a folder, in batches of ``size``.
 
+    Batches of a .npz file with several arrays are mappings from their names, which are those of the model's arguments.
     Floating-point samples are converted to ``dtype``, the dtype of the model. Raises CalibrationError.
     """
     root = Path(path)
-    files = sorted(root.glob("*.npy")) if root.is_dir() else [root]
+    files = sorted(file for file in root.iterdir() if file.suffix in (".npy", ".npz")) if root.is_dir() else [root]
     if not files:
-        raise CalibrationError(f"{path}: the folder contains no .npy file.")
-    batches: list[Tensor] = []
+        raise CalibrationError(f"{path}: the folder contains no .npy or .npz file.")
+    batches: list[Any] = []
     for file in files:
         try:
-            array = np.load(file, allow_pickle=False)
-            samples = torch.from_numpy(array)
-            if not array.ndim:
-                raise ValueError("expected samples along the first axis, got a single number")
+            arrays = _read_arrays(file)
+            if not all(array.ndim for array in arrays.values()) or len({len(array) for array in arrays.values()}) != 1:
+                raise ValueError("expected samples along the first axis, as many in every array")
         except Exception as error:  # numpy.load raises many types for damaged files
             raise CalibrationError(f"{file}: cannot be read as an array: {error}") from error
-        batches += torch.split(samples.to(dtype) if samples.is_floating_point() else samples, size)
+        converted = [array.to(dtype) if array.is_floating_point() else array for array in arrays.values()]
+        parts = zip(*(torch.split(array, size) for array in converted), strict=True)
+        batches += [part[0] if len(arrays) == 1 else dict(zip(arrays, part, strict=True)) for part in parts]
     return batches
+
+
+def _read_arrays(file: Path) -> dict[str, Tensor]:
+    """Return the arrays of a .npy or .npz file by name."""
+    loaded = np.load(file, allow_pickle=False)
+    if file.suffix != ".npz":
+        return {"": torch.from_numpy(loaded)}
+    with loaded:
+        return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
 
 
 def model_dtype(model: nn.Module | ExportedProgram) -> torch.dtype:

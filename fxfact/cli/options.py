@@ -1,13 +1,18 @@
-"""The options of the commands, and the values that they parse."""
+"""The options of the commands."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from fxfact.cli.values import (
+    import_package,
+    parse_names,
+    parse_rank,
+    parse_size,
+    parse_time,
+    positive_int,
+    random_input,
+)
 
 Arguments = argparse.Namespace
 _MODEL_HELP = "a .pt2 file of torch.export.save, or package.module:callable, which must return a torch.nn.Module"
@@ -39,7 +44,7 @@ def add_input(group: argparse._ArgumentGroup) -> None:
     """Add the option for example inputs."""
     group.add_argument(
         "--input",
-        type=_input_tensor,
+        type=random_input,
         action="append",
         metavar="SIZES",
         help="the shape of an input, such as 1,3,224,224; repeat it for every input. The input is filled with random "
@@ -48,7 +53,7 @@ def add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--import",
         dest="imported",
-        type=_import_package,
+        type=import_package,
         action="append",
         metavar="PACKAGE",
         help="a package to import before a .pt2 file is read, for example transformers.modeling_outputs, if the "
@@ -66,13 +71,19 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("convolutions and linear layers")
     group.add_argument(
         "--factorization",
-        type=_names,
+        type=parse_names,
         metavar="NAMES",
         help="a name, or several separated by commas (default: tucker, or all of them under a budget)",
     )
     group.add_argument("--include", action="append", metavar="GLOB", help="only the layers at these paths; repeatable")
     group.add_argument("--exclude", action="append", metavar="GLOB", help="no layers at these paths; repeatable")
-    group.add_argument("--kinds", type=_names, metavar="KINDS", help="conv or linear, if not both")
+    group.add_argument("--kinds", type=parse_names, metavar="KINDS", help="conv or linear, if not both")
+    group.add_argument(
+        "--multiple-of",
+        type=positive_int,
+        metavar="N",
+        help="round ranks to multiples of N (default: 1; with --latency 32, 16 or 8)",
+    )
     group.add_argument(
         "--fold-weights",
         action="store_true",
@@ -82,34 +93,58 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
-    """Add the options for a rank or a budget."""
-    group = parser.add_argument_group("ranks, or a budget (pass one)")
+    """Add the options for a budget or a rank."""
+    group = parser.add_argument_group("what the network may cost (pass one)")
     group.add_argument(
-        "--rank", type=_rank, help="a fraction of each convolution's parameters, an integer, or 'same' (default: 0.5)"
+        "--macs",
+        type=parse_size,
+        metavar="SIZE",
+        help="multiply-accumulates for one sample: a share of the network's, such as 0.5 or 50%%, or a number, such as "
+        "20M",
     )
     group.add_argument(
-        "--macs", type=float, metavar="SHARE", help="budget: share of the network's multiply-accumulates"
+        "--params", type=parse_size, metavar="SIZE", help="parameters: a share, such as 0.5, or a number, such as 900k"
     )
-    group.add_argument("--params", type=float, metavar="SHARE", help="budget: share of the network's parameters")
     group.add_argument(
         "--latency",
-        type=float,
-        metavar="SHARE",
-        help="budget: share of the time of the dense network on this machine. A module is timed in its fastest form, a "
-        ".pt2 program as it is",
+        type=parse_time,
+        metavar="TIME",
+        help="time of one call on this machine: a share, such as 0.5, or milliseconds, such as 12ms. The share is of a "
+        "module in its fastest form, or of a .pt2 program as it is",
     )
     group.add_argument(
         "--loss",
         type=float,
         metavar="NATS",
-        help="budget: largest increase of the loss, in nats of KL divergence for one sample, measured on every fourth "
-        "batch",
+        help="the cheapest network whose outputs change by at most this KL divergence for one sample, as measured on "
+        "every fourth batch",
     )
     group.add_argument(
-        "--multiple-of",
-        type=_positive_int,
-        metavar="N",
-        help="round ranks to multiples of N (default: 1; with --latency 32, 16 or 8)",
+        "--metric",
+        metavar="NAME",
+        help="the cheapest network that --at-most-drop allows, as measured by a function of yours, "
+        "package.module:callable. It takes a network and returns a number, or a tensor with one score for each sample",
+    )
+    group.add_argument(
+        "--rank",
+        type=parse_rank,
+        help="no budget, but the same rule for every layer: a fraction of its parameters, an integer, or 'same'",
+    )
+
+
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a metric of the user."""
+    group = parser.add_argument_group("with --metric")
+    group.add_argument(
+        "--at-most-drop", type=float, metavar="N", help="by how much it may drop, in its own unit, such as 0.5"
+    )
+    group.add_argument(
+        "--lower-is-better", action="store_true", default=None, help="it is an error, which may rise by so much"
+    )
+    group.add_argument(
+        "--minimise",
+        choices=["macs", "params", "latency"],
+        help="what to make as small as possible (default: macs)",
     )
 
 
@@ -119,14 +154,14 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration",
         metavar="DATA",
-        help="samples to learn from: a .npy file with samples along the first axis, or a folder of them. With "
-        "--statistics they are used to measure the plan",
+        help="samples to learn from: a .npy file with samples along the first axis, a .npz file with an array for each "
+        "argument of the model, or a folder of them. With --statistics they are used to measure the plan",
     )
     group.add_argument(
-        "--batch", type=_positive_int, default=64, metavar="N", help="samples in a batch (default: %(default)s)"
+        "--batch", type=positive_int, default=64, metavar="N", help="samples in a batch (default: %(default)s)"
     )
     group.add_argument(
-        "--max-samples", type=_positive_int, metavar="N", help="take only the first N samples (default: all)"
+        "--max-samples", type=positive_int, metavar="N", help="take only the first N samples (default: all)"
     )
     group.add_argument(
         "--likelihood",
@@ -147,7 +182,7 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computation")
     group.add_argument(
         "--workers",
-        type=_positive_int,
+        type=positive_int,
         default=1,
         metavar="N",
         help="number of worker processes, each with one thread (default: the command works alone)",
@@ -172,7 +207,8 @@ def add_plan_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-statistics",
         metavar="FILE",
-        help="write the statistics of the data to this file, for other plans. The plan is then made from them alone",
+        help="write the statistics of the data to this file, for other plans and for compress --plan (default: beside "
+        "the plan, as NAME.statistics.npz)",
     )
 
 
@@ -184,12 +220,16 @@ def add_compress_output(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="NAME.pt2 (a program) or NAME.pt (weights for fxfact.load)",
+        help="NAME.pt2 (a program), NAME.onnx, or NAME.pt (weights for fxfact.load)",
     )
     add_plot(group)
-    group.add_argument("--plan", metavar="FILE", help="apply the plan in this file instead of making one")
     group.add_argument(
-        "--dynamic-batch", action="store_true", help="export a module to a program that takes any batch size"
+        "--plan",
+        metavar="FILE",
+        help="apply the plan in this file instead of making one, with the statistics beside it if there are any",
+    )
+    group.add_argument(
+        "--dynamic-batch", action="store_true", help="export a module to a file that takes any batch size"
     )
 
 
@@ -221,73 +261,27 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
     """Add the options for how ``bench`` measures."""
     group = parser.add_argument_group("timing")
     add_threads(group)
-    group.add_argument("--repeats", type=_positive_int, default=15, help="number of turns (default: %(default)s)")
-    group.add_argument("--number", type=_positive_int, default=5, help="calls in a turn (default: %(default)s)")
+    group.add_argument("--repeats", type=positive_int, default=15, help="number of turns (default: %(default)s)")
+    group.add_argument("--number", type=positive_int, default=5, help="calls in a turn (default: %(default)s)")
 
 
 def add_threads(group: argparse._ActionsContainer) -> None:
     """Add the option for the number of threads."""
-    group.add_argument(
-        "--threads", type=_positive_int, metavar="N", help="number of threads (default: that of PyTorch)"
-    )
+    group.add_argument("--threads", type=positive_int, metavar="N", help="number of threads (default: that of PyTorch)")
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``demo``."""
     parser.add_argument(
         "--factorization",
-        type=_names,
+        type=parse_names,
         metavar="NAMES",
         help="a name, or several separated by commas (default: for each layer the best)",
     )
     parser.add_argument(
         "--rank",
-        type=_rank,
+        type=parse_rank,
         help="a fraction of each layer's parameters, an integer, or 'same' (default: chosen within half of the time)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
-    parser.add_argument("--epochs", type=_positive_int, default=10, help="epochs of training (default: %(default)s)")
-
-
-def _names(text: str) -> str | list[str]:
-    names = text.split(",")
-    return names if len(names) > 1 else text
-
-
-def _rank(text: str) -> int | float | str:
-    if text == "same":
-        return text
-    try:
-        return float(text) if "." in text or "e" in text.lower() else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be a fraction such as 0.5, an integer, or 'same', got {text!r}"
-        ) from None
-
-
-def _positive_int(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _import_package(text: str) -> str:
-    try:
-        importlib.import_module(text)
-    except Exception as error:  # a package can raise anything while it is imported
-        raise argparse.ArgumentTypeError(f"{text} cannot be imported: {error}") from error
-    return text
-
-
-def _input_tensor(text: str) -> Tensor:
-    import torch  # noqa: PLC0415 (it takes seconds, and --help and --version do not need it)
-
-    sizes, _, dtype_name = text.partition(":")
-    shape = [_positive_int(size) for size in sizes.split(",")]
-    dtype = getattr(torch, dtype_name or "float32", None)
-    if not isinstance(dtype, torch.dtype):
-        raise argparse.ArgumentTypeError(f"{dtype_name} is not a dtype of torch")
-    generator = torch.Generator().manual_seed(0)
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.zeros(shape, dtype=dtype)
+    parser.add_argument("--epochs", type=positive_int, default=10, help="epochs of training (default: %(default)s)")

@@ -19,6 +19,7 @@ from fxfact.cli.options import (
     add_computation,
     add_data,
     add_demo,
+    add_metric,
     add_model,
     add_plan_output,
     add_report_output,
@@ -33,15 +34,21 @@ _EXIT_STATUS = (
     "exit status: 0 success; 1 the command failed, and the message says why; 2 wrong arguments; 3 verify found a "
     "difference; 130 interrupted; 141 the output was closed by its reader"
 )
-_OPTION_OF = {
-    "example_inputs": ("input", "--input 1,3,224,224"),
-    "calibration": ("calibration", "--calibration DATA"),
-    "held_out": ("calibration", "--calibration DATA with --statistics FILE"),
-    "likelihood=": ("likelihood", "--likelihood categorical or gaussian"),
-    "fold_weights": ("fold_weights", "--fold-weights"),
-    "multiple_of": ("multiple_of", "--multiple-of N"),
-    "smaller batches": ("batch", "--batch N"),
-}  # by the argument of the Python API that an error names: the option in the parsed arguments, and how it is written
+_IN_SHELL = (
+    ("input", r"\bexample_inputs\b", "example inputs (--input 1,3,224,224)"),
+    ("statistics", r"fxfact\.Statistics and held_out=batches", "--statistics FILE and --calibration DATA"),
+    ("calibration", r"\bcalibration(=|(?=:))|(?<=as )calibration\b|(?<=[Pp]ass )calibration\b", "--calibration"),
+    ("calibration", r"smaller batches", "smaller batches (--batch N)"),
+    ("likelihood", r"\blikelihood=(?=[\s.,])", "--likelihood categorical or gaussian"),
+    ("macs", r"(budget=)?fxfact\.Macs\(([\d.]+)\)", r"--macs \2"),
+    ("at_most_drop", r"\bat_most_drop\b", "--at-most-drop"),
+    ("at_most_drop", r"\bevaluate (?=raised|returned|changed|is random)", "--metric "),
+    ("fold_weights", r"\bfold_weights=True\b", "--fold-weights"),
+    ("progress", r"\bprogress=True\b", "--progress"),
+    ("multiple_of", r"\bmultiple_of\b", "--multiple-of"),
+    ("max_samples", r"\bmax_samples\b", "--max-samples"),
+    ("include", r"^(include|exclude|kinds|factorization|likelihood|rank)(?=:| must)", r"--\1"),
+)  # the option of a command, how a message names it in Python, and how it is written in the shell
 _ONLY_IN_PYTHON = ("capture=", "leaf_modules", "transform=", "weights='empty'", "generator=", "allow_growth")
 
 
@@ -52,20 +59,20 @@ class _Command(NamedTuple):
     add_arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
 
 
-_CHOICES = (add_scope, add_budget, add_data, add_computation)
+_CHOICES = (add_budget, add_metric, add_data, add_scope)
 _COMMANDS = (
     _Command("inspect", "list every convolution of a network", "resnet.pt2", (add_model,)),
     _Command(
         "plan",
         "choose a factorization and a rank for every convolution",
         "resnet.pt2 --macs 0.5 --calibration images.npy -o plan.json",
-        (add_model, *_CHOICES, add_plan_output),
+        (add_model, add_plan_output, *_CHOICES, add_computation),
     ),
     _Command(
         "compress",
         "factorize a network, check the result and write it",
         "resnet.pt2 -o small.pt2 --macs 0.5 --calibration images.npy",
-        (add_model, *_CHOICES, add_compress_output),
+        (add_model, add_compress_output, *_CHOICES, add_computation),
     ),
     _Command(
         "verify",
@@ -112,14 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal can show arrows
-    args = _build_parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     try:
         commands = importlib.import_module("fxfact.cli.commands")  # only now: it imports PyTorch, which takes seconds
         status: int = getattr(commands, args.command)(args)
         sys.stdout.flush()
         return status
     except FxfactError as error:
-        print(f"fxfact: {_with_option_names(str(error), args)}", file=sys.stderr)
+        print(f"fxfact: {in_shell_words(str(error), args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -128,23 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _with_option_names(message: str, args: Arguments) -> str:
-    """Append how the arguments of the Python API that a message names are passed to this command."""
-
-    def names(argument: str) -> bool:  # but not as the subject of the message, as in "calibration: batch 3 is empty"
-        end = "" if argument.endswith("=") else r"(?![\w:])"
-        return re.search(rf"(?<![\w.-]){re.escape(argument)}{end}", message) is not None
-
-    spelled = [
-        f"{name.rstrip('=')} is {text}"
-        for name, (option, text) in _OPTION_OF.items()
-        if hasattr(args, option) and names(name)
-    ]
-    python = [f"{name} can only be passed in Python" for name in _ONLY_IN_PYTHON if name in message]
-    return f"{message} (On the command line {', '.join([*spelled, *python])}.)" if spelled or python else message
+def in_shell_words(message: str, args: Arguments) -> str:
+    """Replace the arguments of the Python API that a message names by the options of this command."""
+    for option, pattern, written in _IN_SHELL:
+        if hasattr(args, option):
+            message = re.sub(pattern, written, message)
+    python = [name for name in _ONLY_IN_PYTHON if name in message]
+    return f"{message} ({', '.join(python)} can only be passed in Python.)" if python else message
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="fxfact", description="Factorize the convolutions of a trained network.", epilog=_EXIT_STATUS
     )

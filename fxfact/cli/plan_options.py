@@ -11,31 +11,31 @@ from fxfact.calibration import Statistics, split_held_out, take_samples
 from fxfact.cli.inputs import (
     LoadedModel,
     example_inputs_of,
+    import_function,
     model_dtype,
     read_batches,
 )
 from fxfact.cli.options import Arguments
 from fxfact.errors import ArgumentError
-from fxfact.planning import KINDS, ErrorCurveCache, Latency, Loss, Macs, Params
+from fxfact.planning import KINDS, Budget, ErrorCurveCache, Latency, Loss, Macs, Metric, Params
+
+COST_OPTIONS = ("--macs", "--params", "--latency", "--loss", "--metric", "--rank")
 
 
 def plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None) -> dict[str, Any]:
     """Return the keyword arguments of ``fxfact.plan`` and ``fxfact.factorize``."""
-    requested = ((Macs, args.macs), (Params, args.params), (Latency, args.latency), (Loss, args.loss))
-    budgets = [kind(value) for kind, value in requested if value is not None]
-    if len(budgets) > 1 or (budgets and args.rank is not None):
-        raise ArgumentError("Pass only one of --rank, --macs, --params, --latency and --loss.")
-    if args.statistics and args.calibration and not budgets:
+    budget = _budget(args)
+    if args.statistics and args.calibration and budget is None:
         raise ArgumentError(
             "With --statistics, --calibration only measures a plan for a budget. Pass a budget such as --macs 0.5, or "
             "remove --calibration."
         )
-    if args.error_curves and not budgets:
+    if args.error_curves and budget is None:
         raise ArgumentError("--error-curves is only used with a budget. Pass one, such as --macs 0.5, or remove it.")
     data, held_out = read_data(args, loaded, held_out=args.loss is not None)
     return {
         "rank": args.rank,
-        "budget": budgets[0] if budgets else None,
+        "budget": budget,
         "include": args.include or None,
         "exclude": args.exclude or None,
         "kinds": args.kinds or KINDS,
@@ -49,6 +49,32 @@ def plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None
         "executor": executor,
         "progress": args.progress,
     }
+
+
+def _budget(args: Arguments) -> Budget | Loss | Metric | None:
+    """Return the budget of the arguments, or None if there is none."""
+    sizes = {Macs: args.macs, Params: args.params, Latency: args.latency}
+    budgets: list[Budget | Loss | Metric] = [kind(**size) for kind, size in sizes.items() if size is not None]
+    budgets += [Loss(args.loss)] if args.loss is not None else []
+    budgets += [_metric(args)] if args.metric is not None else []
+    if len(budgets) + (args.rank is not None) > 1:
+        raise ArgumentError(f"Pass only one of {', '.join(COST_OPTIONS)}.")
+    own = {"--at-most-drop": args.at_most_drop, "--lower-is-better": args.lower_is_better, "--minimise": args.minimise}
+    if args.metric is None and (useless := [option for option, value in own.items() if value is not None]):
+        raise ArgumentError(f"{', '.join(useless)} can only be used with --metric package.module:callable.")
+    return budgets[0] if budgets else None
+
+
+def _metric(args: Arguments) -> Metric:
+    if args.at_most_drop is None:
+        raise ArgumentError("--metric needs to know by how much it may drop. Pass --at-most-drop 0.5 as well.")
+    units: dict[str, type[Budget]] = {"macs": Macs, "params": Params, "latency": Latency}
+    return Metric(
+        import_function("--metric", args.metric),
+        args.at_most_drop,
+        lower_is_better=bool(args.lower_is_better),
+        minimise=units[args.minimise or "macs"],
+    )
 
 
 def collect_data(
@@ -65,6 +91,11 @@ def collect_data(
         fold_weights=fold_weights,
         progress=args.progress,
     )
+
+
+def statistics_beside(plan: str) -> str:
+    """Return the file in which the statistics of a plan's data are kept."""
+    return f"{os.path.splitext(plan)[0]}.statistics.npz"
 
 
 def read_data(

@@ -131,7 +131,7 @@ def test_max_samples_limits_the_data(workspace: Path, capsys: pytest.CaptureFixt
 
 def test_compress_warns_if_it_rewrites_nothing(workspace: Path, run_json: RunJson) -> None:
     with pytest.warns(UserWarning, match=r"factorize rewrote none of the 3 layers of .*: 3× excluded"):
-        assert run_json("compress", "net.pt2", "-o", "same.pt2", "--exclude", "*")["rewritten"] == 0
+        assert run_json("compress", "net.pt2", "-o", "same.pt2", "--rank", "0.5", "--exclude", "*")["rewritten"] == 0
     assert run_json("plan", "net.pt2", "--exclude", "*", "-o", "plan.json")["rewritten"] == 0
     with pytest.warns(UserWarning, match="apply rewrote none of the 3 layers"):
         run_json("compress", "net.pt2", "-o", "same.pt2", "--plan", "plan.json")
@@ -287,3 +287,87 @@ def test_network_for_a_latency_budget_is_written(
     small = fxfact.load("small.pt", shop.small())
     assert fxfact.plan_of(small).network.ms  # the time of the dense network in its fastest form
     assert fxfact.verify(shop.small(), small, torch.randn(4, 3, 10, 10)).ok
+
+
+def test_amount_is_a_budget(workspace: Path, run_json: RunJson) -> None:
+    for option, amount, unit in (("--macs", "100k", "macs"), ("--params", "2500", "parameters")):
+        after = run_json("plan", "net.pt2", option, amount)["after"]
+        assert after[unit] <= {"macs": 100_000, "parameters": 2500}[unit]
+
+
+def test_metric_of_the_user_is_a_budget(workspace: Path, run_json: RunJson) -> None:
+    data = ["--calibration", "data.npy", "--factorization", "channel_svd"]
+    score = run_json("plan", "net.pt2", "--metric", "shop:score", "--at-most-drop", "1e-4", *data)["plan"]
+    assert score["measured_points"][0]["metric"] == pytest.approx(0, abs=1e-9)
+    assert len(score["measured_points"]) > 2
+    done = run_json(
+        *("compress", "net.pt2", "-o", "small.pt2", "--metric", "shop:error", "--at-most-drop", "1e-4"),
+        *("--lower-is-better", "--minimise", "params", *data),
+    )
+    assert done["after"]["parameters"] < done["before"]["parameters"]
+
+
+def test_plan_with_data_carries_on_alone(
+    workspace: Path, capsys: pytest.CaptureFixture[str], run_json: RunJson
+) -> None:
+    data = ["--macs", "0.5", "--factorization", "tucker", "--calibration", "data.npy", "--batch", "8"]
+    run_json("compress", "net.pt2", "-o", "small.pt2", *data)
+    plain = run_json("plan", "net.pt2", *data)["plan"]
+    assert main(["plan", "net.pt2", "-o", "plan.json", *data]) == 0
+    assert "wrote plan.json and plan.statistics.npz" in capsys.readouterr().out
+    kept = fxfact.Plan.load("plan.json")
+    assert kept == fxfact.Plan.from_json(plain)
+    run_json("compress", "net.pt2", "-o", "again.pt2", "--plan", "plan.json")
+    one, other = (fxfact.load(file).state_dict for file in ("small.pt2", "again.pt2"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    Path("plan.statistics.npz").unlink()
+    assert main(["compress", "net.pt2", "-o", "again.pt2", "--plan", "plan.json"]) == 1
+    said = capsys.readouterr().err
+    assert "plan.json was made with data, and plan.statistics.npz" in said
+    assert "--calibration DATA, or the statistics, --statistics FILE" in said
+    assert main(["plan", "net.pt2", "-o", "plain.json", "--macs", "0.5", "--factorization", "tucker"]) == 0
+    assert not Path("plain.statistics.npz").exists()
+
+
+@pytest.mark.parametrize("model", [["net.pt2"], ["shop:small", *SHAPE, "--dynamic-batch"]], ids=["program", "module"])
+def test_onnx_file_computes_what_the_network_computes(workspace: Path, run_json: RunJson, model: list[str]) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    runtime = pytest.importorskip("onnxruntime")
+    options = ["--macs", "0.5", "--factorization", "channel_svd"]
+    run_json("compress", *model, *options, "-o", "small.onnx")
+    run_json("compress", *model, *options, "-o", "small.pt2")
+    session, x = runtime.InferenceSession("small.onnx"), torch.randn(5, 3, 10, 10)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.abs(found - fxfact.load("small.pt2").module()(x).detach().numpy()).max() < 1e-4
+
+
+def test_onnx_file_needs_its_packages(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_onnxscript(*arguments: Any, **options: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'onnxscript'")
+
+    monkeypatch.setattr(torch.onnx, "export", without_onnxscript)
+    assert main(["compress", "net.pt2", "-o", "small.onnx", "--rank", "0.5"]) == 1
+    assert "pip install onnx onnxscript" in capsys.readouterr().err
+    assert not Path("small.onnx").exists()
+
+
+def test_arrays_of_one_file_are_the_arguments_by_name(workspace: Path, run_json: RunJson) -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(8, 16, 3)
+
+        def forward(self, *, pixels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return self.conv(pixels) * scale
+
+    x = {"pixels": torch.randn(16, 8, 9, 9), "scale": torch.rand(16, 1, 1, 1)}
+    batch = torch.export.Dim("batch", max=64)
+    example = {name: value[:2] for name, value in x.items()}
+    shapes = {name: {0: batch} for name in x}
+    torch.export.save(torch.export.export(Scaled().eval(), (), example, dynamic_shapes=shapes), "scaled.pt2")
+    np.savez("x.npz", **{name: value.numpy() for name, value in x.items()})
+    plan = run_json("plan", "scaled.pt2", "--rank", "0.5", "--calibration", "x.npz", "--batch", "4")["plan"]
+    assert plan["uses_statistics"]

@@ -12,6 +12,7 @@ import torch
 from fxfact.cli import main
 
 COMPRESS = ["compress", "net.pt2", "-o", "small.pt2"]
+METRIC = ["plan", "net.pt2", "--at-most-drop", "0.1", "--metric"]
 PLAN = ["plan", "net.pt2", "--macs", "0.5"]
 
 
@@ -27,28 +28,39 @@ PLAN = ["plan", "net.pt2", "--macs", "0.5"]
         (["inspect", "net.pt2", "--input", "1,3,10,10"], "Remove --input"),
         ([*COMPRESS, "--plan", "plan.json", "--rank", "4"], "Remove --rank"),
         (
-            [*COMPRESS, "--plan", "plan.json", "--macs", "0", "--multiple-of", "8", "--exclude", "0"],
+            [*COMPRESS, "--plan", "plan.json", "--macs", "0.5", "--multiple-of", "8", "--exclude", "0"],
             "Remove --macs, --multiple-of, --exclude",
         ),
         ([*COMPRESS, "--plan", "p.json", "--statistics", "k.npz", "--calibration", "d.npy"], "not use --calibration"),
         ([*COMPRESS, "--plan", "p.json", "--likelihood", "gaussian"], "Pass --calibration"),
         ([*COMPRESS, "--plan", "data.npy"], "not a plan"),
-        ([*COMPRESS, "--dynamic-batch"], "only applies when a module is exported"),
-        (["compress", "net.pt2", "-o", "small.onnx"], "NAME.pt2 .* or NAME.pt "),
-        (["compress", "net.pt2", "-o", "small.pt"], "MODEL is an exported program.*Pass -o NAME.pt2"),
-        (["compress", "shop:small", "-o", "small.pt2"], "--input 1,3,224,224"),
-        ([*PLAN, "--rank", "0.5"], "only one of --rank"),
+        ([*COMPRESS, "--rank", "0.5", "--dynamic-batch"], "only applies when a module is exported"),
+        (["compress", "net.pt2", "-o", "small.onx", "--rank", "0.5"], "NAME.pt2 .*, NAME.onnx or NAME.pt "),
+        (["compress", "net.pt2", "-o", "small.pt", "--rank", "0.5"], "MODEL is an exported program.*Pass -o NAME.pt2"),
+        (["compress", "shop:small", "-o", "small.pt2", "--rank", "0.5"], "--input 1,3,224,224"),
+        (COMPRESS, r"one of --macs, .*: fxfact compress net.pt2 -o small.pt2 --macs 0.5 --calibration images.npy"),
+        ([*COMPRESS, "--calibration", "data.npy"], r"--macs 0.5 --calibration data.npy\n"),
+        ([*PLAN, "--rank", "0.5"], "Pass only one of --macs, .*--rank"),
+        (
+            [*PLAN, "--at-most-drop", "0.5", "--minimise", "params"],
+            "--at-most-drop, --minimise can only be used",
+        ),
+        (["plan", "net.pt2", "--metric", "shop:score"], "Pass --at-most-drop 0.5"),
+        ([*METRIC, "shop:nowhere"], r"--metric shop:nowhere cannot be imported.*Pass package.module:callable"),
+        ([*METRIC, "shop"], "--metric shop cannot be imported"),
+        ([*METRIC, "shop:small"], "--metric raised on the dense network: TypeError"),
+        ([*METRIC, "shop:nan"], "--metric returned 1 NaN or Inf"),
         ([*PLAN, "--keep-statistics", "kept.npz"], "Pass --calibration"),
         ([*PLAN, "--calibration", "shop.py"], "cannot be read as an array"),
         ([*PLAN, "--calibration", "."], "fails on a batch|cannot be read|shape"),
-        ([*PLAN, "--calibration", "number.npy"], "got a single number"),
+        ([*PLAN, "--calibration", "number.npy"], "expected samples along the first axis"),
         ([*PLAN, "--calibration", "empty.npy"], "cannot be read as an array"),
         ([*PLAN, "--calibration", "zip.npy"], "cannot be read as an array"),
-        ([*PLAN, "--calibration", "folder"], "the folder contains no .npy file"),
+        ([*PLAN, "--calibration", "folder"], "the folder contains no .npy or .npz file"),
         ([*PLAN, "--error-curves", "data.npy"], "no error curves that can be read"),
         ([*PLAN, "--error-curves", "net.pt2"], "would overwrite an input"),
         (["plan", "net.pt2", "--rank", "0.5", "--error-curves", "curves.json"], "only used with a budget"),
-        (["plan", "shop:small", "--macs", "0.5"], r"example_inputs is --input 1,3,224,224"),
+        (["plan", "shop:small", "--macs", "0.5"], r"needs example inputs \(--input 1,3,224,224\), which"),
         (["plan", "nowhere.pt2", "-o", "no/plan.json"], "no is not a folder"),
         (["plan", "nowhere.pt2", "--calibration", "data.npy", "--keep-statistics", "."], "it is a folder"),
         (["plan", "net.pt2", "-o", "net.pt2"], "would overwrite an input"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fxfact.cli import main
+from fxfact.cli import main, parser
 
 COMMANDS = ("inspect", "plan", "compress", "verify", "bench", "report", "demo")
 
@@ -48,11 +48,12 @@ def test_help_groups_the_options(command: str, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     for group in (
         "model:",
-        "convolutions and linear layers:",
-        "ranks, or a budget",
-        "data (no labels",
-        "computation:",
         "output:",
+        "what the network may cost (pass one):",
+        "with --metric:",
+        "data (no labels",
+        "convolutions and linear layers:",
+        "computation:",
     ):
         assert f"\n{group}" in printed
 
@@ -62,6 +63,78 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"fxfact {importlib.metadata.version('fxfact')}\n"
+
+
+def test_help_and_version_do_not_import_pytorch() -> None:
+    script = (
+        "import sys, fxfact.cli\ntry:\n  fxfact.cli.main(sys.argv[1:])\nfinally:\n  assert 'torch' not in sys.modules"
+    )
+    for arguments in (["--version"], ["--help"], ["compress", "--help"]):
+        subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "arguments"),
+    [
+        ("--macs", "0.5", {"fraction": 0.5}),
+        ("--macs", "50%", {"fraction": 0.5}),
+        ("--macs", "1", {"fraction": 1.0}),
+        ("--macs", "20M", {"at_most": 20e6}),
+        ("--macs", "1.5G", {"at_most": 1.5e9}),
+        ("--macs", "0.5M", {"at_most": 0.5e6}),
+        ("--params", "900k", {"at_most": 900e3}),
+        ("--params", "900000", {"at_most": 900e3}),
+        ("--latency", "0.4", {"fraction": 0.4}),
+        ("--latency", "12.5ms", {"at_most_ms": 12.5}),
+    ],
+)
+def test_sizes_are_shares_or_amounts(option: str, text: str, arguments: dict[str, float]) -> None:
+    parsed = parser.build_parser().parse_args(["plan", "net.pt2", option, text])
+    assert getattr(parsed, option.removeprefix("--")) == pytest.approx(arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "example"),
+    [
+        *(
+            (option, text, "a number such as 20M")
+            for option in ("--macs", "--params")
+            for text in ("0", "-1", "half", "5B")
+        ),
+        *(("--latency", text, "milliseconds such as 12ms") for text in ("12", "12s", "0", "20M")),
+    ],
+)
+def test_sizes_that_are_none_are_refused(
+    option: str, text: str, example: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "net.pt2", f"{option}={text}"])
+    assert caught.value.code == 2
+    assert example in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "shell"),
+    [
+        (
+            "pass two or more as calibration, or fxfact.Statistics and held_out=batches",
+            "pass two or more as --calibration, or --statistics FILE and --calibration DATA",
+        ),
+        ("calibration: batch 3 is empty", "--calibration: batch 3 is empty"),
+        ("the calibration data are few", "the calibration data are few"),
+        ("Pass budget=fxfact.Macs(0.5).", "Pass --macs 0.5."),
+        ("include: no layer at 'x'", "--include: no layer at 'x'"),
+        ("use capture='modules'", "use capture='modules' (capture= can only be passed in Python.)"),
+    ],
+)
+def test_messages_name_options(message: str, shell: str) -> None:
+    parsed = parser.build_parser().parse_args(["plan", "net.pt2"])
+    assert parser.in_shell_words(message, parsed) == shell
+
+
+def test_messages_name_no_option_that_a_command_lacks() -> None:
+    parsed = parser.build_parser().parse_args(["inspect", "net.pt2"])
+    assert parser.in_shell_words("Pass them as calibration=", parsed) == "Pass them as calibration="
 
 
 def test_import_option_imports_a_package_first(
