@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: their threads w
     torch.set_num_threads(1)
 
 
+os.environ["COLUMNS"] = "120"  # texts are as wide as without a terminal, wherever the tests run
+
+
 @pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
 def spec(request: pytest.FixtureRequest) -> ConvSpec:
     return request.param

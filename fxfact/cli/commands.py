@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -28,10 +26,19 @@ from fxfact.cli.inputs import (
 )
 from fxfact.cli.onnx_file import save_onnx
 from fxfact.cli.options import Arguments
-from fxfact.cli.output import check_plot, plan_summary, plot_front, print_progress, print_result, print_text
+from fxfact.cli.output import (
+    check_plot,
+    format_times,
+    plan_summary,
+    plot_front,
+    print_progress,
+    print_result,
+    print_text,
+)
 from fxfact.cli.plan_options import (
     COST_OPTIONS,
     collect_data,
+    find_statistics,
     plan_options,
     read_data,
     save_error_curves,
@@ -42,8 +49,6 @@ from fxfact.passes import pass_history, set_history
 from fxfact.planning import Plan
 from fxfact.serialization import save
 from fxfact.utils import (
-    Column,
-    Table,
     milliseconds,
     processes,
     relative_error,
@@ -123,7 +128,7 @@ def compress(args: Arguments) -> int:
         if args.plan:
             made = Plan.load(args.plan)
             plot_front(args, made)
-            _find_statistics(args, made)
+            find_statistics(args, made)
             data, _ = read_data(args, loaded, held_out=made.measured_on_held_out)
             statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
@@ -213,7 +218,7 @@ def bench(args: Arguments) -> int:
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
     sentence = f"B is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
-    text = f"{_format_times(rows)}\n\n{wrap_lines(sentence, terminal_width())}"
+    text = f"{format_times(rows)}\n\n{wrap_lines(sentence, terminal_width())}"
     print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
     return 0
 
@@ -254,19 +259,6 @@ def _check_compress(args: Arguments) -> None:
         raise ArgumentError("--likelihood is only used with data. Pass --calibration as well, or remove it.")
 
 
-def _find_statistics(args: Arguments, made: Plan) -> None:
-    """Use the statistics beside a plan that was made with data, if no data are given. Raises ArgumentError."""
-    if not made.uses_statistics or not made.rewrites or args.statistics or args.calibration:
-        return
-    beside = statistics_beside(args.plan)
-    if not os.path.exists(beside):
-        raise ArgumentError(
-            f"{args.plan} was made with data, and {beside}, where fxfact plan keeps their statistics, is missing. Pass "
-            "the data again, --calibration DATA, or the statistics, --statistics FILE."
-        )
-    args.statistics = beside
-
-
 def _check_program_output(args: Arguments, loaded: LoadedModel) -> bool:
     """Return whether a program is written. Raises ArgumentError if the model cannot be written that way."""
     as_program: bool = args.output.endswith((".pt2", ".onnx"))
@@ -303,17 +295,6 @@ def _at_least_two_samples(value: Any) -> Any:
     """Repeat a single sample, because torch.export treats a size of 1 as a constant."""
     single = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
     return torch.cat([value, value]) if single else value
-
-
-def _format_times(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of ``bench``."""
-    importance = {"network": 0, "ms": 1, "fastest": 3, "slowest": 4, "parameters": 2}
-    columns = [Column(name, place, least=None if place else 16) for name, place in importance.items()]
-    cells = [
-        [row["network"], *(f"{row[name]:.3f}" for name in ("ms", "fastest", "slowest")), f"{row['parameters']:,}"]
-        for row in rows
-    ]
-    return Table(columns, cells).format(terminal_width())
 
 
 def _load_both(args: Arguments) -> tuple[LoadedModel, LoadedModel]:

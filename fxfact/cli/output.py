@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fxfact.cli.options import Arguments
 from fxfact.conv import Cost
 from fxfact.errors import ArgumentError
 from fxfact.planning import Plan, check_plot_path
-from fxfact.utils import as_json
+from fxfact.utils import Column, Table, as_json, terminal_width
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -61,3 +62,14 @@ def plot_front(args: Arguments, plan: Plan) -> None:
     """Draw the Pareto front of a plan if ``--plot`` was passed."""
     if args.plot is not None:
         plan.pareto_front.plot(args.plot)
+
+
+def format_times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of ``bench``."""
+    importance = {"network": 0, "ms": 1, "fastest": 3, "slowest": 4, "parameters": 2}
+    columns = [Column(name, place, least=None if place else 16) for name, place in importance.items()]
+    cells = [
+        [row["network"], *(f"{row[name]:.3f}" for name in ("ms", "fastest", "slowest")), f"{row['parameters']:,}"]
+        for row in rows
+    ]
+    return Table(columns, cells).format(terminal_width())

@@ -17,7 +17,7 @@ from fxfact.cli.inputs import (
 )
 from fxfact.cli.options import Arguments
 from fxfact.errors import ArgumentError
-from fxfact.planning import KINDS, Budget, ErrorCurveCache, Latency, Loss, Macs, Metric, Params
+from fxfact.planning import KINDS, Budget, ErrorCurveCache, Latency, Loss, Macs, Metric, Params, Plan
 
 COST_OPTIONS = ("--macs", "--params", "--latency", "--loss", "--metric", "--rank")
 
@@ -126,3 +126,16 @@ def save_error_curves(args: Arguments, options: dict[str, Any]) -> None:
     """Write the error curves to the file that the arguments name, if any."""
     if args.error_curves is not None:
         options["error_curves"].save(args.error_curves)
+
+
+def find_statistics(args: Arguments, made: Plan) -> None:
+    """Use the statistics beside a plan that was made with data, if no data are given. Raises ArgumentError."""
+    if not made.uses_statistics or not made.rewrites or args.statistics or args.calibration:
+        return
+    beside = statistics_beside(args.plan)
+    if not os.path.exists(beside):
+        raise ArgumentError(
+            f"{args.plan} was made with data, and {beside}, where fxfact plan keeps their statistics, is missing. Pass "
+            "the data again, --calibration DATA, or the statistics, --statistics FILE."
+        )
+    args.statistics = beside

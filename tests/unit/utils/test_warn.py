@@ -95,9 +95,10 @@ def cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def assert_here(record: pytest.WarningsRecorder, *words: str) -> None:
-    """Check that these warnings were issued, all of them in this file."""
-    assert [warning.filename for warning in record] == [__file__] * len(words)
-    for warning, expected in zip(record, words, strict=True):
+    """Check that these warnings were issued, and others of unknown accuracy at most, all of them in this file."""
+    assert {warning.filename for warning in record} == {__file__}
+    found = [warning for warning in record if not issubclass(warning.category, fxfact.AccuracyWarning)]
+    for warning, expected in zip(found, words, strict=True):
         assert expected in str(warning.message)
 
 
