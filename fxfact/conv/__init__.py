@@ -46,6 +46,7 @@ from fxfact.conv.modules import (
     why_weight_unsupported,
     write_chain,
     write_conv,
+    write_conv_module,
 )
 from fxfact.conv.site import ConvSite, Skip, mark_tied, path_of
 from fxfact.conv.spec import ConvSpec, Sizes, as_tuples, chain_cost, format_spec_forms, pad_amounts
@@ -122,4 +123,5 @@ __all__ = [
     "write_call",
     "write_chain",
     "write_conv",
+    "write_conv_module",
 ]

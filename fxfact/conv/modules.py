@@ -222,6 +222,12 @@ def write_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> li
     return [*pads, module]
 
 
+def write_conv_module(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Return what ``write_conv`` returns as one module: an ``nn.Sequential`` if a pad module is needed."""
+    modules = write_conv(spec, weight, bias)
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
 def _write_linear(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return the ``nn.Linear`` for a linear layer, whichever layout its parameter has."""
     module = nn.Linear(spec.in_channels, spec.out_channels, bias=bias is not None, device="meta")

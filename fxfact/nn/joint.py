@@ -19,7 +19,7 @@ from fxfact.conv import (
     compose_weights,
     read_conv,
     run_weight,
-    write_conv,
+    write_conv_module,
 )
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
 from fxfact.factorizations import RankSpec, check_generator
@@ -399,8 +399,8 @@ class SharedConv(ConvAttributes, nn.Module):
         """
         bias = self.joint.bias[self.index].detach().clone() if self.spec.bias and self.joint.bias is not None else None
         weight = self.weight.detach().clone()
-        modules = write_conv(self.spec, weight.requires_grad_(), None if bias is None else bias.requires_grad_())
-        return (nn.Sequential(*modules) if len(modules) > 1 else modules[0]).train(self.training)
+        conv = write_conv_module(self.spec, weight.requires_grad_(), None if bias is None else bias.requires_grad_())
+        return conv.train(self.training)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``repr``."""

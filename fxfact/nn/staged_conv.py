@@ -24,7 +24,7 @@ from fxfact.conv import (
     takes_output_size,
     to_torch,
     write_chain,
-    write_conv,
+    write_conv_module,
 )
 from fxfact.factorizations import Factorization, Rank
 from fxfact.nn.factors import FactorizedTensor, factors_of
@@ -148,7 +148,8 @@ class StagedConv(ConvAttributes, ComposedLayer):
 
         Returns:
             A new ``nn.Conv…``, ``nn.ConvTranspose…``, or with more than three axes ``ConvNd``, that computes the same.
-            It has the device, dtype and training mode of this layer.
+            It has the device, dtype and training mode of this layer. Uneven padding along an axis that ``transduct``
+            added needs a pad module before it, in an ``nn.Sequential``.
 
         Raises:
             ArgumentError: if the kernel is larger than the memory of the device.
@@ -159,7 +160,7 @@ class StagedConv(ConvAttributes, ComposedLayer):
             weight = self._composed().clone(memory_format=torch.contiguous_format)
         bias = self.bias
         copied = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
-        (conv,) = write_conv(self._structure.spec, weight.requires_grad_(like.requires_grad), copied)
+        conv = write_conv_module(self._structure.spec, weight.requires_grad_(like.requires_grad), copied)
         return conv.train(self.training)
 
     @torch.no_grad()

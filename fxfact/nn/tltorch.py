@@ -13,7 +13,7 @@ from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor, nn
 
-from fxfact.conv import ConvNd, ConvSpec, has_hooks, is_conv, spec_of, to_torch, write_conv
+from fxfact.conv import ConvNd, ConvSpec, has_hooks, is_conv, spec_of, to_torch, write_conv_module
 from fxfact.errors import ArgumentError, ArgumentTypeError, RankError, RefusedError, error_context, first_differences
 from fxfact.nn.factors import FactorizedTensor, read_factors, with_tensorly
 from fxfact.nn.joint import JointConv, SharedConv
@@ -171,7 +171,9 @@ def _dense(layer: Any, settings: Mapping[str, Any]) -> nn.Module:
     out_channels, in_channels, *kernel = weight.shape
     spec = ConvSpec.parse(in_channels, out_channels, kernel, bias=bias is not None, **settings)
     trained = layer.weight.tensor.requires_grad
-    (conv,) = write_conv(spec, weight.requires_grad_(trained), None if bias is None else bias.requires_grad_(trained))
+    conv = write_conv_module(
+        spec, weight.requires_grad_(trained), None if bias is None else bias.requires_grad_(trained)
+    )
     return conv.train(layer.training)
 
 

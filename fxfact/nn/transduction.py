@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fxfact.conv import ConvSpec, Sizes, Skip, read_conv, write_conv
+from fxfact.conv import ConvSpec, Sizes, Skip, read_conv, write_conv_module
 from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError, check_int
 from fxfact.factorizations import TT, CPFactorized, CPMobilenet, Tucker
 from fxfact.nn.structure import Structure
@@ -114,5 +114,5 @@ def transduct_conv(
     spec = spec_with_axis(layer.spec, axis, kernel_size, stride=stride, padding=padding, dilation=dilation)
     weight = kernel_with_axis(layer.weight.detach(), axis, kernel_size).clone()
     bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_(layer.bias.requires_grad)
-    modules = write_conv(spec, weight.requires_grad_(cast(Tensor, conv.weight).requires_grad), bias)
-    return (modules[0] if len(modules) == 1 else nn.Sequential(*modules)).train(conv.training)
+    made = write_conv_module(spec, weight.requires_grad_(cast(Tensor, conv.weight).requires_grad), bias)
+    return made.train(conv.training)

@@ -116,12 +116,13 @@ def test_layer_of_order_4_can_be_traced_compiled_exported_copied_and_trained(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
 @variants
-def test_gradients_of_order_4_are_those_of_finite_differences(factorization: str, implementation: str) -> None:
-    conv = fnn.ConvNd(2, 2, (2, 1, 2, 2), padding=1, stride=2, dtype=torch.float64)
+def test_gradients_are_those_of_finite_differences(factorization: str, implementation: str, order: int) -> None:
+    conv = fnn.ConvNd(2, 2, (2, 1, 2, 2, 1)[:order], padding=(1, 0, 1, 0, 1)[:order], stride=2, dtype=torch.float64)
     layer = layer_of(conv, factorization, implementation, rank=2)
     names = [name for name, _ in layer.named_parameters()]
-    x = torch.randn(1, 2, 3, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 2, *[3, 3, 2, 3, 2][:order], dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))

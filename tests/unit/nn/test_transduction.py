@@ -67,6 +67,7 @@ def test_transducted_layer_maps_every_frame_as_before(factorization: str, implem
         ({"kernel_size": 1}, [0, 1, 2, 3, 4, 5]),
         ({"kernel_size": 2}, [0, 1, 2, 3, 4, 5]),
         ({"kernel_size": 4, "dilation": 2}, [0, 1, 2, 3, 4, 5]),
+        ({"kernel_size": 2, "stride": 2}, [0, 2, 4]),
         ({"kernel_size": 3, "padding": 0}, [1, 2, 3, 4]),
         ({"kernel_size": 3, "stride": 2}, [0, 2, 4]),
         ({"kernel_size": 3, "padding": 0, "dilation": 2}, [2, 3]),
@@ -79,7 +80,11 @@ def test_transducted_layer_takes_settings(
 ) -> None:
     layer, clip = layer_of(CONVS["plain"], factorization, implementation), clip_of(CONVS["plain"], 0, 6)
     expected = torch.stack([layer(clip[:, :, frame]) for frame in frames], dim=2)
-    assert apart(expected, layer.transduct(**options)(clip)) < 1e-10
+    video = layer.transduct(**options)
+    assert apart(expected, video(clip)) < 1e-10
+    assert apart(expected, video.to_conv()(clip)) < 1e-10
+    dense = fnn.transduct_conv(layer.to_conv(), **options)
+    assert apart(expected, dense(clip)) < 1e-10
 
 
 @variants
