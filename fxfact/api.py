@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -47,9 +46,10 @@ from fxfact.planning import (
     Selection,
     describe_call,
     parse_factorizations,
+    summarize_reasons,
 )
 from fxfact.search import CalibrationData, fall_back_if_slower, search
-from fxfact.utils import Progress, warn_caller
+from fxfact.utils import Progress, warn_caller, with_phase
 
 _Factorizations = FactorizationRequest | Mapping[str, FactorizationRequest]
 _Ranks = RankSpec | RankRule | Mapping[str, RankSpec | RankRule]
@@ -89,7 +89,7 @@ def factorize(
     verify: bool = False,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> _Model:
     """Factorize the convolutions and linear layers of a model: ``apply(plan(model, ...), model)`` in one call.
 
@@ -136,7 +136,8 @@ def factorize(
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
     if verify and example_inputs is None and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    captured = capture_model(
+    capturing = partial(
+        capture_model,
         model,
         example_inputs,
         how=capture,
@@ -144,6 +145,7 @@ def factorize(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
+    captured = with_phase(capturing, "capturing", progress)
     scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     bound = budget if isinstance(budget, Loss | Metric) else None
@@ -155,7 +157,7 @@ def factorize(
     if isinstance(cost, Latency) and isinstance(result, nn.Module):
         result = fall_back_if_slower(captured, found.plan, result, apply_to, cost)
     if verify and found.plan.rewrites and captured.example_inputs is not None:
-        check_rewrite(model, result, captured.example_inputs)
+        with_phase(partial(check_rewrite, model, result, captured.example_inputs), "checking", progress)
     _warn_if_unchanged(last_plan(result), "factorize")
     return cast(_Model, result)
 
@@ -182,7 +184,7 @@ def plan(
     leaf_modules: str | Sequence[str] = (),
     error_curves: ErrorCurveCache | None = None,
     executor: Executor | None = None,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> Plan:
     """Choose a factorization and a rank for every convolution and linear layer.
 
@@ -248,7 +250,8 @@ def plan(
         error_curves: a cache of error curves, which makes further plans for the same weights and statistics fast.
         executor: a ``concurrent.futures.Executor`` (threads, processes, a cluster) that computes errors and decomposes
             kernels that are measured. The plan does not depend on it.
-        progress: True for tqdm's progress bars, or a callable with tqdm's signature.
+        progress: True for progress bars on stderr, False for none, or a callable with tqdm's signature. None shows
+            bars if stderr is a terminal.
 
     Returns:
         The plan.
@@ -267,7 +270,8 @@ def plan(
     strategy = _parse_strategy(factorization, rank, budget, multiple_of, error_curves=error_curves, options=options)
     calibration, held_out = with_batch_options(transform, max_samples, calibration=calibration, held_out=held_out)
     example_inputs, calibration = _with_example(model, example_inputs, calibration)
-    captured = capture_model(
+    capturing = partial(
+        capture_model,
         model,
         example_inputs,
         how=capture,
@@ -275,6 +279,7 @@ def plan(
         fold_weights=fold_weights,
         leaf_modules=leaf_modules,
     )
+    captured = with_phase(capturing, "capturing", progress)
     scope = SearchScope(include=include, exclude=exclude, kinds=kinds, allow_growth=allow_growth, call=call)
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=likelihood)
     bound = budget if isinstance(budget, Loss | Metric) else None
@@ -293,7 +298,7 @@ def apply(
     example_inputs: ExampleInputs | None = None,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> _Model:
     """Apply a plan to a copy of the model, captured in the way that the plan was made for.
 
@@ -310,7 +315,8 @@ def apply(
             ``forward()`` requires. The captured network is compared with the model on them.
         generator: for factorizations that start from random factors. No other randomness is used.
         executor: a ``concurrent.futures.Executor`` that decomposes the kernels.
-        progress: True for tqdm's progress bars, or a callable with tqdm's signature.
+        progress: True for progress bars on stderr, False for none, or a callable with tqdm's signature. None shows
+            bars if stderr is a terminal.
 
     Returns:
         A new network, as for ``factorize``. A warning says so if the plan rewrites no layer.
@@ -356,7 +362,7 @@ def calibrate(
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
     leaf_modules: str | Sequence[str] = (),
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> Statistics:
     """Learn from unlabelled data which errors of each layer the loss can bear.
 
@@ -411,19 +417,15 @@ def plan_of(network: nn.Module | ExportedProgram) -> Plan:
 
 
 def _warn_if_unchanged(plan: Plan, caller: str) -> None:
-    """Warn if a plan rewrites nothing, with its most frequent reasons. Details after a colon do not count."""
+    """Warn if a plan rewrites nothing, with its most frequent reasons."""
     if plan.rewrites:
         return
     if not len(plan):
         warn_caller(f"{caller} rewrote nothing: no convolution and no linear layer was found in {plan.model}")
         return
-    examples = {decision.reason.partition(":")[0]: decision.reason for decision in reversed(plan.decisions)}
-    counts = Counter(decision.reason.partition(":")[0] for decision in plan)
-    reasons = "; ".join(f"{count}× {examples[kind]}" for kind, count in counts.most_common(3))
-    rest = f"; and {len(counts) - 3} other reasons" if len(counts) > 3 else ""
     warn_caller(
-        f"{caller} rewrote none of the {len(plan)} layers of {plan.model}: {reasons}{rest}. Print the plan to "
-        "see the reason of each."
+        f"{caller} rewrote none of the {len(plan)} layers of {plan.model}: {summarize_reasons(plan)}. "
+        "Print the plan to see the reason of each."
     )
 
 

@@ -1,7 +1,7 @@
 """The names that users see as those of ``fxfact``, which imports this module when the first of them is used."""
 
 from fxfact import factorizations, nn, passes
-from fxfact.analysis import Report, Verification, diff, inspect, report, to_dot, verify
+from fxfact.analysis import Diff, Report, Verification, diff, inspect, report, to_dot, verify
 from fxfact.api import apply, calibrate, factorize, plan, plan_of
 from fxfact.calibration import Likelihood, Statistics
 from fxfact.compile_backend import backend
@@ -18,6 +18,7 @@ __all__ = [
     "ConvLayer",
     "ConvSpec",
     "Decision",
+    "Diff",
     "DistillResult",
     "ErrorCurveCache",
     "FxfactError",

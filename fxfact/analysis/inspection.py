@@ -1,23 +1,29 @@
-"""Text views of a network: a table of its convolutions, and the difference of two graphs."""
+"""Tables of the convolutions of a network, and of the nodes of its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
-from itertools import zip_longest
-from textwrap import shorten
 
-from tabulate import tabulate
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfact.analysis.reference import current_error, kernel_error, prepare_original
 from fxfact.capture import Captured, ExampleInputs, capture
-from fxfact.conv import ConvLayer, ConvSite, ConvSpec, Cost, Skip, chain_cost, is_conv, path_of, read_conv
-from fxfact.errors import ArgumentError, CaptureError
+from fxfact.conv import (
+    ConvSite,
+    ConvSpec,
+    Cost,
+    Skip,
+    chain_cost,
+    format_amount,
+    format_short,
+    format_spec_forms,
+    path_of,
+)
+from fxfact.errors import CaptureError
 from fxfact.graph import match
 from fxfact.passes import PassRecord, last_plan, pass_history
+from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
 
 _CHANGED = (
     "changed since: the weights have changed since this error was computed. verify shows today's, and so does inspect "
@@ -66,11 +72,39 @@ class Inspection:
     nodes: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        headers = ["path", "from", "factorization", "rank", "stages", "parameters", "MACs", "error", "remark"]
-        table = tabulate(map(_table_row, self.rows), headers, disable_numparse=True, maxcolwidths=[None] * 8 + [60])
-        nodes = tabulate(self.nodes, ["node", "verdict"], disable_numparse=True)
-        changed = any(row.relative_error is None and row.recorded_error is not None for row in self.rows)
-        return "\n\n".join([table, *([_CHANGED] if changed else []), *([nodes] if self.nodes else [])])
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return the convolutions as a table, and the nodes, if there are any, as a second one.
+
+        Args:
+            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
+                important columns are left out; a line says which. None gives the whole tables.
+
+        Returns:
+            The text.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        columns = [
+            Column("path", 0, least=16),
+            Column("from", 8),
+            Column("factorization", 2),
+            Column("rank", 3),
+            Column("stages", 1),
+            Column(("parameters", "params"), 6),
+            Column("MACs", 4),
+            Column("error", 5),
+            Column("remark", 7, least=24, wrap=True),
+        ]
+        texts = [Table(columns, list(map(_table_row, self.rows))).format(width)]
+        if any(row.relative_error is None and row.recorded_error is not None for row in self.rows):
+            texts.append(wrap_lines(_CHANGED, width))
+        if self.nodes:
+            node_columns = [Column("node", 0, least=16), Column("verdict", 1, least=24, wrap=True)]
+            texts.append(Table(node_columns, self.nodes).format(width))
+        return "\n\n".join(texts)
 
 
 def inspect(
@@ -128,42 +162,6 @@ def inspect(
     )
 
 
-def diff(
-    before: nn.Module | ExportedProgram, after: nn.Module | ExportedProgram, *, context: int = 2, width: int = 78
-) -> str:
-    """Show the difference of two networks' graphs, side by side.
-
-    If one of the two has no graph, because it keeps the model's own Python, the modules of both are compared instead.
-
-    Args:
-        before: The first network, shown on the left.
-        after: The second network, shown on the right.
-        context: Number of equal lines to show around every change.
-        width: Number of characters of each column, at least 10.
-
-    Returns:
-        The changed lines: ``-`` marks those of ``before``, ``+`` those of ``after``. Empty if the graphs are equal.
-
-    Raises:
-        ArgumentError: ``context`` or ``width`` is too small.
-        ArgumentTypeError: A network is neither a module nor an ExportedProgram.
-        CaptureError: A network cannot be copied.
-    """
-    if width < 10 or context < 0:
-        raise ArgumentError(f"width must be at least 10 and context at least 0, got {width}, {context}")
-    networks = [capture_for_display(before).network, capture_for_display(after).network]
-    graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
-    left, right = map(_graph_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
-    rows: list[str] = []
-    for group in SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
-        rows += ["⋯"] if rows else []
-        for tag, i, j, k, m in group:
-            marks = (" ", " ") if tag == "equal" else ("-", "+")
-            pairs = zip_longest(left[i:j], right[k:m], fillvalue="")
-            rows += [f"{_column(a, marks[0], width)} │ {_column(b, marks[1], width)}".rstrip() for a, b in pairs]
-    return "\n".join(rows)
-
-
 def capture_for_display(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> Captured:
     """Capture a network that is not going to be rewritten: by its modules if it has no graph, even without inputs."""
     try:
@@ -201,60 +199,23 @@ def _is_stage(name: str, path: str) -> bool:
     return name.startswith(f"{path}.") and name[len(path) + 1 :].partition(".")[0].isdecimal()
 
 
-def _table_row(row: ConvRow) -> list[str]:
-    macs = "" if row.cost.macs is None else f"{row.cost.macs:,}"
+def _table_row(row: ConvRow) -> list[Cell]:
     known = row.recorded_error if row.relative_error is None else row.relative_error
     error = "" if known is None else f"{known:.3g}"
     error += " (changed since)" if error and row.relative_error is None else ""
-    stages = "\n".join(map(str, row.stages))
-    params = f"{row.cost.params:,}" if row.stages else ""
-    return [row.path, row.origin, row.factorization, row.rank, stages, params, macs, error, row.remark]
+    stages = ["\n".join(texts) for texts in zip(*map(format_spec_forms, row.stages), strict=True)]
+    return [
+        row.path,
+        format_spec_forms(row.origin),
+        row.factorization,
+        row.rank,
+        tuple(stages) or "",
+        (format_amount(row.cost.params), format_short(row.cost.params)) if row.stages else "",
+        "" if row.cost.macs is None else (format_amount(row.cost.macs), format_short(row.cost.macs)),
+        error,
+        row.remark,
+    ]
 
 
 def _verdict_text(item: ConvSite | Skip) -> str:
     return f"{item.path}: {item.spec}" if isinstance(item, ConvSite) else item.reason
-
-
-def _module_lines(network: nn.Module) -> list[str]:
-    """Return one line for every module without children."""
-    leaves = [(path, module) for path, module in network.named_modules() if not list(module.children())]
-    return [f"{path}: {_module_text(module)}" for path, module in leaves]
-
-
-def _graph_lines(graph_module: fx.GraphModule) -> list[str]:
-    """Return one line for every node.
-
-    A node that replaced another is called by that node's name, so that the lines of its users do not change.
-    """
-    names = {node: node.name for node in graph_module.graph.nodes}
-    names |= {node: name for name, node in _replacements(graph_module).items()}
-    return [_node_line(graph_module, node, names) for node in graph_module.graph.nodes]
-
-
-def _replacements(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """Return the last of the nodes with which a pass of fxfact replaced another, by the name of that other."""
-    sources = [(node.meta.get("from_node"), node) for node in graph_module.graph.nodes]
-    return {source[-1].name: node for source, node in sources if source and source[-1].pass_name.startswith("fxfact")}
-
-
-def _node_line(root: fx.GraphModule, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
-    """Return a line such as ``y = conv(x): Conv2d(…)``; shorter than ``Node.format_node``, and with other names."""
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    values = [*node.args, *(f"{key}={value}" for key, value in node.kwargs.items())]
-    arguments = ", ".join(str(fx.node.map_arg(value, lambda n: names[n])) for value in values).replace("'", "")
-    if node.op in ("placeholder", "output"):
-        return f"{names[node]}" if node.op == "placeholder" else f"return {arguments}"
-    line = f"{names[node]} = {target}({arguments})"
-    if node.op != "call_module":
-        return line
-    return f"{line}: {_module_text(root.get_submodule(str(node.target)))}"
-
-
-def _module_text(module: nn.Module) -> str:
-    """Return a convolution's sizes, or the class of another module."""
-    layer = read_conv(module) if is_conv(module) else None
-    return str(layer.spec) if isinstance(layer, ConvLayer) else type(module).__name__
-
-
-def _column(text: str, mark: str, width: int) -> str:
-    return f"{mark if text else ' '} {shorten(text, width - 2, placeholder='…')}".ljust(width)

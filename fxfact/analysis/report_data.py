@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tabulate import tabulate
+from fxfact.conv import Cost, format_change_forms, format_spec_forms
+from fxfact.planning import ParetoFront
+from fxfact.utils import Cell, Column, Table, terminal_width, wrap_lines
 
-from fxfact.conv import Cost, format_change
+Change = tuple[float | None, float | None]
+"""A number before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +133,15 @@ class ReportData:
         changed: ``Verification.changed``.
         overflow: ``Verification.overflow``.
         loss_increase: ``Verification.loss_increase``.
+        predicted_loss_increase: What the plan predicted, in nats per sample, or None if it was made without data.
+        measured_loss_increase: What was measured on the data of the plan, in nats per sample, or None.
+        pareto_front: The networks that other budgets would have given, or None if the plan has no budget.
         ok: ``Verification.ok``: whether the graph is correct. It says nothing about the approximation error.
-        convolutions: One entry for every convolution of the original.
+        convolutions: One entry for every convolution and linear layer of the original.
         diagrams: Block diagrams of both networks.
+        call: The call that made the plan.
+        versions: The versions of fxfact and PyTorch that made the plan.
+        created: When the report was made, in UTC.
     """
 
     model: str
@@ -152,25 +161,51 @@ class ReportData:
     ok: bool
     convolutions: tuple[ConvReport, ...]
     diagrams: tuple[BlockDiagram, BlockDiagram]
+    predicted_loss_increase: float | None
+    measured_loss_increase: float | None
+    pareto_front: ParetoFront | None
+    call: str
+    versions: Mapping[str, str]
+    created: str
 
     def __str__(self) -> str:
-        headers = ["path", "convolution", "became", "parameters", "MACs", "ms", "peak MB", "kernel", "output", "remark"]
-        rows = [_table_row(conv) for conv in self.convolutions]
-        before, after = self.before, self.after
-        pairs = [
-            (before.params, after.params),
-            (before.macs, after.macs),
-            self.milliseconds,
-            to_megabytes(self.activation_bytes),
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return the convolutions as a table, with the errors of the network above it and the check below it.
+
+        Args:
+            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
+                important columns are left out; a line says which. None gives the whole table.
+
+        Returns:
+            The text.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        columns = [
+            Column("path", 0, least=16),
+            Column("convolution", 9),
+            Column("became", 1),
+            Column(("parameters", "params"), 5),
+            Column("MACs", 3),
+            Column("ms", 2),
+            Column("peak MB", 6),
+            Column("kernel", 7),
+            Column("output", 4),
+            Column("remark", 8, least=24, wrap=True),
         ]
-        changes = [format_change(*pair) for pair in pairs]
-        rows.append(["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""])
-        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * 9 + [50])
-        check = format_graph_check(self.graph_error, self.tolerance, self.changed, self.overflow)
-        return (
-            f"{format_approximation_error(self.end_to_end_error)}{format_loss(self.loss_increase)}\n\n{table}\n\n{check}\n"
+        changes = [format_change_forms(old, new) for old, new in cost_changes(self).values()]
+        total: list[Cell] = ["network", self.model, "", *changes, "", format_error(self.end_to_end_error), ""]
+        rows: list[list[Cell]] = [*map(_table_row, self.convolutions), total]
+        above = f"{format_approximation_error(self.end_to_end_error)}{format_loss(self.loss_increase)}"
+        below = (
+            f"{format_graph_check(self.graph_error, self.tolerance, self.changed, self.overflow)}\n"
             f"ms: {format_threads(self.threads)}; peak MB: activations; kernel, output: relative errors"
         )
+        table = Table(columns, rows, has_total=True).format(width)
+        return f"{wrap_lines(above, width)}\n\n{table}\n\n{wrap_lines(below, width)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data: numbers, strings, lists and dicts."""
@@ -238,16 +273,25 @@ def format_rank(rank: tuple[int, ...] | None) -> str:
     return ",".join(map(str, rank or ()))
 
 
-def _table_row(conv: ConvReport) -> list[str]:
+def _table_row(conv: ConvReport) -> list[Cell]:
+    params, *changes = [format_change_forms(old, new) for old, new in cost_changes(conv).values()]
     return [
         conv.path,
-        conv.convolution,
+        format_spec_forms(conv.convolution),
         f"{conv.factorization} {format_rank(conv.rank)}".strip() or "-",
-        format_change(conv.before.params, conv.after.params) if conv.convolution else "",
-        format_change(conv.before.macs, conv.after.macs),
-        "" if conv.milliseconds is None else format_change(*conv.milliseconds),
-        "" if conv.activation_bytes is None else format_change(*to_megabytes(conv.activation_bytes)),
+        params if conv.convolution else "",
+        *changes,
         format_error(conv.kernel_error),
         format_error(conv.output_error),
         conv.reason or conv.note,
     ]
+
+
+def cost_changes(data: ConvReport | ReportData) -> dict[str, Change]:
+    """Return every cost before and after, by its name in tables. Those of one pair are None if they are not known."""
+    return {
+        "parameters": (data.before.params, data.after.params),
+        "MACs": (data.before.macs, data.after.macs),
+        "ms": data.milliseconds or (None, None),
+        "peak MB": (None, None) if data.activation_bytes is None else to_megabytes(data.activation_bytes),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -19,20 +20,19 @@ from fxfact.analysis.report_data import ConvReport, ReportData, Spectrum
 from fxfact.analysis.verification import SiteErrors, verify
 from fxfact.capture import Captured, ExampleInputs, copy_arguments
 from fxfact.conv import ConvSite, write_chain, write_conv
-from fxfact.errors import ArgumentError, FileError
+from fxfact.errors import ArgumentError
 from fxfact.factorizations import Tucker
 from fxfact.passes import capture_as_planned, last_plan
-from fxfact.planning import Decision, Plan
+from fxfact.planning import Decision, Plan, format_call
 from fxfact.utils import (
     Progress,
     as_json,
-    atomic_write,
-    check_path,
     peak_bytes,
     seeded_randn,
     side_by_side,
     to_eval,
     with_progress,
+    write_by_suffix,
 )
 
 
@@ -62,16 +62,8 @@ class Report(ReportData):
             ArgumentTypeError: ``path`` is not a path.
             FileError: The file cannot be written.
         """
-        check_path(path)
-        name = os.fspath(path)
-        if not name.endswith((".html", ".json")):
-            raise ArgumentError(f"a report is written to NAME.html or NAME.json, got {name}")
-        text = self.to_html() if name.endswith(".html") else as_json(self.to_json(), indent=1) + "\n"
-        try:
-            with atomic_write(path) as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise FileError(f"{name}: the report cannot be written there: {error}") from error
+        data = {".html": self.to_html, ".json": lambda: f"{as_json(self.to_json(), indent=1)}\n"}
+        write_by_suffix(path, "report", data)
 
 
 @torch.no_grad()
@@ -80,7 +72,7 @@ def report(
     factorized: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs | None = None,
     *,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> Report:
     """Report what a factorization saves and costs, for every convolution and for the whole network.
 
@@ -127,7 +119,10 @@ def report(
         milliseconds=(ms[0], ms[1]), activation_bytes=(peaks[0], peaks[1]), threads=torch.get_num_threads(),
         graph_error=verified.graph, end_to_end_error=verified.end_to_end, tolerance=verified.tolerance,
         changed=verified.changed, overflow=verified.overflow, loss_increase=verified.loss_increase, ok=verified.ok,
-        convolutions=convolutions, diagrams=diagrams,
+        convolutions=convolutions, diagrams=diagrams, predicted_loss_increase=plan.predicted_loss_increase,
+        measured_loss_increase=plan.measured_loss_increase,
+        pareto_front=plan.pareto_front if plan.pareto_points else None, call=format_call(plan.call),
+        versions=plan.versions, created=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )  # fmt: skip
 
 

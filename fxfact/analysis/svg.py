@@ -7,11 +7,12 @@ from html import escape
 from typing import NamedTuple
 
 from fxfact.analysis.report_data import Block, BlockDiagram, Spectrum
+from fxfact.conv import format_spec_forms
 
 # Pixels.
 _ROW = 27  # from one block to the next
 _HEIGHT = 21  # of a block
-_WIDTH = 360  # of a block
+_WIDTH = 326  # of a block
 _LANE = 9  # between two edges that run side by side
 _GAP = 14  # between stages
 _SHARE = 52  # column of the shares of the MACs
@@ -36,8 +37,12 @@ def draw_diagram(diagram: BlockDiagram, scale: Scale) -> str:
     lanes = _assign_lanes(diagram)
     left = _LANE * (max(lanes.values(), default=-1) + 1) + 8
     stages_width = max((sum(_stage_width(stage) + _GAP for stage in b.stages) for b in diagram.blocks), default=0)
-    width, height = left + _WIDTH + _SHARE + stages_width, len(diagram.blocks) * _ROW + 8
-    parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">']
+    narrow, height = left + _WIDTH + _SHARE, len(diagram.blocks) * _ROW + 8
+    wide = narrow + stages_width
+    parts = [
+        f'<svg class="blocks" viewBox="0 0 {narrow} {height}" width="{narrow}" height="{height}" '
+        f'data-narrow="{narrow}" data-wide="{wide}" role="img">'
+    ]
     for (source, target), lane in lanes.items():
         parts.append(_draw_side_edge(left, left - 6 - lane * _LANE, _middle(source), _middle(target)))
     for number, block in enumerate(diagram.blocks):
@@ -50,7 +55,7 @@ def draw_diagram(diagram: BlockDiagram, scale: Scale) -> str:
 
 def draw_spectrum(spectrum: Spectrum) -> str:
     """Draw the singular values from left to right. The kept ones are filled, and a line marks the rank."""
-    width, height, count = 120, 34, len(spectrum.values)
+    width, height, count = 84, 34, len(spectrum.values)
     step = width / max(count, 1)
     points = [(k * step, 2 + (height - 4) * (1 - value)) for k, value in enumerate(spectrum.values)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -82,14 +87,17 @@ def _assign_lanes(diagram: BlockDiagram) -> dict[tuple[int, int], int]:
 
 def _draw_block(block: Block, x: float, y: float, scale: Scale) -> Iterator[str]:
     share = (block.macs or 0) / max(scale.total, 1)
-    details = " ".join(word for word in (block.detail, *(f"· {name}" for name in block.followed_by)) if word)
+    details, shorter = (
+        " ".join(word for word in (detail, *(f"· {name}" for name in block.followed_by)) if word)
+        for detail in (format_spec_forms(block.detail) if block.kind == "convolution" else 2 * (block.detail,))
+    )
     title = "\n".join([f"{block.label} {details}", *block.stages, f"{block.macs or 0:,} MACs, {share:.1%}"])
     yield '<g class="chain">' if block.stages else "<g>"
     yield f"<title>{escape(title)}</title>"
     heat = round(70 * (block.macs or 0) / max(scale.largest, 1))
     is_long = len(block.label) > _MAX_LABEL_LETTERS
     label = f"…{block.label[1 - _MAX_LABEL_LETTERS :]}" if is_long else block.label
-    text = f'<tspan class="label">{escape(label)}</tspan> {escape(details)}'
+    text = f'<tspan class="label">{escape(label)}</tspan> {escape(shorter)}'
     yield _draw_box((x, y), _WIDTH, text, "folded" if block.stages else block.kind, heat)
     if block.macs:
         yield f'<text x="{x + _WIDTH + 6}" y="{y + 15}">{share:.1%}</text>'
@@ -98,7 +106,7 @@ def _draw_block(block: Block, x: float, y: float, scale: Scale) -> Iterator[str]
         left = x + _WIDTH + _SHARE
         for stage in block.stages:
             yield f'<path class="edge" d="M{left - _GAP} {y + _HEIGHT / 2}H{left}"/>'
-            yield _draw_box((left, y), _stage_width(stage), escape(stage), "stage")
+            yield _draw_box((left, y), _stage_width(stage), escape(format_spec_forms(stage)[1]), "stage")
             left += _stage_width(stage) + _GAP
         yield "</g>"
     yield "</g>"
@@ -119,7 +127,7 @@ def _draw_side_edge(right: float, lane: float, above: float, below: float) -> st
 
 
 def _stage_width(stage: str) -> int:
-    return min(_MAX_STAGE_WIDTH, round(14 + _LETTER * len(stage)))
+    return min(_MAX_STAGE_WIDTH, round(14 + _LETTER * len(format_spec_forms(stage)[1])))
 
 
 def _top(number: int) -> float:

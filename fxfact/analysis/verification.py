@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn import functional
@@ -36,15 +35,19 @@ from fxfact.graph import with_kernels
 from fxfact.passes import last_plan
 from fxfact.planning import Plan
 from fxfact.utils import (
+    Column,
     StorageIndex,
+    Table,
     alias_copy,
     check_finite_state,
     full_precision,
     plain_tensors,
     relative_error,
     seeded_randn,
+    terminal_width,
     to_eval,
     tolerance_for,
+    wrap_lines,
 )
 
 _SAFETY = 5  # between what rounding did in a few trials and the tolerance
@@ -108,17 +111,32 @@ class Verification:
         return self.graph <= self.tolerance and self.overflow is None
 
     def __str__(self) -> str:
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return the errors of the convolutions as a table, and those of the network below it.
+
+        Args:
+            width: Number of characters in a line. None breaks no line.
+
+        Returns:
+            The text.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        columns = [Column("convolution", 0, least=16), Column("kernel", 2), Column("output", 1)]
         rows = [
             [site.path, f"{site.weight:.2e}", "" if site.output is None else f"{site.output:.2e}"]
             for site in self.sites
         ]
-        table = tabulate(rows, ["convolution", "kernel", "output"], disable_numparse=True)
-        return (
-            f"{table}\n\n{format_approximation_error(self.end_to_end)}{format_loss(self.loss_increase)}\n"
+        notes = (
+            f"{format_approximation_error(self.end_to_end)}{format_loss(self.loss_increase)}\n"
             f"{format_graph_check(self.graph, self.tolerance, self.changed, self.overflow)}\n"
-            "The table has relative errors. kernel: of the composed kernel; may be large if calibration data showed\n"
+            "The table has relative errors. kernel: of the composed kernel; may be large if calibration data showed "
             "that it matters little. output: of the convolution, on its input in the original."
         )
+        return f"{Table(columns, rows).format(width)}\n\n{wrap_lines(notes, width)}"
 
 
 def verify(

@@ -45,7 +45,7 @@ def collect_statistics(
     *,
     likelihood: object = None,
     seed: int = 0,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> Statistics:
     """Return the statistics of a captured network's convolutions.
 

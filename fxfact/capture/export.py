@@ -48,7 +48,7 @@ def capture_exported(
     samples = samples_of(inputs, found.sites)
     return Captured(
         frontend="export",
-        model=type(program).__name__,
+        model=_class_name(program),
         network=graph_module,
         found=found.found,
         macs=_count_macs(graph_module, inputs, samples),
@@ -57,6 +57,13 @@ def capture_exported(
         example_inputs=inputs,
         fold_weights=fold_weights,
     )
+
+
+def _class_name(program: ExportedProgram) -> str:
+    """Return the class of the module that was exported, or of the program if its nodes do not tell."""
+    stacks = (node.meta.get("nn_module_stack") for node in program.graph.nodes)
+    _, kind = next((next(iter(stack.values())) for stack in stacks if stack), ("", type(program)))
+    return str(kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
 def _record_inputs(graph_module: fx.GraphModule, program: ExportedProgram, inputs: Arguments) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
 
 from fxfact import analysis, api
 from fxfact.capture import ExampleInputs, arguments_of
 from fxfact.cli.demo import run_demo
+from fxfact.cli.export import export_module, save_onnx
 from fxfact.cli.inputs import (
     LoadedModel,
     callable_module,
@@ -26,9 +26,8 @@ from fxfact.cli.inputs import (
     load_described_model,
     load_model,
 )
-from fxfact.cli.onnx_file import save_onnx
 from fxfact.cli.options import Arguments
-from fxfact.cli.output import plan_summary, print_progress, print_result, print_text
+from fxfact.cli.output import check_plot, plan_summary, plot_front, print_progress, print_result, print_text
 from fxfact.cli.plan_options import (
     COST_OPTIONS,
     collect_data,
@@ -38,10 +37,20 @@ from fxfact.cli.plan_options import (
     statistics_beside,
 )
 from fxfact.errors import ArgumentError, PlanError, VerificationError
-from fxfact.passes import pass_history, set_history
+from fxfact.passes import pass_history
 from fxfact.planning import Plan
 from fxfact.serialization import save
-from fxfact.utils import milliseconds, processes, relative_error, summarize_turns
+from fxfact.utils import (
+    Column,
+    Table,
+    milliseconds,
+    processes,
+    relative_error,
+    summarize_turns,
+    terminal_width,
+    with_phase,
+    wrap_lines,
+)
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss", "metric", "at_most_drop", "lower_is_better", "minimise"),
@@ -76,6 +85,7 @@ def plan(args: Arguments) -> int:
     """Make a plan, print it, and write it."""
     if args.keep_statistics and not (args.calibration or args.statistics):
         raise ArgumentError("--keep-statistics writes the statistics of data. Pass --calibration as well.")
+    check_plot(args)
     kept = args.keep_statistics
     if args.output and args.calibration and not args.statistics:
         kept = kept or statistics_beside(args.output)
@@ -94,6 +104,7 @@ def plan(args: Arguments) -> int:
     save_error_curves(args, options)
     if args.output:
         made.save(args.output)
+    plot_front(args, made)
     written = " and ".join(file for file in (args.output, kept) if file)
     text = f"{made}\n\nwrote {written}" if written else made
     print_result(args, text, {"plan": made.to_json(), **plan_summary(made), "statistics": kept})
@@ -103,6 +114,7 @@ def plan(args: Arguments) -> int:
 def compress(args: Arguments) -> int:
     """Factorize a model, check the result, and write it."""
     _check_compress(args)
+    check_plot(args)
     loaded = load_model(args.model, args.input, args.weights)
     as_program = _check_program_output(args, loaded)
     started = time.perf_counter()
@@ -110,6 +122,7 @@ def compress(args: Arguments) -> int:
         if args.plan:
             made = Plan.load(args.plan)
             _find_statistics(args, made)
+            plot_front(args, made)
             data, _ = read_data(args, loaded, held_out=made.measured_on_held_out)
             statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
@@ -117,11 +130,13 @@ def compress(args: Arguments) -> int:
             options = plan_options(args, loaded, executor)
             network = api.factorize(loaded.model, args.factorization, **options)
             made = api.plan_of(network)
+            plot_front(args, made)
             save_error_curves(args, options)
     if loaded.inputs is not None and made.rewrites:
-        analysis.check_rewrite(loaded.model, network, loaded.inputs)
+        with_phase(partial(analysis.check_rewrite, loaded.model, network, loaded.inputs), "checking", args.progress)
     if as_program and not isinstance(network, ExportedProgram):
-        network = _export(network, loaded, dynamic=args.dynamic_batch)
+        assert loaded.inputs is not None
+        network = export_module(network, loaded.inputs, dynamic=args.dynamic_batch)
     if args.output.endswith(".onnx"):
         save_onnx(network, args.output)
     else:
@@ -197,9 +212,9 @@ def bench(args: Arguments) -> int:
     first_ms, second_ms = summarize_turns(times)
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
-    table = tabulate(rows, headers="keys", floatfmt=".3f")
     sentence = f"B is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
-    print_result(args, f"{table}\n\n{sentence}", {"networks": rows, "speedup": speedup, "threads": threads})
+    text = f"{_format_times(rows)}\n\n{wrap_lines(sentence, terminal_width())}"
+    print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
     return 0
 
 
@@ -266,28 +281,15 @@ def _check_program_output(args: Arguments, loaded: LoadedModel) -> bool:
     return as_program
 
 
-def _export(network: nn.Module, loaded: LoadedModel, *, dynamic: bool) -> ExportedProgram:
-    """Export the factorized module to a program that contains its plan."""
-    assert loaded.inputs is not None
-    (inputs, _), shapes = arguments_of(loaded.inputs), None  # modules have no keyword inputs on the command line
-    if dynamic:
-        batch = torch.export.Dim("batch", min=1)
-        shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, inputs)
-        inputs = tree_map(_at_least_two_samples, inputs)
-    try:
-        program = torch.export.export(network, inputs, dynamic_shapes=shapes)
-    except Exception as error:
-        raise ArgumentError(
-            f"torch.export cannot export the factorized network: {error}. Write its weights instead: -o NAME.pt."
-        ) from error
-    set_history(program.graph_module, pass_history(network))
-    return program
-
-
-def _at_least_two_samples(value: Any) -> Any:
-    """Repeat a single sample, because torch.export treats a size of 1 as a constant."""
-    single = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
-    return torch.cat([value, value]) if single else value
+def _format_times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of ``bench``."""
+    importance = {"network": 0, "ms": 1, "fastest": 3, "slowest": 4, "parameters": 2}
+    columns = [Column(name, place, least=None if place else 16) for name, place in importance.items()]
+    cells = [
+        [row["network"], *(f"{row[name]:.3f}" for name in ("ms", "fastest", "slowest")), f"{row['parameters']:,}"]
+        for row in rows
+    ]
+    return Table(columns, cells).format(terminal_width())
 
 
 def _load_both(args: Arguments) -> tuple[LoadedModel, LoadedModel]:

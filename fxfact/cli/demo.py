@@ -9,14 +9,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from fxfact import analysis, api
 from fxfact.errors import FxfactError
 from fxfact.factorizations import RankSpec
 from fxfact.planning import FactorizationRequest
-from fxfact.utils import side_by_side
+from fxfact.utils import Column, Table, side_by_side, terminal_width
 
 Print = Callable[[str], None]
 _BATCH = 64
@@ -101,7 +100,7 @@ def run_demo(
         if plan.rewrites:
             path = plan.rewrites[0].path
             one_factorized = api.factorize(dense, factorization, rank=rank, include=path)
-            difference = analysis.diff(dense, one_factorized, context=1, width=76)
+            difference = analysis.diff(dense, one_factorized, context=1)
             print_text(f"The graph around {path}, before and after:\n\n{difference}\n")
     macs = (plan.network.macs, plan.after.macs)
     print_text(_comparison({"dense": dense, "factorized": small}, macs, digits))
@@ -162,5 +161,11 @@ def _comparison(networks: dict[str, nn.Module], macs: tuple[int | None, ...], di
         ]
         for (name, network), count, ms in zip(networks.items(), macs, times, strict=True)
     ]
-    headers = ["network", "held-out accuracy", "parameters", "MACs per image", "batch of 128"]
-    return tabulate(rows, headers, disable_numparse=True)
+    columns = [
+        Column("network", 0),
+        Column(("held-out accuracy", "accuracy"), 1),
+        Column("parameters", 4),
+        Column(("MACs per image", "MACs"), 2),
+        Column("batch of 128", 3),
+    ]
+    return Table(columns, rows).format(terminal_width())

@@ -192,13 +192,18 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
 
 def add_progress(group: argparse._ActionsContainer) -> None:
     """Add the option for progress bars."""
-    group.add_argument("--progress", action="store_true", help="show progress bars on stderr (needs tqdm)")
+    group.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="show progress bars on stderr (default: if it is a terminal)",
+    )
 
 
 def add_plan_output(parser: argparse.ArgumentParser) -> None:
     """Add the options for what ``plan`` writes."""
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="FILE", help="write the plan to this file")
+    add_plot(group)
     group.add_argument(
         "--keep-statistics",
         metavar="FILE",
@@ -217,6 +222,7 @@ def add_compress_output(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="NAME.pt2 (a program), NAME.onnx, or NAME.pt (weights for fxfact.load)",
     )
+    add_plot(group)
     group.add_argument(
         "--plan",
         metavar="FILE",
@@ -224,6 +230,15 @@ def add_compress_output(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dynamic-batch", action="store_true", help="export a module to a file that takes any batch size"
+    )
+
+
+def add_plot(group: argparse._ActionsContainer) -> None:
+    """Add the option for a picture of the Pareto front."""
+    group.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw what every other budget would cost the accuracy: NAME.png, NAME.svg or NAME.pdf (needs matplotlib)",
     )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from fxfact.cli.options import Arguments
 from fxfact.conv import Cost
-from fxfact.planning import Plan
+from fxfact.errors import ArgumentError
+from fxfact.planning import Plan, check_plot_path
 from fxfact.utils import as_json
 
 
@@ -45,3 +46,18 @@ def print_text(text: str) -> None:
 def print_result(args: Arguments, text: object, data: dict[str, Any]) -> None:
     """Print ``data`` as JSON if ``--json`` was passed, else ``text``."""
     print(as_json(data) if args.json else text)
+
+
+def check_plot(args: Arguments) -> None:
+    """Raise ArgumentError if the picture of ``--plot`` cannot be drawn, before anything is computed."""
+    if args.plot is None:
+        return
+    check_plot_path(args.plot)
+    if getattr(args, "rank", None) is not None:
+        raise ArgumentError("--plot draws what every other budget would cost, and --rank is no budget. Remove it.")
+
+
+def plot_front(args: Arguments, plan: Plan) -> None:
+    """Draw the Pareto front of a plan if ``--plot`` was passed."""
+    if args.plot is not None:
+        plan.pareto_front.plot(args.plot)

@@ -19,7 +19,7 @@ from fxfact.conv.chain import (
     to_torch,
 )
 from fxfact.conv.composed_layer import ComposedLayer, OwnParameters
-from fxfact.conv.cost import Cost, format_amount, format_change
+from fxfact.conv.cost import Cost, format_amount, format_change, format_change_forms, format_short
 from fxfact.conv.factorized_module import FactorizedModule, factorize_module, stages_in
 from fxfact.conv.fisher import KroneckerFisher, KroneckerMoment, as_matrix, sqrt_and_inverse
 from fxfact.conv.functional import ConvCall, looks_like_conv, matrix_of, read_call, write_call
@@ -50,7 +50,7 @@ from fxfact.conv.modules import (
     write_conv,
 )
 from fxfact.conv.site import ConvSite, Skip, mark_tied, path_of
-from fxfact.conv.spec import ConvSpec, Sizes, as_tuples, chain_cost, pad_amounts
+from fxfact.conv.spec import ConvSpec, Sizes, as_tuples, chain_cost, format_spec_forms, pad_amounts
 from fxfact.conv.stage_writes import ComposedChain
 
 __all__ = [
@@ -90,6 +90,9 @@ __all__ = [
     "factorize_module",
     "format_amount",
     "format_change",
+    "format_change_forms",
+    "format_short",
+    "format_spec_forms",
     "from_torch",
     "has_hooks",
     "insert_base",

@@ -42,6 +42,23 @@ def format_change(before: float | None, after: float | None) -> str:
     return f"{format_amount(before)} → {format_amount(after)}" + (f" ({after / before:.2f})" if before else "")
 
 
+def format_change_forms(before: float | None, after: float | None) -> tuple[str, ...]:
+    """Return ``format_change``, the same with short numbers, and "after (ratio)", for tables that are narrow."""
+    if before is None or after is None or before == after:
+        return (format_change(before, after), "" if after is None or before is None else format_short(after))
+    ratio = f" ({after / before:.2f})" if before else ""
+    old, new = format_short(before), format_short(after)
+    return (format_change(before, after), f"{old} → {new}{ratio}", f"{new}{ratio}")
+
+
+def format_short(number: float) -> str:
+    """Return a number with three digits: an int with k, M, G or T for thousands, millions and so on."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if isinstance(number, int) and abs(number) >= 0.9995 * unit:
+            return f"{number / unit:.3g}{name}"
+    return format_amount(number)
+
+
 def format_amount(number: float) -> str:
     """Return an int with thousands separators, a float with three digits."""
     return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"

@@ -390,3 +390,10 @@ def _format_per_axis(values: tuple[object, ...]) -> str:
 def as_tuples(value: Any) -> Any:
     """Return ``value`` with all lists, which JSON has instead of tuples, turned into tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def format_spec_forms(spec: ConvSpec | str | None) -> tuple[str, ...]:
+    """Return the text of a spec, and its channels, kernel size and groups alone, for tables that are narrow."""
+    text = str(spec or "")
+    sizes = text.partition("(")[2].rstrip(")").split(", ")
+    return (text, ", ".join([*sizes[:2], *(part for part in sizes[2:] if part.startswith("groups"))]))

@@ -61,7 +61,7 @@ def distill(
     max_samples: int | None = None,
     patience: int = 20,
     seed: int = 0,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> tuple[_Network, DistillResult]:
     """Train a factorized network to behave like its original, without labels.
 
@@ -94,7 +94,8 @@ def distill(
         max_samples: How many samples to take at most, as for ``fxfact.plan``.
         patience: Ends the training after this many measurements without improvement.
         seed: Draws the order of batches and the mixtures.
-        progress: True for tqdm's progress bar, or a callable with tqdm's signature.
+        progress: True for a progress bar on stderr, False for none, or a callable with tqdm's signature. None shows
+            one if stderr is a terminal.
 
     Returns:
         The trained copy of ``factorized``, and a report with the divergence before and after.

@@ -72,7 +72,7 @@ def refit(
     transform: Transform | None = None,
     max_samples: int | None = None,
     seed: int = 0,
-    progress: Progress = False,
+    progress: Progress = None,
 ) -> tuple[_Network, RefitResult]:
     """Refit a factorized network to its original, in closed form, without labels and without gradients.
 
@@ -99,7 +99,8 @@ def refit(
         transform: Makes of each batch what the model is called with, as for ``fxfact.plan``.
         max_samples: How many samples to take at most, as for ``fxfact.plan``.
         seed: Draws the positions at which outputs are compared.
-        progress: True for tqdm's progress bar, or a callable with tqdm's signature.
+        progress: True for a progress bar on stderr, False for none, or a callable with tqdm's signature. None shows
+            one if stderr is a terminal.
 
     Returns:
         The refitted copy of ``factorized``, and a report with the divergence before and after.

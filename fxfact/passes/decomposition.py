@@ -12,10 +12,18 @@ from torch import Tensor, nn
 
 from fxfact.calibration import Statistics
 from fxfact.conv import ConvLayer, ConvSite, KroneckerFisher, compose, is_conv, write_chain
-from fxfact.errors import ArgumentError, ArgumentTypeError, PlanError, error_context
+from fxfact.errors import ArgumentError, PlanError, error_context
 from fxfact.factorizations import check_generator, weight_scale
 from fxfact.planning import Decision, Plan
-from fxfact.utils import Progress, check_executor, no_reduced_precision, ordered_map, tensor_digest, with_progress
+from fxfact.utils import (
+    Progress,
+    check_executor,
+    check_progress,
+    no_reduced_precision,
+    ordered_map,
+    tensor_digest,
+    with_progress,
+)
 
 Weights = Literal["decompose", "empty"]
 
@@ -62,7 +70,8 @@ class DecomposeOptions:
             order of the plan.
         executor: any ``concurrent.futures.Executor`` (threads, processes, a cluster). The result does not depend on it.
             Only as many jobs are submitted as it has workers, and an interrupt cancels those that have not begun.
-        progress: True for tqdm's progress bar, or a callable like tqdm: ``progress(iterable, total=..., desc=...)``.
+        progress: True for a progress bar on stderr, False for none, or a callable like tqdm:
+            ``progress(iterable, total=..., desc=...)``. None shows one if stderr is a terminal.
 
     Raises:
         ArgumentError: for another value of ``weights`` or a generator that cannot be used.
@@ -72,15 +81,14 @@ class DecomposeOptions:
     weights: Weights = "decompose"
     generator: torch.Generator | None = None
     executor: Executor | None = None
-    progress: Progress = False
+    progress: Progress = None
 
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
             raise ArgumentError(f"weights must be 'decompose' or 'empty', got {self.weights!r}")
         check_generator(self.generator)
         check_executor(self.executor)
-        if not isinstance(self.progress, bool) and not callable(self.progress):
-            raise ArgumentTypeError(f"progress must be True, False or a callable like tqdm, got {self.progress!r}")
+        check_progress(self.progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +191,8 @@ def decompose_sites(
         for job in (jobs[k] for k in by_size)
     )
     results = ordered_map(decompose_layer, arguments, options.executor)
-    results = iter(with_progress(results, len(jobs), label, options.progress))
+    work = [_work(jobs[k]) for k in by_size]
+    results = iter(with_progress(results, len(jobs), label, options.progress, work=work))
     finished: dict[int, Decomposition] = {}
     yielded = 0
     for k, result in zip(by_size, results, strict=True):
@@ -191,6 +200,11 @@ def decompose_sites(
         while yielded in finished:
             yield finished.pop(yielded)
             yielded += 1
+
+
+def _work(job: DecomposeJob) -> float:
+    """Return about how long a decomposition takes, compared with others."""
+    return float(job.site.weight.numel() * max(job.decision.rank or (1,)))
 
 
 def _fisher(site: ConvSite, statistics: Statistics | None) -> KroneckerFisher | None:

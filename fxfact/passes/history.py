@@ -76,11 +76,12 @@ def log_pass(name: str, plan: Plan, network: nn.Module) -> None:
 
     ``TORCH_LOGS="+fxfact"`` shows the logger. PyTorch's structured trace (``TORCH_TRACE``) gets the new graph too.
     """
-    _log.info("%s applied:\n%s", name, plan)
+    if _log.isEnabledFor(logging.INFO):
+        _log.info("%s applied:\n%s", name, plan.table())  # the whole table: a log is no terminal
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"fxfact_{name}", "encoding": "string"},
-        payload_fn=lambda: f"{plan}\n\n{_readable(network)}",
+        payload_fn=lambda: f"{plan.table()}\n\n{_readable(network)}",
     )
 
 

@@ -4,11 +4,12 @@ from fxfact.planning import rank_rules
 from fxfact.planning.allocation import BudgetAllocator, LayerOptions, allocate, least_amount
 from fxfact.planning.budgets import Budget, Latency, Loss, Macs, Metric, Params, Speedup
 from fxfact.planning.build import KINDS, Kinds, PlanDraft, SearchScope, Selection, build_plan, draft_plan
-from fxfact.planning.call import describe_call
-from fxfact.planning.decision import Decision
+from fxfact.planning.call import describe_call, format_call
+from fxfact.planning.decision import Decision, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
 from fxfact.planning.pareto import MeasuredPoint, ParetoFront
+from fxfact.planning.pareto_plot import check_plot_path
 from fxfact.planning.plan import Plan
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
 from fxfact.planning.strategy import (
@@ -58,9 +59,12 @@ __all__ = [
     "Speedup",
     "allocate",
     "build_plan",
+    "check_plot_path",
     "describe_call",
     "draft_plan",
+    "format_call",
     "least_amount",
     "parse_factorizations",
     "rank_rules",
+    "summarize_reasons",
 ]

@@ -10,7 +10,7 @@ from itertools import accumulate, islice
 from typing import NamedTuple, final
 
 from fxfact.calibration import Statistics
-from fxfact.conv import Cost, KroneckerFisher, Skip
+from fxfact.conv import ConvLayer, Cost, KroneckerFisher, Skip
 from fxfact.errors import check_int, error_context
 from fxfact.factorizations import Factorization, Rank
 from fxfact.planning.budgets import Budget
@@ -126,6 +126,11 @@ def energy_loss(error: float) -> float:
     return -math.log(kept) + max(0.0, _MIN_KEPT - (1 - error)) / _MIN_KEPT**2
 
 
+def _work(layer: ConvLayer) -> float:
+    """Return about how long the error curves of a layer take, compared with others: the cost of an SVD."""
+    return float(layer.weight.numel() * min(layer.spec.in_channels, layer.spec.out_channels))
+
+
 def _knapsack_class(layer: LayerOptions, budget: Budget, normalization: float) -> Class:
     divisor = max(layer.loss_without_layer, 1e-30) ** normalization
     amounts = [budget.amount(option.cost) for option in layer.options]
@@ -182,7 +187,7 @@ class BudgetAllocator(RankStrategy):
     normalization: float = 0.5
     latency_model: LatencyModel | None = None
     error_curves: ErrorCurveCache = field(default_factory=ErrorCurveCache)
-    progress: Progress = False
+    progress: Progress = None
     executor: Executor | None = None
 
     def __post_init__(self) -> None:
@@ -231,9 +236,11 @@ class BudgetAllocator(RankStrategy):
         losses = [self._loss_without(candidate) for candidate in candidates]
         families = [self._families(candidate) for candidate in candidates]
         self._compute_curves([family for own in families for family in own])
+        rows = zip(candidates, families, losses, strict=True)
+        shown = self.progress if self.latency_model is not None else False
         return tuple(
             LayerOptions(tuple(self._options(candidate, [self._with_increases(family) for family in own])), loss)
-            for candidate, own, loss in zip(candidates, families, losses, strict=True)
+            for candidate, own, loss in with_progress(rows, len(candidates), "timing", shown)
         )
 
     def _loss_without(self, candidate: Candidate) -> float:
@@ -306,7 +313,13 @@ class BudgetAllocator(RankStrategy):
             (own[0].candidate.layer, [(f.factorization, f.curve_ranks) for f in own], self._fisher(own[0].candidate))
             for own in layers
         )
-        results = with_progress(ordered_map(error_curves, jobs, self.executor), len(layers), "planning", self.progress)
+        results = with_progress(
+            ordered_map(error_curves, jobs, self.executor),
+            len(layers),
+            "planning",
+            self.progress,
+            work=[_work(own[0].candidate.layer) for own in layers],
+        )
         for own, curves in zip(layers, results, strict=True):
             for family, curve in zip(own, curves, strict=True):
                 self.error_curves[family.key] = curve

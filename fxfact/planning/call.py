@@ -47,6 +47,23 @@ def describe_call(function: Callable[..., Any], arguments: Mapping[str, Any]) ->
     return call
 
 
+def format_call(call: Mapping[str, Any]) -> str:
+    """Return the call of ``fxfact.plan`` that ``describe_call`` described, as Python that people can read."""
+    arguments = [f"{name}={_format_described(value)}" for name, value in call.items()]
+    return f"fxfact.plan({', '.join(['model', *arguments])})"
+
+
+def _format_described(value: Any) -> str:
+    """Return plain data as Python. A mapping from one name to a mapping was an object."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_format_described, value))}]"
+    if not isinstance(value, Mapping):
+        return repr(value)
+    if len(value) == 1 and isinstance(fields := next(iter(value.values())), Mapping):
+        return f"{next(iter(value))}({', '.join(f'{name}={_format_described(v)}' for name, v in fields.items())})"
+    return f"{{{', '.join(f'{name!r}: {_format_described(v)}' for name, v in value.items())}}}"
+
+
 def _described(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value

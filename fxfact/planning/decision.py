@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -86,6 +87,15 @@ def unreached_cost(network: Cost, decisions: Iterable[Decision]) -> Cost:
         if decision.spec is not None:
             network = network - decision.before
     return replace(network, ms=None)
+
+
+def summarize_reasons(decisions: Iterable[Decision], most: int = 3) -> str:
+    """Return the most frequent reasons of decisions, with their counts. Details after a colon do not count."""
+    reasons = [decision.reason for decision in decisions]
+    examples = {reason.partition(":")[0]: reason for reason in reversed(reasons)}
+    counts = Counter(reason.partition(":")[0] for reason in reasons)
+    texts = [f"{count}× {examples[kind]}" for kind, count in counts.most_common(most)]
+    return "; ".join([*texts, *([f"and {len(counts) - most} other reasons"] if len(counts) > most else [])])
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:

@@ -10,10 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from fxfact.calibration import OutputPart
-from fxfact.conv import ConvSpec, Cost, Skip, as_tuples, format_change
+from fxfact.conv import ConvSpec, Cost, Skip, as_tuples
 from fxfact.errors import ArgumentTypeError, PlanError, error_context, first_differences
 from fxfact.factorizations import (
     FACTORIZATIONS,
@@ -27,8 +25,9 @@ from fxfact.planning.call import installed_versions
 from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json, unreached_cost
 from fxfact.planning.pareto import MeasuredPoint, ParetoFront, describe_metric, point_from_json, point_to_json
 from fxfact.planning.plan_file import plan_text
+from fxfact.planning.plan_table import decision_table, format_decisions, format_unreached
 from fxfact.planning.strategy import ParetoPoint, significant
-from fxfact.utils import atomic_write
+from fxfact.utils import atomic_write, terminal_width, wrap_lines
 
 _FORMAT = {"format": "fxfact plan", "version": 7}
 _POINTS: Mapping[str, type[ParetoPoint | MeasuredPoint]] = {
@@ -108,6 +107,12 @@ class Plan:
             network=self.network,
             points=self.pareto_points,
             uses_statistics=self.uses_statistics,
+            chosen=MeasuredPoint(
+                self.after,
+                self.predicted_loss_increase,
+                self.measured_loss_increase,
+                milliseconds=self.measured_ms and self.measured_ms[1],
+            ),
             measured=self.measured_points,
         )
 
@@ -214,41 +219,45 @@ class Plan:
         raise PlanError(f"the plan was made for another model ({self.model}). {different}. Make a new one.")
 
     def __str__(self) -> str:
-        headers = ["path", "layer", "factorization", "rank", "parameters", "MACs", "ms", "loss +, nats", "remark"]
-        rows = [_table_row(decision) for decision in self.decisions]
-        rewritten = f"{len(self.rewrites)} of {len(self)} rewritten"
-        rows.append(
-            [
-                "network",
-                self.model,
-                rewritten,
-                "",
-                *_format_changes(self),
-                _format_nats(self.predicted_loss_increase),
-                "",
-            ]
-        )
-        hidden = [k for k, known in ((6, self.network.ms is not None), (7, self.uses_statistics)) if not known]
-        headers, *rows = [[cell for k, cell in enumerate(row) if k not in hidden] for row in (headers, *rows)]
-        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None] * (len(headers) - 1) + [60])
-        notes = [f"captured {_WAYS[self.capture]}", *(f"  not {reason}" for reason in self.refused)]
-        if self.capture != "export":
-            notes[0] += f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
-        if out_of_reach := _format_unreached(self.unreached, self.network):
-            notes.append(out_of_reach)
+        return self.table(terminal_width())
+
+    def table(self, width: int | None = None) -> str:
+        """Return the decisions as a table, and notes below it. ``print(plan)`` fits it to the terminal.
+
+        Args:
+            width: Number of characters in a line. If space is short, numbers are shortened, and then the least
+                important columns are left out; a line says which. None gives the whole table.
+
+        Returns:
+            The text.
+
+        Raises:
+            ArgumentError: ``width`` is less than 20.
+        """
+        predicted = self.predicted_loss_increase
+        table = decision_table(self.decisions, self.model, self.network, self.after, predicted)
+        text = format_decisions(table, self.decisions, width)
+        return "\n".join([text, *(wrap_lines(note, width) for note in self._notes())])
+
+    def _notes(self) -> Iterator[str]:
+        """Yield what is to say about the whole plan."""
+        compared = f", {'compared' if self.compared else 'not compared'} with the model on example inputs"
+        yield f"captured {_WAYS[self.capture]}{'' if self.capture == 'export' else compared}"
+        yield from (f"  not {reason}" for reason in self.refused)
+        if out_of_reach := format_unreached(self.unreached, self.network):
+            yield out_of_reach
         if self.inference_passes:
-            notes.append(f"for inference: {', '.join(self.inference_passes)}")
+            yield f"for inference: {', '.join(self.inference_passes)}"
         if self.outputs:
-            notes.append(f"outputs: {'; '.join(map(str, self.outputs))}")
+            yield f"outputs: {'; '.join(map(str, self.outputs))}"
         if self.measured_loss_increase is not None:
             where = "held-out data" if self.measured_on_held_out else "a part of the data"
             predicted = self.predicted_loss_increase
             expected = "" if predicted is None else f"predicted {predicted:.3g} nats, "
-            notes.append(f"loss increase: {expected}measured {self.measured_loss_increase:.3g} nats on {where}")
-        notes += describe_metric(self.measured_points, self.after)
+            yield f"loss increase: {expected}measured {self.measured_loss_increase:.3g} nats on {where}"
+        yield from describe_metric(self.measured_points, self.after)
         if self.measured_ms is not None:
-            notes.append("measured in turns: {:.3g} → {:.3g} ms".format(*self.measured_ms))
-        return "\n".join([table, *notes])
+            yield "measured in turns: {:.3g} → {:.3g} ms".format(*self.measured_ms)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a JSON file, with two lines for each convolution. Equal calls give equal files.
@@ -372,40 +381,3 @@ def _edited_choice(
 def _describe(convolution: tuple[ConvSpec, str | None]) -> str:
     spec, tied_to = convolution
     return f"{spec} {'with' if spec.bias else 'without'} bias" + (f" and the weight of {tied_to}" if tied_to else "")
-
-
-def _format_unreached(unreached: Cost, network: Cost) -> str:
-    """Say which shares of the network no factorization can reach, or return "" if they are less than 0.1 %."""
-    pairs = (("parameters", unreached.params, network.params), ("MACs", unreached.macs, network.macs))
-    shares = [(name, 100 * part / whole) for name, part, whole in pairs if part is not None and whole]
-    texts = [f"{share:.1f} % of the {name}" for name, share in shares if share >= 0.1]
-    return f"no factorization can reach {' and '.join(texts)}" if texts else ""
-
-
-def _table_row(decision: Decision) -> list[str]:
-    method, rank = decision.factorization, decision.rank
-    remark = decision.note or decision.reason
-    if decision.tied_to:
-        remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
-    shown = "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
-    costs = ["", "", ""] if decision.spec is None else _format_changes(decision)
-    return [
-        decision.path,
-        str(decision.spec or ""),
-        method.name if method else "-",
-        shown,
-        *costs,
-        _format_nats(decision.predicted_loss_increase),
-        remark,
-    ]
-
-
-def _format_nats(increase: float | None) -> str:
-    return "" if increase is None else f"{increase:.2g}"
-
-
-def _format_changes(what: Decision | Plan) -> list[str]:
-    before = what.before if isinstance(what, Decision) else what.network
-    after = what.after
-    pairs = [(before.params, after.params), (before.macs, after.macs), (before.ms, after.ms)]
-    return [format_change(old, new) for old, new in pairs]

@@ -1,7 +1,7 @@
 """Helpers without knowledge of convolutions: timing, progress, executors, copies, files, precision."""
 
 from fxfact.utils.activation_memory import peak_bytes
-from fxfact.utils.atomic_write import as_json, atomic_write, check_path
+from fxfact.utils.atomic_write import as_json, atomic_write, check_path, write_by_suffix
 from fxfact.utils.compare import (
     difference,
     map_tensors,
@@ -24,10 +24,11 @@ from fxfact.utils.model_copy import (
     to_eval,
 )
 from fxfact.utils.precision import full_precision, no_reduced_precision
-from fxfact.utils.progress import Progress, with_progress
+from fxfact.utils.progress import Progress, check_progress, with_phase, with_progress
 from fxfact.utils.pt2_reproducible import reproducible_archive
 from fxfact.utils.pt2_safety import check_harmless, check_loadable, explain_refused, refused_classes
 from fxfact.utils.storage import StorageIndex, is_distributed, is_wrapper, plain_tensors, storages_of
+from fxfact.utils.table import Cell, Column, Table, terminal_width, wrap_lines
 from fxfact.utils.timing import (
     CLOCK_RESOLUTION_MS,
     Timer,
@@ -42,8 +43,11 @@ from fxfact.utils.warn import warn_caller
 
 __all__ = [
     "CLOCK_RESOLUTION_MS",
+    "Cell",
+    "Column",
     "Progress",
     "StorageIndex",
+    "Table",
     "Timer",
     "alias_copy",
     "as_json",
@@ -54,6 +58,7 @@ __all__ = [
     "check_harmless",
     "check_loadable",
     "check_path",
+    "check_progress",
     "copy_structure",
     "copy_with_shared",
     "dequantize_parameters",
@@ -83,8 +88,12 @@ __all__ = [
     "summarize_turns",
     "tensor_digest",
     "tensors_of",
+    "terminal_width",
     "to_eval",
     "tolerance_for",
     "warn_caller",
+    "with_phase",
     "with_progress",
+    "wrap_lines",
+    "write_by_suffix",
 ]

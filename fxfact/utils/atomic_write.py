@@ -6,12 +6,12 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from fxfact.errors import ArgumentTypeError
+from fxfact.errors import ArgumentError, ArgumentTypeError, FileError
 
 
 def check_path(path: object) -> None:
@@ -47,6 +47,26 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):
             os.unlink(name)
         raise
+
+
+def write_by_suffix(path: str | os.PathLike[str], kind: str, texts: Mapping[str, Callable[[], str]]) -> None:
+    """Write one of several texts to a file, chosen by the suffix of its name.
+
+    ``kind`` is how messages call what is written, and ``texts`` has a function for each suffix. Raises ArgumentError
+    for another suffix, ArgumentTypeError if ``path`` is not a path, and FileError if the file cannot be written.
+    """
+    check_path(path)
+    name = os.fspath(path)
+    suffix = next((suffix for suffix in texts if name.endswith(suffix)), None)
+    if suffix is None:
+        names = " or ".join(f"NAME{suffix}" for suffix in texts)
+        raise ArgumentError(f"a {kind} is written to {names}, got {name}")
+    text = texts[suffix]()
+    try:
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise FileError(f"{name}: the {kind} cannot be written there: {error}") from error
 
 
 def as_json(data: Any, *, indent: int | None = None) -> str:

@@ -408,7 +408,7 @@ def test_wrong_arguments_raise_errors_of_fxfact(x: Tensor) -> None:
         (ArgumentTypeError, "leaf_modules", lambda: fxfact.factorize(model, leaf_modules=[3])),
         (PlanError, "not a plan", lambda: fxfact.Plan.load(3)),
         (PlanError, "cannot be written", lambda: plan.save("/nonexistent/plan.json")),
-        (ArgumentError, "width", lambda: fxfact.diff(model, model, width=1)),
+        (ArgumentError, "context", lambda: fxfact.diff(model, model, context=-1)),
         (ArgumentTypeError, "reason", lambda: plan.edited("c", skip=3)),
     ]
     for error, words, call in calls:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import fxfact
@@ -73,25 +72,3 @@ def test_inspect_knows_no_error_of_a_stage_factorized_again(small: Small) -> Non
 def test_inspect_knows_no_error_of_empty_weights(small: Small) -> None:
     empty = fxfact.apply(fxfact.plan(small), small, weights="empty")
     assert [row.relative_error for row in fxfact.inspect(empty).rows] == [None, None, None]
-
-
-def test_diff_shows_only_what_changed(small: Small) -> None:
-    result = fxfact.factorize(small, "tt", include="second")
-    lines = fxfact.diff(small, result, context=1).splitlines()
-    assert sum("│ +" in line for line in lines) == 4
-    assert sum(line.startswith("-") for line in lines) == 1
-    assert any(line.startswith("- second = second(relu): Conv2d(8→12") for line in lines)
-    assert any("│ + second = second.3(second_2): Conv2d(" in line for line in lines)
-    assert not any(line.startswith(("  norm =", "  first =", "  mean =")) for line in lines)
-    assert any("relu_1 = relu(second)" in line for line in lines)
-    assert fxfact.diff(small, small) == ""
-
-
-def test_diff_separates_distant_changes() -> None:
-    convs = [nn.Conv1d(4, 4, 3, padding=1) for _ in range(8)]
-    model = nn.Sequential(*convs)
-    result = fxfact.factorize(model, include=["0", "7"])
-    assert fxfact.diff(model, result, context=1).count("⋯") == 1
-    assert fxfact.diff(model, result, context=9).count("⋯") == 0
-    assert max(map(len, fxfact.diff(model, result, width=40).splitlines())) <= 83
-    assert torch.is_tensor(result(torch.zeros(1, 4, 9)))

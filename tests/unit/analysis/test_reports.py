@@ -120,7 +120,7 @@ def test_report_says_what_was_verified(report: Report) -> None:
     assert f"graph check passed: {check}" in str(report)
     assert str(report).startswith(f"approximation error {100 * report.end_to_end_error:.1f} %: relative error of the")
     assert "changed" not in str(report)
-    wrong = str(replace(report, graph_error=0.5, ok=False))
+    wrong = replace(report, graph_error=0.5, ok=False).table()
     assert "graph check FAILED: on these inputs, the network differs" in wrong
     assert "(relative error 5.00e-01, tolerance 1e-04)" in wrong
     assert "FAILED" in str(replace(report, graph_error=math.nan, ok=False))

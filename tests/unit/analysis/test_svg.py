@@ -10,9 +10,8 @@ from fxfact.analysis.svg import Scale, draw_diagram
 
 
 def test_svg_pictures_are_well_formed(report: Report) -> None:
-    pictures = re.findall(
-        r'<svg viewBox.*?</svg>(?=</div>)|<svg class="spectrum".*?</svg>', report.to_html(), re.DOTALL
-    )
+    pattern = r'<svg class="blocks".*?</svg>(?=</div>)|<svg class="spectrum".*?</svg>'
+    pictures = re.findall(pattern, report.to_html(), re.DOTALL)
     assert len(pictures) == 2 + sum(len(conv.spectra) for conv in report.convolutions)
     assert all(ET.fromstring(picture).tag == "svg" for picture in pictures)
 

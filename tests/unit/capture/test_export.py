@@ -43,6 +43,16 @@ def program(dynamic: bool = True) -> tuple[nn.Module, ExportedProgram, Tensor, T
     return model, export(model, (x,), {"shift": shift}, dynamic_shapes=shapes), x, shift
 
 
+def test_program_is_called_by_the_class_of_its_model(tmp_path: Path) -> None:
+    _, exported, *_ = program()
+    torch.export.save(exported, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    assert {fxfact.plan(each).model for each in (exported, loaded)} == {"TwoOutputs"}
+    for node in exported.graph.nodes:
+        node.meta.pop("nn_module_stack", None)
+    assert fxfact.plan(exported).model == "ExportedProgram"
+
+
 def test_export_keeps_shapes_names_and_stack_traces(tmp_path: Path) -> None:
     _, before, x, shift = program()
     state = {name: value.clone() for name, value in before.state_dict.items()}
@@ -88,7 +98,7 @@ def test_plan_is_applied_to_a_program_and_the_result_factorized_again(small: Sma
     after = fxfact.apply(fxfact.Plan.from_json(plan.to_json()), before)
     assert apart(fxfact.apply(plan, before).module()(image), after.module()(image)) == 0
     assert "tucker" in str(fxfact.inspect(after))
-    assert "conv2d_2" in fxfact.diff(before, after)
+    assert "conv2d_2" in fxfact.diff(before, after).table()
     again = fxfact.factorize(after, "spatial_svd", include="*.1", verify=True)
     assert [d.path for d in fxfact.plan_of(again).rewrites] == ["first.1", "second.1"]
     assert [len(pass_history(some)) for some in (before, after, again)] == [0, 1, 2]

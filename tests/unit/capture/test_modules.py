@@ -49,7 +49,7 @@ def test_modules_result_has_the_names_of_a_graph_and_can_be_copied_trained_and_i
     shown = str(fxfact.inspect(result, example_inputs=image))
     assert "tucker" in shown
     assert "Conv2d(4→" in shown
-    changes = fxfact.diff(Branching(), result)
+    changes = fxfact.diff(Branching(), result).table()
     assert "first.0: Conv2d(" in changes
 
 

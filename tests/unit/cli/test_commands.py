@@ -48,6 +48,21 @@ def test_program_is_inspected_compressed_verified_reported_and_timed(
     assert "Conv2d(3→16, 3×3)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", ["60", "80", "120"])
+def test_every_command_fits_the_terminal(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["compress", "net.pt2", "-o", "small.pt2", "--rank", "0.5", "--factorization", "tucker,svd"]) == 0
+    both = ["net.pt2", "small.pt2"]
+    commands = [["inspect", "small.pt2"], ["verify", *both], ["report", *both], ["plan", "net.pt2", "--macs", "0.6"]]
+    for arguments in (*commands, ["bench", *both, "--repeats", "1", "--number", "1"]):
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) > 3
+        assert max(map(len, printed)) <= int(columns), arguments
+
+
 def test_program_with_keyword_inputs_is_compressed(workspace: Path, run_json: RunJson) -> None:
     class Named(torch.nn.Module):
         def __init__(self) -> None:
@@ -168,9 +183,25 @@ def test_threads_and_progress_are_used(
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     run_json("bench", "net.pt2", "net.pt2", "--repeats", "1", "--number", "1", "--threads", "1")
     assert threads == [1]
-    pytest.importorskip("tqdm")
     assert main(["plan", "net.pt2", "--macs", "0.6", "--calibration", "data.npy", "--progress"]) == 0
-    assert "100%" in capsys.readouterr().err
+    phases = [line.split()[0] for line in capsys.readouterr().err.splitlines() if " took " in line]
+    assert list(dict.fromkeys(phases)) == ["capturing", "calibrating", "planning", "measuring", "decomposing"]
+
+
+def test_pareto_front_is_plotted_or_refused_at_once(
+    workspace: Path, capsys: pytest.CaptureFixture[str], run_json: RunJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    run_json("plan", "net.pt2", "--macs", "0.6", "--plot", "front.svg", "-o", "plan.json")
+    run_json("compress", "net.pt2", "-o", "small.pt2", "--plan", "plan.json", "--plot", "front.png")
+    assert min(Path(name).stat().st_size for name in ("front.svg", "front.png")) > 5000
+    assert main(["plan", "net.pt2", "--rank", "0.5", "--plot", "other.png"]) == 1
+    assert "--rank is no budget" in capsys.readouterr().err
+    assert main(["plan", "absent.pt2", "--macs", "0.6", "--plot", "other.html"]) == 1
+    assert "a picture is written to NAME.png" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert main(["plan", "absent.pt2", "--macs", "0.6", "--plot", "other.png"]) == 1
+    assert "pip install 'fxfact[plot]'" in capsys.readouterr().err
 
 
 def test_dynamic_batch_is_exported_from_a_single_sample(workspace: Path, run_json: RunJson) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxfact.conv import ConvLayer, ConvSpec, Cost, chain_cost, pad_amounts, read_conv
+from fxfact.conv import ConvLayer, ConvSpec, Cost, chain_cost, format_spec_forms, pad_amounts, read_conv
 from fxfact.errors import SpecError
 from tests.support import SPECS, random_input
 
@@ -117,3 +117,11 @@ def test_chain_cost_follows_the_shrinking_map_and_sums_over_calls() -> None:
     assert chain_cost(stages, [(8, 8), (8, 8)]) == Cost(params, 2 * macs)
     assert chain_cost(stages, None) == Cost(params, None)
     assert chain_cost(stages, [(8, 8)], tied=True) == Cost(6, macs), "tied chains store only their biases"
+
+
+def test_short_form_of_a_spec_has_its_channels_kernel_size_and_groups() -> None:
+    spec = ConvSpec.parse(8, 12, (3, 5), stride=2, padding=1)
+    assert format_spec_forms(spec) == (str(spec), "8→12, 3×5")
+    assert format_spec_forms(ConvSpec.parse(8, 8, 3, groups=8, order=1))[1] == "8→8, 3, groups 8"
+    assert format_spec_forms("Linear(12→5)") == ("Linear(12→5)", "12→5")
+    assert format_spec_forms(None) == ("", "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fxfact
 from fxfact.factorizations import Tucker
-from fxfact.planning import describe_call
+from fxfact.planning import describe_call, format_call
 from tests.support import Small
 
 
@@ -97,3 +97,19 @@ def test_clocks_are_left_out() -> None:
 
     arguments = {"model": None, "budget": fxfact.Latency(at_most_ms=3, compiled=True), "executor": object()}
     assert describe_call(plan, arguments) == {"budget": {"Latency": {"at_most": 3, "compiled": True}}}
+
+
+def test_call_is_written_as_python() -> None:
+    call = {
+        "budget": {"Macs": {"share": 0.5}},
+        "calibration": {"tuple": {"batches": 4}},
+        "factorization": ["tucker", {"CPMobilenet": {}}],
+        "rank": {"first": 8, "*": 0.5},
+        "exclude": "head",
+        "allow_growth": True,
+    }
+    assert format_call(call) == (
+        "fxfact.plan(model, budget=Macs(share=0.5), calibration=tuple(batches=4), factorization=['tucker', "
+        "CPMobilenet()], rank={'first': 8, '*': 0.5}, exclude='head', allow_growth=True)"
+    )
+    assert format_call({}) == "fxfact.plan(model)"

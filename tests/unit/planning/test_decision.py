@@ -10,7 +10,7 @@ from fxfact.conv import ConvSpec
 from fxfact.errors import PlanError
 from fxfact.factorizations import FACTORIZATIONS, Tucker
 from fxfact.factorizations.matrix_svd import ChannelSVD
-from fxfact.planning import Decision
+from fxfact.planning import Decision, summarize_reasons
 from fxfact.planning.decision import decision_from_json, decision_to_json
 
 SPEC = ConvSpec.parse(8, 12, (3, 3), padding=1, bias=True)
@@ -91,3 +91,10 @@ def test_decision_with_an_unknown_factorization_says_how_to_load_it() -> None:
     data = decision_to_json(Decision(path="a", spec=SPEC, factorization=Tucker(), rank=(4, 3)))
     with pytest.raises(PlanError, match=r"unknown factorization 'tucker'. Pass its class as factorizations="):
         decision_from_json(data, {})
+
+
+def test_reasons_are_counted_without_their_details() -> None:
+    reasons = ["excluded", "too small: 3", "excluded", "too small: 4", "excluded", "other", "another"]
+    decisions = [Decision(path=str(k), spec=None, reason=reason) for k, reason in enumerate(reasons)]
+    assert summarize_reasons(decisions, most=2) == "3× excluded; 2× too small: 3; and 2 other reasons"
+    assert summarize_reasons(decisions[:1]) == "1× excluded"

@@ -40,7 +40,7 @@ def test_plan_says_what_the_network_will_have(
 
 
 def test_plan_prints_as_a_table(small: Small, image: Tensor) -> None:
-    text = str(fxfact.plan(small, rank={"second": (5, 4)}, example_inputs=image))
+    text = fxfact.plan(small, rank={"second": (5, 4)}, example_inputs=image).table()
     assert "second" in text
     assert "tucker" in text
     assert "(5,4)" in text
@@ -48,6 +48,24 @@ def test_plan_prints_as_a_table(small: Small, image: Tensor) -> None:
     assert "864 → 272 (0.31)" in text
     assert "21,600 → 9,200 (0.43)" in text
     assert "1 of 3 rewritten" in text
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120])
+def test_plan_fits_the_width_and_says_why_layers_stay_dense(small: Small, image: Tensor, width: int) -> None:
+    plan = fxfact.plan(small, rank={"second": (5, 4)}, example_inputs=image)
+    text = plan.table(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert all(decision.path in text for decision in plan)
+    words = " ".join(text.split())
+    assert "no rank is given for it" in words
+    assert ("stay dense: 2× no rank is given for it" in words) == ("remark" not in text.splitlines()[0])
+
+
+def test_plan_is_printed_in_the_width_of_the_terminal(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = fxfact.plan(small)
+    monkeypatch.setenv("COLUMNS", "44")
+    assert str(plan) == plan.table(44)
+    assert len(plan.table().splitlines()[0]) > 44
 
 
 def test_plan_without_example_inputs_has_no_macs(small: Small) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fxfact.errors import ArgumentTypeError
-from fxfact.utils import as_json, atomic_write, check_path
+from fxfact.errors import ArgumentError, ArgumentTypeError, FileError
+from fxfact.utils import as_json, atomic_write, check_path, write_by_suffix
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -77,3 +77,17 @@ def test_only_paths_are_accepted() -> None:
 def test_json_has_null_instead_of_nan_and_infinity() -> None:
     text = as_json({"a": [1.5, math.nan, -math.inf], "b": "NaN"}, indent=1)
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None, None], "b": "NaN"}
+
+
+def test_text_is_chosen_by_the_suffix_and_made_only_then(tmp_path: Path) -> None:
+    made: list[str] = []
+    texts = {suffix: lambda suffix=suffix: made.append(suffix) or f"größer{suffix}" for suffix in (".txt", ".json")}
+    write_by_suffix(tmp_path / "a.json", "table", texts)
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "größer.json"
+    assert made == [".json"]
+    with pytest.raises(ArgumentError, match=r"a table is written to NAME\.txt or NAME\.json, got .*a\.html"):
+        write_by_suffix(tmp_path / "a.html", "table", texts)
+    with pytest.raises(FileError, match="the table cannot be written there"):
+        write_by_suffix(tmp_path / "absent" / "a.txt", "table", texts)
+    with pytest.raises(ArgumentTypeError, match="path must be"):
+        write_by_suffix(3, "table", texts)  # type: ignore[arg-type]
