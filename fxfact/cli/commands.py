@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
 
 from fxfact import analysis, api
 from fxfact.capture import ExampleInputs, arguments_of
 from fxfact.cli.demo import run_demo
+from fxfact.cli.export import export_module, save_onnx
 from fxfact.cli.inputs import (
     LoadedModel,
     callable_module,
@@ -24,7 +24,6 @@ from fxfact.cli.inputs import (
     load_described_model,
     load_model,
 )
-from fxfact.cli.onnx_file import save_onnx
 from fxfact.cli.options import Arguments
 from fxfact.cli.output import (
     check_plot,
@@ -45,7 +44,7 @@ from fxfact.cli.plan_options import (
     statistics_beside,
 )
 from fxfact.errors import ArgumentError, PlanError, VerificationError
-from fxfact.passes import pass_history, set_history
+from fxfact.passes import pass_history
 from fxfact.planning import Plan
 from fxfact.serialization import save
 from fxfact.utils import (
@@ -127,8 +126,8 @@ def compress(args: Arguments) -> int:
     with processes(args.workers) as executor:
         if args.plan:
             made = Plan.load(args.plan)
-            plot_front(args, made)
             find_statistics(args, made)
+            plot_front(args, made)
             data, _ = read_data(args, loaded, held_out=made.measured_on_held_out)
             statistics = collect_data(args, loaded, data, made.fold_weights)
             network = api.apply(made, loaded.model, calibration=statistics, executor=executor, progress=args.progress)
@@ -141,7 +140,8 @@ def compress(args: Arguments) -> int:
     if loaded.inputs is not None and made.rewrites:
         with_phase(partial(analysis.check_rewrite, loaded.model, network, loaded.inputs), "checking", args.progress)
     if as_program and not isinstance(network, ExportedProgram):
-        network = _export(network, loaded, dynamic=args.dynamic_batch)
+        assert loaded.inputs is not None
+        network = export_module(network, loaded.inputs, dynamic=args.dynamic_batch)
     if args.output.endswith(".onnx"):
         save_onnx(network, args.output)
     else:
@@ -271,30 +271,6 @@ def _check_program_output(args: Arguments, loaded: LoadedModel) -> bool:
     if as_program and loaded.inputs is None:
         raise ArgumentError("To export a module, example inputs are needed. Pass their shape: --input 1,3,224,224.")
     return as_program
-
-
-def _export(network: nn.Module, loaded: LoadedModel, *, dynamic: bool) -> ExportedProgram:
-    """Export the factorized module to a program that contains its plan."""
-    assert loaded.inputs is not None
-    (inputs, _), shapes = arguments_of(loaded.inputs), None  # modules have no keyword inputs on the command line
-    if dynamic:
-        batch = torch.export.Dim("batch", min=1)
-        shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, inputs)
-        inputs = tree_map(_at_least_two_samples, inputs)
-    try:
-        program = torch.export.export(network, inputs, dynamic_shapes=shapes)
-    except Exception as error:
-        raise ArgumentError(
-            f"torch.export cannot export the factorized network: {error}. Write its weights instead: -o NAME.pt."
-        ) from error
-    set_history(program.graph_module, pass_history(network))
-    return program
-
-
-def _at_least_two_samples(value: Any) -> Any:
-    """Repeat a single sample, because torch.export treats a size of 1 as a constant."""
-    single = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
-    return torch.cat([value, value]) if single else value
 
 
 def _load_both(args: Arguments) -> tuple[LoadedModel, LoadedModel]:

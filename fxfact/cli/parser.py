@@ -8,7 +8,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import NamedTuple
 
@@ -54,6 +56,7 @@ _ONLY_IN_PYTHON = ("capture=", "leaf_modules", "transform=", "weights='empty'", 
 
 class _Command(NamedTuple):
     name: str
+    arguments: str
     help: str
     example: str
     add_arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
@@ -61,39 +64,45 @@ class _Command(NamedTuple):
 
 _CHOICES = (add_budget, add_metric, add_data, add_scope)
 _COMMANDS = (
-    _Command("inspect", "list every convolution of a network", "resnet.pt2", (add_model,)),
+    _Command("inspect", "MODEL", "list every convolution of a network", "resnet.pt2", (add_model,)),
     _Command(
         "plan",
+        "MODEL",
         "choose a factorization and a rank for every convolution",
         "resnet.pt2 --macs 0.5 --calibration images.npy -o plan.json",
         (add_model, add_plan_output, *_CHOICES, add_computation),
     ),
     _Command(
         "compress",
+        "MODEL -o FILE",
         "factorize a network, check the result and write it",
         "resnet.pt2 -o small.pt2 --macs 0.5 --calibration images.npy",
         (add_model, add_compress_output, *_CHOICES, add_computation),
     ),
     _Command(
         "verify",
+        "A B",
         "compare a factorized network with its original",
         "resnet.pt2 small.pt2",
         (add_two_models, add_tolerance),
     ),
     _Command(
         "bench",
+        "A B",
         "time two networks side by side",
         "resnet.pt2 small.pt2 --threads 1",
         (add_two_models, add_timing),
     ),
     _Command(
         "report",
+        "A B",
         "show the changes in a network, their savings and their costs",
         "resnet.pt2 small.pt2 -o report.html",
         (add_two_models, add_report_output),
     ),
     _Command(
         "demo",
+        "",
         "train, factorize and compare a small network on handwritten digits (half a minute)",
         "--factorization cp --rank 0.5",
         (add_demo,),
@@ -121,8 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # not every terminal can show arrows
     args = build_parser().parse_args(arguments)
     try:
-        commands = importlib.import_module("fxfact.cli.commands")  # only now: it imports PyTorch, which takes seconds
-        status: int = getattr(commands, args.command)(args)
+        with _warnings_as_messages(args):
+            commands = importlib.import_module("fxfact.cli.commands")  # only now: PyTorch takes seconds to import
+            status: int = getattr(commands, args.command)(args)
         sys.stdout.flush()
         return status
     except FxfactError as error:
@@ -133,6 +143,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextmanager
+def _warnings_as_messages(args: Arguments) -> Iterator[None]:
+    """Print warnings without the line of code that issued them, and none about code of the future."""
+
+    def as_message(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"fxfact: warning: {in_shell_words(str(message), args)}\n"
+
+    usual = warnings.formatwarning
+    warnings.formatwarning = as_message
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def in_shell_words(message: str, args: Arguments) -> str:
@@ -155,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             command.name,
             help=command.help,
+            usage=f"fxfact {command.name} {command.arguments} [options]".replace("  ", " "),
             description=f"{command.help[0].upper()}{command.help[1:]}.",
             epilog=f"example: fxfact {command.name} {command.example}",
         )

@@ -187,3 +187,22 @@ def test_plan_can_be_written_to_a_pipe(workspace: Path) -> None:
     printed = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=workspace).stdout
     assert '"fxfact plan"' in printed
     assert '"convolutions": 3' in printed
+
+
+def test_warnings_are_lines_of_the_command(workspace: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fxfact",
+        "compress",
+        "net.pt2",
+        "-o",
+        "same.pt2",
+        "--rank",
+        "0.5",
+        "--exclude",
+        "*",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=workspace)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fxfact: warning: factorize rewrote none of the 3 layers")
