@@ -21,7 +21,7 @@ from fxfact.utils import atomic_write, no_reduced_precision
 
 ErrorCurve = list[tuple[Rank, float]]
 _MAX_COMPUTED_RANKS = 6  # of a curve, unless there is an estimate from singular values
-_LARGEST_COMPUTED = 0.8  # as a fraction of the list of candidate ranks
+_LARGEST_COMPUTED = 0.9  # as a fraction of the list of candidate ranks
 _FILE_FORMAT = {"format": "fxfact error curves", "version": 1}
 
 
