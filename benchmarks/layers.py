@@ -164,14 +164,13 @@ def joint() -> list[Row]:
     expected = logits(dense, x)
     rows: list[Row] = []
 
-    def add(name: str, factorization: str, model: nn.Module, count: int) -> None:
+    def add(name: str, model: nn.Module, count: int) -> None:
         found = logits(model.eval(), x)
         kl = F.kl_div(found.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean")
         top1 = 100 * float((found.argmax(1) == y).float().mean())
         rows.append(
             {
                 "layers": name,
-                "factorization": factorization,
                 "parameters": count,
                 "KL, nats": float(kl),
                 "top-1 %": top1,
@@ -180,21 +179,16 @@ def joint() -> list[Row]:
         show("ResNet-56: convolutions of equal shape", rows)
 
     sets = equal_convs(dense)
-    add("dense", "", dense, sum(params(dense.get_submodule(name)) for names in sets for name in names))
-    for factorization, fraction, own_cores in (
-        ("tucker", 0.8, True),
-        ("tucker", 0.8, False),
-        ("tucker", 0.5, True),
-        ("cp", 0.8, False),
-    ):
+    add("dense", dense, sum(params(dense.get_submodule(name)) for names in sets for name in names))
+    for fraction, own_cores in ((0.8, True), (0.8, False), (0.5, True)):
         made, apart = copy.deepcopy(dense), copy.deepcopy(dense)
         counts = []
         for names in sets:
             rank = core_rank(made, names, fraction) if own_cores else fraction
-            counts.append(jointly(made, names, factorization, rank))
-        add("joint, a core for each" if own_cores else "joint", factorization, made, sum(counts))
-        counts = [separately(apart, names, factorization, most) for names, most in zip(sets, counts, strict=True)]
-        add("separate", factorization, apart, sum(counts))
+            counts.append(jointly(made, names, "tucker", rank))
+        add("joint, a core for each" if own_cores else "joint", made, sum(counts))
+        counts = [separately(apart, names, "tucker", most) for names, most in zip(sets, counts, strict=True)]
+        add("separate", apart, sum(counts))
     return rows
 
 
