@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def _at_least_two_samples(value: Any) -> Any:
 
 def save_onnx(program: ExportedProgram, path: str) -> None:
     """Write a program to an ONNX file, whole or not at all. Raises ArgumentError or FileError."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every optional package that is missing
     try:
         exported = onnx.export(program, dynamo=True, verbose=False)
         assert exported is not None

@@ -134,7 +134,7 @@ class MetricDrop:
         advice = "Return a number, or a tensor (n,) with the score of each sample."
         try:
             values = torch.as_tensor(returned).detach().cpu()
-            scores = values.to(torch.promote_types(values.dtype, torch.float64))
+            scores = values.to(torch.promote_types(values.dtype, torch.float64), copy=True)  # evaluate may reuse it
         except Exception as error:
             raise MetricError(f"evaluate returned a {type(returned).__name__} for {role}. {advice}") from error
         if scores.ndim > 1 or not scores.numel() or scores.is_complex():

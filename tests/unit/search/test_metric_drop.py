@@ -261,6 +261,12 @@ def test_numbers_and_arrays_are_scores(planned: Callable[..., fxfact.Plan], valu
     assert {point.metric for point in plan.measured_points} == {float(torch.as_tensor(value).double().mean())}
 
 
+def test_scores_in_a_buffer_that_is_used_again_are_kept(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
+    evaluate, buffer = Agreement(model), torch.zeros(64, dtype=torch.float64)
+    plan = planned(lambda network: buffer.copy_(evaluate(network)))
+    assert plan.measured_points == planned(evaluate).measured_points
+
+
 def test_too_few_scores_of_right_and_wrong_are_refused(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
     first = model(X)[:, 0]
     threshold = float(first.median())
