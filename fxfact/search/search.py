@@ -34,6 +34,7 @@ from fxfact.planning import (
     Latency,
     Loss,
     Macs,
+    MeasuredPoint,
     Metric,
     Params,
     Plan,
@@ -195,19 +196,23 @@ def _proposer(draft: PlanDraft, allocator: BudgetAllocator) -> PlanProposer:
 
 def _cheapest_plan(limit: Limit, proposer: PlanProposer, unit: type[Budget], plan_loss: PlanLoss | None) -> Plan:
     """Return the cheapest plan that measures within a limit, or one without rewrites."""
+    points: list[MeasuredPoint] = []
 
     def plan_at(share: float) -> Plan:
         budget = unit(min(share * (1 + 1e-9), 1.0))  # not less than the front's cheapest network, by rounding
-        return best_plan(budget, proposer.propose, plan_loss)
+        plan = best_plan(budget, proposer.propose, plan_loss)
+        if plan.measured_loss_increase is not None:
+            points.append(MeasuredPoint(plan.after, plan.predicted_loss_increase, plan.measured_loss_increase))
+        return plan
 
     whole = proposer.propose(unit(1.0))
     if not whole.pareto_points:
         return plan_at(1.0)
     found = cheapest_within(limit, CostOfIncrease(whole.pareto_points, whole.network, unit), plan_at)
-    if found is not None and found.rewrites:
-        return found
-    dense = proposer.draft.dense_plan(f"the {limit.subject} cannot bear it")
-    return replace(whole, decisions=dense.decisions, measured_loss_increase=None if plan_loss is None else 0.0)
+    if found is None or not found.rewrites:
+        dense = proposer.draft.dense_plan(f"the {limit.subject} cannot bear it")
+        found = replace(whole, decisions=dense.decisions, measured_loss_increase=None if plan_loss is None else 0.0)
+    return replace(found, measured_points=tuple(points))
 
 
 def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData) -> None:

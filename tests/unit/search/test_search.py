@@ -241,6 +241,9 @@ def test_search_takes_a_more_even_plan_if_it_measures_clearly_better(
 def test_loss_budget_is_met_on_batches_of_the_caller(model: nn.Module, planned: Callable[..., fxfact.Plan]) -> None:
     statistics, others = fxfact.calibrate(model, images().split(8), likelihood="categorical"), images(1).split(8)
     plan = planned(model, "channel_svd", budget=fxfact.Loss(1e-4), calibration=statistics, held_out=others)
+    measured = {point.cost: point.measured_loss_increase for point in plan.measured_points}
+    assert len(measured) > 1
+    assert measured[plan.after] == plan.measured_loss_increase
     assert plan.rewrites
     assert divergence(model, fxfact.apply(plan, model, calibration=statistics), others) <= 1.001e-4
 
