@@ -36,13 +36,15 @@ _EXIT_STATUS = (
     "exit status: 0 success; 1 the command failed, and the message says why; 2 wrong arguments; 3 verify found a "
     "difference; 130 interrupted; 141 the output was closed by its reader"
 )
-_IN_SHELL = (
+_IN_SHELL: tuple[tuple[str, str, str | Callable[[re.Match[str]], str]], ...] = (
+    ("input", r"Set program\.example_inputs\b", "Pass them"),
     ("input", r"\bexample_inputs\b", "example inputs (--input 1,3,224,224)"),
     ("statistics", r"fxfact\.Statistics and held_out=batches", "--statistics FILE and --calibration DATA"),
+    ("calibration", r"\bcalibration=batches\b", "--calibration DATA"),
     ("calibration", r"\bcalibration(=|(?=:))|(?<=as )calibration\b|(?<=[Pp]ass )calibration\b", "--calibration"),
     ("calibration", r"smaller batches", "smaller batches (--batch N)"),
     ("likelihood", r"\blikelihood=(?=[\s.,])", "--likelihood categorical or gaussian"),
-    ("macs", r"(budget=)?fxfact\.Macs\(([\d.]+)\)", r"--macs \2"),
+    ("macs", r"(?:budget=)?fxfact\.(Macs|Params|Latency|Loss)\(([\d.]+)\)", lambda m: f"--{m[1].lower()} {m[2]}"),
     ("at_most_drop", r"\bat_most_drop\b", "--at-most-drop"),
     ("at_most_drop", r"\bevaluate (?=raised|returned|changed|is random)", "--metric "),
     ("fold_weights", r"\bfold_weights=True\b", "--fold-weights"),

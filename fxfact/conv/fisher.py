@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxfact.conv.spec import ConvSpec
 from fxfact.errors import SpecError
+from fxfact.utils import no_reduced_precision
 
 MIN_EIGENVALUE = 1e-7  # as a fraction of the largest one
 _STRIP = 512  # rows of a matrix that are multiplied at a time
@@ -190,7 +191,8 @@ class KroneckerFisher:
         Δ is the ``difference`` of two kernels (out, in / groups, *kernel).
         """
         parts = difference.chunk(spec.groups)
-        squares = [self.of_group(k).like(part).quadratic_form(spec, part) for k, part in enumerate(parts)]
+        with no_reduced_precision(difference.device):
+            squares = [self.of_group(k).like(part).quadratic_form(spec, part) for k, part in enumerate(parts)]
         return max(0.0, float(torch.stack(squares).double().sum()) / 2)
 
 

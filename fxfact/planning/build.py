@@ -147,7 +147,7 @@ def warn_without_data(
     caller: str,
     advice: str = (
         "Pass calibration=batches, a few hundred inputs without labels, and a budget such as fxfact.Macs(0.5). If you "
-        "train the network anyway, ignore fxfact.AccuracyWarning."
+        "train the network anyway, ignore this (fxfact.AccuracyWarning)."
     ),
 ) -> None:
     """Warn, as ``caller``, if a plan rewrites layers without knowing what this does to the outputs."""

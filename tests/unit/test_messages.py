@@ -451,17 +451,17 @@ NET, BRANCHING = f"{__name__}:Net", f"{__name__}:BranchingNet"
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "example inputs": (
         f"plan {NET} --macs 0.9 --factorization channel_svd",
-        "example_inputs is --input 1,3,224,224",
+        "example inputs (--input 1,3,224,224)",
         f"plan {NET} --macs 0.9 --factorization channel_svd --input 1,3,9,9",
     ),
     "data": (
         f"plan {NET} --loss 0.5 --input 1,3,9,9 --factorization channel_svd",
-        "calibration is --calibration DATA",
+        "pass two or more as --calibration",
         f"plan {NET} --loss 0.5 --calibration data.npy --batch 12 --factorization channel_svd",
     ),
     "batches": (
         f"plan {NET} --loss 0.5 --calibration data.npy --factorization channel_svd",
-        "smaller batches is --batch N",
+        "Pass smaller batches (--batch N)",
         f"plan {NET} --loss 0.5 --calibration data.npy --batch 12 --factorization channel_svd",
     ),
     "only in Python": (
@@ -476,7 +476,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "program without example inputs": (
         "plan bare.pt2 --macs 0.9 --factorization channel_svd",
-        "example_inputs is --input 1,3,224,224",
+        "example inputs (--input 1,3,224,224)",
         "plan bare.pt2 --macs 0.9 --factorization channel_svd --input 24,3,9,9",
     ),
     "program with example inputs": (
