@@ -44,7 +44,7 @@ from fxfact.utils import (
 _MAX_RATIO = 1.1  # of the measured time to the budget, before a warning
 _TURNS = 100  # of whole networks
 _MAX_SECONDS = 12.0  # for these turns; there are fewer if they would take longer
-_CHECK_TURNS, _CHECK_SECONDS = 9, 1.0  # of networks that were not made for speed
+_CHECK_TURNS, _CHECK_SECONDS = 5, 1.0  # of networks that were not made for speed
 _CLEARLY_SLOWER = 1.05
 _STRICTNESS = 100.0  # tolerances between variants of a network, because GPUs may round to TF32
 _CALLS_BEFORE_GRAPH = 3  # torch.compile records CUDA graphs in the third call

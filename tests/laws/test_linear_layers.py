@@ -21,10 +21,14 @@ LEADING = {"one axis": (6,), "tokens": (6, 7), "maps": (6, 3, 2)}
 
 
 def cases() -> Iterator[Any]:
+    """Spellings, front ends and sizes. Exports take seconds, so by default they have one size."""
     for kind, spellings in (("modules", MODULES), ("functions", FUNCTIONS)):
         for name in spellings:
             for front_end in ("trace", "export", "decomposed", *(("modules",) if kind == "modules" else ())):
-                yield pytest.param(spellings[name], front_end, id=f"{name}, {front_end}")
+                for size in SIZES:
+                    is_slow = front_end in ("export", "decomposed") and size != "narrow"
+                    marks = [pytest.mark.integration] if is_slow else []
+                    yield pytest.param(spellings[name], front_end, size, id=f"{name}, {front_end}, {size}", marks=marks)
 
 
 def captured_as(front_end: str, net: nn.Module, x: Tensor) -> tuple[Any, dict[str, Any]]:
@@ -35,8 +39,7 @@ def captured_as(front_end: str, net: nn.Module, x: Tensor) -> tuple[Any, dict[st
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
-@pytest.mark.parametrize(("make", "front_end"), cases())
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("make", "front_end", "size"), cases())
 def test_a_linear_layer_is_factorized_in_every_spelling(
     make: Callable[[int, int], nn.Module], front_end: str, size: str
 ) -> None:

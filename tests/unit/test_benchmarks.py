@@ -7,7 +7,7 @@ import pytest
 from benchmarks.networks import NETWORKS, data_folder
 from benchmarks.tasks import TASKS
 
-QUICK = ("fashion_cnn", "fsdd_conv1d", "adrenal_conv3d", "lapsrn")
+QUICK = ("fsdd_conv1d", "adrenal_conv3d", "lapsrn")
 
 
 @pytest.mark.skipif(data_folder() is None, reason="data sets are missing: set FXFACT_DATA to their folder")

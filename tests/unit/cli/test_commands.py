@@ -276,6 +276,7 @@ def test_calibration_beside_statistics_measures_the_plan(
     assert "only measures a plan for a budget" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_network_for_a_latency_budget_is_written(
     workspace: Path, run_json: RunJson, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fxfact.cli import main
 
 
+@pytest.mark.integration
 def test_demo_shows_plan_and_comparison_and_ends_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="the demo is an extra: pip install 'fxfact[demo]'")
     assert main(["demo", "--epochs", "1", "--factorization", "channel_svd", "--rank", "0.5"]) == 0

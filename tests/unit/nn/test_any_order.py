@@ -58,7 +58,7 @@ def layer_of(conv: nn.Module, factorization: str, implementation: str, rank: Any
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("order", [1, 2, 3, 4, pytest.param(5, marks=pytest.mark.integration)])
 @variants
 def test_layer_equals_the_dense_convolution_with_its_kernel(
     factorization: str, implementation: str, order: int, name: str
@@ -99,6 +99,7 @@ def test_layer_of_high_order_from_random_has_the_output_variance_of_the_dense_la
     assert 0.5 < float((ours / conv(x).var()).detach()) < 2
 
 
+@pytest.mark.integration
 @variants
 def test_layer_of_order_4_can_be_traced_compiled_exported_copied_and_trained(
     factorization: str, implementation: str
@@ -116,7 +117,7 @@ def test_layer_of_order_4_can_be_traced_compiled_exported_copied_and_trained(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("order", [1, 2, 3, 4, pytest.param(5, marks=pytest.mark.integration)])
 @variants
 def test_gradients_are_those_of_finite_differences(factorization: str, implementation: str, order: int) -> None:
     conv = fnn.ConvNd(2, 2, (2, 1, 2, 2, 1)[:order], padding=(1, 0, 1, 0, 1)[:order], stride=2, dtype=torch.float64)

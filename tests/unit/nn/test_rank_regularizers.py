@@ -152,6 +152,7 @@ def test_lasso_is_an_argument_of_layers_and_applied_once() -> None:
         fnn.tensor_lasso(layer)
 
 
+@pytest.mark.integration
 @variants
 def test_regularized_layer_can_be_compiled_copied_and_loaded(factorization: str, implementation: str) -> None:
     layer, x = layer_of("plain", factorization, implementation), sample("plain")
