@@ -42,6 +42,7 @@ from fxfact.cli.plan_options import (
     read_data,
     save_error_curves,
     statistics_beside,
+    with_first_sample,
 )
 from fxfact.errors import ArgumentError, PlanError, VerificationError
 from fxfact.passes import pass_history
@@ -120,7 +121,7 @@ def compress(args: Arguments) -> int:
     """Factorize a model, check the result, and write it."""
     _check_compress(args)
     check_plot(args)
-    loaded = load_model(args.model, args.input, args.weights)
+    loaded = with_first_sample(args, load_model(args.model, args.input, args.weights))
     as_program = _check_program_output(args, loaded)
     started = time.perf_counter()
     with processes(args.workers) as executor:
@@ -269,7 +270,9 @@ def _check_program_output(args: Arguments, loaded: LoadedModel) -> bool:
             "--dynamic-batch only applies when a module is exported. Pass package.module:callable and -o NAME.pt2."
         )
     if as_program and loaded.inputs is None:
-        raise ArgumentError("To export a module, example inputs are needed. Pass their shape: --input 1,3,224,224.")
+        raise ArgumentError(
+            "To export a module, example inputs are needed. Pass their shape, --input 1,3,224,224, or --calibration DATA."
+        )
     return as_program
 
 

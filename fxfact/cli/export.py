@@ -18,13 +18,13 @@ from fxfact.utils import atomic_write
 
 def export_module(network: nn.Module, example_inputs: ExampleInputs, *, dynamic: bool) -> ExportedProgram:
     """Export the factorized module to a program that contains its plan."""
-    (inputs, _), shapes = arguments_of(example_inputs), None  # modules have no keyword inputs on the command line
+    (inputs, keywords), shapes = arguments_of(example_inputs), None
     if dynamic:
         batch = torch.export.Dim("batch", min=1)
-        shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, inputs)
-        inputs = tree_map(_at_least_two_samples, inputs)
+        inputs, keywords = tree_map(_at_least_two_samples, (inputs, dict(keywords)))
+        shapes = tree_map(lambda value: {0: batch} if isinstance(value, torch.Tensor) else None, inputs or keywords)
     try:
-        program = torch.export.export(network, inputs, dynamic_shapes=shapes)
+        program = torch.export.export(network, inputs, dict(keywords), dynamic_shapes=shapes)
     except Exception as error:
         raise ArgumentError(
             f"torch.export cannot export the factorized network: {error}. Write its weights instead: -o NAME.pt."

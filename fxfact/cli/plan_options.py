@@ -6,8 +6,10 @@ import os
 from concurrent.futures import Executor
 from typing import Any
 
+from torch.export import ExportedProgram
+
 from fxfact import api
-from fxfact.calibration import Statistics, split_held_out, take_samples
+from fxfact.calibration import Statistics, first_sample, split_held_out, take_samples
 from fxfact.cli.inputs import (
     LoadedModel,
     example_inputs_of,
@@ -113,6 +115,14 @@ def read_data(
     if args.statistics:
         return Statistics.load(args.statistics), batches
     return split_held_out(batches) if held_out and batches else (batches or None, [])
+
+
+def with_first_sample(args: Arguments, loaded: LoadedModel) -> LoadedModel:
+    """Return a module that has no example inputs with the first sample of the data, if there are any, as those."""
+    if loaded.inputs is not None or not args.calibration or isinstance(loaded.model, ExportedProgram):
+        return loaded
+    example, _ = first_sample(loaded.model, read_batches(args.calibration, args.batch, model_dtype(loaded.model)))
+    return loaded._replace(inputs=example)
 
 
 def load_error_curves(args: Arguments) -> ErrorCurveCache | None:

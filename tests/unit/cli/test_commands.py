@@ -276,6 +276,16 @@ def test_calibration_beside_statistics_measures_the_plan(
     assert "only measures a plan for a budget" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["data.npy", "named.npz"])
+def test_compress_exports_a_module_on_the_first_sample_of_the_data(
+    name: str, workspace: Path, run_json: Callable[..., Any]
+) -> None:
+    x = np.load("data.npy")
+    np.savez("named.npz", input=x)
+    run_json("compress", "shop:small", "-o", "small.pt2", "--macs", "0.6", "--calibration", name)
+    assert fxfact.load("small.pt2").module()(torch.from_numpy(x[:1])).shape == (1, 4)
+
+
 @pytest.mark.integration
 def test_network_for_a_latency_budget_is_written(
     workspace: Path, run_json: RunJson, monkeypatch: pytest.MonkeyPatch
