@@ -253,7 +253,7 @@ def _check_compress(args: Arguments) -> None:
         return
     if decided := [name for name in _DECIDED_BY_PLAN if getattr(args, name) is not None]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in decided)
-        raise ArgumentError(f"--plan already decides about every convolution. Remove {options}.")
+        raise ArgumentError(f"--plan already decides about every layer. Remove {options}.")
     if args.statistics and args.calibration:
         raise ArgumentError("--plan with --statistics does not use --calibration. Remove one of the two.")
     if args.likelihood and not args.calibration:

@@ -66,11 +66,11 @@ class _Command(NamedTuple):
 
 _CHOICES = (add_budget, add_metric, add_data, add_scope)
 _COMMANDS = (
-    _Command("inspect", "MODEL", "list every convolution of a network", "resnet.pt2", (add_model,)),
+    _Command("inspect", "MODEL", "list every convolution and linear layer of a network", "resnet.pt2", (add_model,)),
     _Command(
         "plan",
         "MODEL",
-        "choose a factorization and a rank for every convolution",
+        "choose a factorization and a rank for every layer",
         "resnet.pt2 --macs 0.5 --calibration images.npy -o plan.json",
         (add_model, add_plan_output, *_CHOICES, add_computation),
     ),
@@ -105,7 +105,7 @@ _COMMANDS = (
     _Command(
         "demo",
         "",
-        "train, factorize and compare a small network on handwritten digits (half a minute)",
+        "train, factorize and compare a small network on handwritten digits (a minute)",
         "--factorization cp --rank 0.5",
         (add_demo,),
     ),
@@ -178,7 +178,9 @@ def in_shell_words(message: str, args: Arguments) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="fxfact", description="Factorize the convolutions of a trained network.", epilog=_EXIT_STATUS
+        prog="fxfact",
+        description="Factorize the convolutions and linear layers of a trained network.",
+        epilog=_EXIT_STATUS,
     )
     parser.add_argument("--version", action="version", version=f"fxfact {metadata.version('fxfact')}")
     subparsers = parser.add_subparsers(required=True, metavar="command")

@@ -46,7 +46,7 @@ def format_unreached(unreached: Cost, network: Cost) -> str:
     pairs = (("parameters", unreached.params, network.params), ("MACs", unreached.macs, network.macs))
     shares = [(name, 100 * part / whole) for name, part, whole in pairs if part is not None and whole]
     texts = [f"{share:.1f} % of the {name}" for name, share in shares if share >= 0.1]
-    return f"no factorization can reach {' and '.join(texts)}" if texts else ""
+    return f"{' and '.join(texts)} are not in layers that can be factorized" if texts else ""
 
 
 def format_nats(increase: float | None) -> str:
