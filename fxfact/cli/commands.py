@@ -271,7 +271,8 @@ def _check_program_output(args: Arguments, loaded: LoadedModel) -> bool:
         )
     if as_program and loaded.inputs is None:
         raise ArgumentError(
-            "To export a module, example inputs are needed. Pass their shape, --input 1,3,224,224, or --calibration DATA."
+            "To export a module, example inputs are needed. Pass their shape, --input 1,3,224,224, or --calibration "
+            "DATA."
         )
     return as_program
 
