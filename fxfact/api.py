@@ -471,8 +471,7 @@ def _parse_strategy(
     cost = _cost_budget(budget)
     if cost is None:
         raise ArgumentTypeError(
-            f"budget must be fxfact.Macs, Params, Latency, Speedup, Loss or Metric, got {budget!r}. Pass "
-            "fxfact.Macs(0.5)."
+            f"budget must be fxfact.Macs(0.5), or a Params, Latency, Speedup, Loss or Metric, got {budget!r}"
         )
     if rank is not None:
         raise ArgumentError("pass rank or budget, not both: a budget chooses the ranks")
