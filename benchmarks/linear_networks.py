@@ -51,7 +51,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.embed(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls.expand(len(x), -1, -1), patches], 1) + self.pos
+        tokens = torch.cat([self.cls.expand(x.shape[0], -1, -1), patches], 1) + self.pos
         return self.head(self.norm(self.blocks(tokens)[:, 0]))
 
 

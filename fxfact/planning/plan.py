@@ -290,11 +290,15 @@ class Plan(PrintsTable):
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data: numbers, strings, lists and dicts, without fields that have their default.
 
+        ``measured_ms`` is only in it if the budget was one of milliseconds, so that equal calls give equal files.
+
         Returns:
             What ``from_json`` takes.
         """
         data = {"versions": dict(self.versions), "call": dict(self.call), **fields_to_json(self)}
         data["network"] = fields_to_json(self.network)
+        if self.network.ms is None:
+            data.pop("measured_ms", None)
         if self.outputs:
             data["outputs"] = [part.to_json() for part in self.outputs]
         data["decisions"] = [decision_to_json(decision) for decision in self.decisions]
