@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fxfact.conv import Cost, format_change_forms
 from fxfact.errors import ArgumentTypeError
 from fxfact.factorizations import Factorization, Rank
-from fxfact.planning import Alternative, Decision, Plan, format_rank
+from fxfact.planning import Alternative, Decision, Plan, format_nats, format_rank
 from fxfact.utils import Cell, Column, PrintsTable, Table, wrap_lines
 
 
@@ -60,10 +60,11 @@ class Explanation(PrintsTable):
 
     def _options(self) -> Table:
         decision = self.decision
-        others = [other for other in decision.alternatives if not self._is_chosen(other)]
         increase = next((a.predicted_loss_increase for a in decision.alternatives if self._is_chosen(a)), None)
         options = [(decision.factorization, decision.rank, decision.after, increase)]
-        options += [(other.factorization, other.rank, other.cost, other.predicted_loss_increase) for other in others]
+        options += [
+            (other.factorization, other.rank, other.cost, other.predicted_loss_increase) for other in self._others
+        ]
         options += [(None, None, decision.before, 0.0)] if decision.rank else []
         rows = [_row(*option, before=decision.before) for option in options]
         loss = "loss +, nats" if self.plan.uses_statistics else "energy lost"
@@ -80,14 +81,18 @@ class Explanation(PrintsTable):
         rows[0][0] = "chosen"
         return Table([columns[k] for k in known], [[row[k] for k in known] for row in rows])
 
+    @property
+    def _others(self) -> list[Alternative]:
+        """The alternatives but the one that was chosen."""
+        return [other for other in self.decision.alternatives if not self._is_chosen(other)]
+
     def _is_chosen(self, other: Alternative) -> bool:
         return (other.factorization, other.rank) == (self.decision.factorization, self.decision.rank)
 
     def _how_to_change(self) -> str:
-        others = [other for other in self.decision.alternatives if not self._is_chosen(other)]
-        if not others:
+        if not self._others:
             return ""
-        name, rank = others[0].factorization.name, others[0].rank
+        name, rank = self._others[0].factorization.name, self._others[0].rank
         arguments = f"{self.decision.path!r}, factorization={name!r}, rank={rank}"
         return f"To change it: plan.edited({arguments}), then fxfact.apply."
 
@@ -118,5 +123,5 @@ def _row(
 ) -> list[Cell]:
     pairs = [(before.params, cost.params), (before.macs, cost.macs), (before.ms, cost.ms)]
     name = "as it is" if factorization is None else factorization.name
-    shown = "" if increase is None else f"{increase:.2g}"
-    return ["", name, format_rank(rank), *(format_change_forms(old, new) for old, new in pairs), shown]
+    changes = [format_change_forms(old, new) for old, new in pairs]
+    return ["", name, format_rank(rank), *changes, format_nats(increase)]

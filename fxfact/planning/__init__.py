@@ -21,6 +21,7 @@ from fxfact.planning.layer_options import LayerOptions
 from fxfact.planning.pareto import MeasuredPoint, ParetoFront
 from fxfact.planning.pareto_plot import check_plot_path
 from fxfact.planning.plan import Plan
+from fxfact.planning.plan_table import format_nats
 from fxfact.planning.rank_rules import VBMF, Energy, LargestThatPays, RankRule
 from fxfact.planning.strategy import (
     Allocation,
@@ -75,6 +76,7 @@ __all__ = [
     "describe_call",
     "draft_plan",
     "format_call",
+    "format_nats",
     "format_rank",
     "least_amount",
     "parse_factorizations",
