@@ -9,9 +9,10 @@ from typing import NamedTuple
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfact.analysis.report_data import Block, BlockDiagram, format_rank
+from fxfact.analysis.report_data import Block, BlockDiagram
 from fxfact.capture import Captured
 from fxfact.conv import ConvSite, Cost, chain_cost, is_conv, spec_of, stages_in
+from fxfact.factorizations import format_rank
 from fxfact.graph import GraphSite, macs_by_node, match
 from fxfact.passes import pass_history
 

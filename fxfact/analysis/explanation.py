@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fxfact.conv import Cost, format_change_forms
 from fxfact.errors import ArgumentTypeError
-from fxfact.factorizations import Factorization, Rank
-from fxfact.planning import Alternative, Decision, Plan, format_nats, format_rank
+from fxfact.factorizations import Factorization, Rank, format_rank
+from fxfact.planning import Alternative, Decision, Plan, format_nats
 from fxfact.utils import Cell, Column, PrintsTable, Table, wrap_lines
 
 

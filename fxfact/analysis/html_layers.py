@@ -9,9 +9,10 @@ from html import escape
 from itertools import groupby
 
 from fxfact.analysis.html_terms import explained, factorization_meaning, meaning
-from fxfact.analysis.report_data import Change, ConvReport, cost_changes, format_error, format_rank
+from fxfact.analysis.report_data import Change, ConvReport, cost_changes, format_error
 from fxfact.analysis.svg import draw_spectrum
 from fxfact.conv import format_change, format_short
+from fxfact.factorizations import format_rank
 
 _GREW = 1.02  # ratio from which on a cost counts as larger
 _ERRORS: dict[str, Callable[[ConvReport], float | None]] = {

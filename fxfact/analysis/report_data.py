@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fxfact.conv import Cost, format_change_forms, format_spec_forms
+from fxfact.factorizations import format_rank
 from fxfact.planning import ParetoFront
 from fxfact.utils import Cell, Column, PrintsTable, Table, wrap_lines
 
@@ -252,11 +253,6 @@ def to_megabytes(byte_counts: tuple[int, int]) -> tuple[float, float]:
 def format_error(value: float | None) -> str:
     """Return an error with three digits, or '' if it is unknown."""
     return "" if value is None else f"{value:.3g}"
-
-
-def format_rank(rank: tuple[int, ...] | None) -> str:
-    """Return the entries of a rank, separated by commas."""
-    return ",".join(map(str, rank or ()))
 
 
 def _table_row(conv: ConvReport) -> list[Cell]:

@@ -16,7 +16,7 @@ from fxfact.factorizations.linalg import truncated_svd, weight_scale
 from fxfact.factorizations.matrix_svd import SVD, ChannelSVD
 from fxfact.factorizations.rank_spec import ParsedRank, RankSpec, parse_rank_spec, resolve_rank
 from fxfact.factorizations.spatial_svd import SpatialSVD
-from fxfact.factorizations.stages import Rank, pointwise, stages_along
+from fxfact.factorizations.stages import Rank, format_rank, pointwise, stages_along
 from fxfact.factorizations.tt import TT
 from fxfact.factorizations.tucker import Tucker
 from fxfact.factorizations.weighted_kernel import WeightedKernel, WeightedLayer
@@ -49,6 +49,7 @@ __all__ = [
     "WeightedLayer",
     "check_generator",
     "check_weight",
+    "format_rank",
     "parse_factorization",
     "parse_rank_spec",
     "pointwise",

@@ -18,6 +18,11 @@ T = TypeVar("T")
 _LEAST_SAVING = 0.05  # of the parameters, for a factorization that restricts another to be tried beside it
 
 
+def format_rank(rank: Rank | None) -> str:
+    """Return a rank as short text: "8" or "(8,9)", and "" for a layer that stays dense."""
+    return "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
+
+
 class ChainLayout(ABC):
     """The part of ``Factorization`` that needs no weights."""
 
@@ -289,8 +294,8 @@ class ChainLayout(ABC):
         self._check_entries(spec, most, rank)
         if min(rank) < 1 or any(r > m for r, m in zip(rank, most, strict=True)):
             raise RankError(
-                f"{self.name} rank must be within {_format((1,) * len(most))} and {_format(most)} on {spec}, "
-                f"got {_format(rank)}. Pass a smaller rank, or a fraction of the parameters."
+                f"{self.name} rank must be within {format_rank((1,) * len(most))} and {format_rank(most)} on {spec}, "
+                f"got {format_rank(rank)}. Pass a smaller rank, or a fraction of the parameters."
             )
         if (feasible := self._feasible_rank(block, rank)) != rank:
             raise RankError(
@@ -313,10 +318,6 @@ def one_group(spec: ConvSpec) -> ConvSpec:
 def _all_groups(stage: ConvSpec, groups: int) -> ConvSpec:
     ins, outs = stage.in_channels * groups, stage.out_channels * groups
     return replace(stage, in_channels=ins, out_channels=outs, groups=stage.groups * groups)
-
-
-def _format(rank: Rank) -> str:
-    return str(rank[0]) if len(rank) == 1 else str(rank)
 
 
 def why_no_channel_modes(block: ConvSpec) -> str | None:

@@ -14,7 +14,7 @@ from fxfact.planning.build import (
     warn_without_data,
 )
 from fxfact.planning.call import describe_call, format_call
-from fxfact.planning.decision import Decision, format_rank, summarize_reasons
+from fxfact.planning.decision import Decision, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
 from fxfact.planning.layer_options import LayerOptions
@@ -77,7 +77,6 @@ __all__ = [
     "draft_plan",
     "format_call",
     "format_nats",
-    "format_rank",
     "least_amount",
     "parse_factorizations",
     "rank_rules",

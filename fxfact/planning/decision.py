@@ -84,11 +84,6 @@ class Decision:
         return chain_cost(stages, self.input_sizes, tied=self.tied_to is not None)
 
 
-def format_rank(rank: Rank | None) -> str:
-    """Return a rank as short text: "8" or "(8,9)", and "" for a layer that stays dense."""
-    return "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
-
-
 def unreached_cost(network: Cost, decisions: Iterable[Decision]) -> Cost:
     """Return the cost of a network without the layers that factorizations could replace."""
     for decision in decisions:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fxfact.conv import Cost, format_change_forms, format_spec_forms
-from fxfact.planning.decision import Decision, format_rank, summarize_reasons
+from fxfact.factorizations import format_rank
+from fxfact.planning.decision import Decision, summarize_reasons
 from fxfact.utils import Cell, Column, Table, wrap_lines
 
 _LEAST_PATH, _LEAST_REMARK = 16, 24  # characters
