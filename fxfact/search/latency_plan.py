@@ -68,7 +68,7 @@ class LatencyPlanner:
                 if not search.is_implausible:
                     self._model.save()
             if not search.is_implausible:
-                return plan
+                return replace(plan, measured_points=tuple(search.points))
             self._model.forget()
         return self._plan_by_macs(allocator, plan_loss, "of the network contradict those of its layers")
 

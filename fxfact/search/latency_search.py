@@ -16,7 +16,7 @@ from fxfact.capture import Captured
 from fxfact.conv import Cost
 from fxfact.errors import BudgetError
 from fxfact.passes import DecomposeOptions, Decomposition, apply_plan
-from fxfact.planning import Budget, Decision, Latency, ParetoPoint, Plan
+from fxfact.planning import Budget, Decision, Latency, MeasuredPoint, ParetoPoint, Plan
 from fxfact.search.inference import DenseBaseline
 from fxfact.search.propose import Factors, Propose
 from fxfact.utils import CLOCK_RESOLUTION_MS, seeded_randn, warn_caller
@@ -55,6 +55,9 @@ class LatencySearch:
         baseline: the dense network to compare with.
         propose: returns the plan for a budget, by the latencies of single layers and chains.
         network_ms: milliseconds of the dense network.
+
+    Attributes:
+        points: every network that was timed.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class LatencySearch:
         self._captured, self._baseline, self._propose, self._network_ms = captured, baseline, propose, network_ms
         self._start_ms: float | None = None  # what the best plan of the last search was asked for
         self.is_implausible = False
+        self.points: list[MeasuredPoint] = []
 
     def check_reachable(self, budget: Budget) -> None:
         """Raise BudgetError if the fastest network measures more than the budget by a tenth or more."""
@@ -98,6 +102,8 @@ class LatencySearch:
                 times.append(self._measure(plan))
             ms = median(times)
             trial = trials[rewrites] = LatencyTrial(_with_measured(plan, ms), asked, ms, _is_plausible(plan, ms))
+            cost = replace(plan.after, ms=ms)
+            self.points.append(MeasuredPoint(cost, plan.predicted_loss_increase, milliseconds=ms))
             is_refused = is_fastest and ms > target * (1 + _TOLERANCE)
             is_close = abs(ms / target - 1) < _TOLERANCE
             is_refused_thrice = is_refused and len(times) == _MAX_REPEATS

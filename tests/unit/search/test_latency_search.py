@@ -62,6 +62,9 @@ def test_latency_budget_is_met_as_measured(
     assert plan.after.ms <= budget.allowed(plan.network)
     assert plan.measured_ms is not None
     assert plan.measured_ms[1] == pytest.approx(plan.after.ms, rel=0.05)
+    timed = [point.milliseconds for point in plan.measured_points]
+    assert min(abs(ms - plan.after.ms) for ms in timed if ms is not None) < 1e-6
+    assert None not in timed
     assert not small.training
     large = [decision for decision in plan.rewrites if decision.path != "first"]  # which has few ranks, so any will do
     assert large
