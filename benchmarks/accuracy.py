@@ -132,7 +132,7 @@ class Trial:
         """Yield rows for the rules that use data: the inputs alone, and fxfact."""
         batches = self._task.batches(samples, seed)
         known: dict[str, Any] = {"samples": sum(map(len, batches)), "seed": seed}
-        ours = fxfact.calibrate(self._model, batches, seed=seed)
+        ours = fxfact.calibrate(self._model, batches, max_samples=None, seed=seed)
         inputs = inputs_alone(ours, self._model)
         seen = split_held_out(batches)[1]  # the batches on which ``factorize`` compares plans
         for budget in self._budgets:

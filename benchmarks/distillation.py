@@ -43,7 +43,8 @@ def rows_of(name: str, share: float, given: argparse.Namespace) -> list[dict[str
     task, model = TASKS[name], NETWORKS[name].load()
     measure, batches = Measured(task, model, None), task.batches(given.samples, given.seed, 128)
     example = batches[0][:1]
-    small = fxfact.factorize(model, budget=fxfact.Macs(share), calibration=batches, example_inputs=example)
+    data: dict[str, Any] = {"calibration": batches, "max_samples": None, "example_inputs": example}
+    small = fxfact.factorize(model, budget=fxfact.Macs(share), **data)
     plan = fxfact.plan_of(small)
     options: dict[str, Any] = {"seed": given.seed}
     refitted, refit = fxfact.refit(small, model, batches, **options)

@@ -101,7 +101,7 @@ class Grid:
 
     def __init__(self, case: Case, factorizations: Any) -> None:
         self._case, self._factorizations, self._scores = case, factorizations, {}
-        self._statistics = fxfact.calibrate(case.network, case.batches)
+        self._statistics = fxfact.calibrate(case.network, case.batches, max_samples=None)
         self._seen = split_held_out(case.batches)[1]  # the batches on which ``factorize`` compares plans
         self._curves, self._plans = fxfact.ErrorCurveCache(), {}
         whole = self._plan(fxfact.Macs(1.0))
@@ -195,7 +195,7 @@ def one_call(case: Case, bound: float, factorizations: Any) -> dict[str, Any]:
     mine, others = halves(len(dense), 0)
     metric = fxfact.Metric(lambda network: case.scores(network)[mine], at_most_drop=bound)
     started = time.perf_counter()
-    small = fxfact.factorize(case.network, factorizations, budget=metric, calibration=case.batches)
+    small = fxfact.factorize(case.network, factorizations, budget=metric, calibration=case.batches, max_samples=None)
     plan, drop = fxfact.plan_of(small), float((dense - case.scores(small))[others].mean())
     return {
         "at_most_drop": bound,

@@ -50,7 +50,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         return result
 
-    statistics = measured("calibrate", lambda: fxfact.calibrate(model, images.split(given.batch)))
+    statistics = measured("calibrate", lambda: fxfact.calibrate(model, images.split(given.batch), max_samples=None))
 
     with processes(given.workers) as executor:
         options: dict[str, Any] = {"executor": executor}

@@ -71,7 +71,7 @@ def main() -> None:
     rows, scatter = [], {}
     for name in given.networks:
         task, model = TASKS[name], NETWORKS[name].load()
-        statistics = fxfact.calibrate(model, task.batches(given.samples, 0))
+        statistics = fxfact.calibrate(model, task.batches(given.samples, 0), max_samples=None)
         found = pairs_of(model, statistics, Measured(task, model, given.tests), given.pairs)
         predicted, measured = ([max(pair[key], 1e-12) for pair in found] for key in ("predicted", "measured"))
         low, middle, high = np.quantile(np.array(measured) / predicted, [0.25, 0.5, 0.75])

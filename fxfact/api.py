@@ -14,14 +14,15 @@ from torch.export import ExportedProgram
 
 from fxfact.analysis import check_rewrite
 from fxfact.calibration import (
+    MAX_SAMPLES,
     MAX_SEED,
     Batches,
     Likelihood,
     Statistics,
     Transform,
     collect_statistics,
-    first_sample,
     with_batch_options,
+    with_example,
 )
 from fxfact.capture import Captured, CaptureMode, ExampleInputs
 from fxfact.capture import capture as capture_model
@@ -78,7 +79,7 @@ def factorize(
     held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
     transform: Transform | None = None,
-    max_samples: int | None = None,
+    max_samples: int | None = MAX_SAMPLES,
     multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
@@ -137,7 +138,7 @@ def factorize(
     has_example = example_inputs is not None or not isinstance(calibration, Statistics | None)
     if verify and not has_example and not isinstance(model, ExportedProgram):
         raise ArgumentError("verify=True compares outputs and needs example_inputs")
-    captured, found = _find_plan(arguments, options)
+    captured, found, batch = _find_plan(arguments, options)
     known = found.decompositions if generator is None else {}  # the caller's generator draws new random factors
     apply_to = partial(apply_plan, captured=captured, options=options, statistics=found.statistics, known=known)
     result = apply_to(found.plan)
@@ -145,7 +146,7 @@ def factorize(
         if isinstance(cost := _cost_budget(budget), Latency):
             result = fall_back_if_slower(captured, found.plan, result, apply_to, cost)
         else:
-            warn_if_slower(captured, result)
+            warn_if_slower(captured, result, batch)
     if verify and found.plan.rewrites and captured.example_inputs is not None:
         with_phase(partial(check_rewrite, model, result, captured.example_inputs), "checking", progress)
     _warn_if_unchanged(last_plan(result), "factorize")
@@ -164,7 +165,7 @@ def plan(
     held_out: Batches | None = None,
     likelihood: _Likelihood | None = None,
     transform: Transform | None = None,
-    max_samples: int | None = None,
+    max_samples: int | None = MAX_SAMPLES,
     multiple_of: int | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
@@ -221,8 +222,8 @@ def plan(
         transform: a function that makes of each batch what the model is called with: a tensor, a tuple of positional
             arguments or a mapping of keyword arguments. It is called on the batches of ``calibration`` and
             ``held_out``. Default: the batches are used as they are.
-        max_samples: how many samples to take of ``calibration``, and of ``held_out``, at most. The last batch is cut
-            along the first axis; no more batches are read, so the loader may be endless. Default: all.
+        max_samples: how many samples to take of ``calibration``, and of ``held_out``, at most: 1,024 by default, None
+            for all. The last batch is cut along the first axis; no more batches are read, so the loader may be endless.
         multiple_of: ranks are multiples of this, or full. Requested ranks are rounded down; a layer whose rank
             would become 0 stays dense. GPUs compute half precision fast if channels are multiples of 8. Default: 1;
             under a budget of milliseconds 32, 16 or 8.
@@ -258,7 +259,7 @@ def plan(
         TimingError: if the network does not run while it is timed.
     """
     arguments = locals()  # first, while these are the arguments
-    _, found = _find_plan(arguments, DecomposeOptions(executor=executor, progress=progress))
+    _, found, _ = _find_plan(arguments, DecomposeOptions(executor=executor, progress=progress))
     warn_without_data(found.plan, "plan")
     return found.plan
 
@@ -271,7 +272,7 @@ def apply(
     calibration: Batches | Statistics | None = None,
     likelihood: _Likelihood | None = None,
     transform: Transform | None = None,
-    max_samples: int | None = None,
+    max_samples: int | None = MAX_SAMPLES,
     example_inputs: ExampleInputs | None = None,
     generator: torch.Generator | None = None,
     executor: Executor | None = None,
@@ -334,7 +335,7 @@ def calibrate(
     example_inputs: ExampleInputs | None = None,
     likelihood: _Likelihood | None = None,
     transform: Transform | None = None,
-    max_samples: int | None = None,
+    max_samples: int | None = MAX_SAMPLES,
     seed: int = 0,
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
@@ -373,7 +374,7 @@ def calibrate(
         raise CalibrationError(f"batches must be an iterable of batches, got {type(batches).__name__}")
     seed = check_int("seed", seed, 0, MAX_SEED)
     (given,) = with_batch_options(transform, max_samples, batches=batches)
-    example_inputs, given = _with_example(model, example_inputs, given)
+    example_inputs, _, given = with_example(model, example_inputs, given)
     captured = capture_model(model, example_inputs, how=capture, fold_weights=fold_weights, leaf_modules=leaf_modules)
     return collect_statistics(captured, cast(Batches, given), likelihood=likelihood, seed=seed, progress=progress)
 
@@ -406,8 +407,13 @@ def _warn_if_unchanged(plan: Plan, caller: str) -> None:
     )
 
 
-def _find_plan(arguments: Mapping[str, Any], options: DecomposeOptions) -> tuple[Captured, SearchResult]:
-    """Capture the model and find the plan, for the arguments of ``plan`` by name."""
+def _find_plan(
+    arguments: Mapping[str, Any], options: DecomposeOptions
+) -> tuple[Captured, SearchResult, ExampleInputs | None]:
+    """Capture the model and find the plan, for the arguments of ``plan`` by name.
+
+    The last value is the first batch of the data, if the example inputs are its first sample.
+    """
     given = SimpleNamespace(**arguments)
     budget = _default_budget(given.budget, given.rank, given.calibration)
     strategy = _parse_strategy(
@@ -416,7 +422,7 @@ def _find_plan(arguments: Mapping[str, Any], options: DecomposeOptions) -> tuple
     calibration, held_out = with_batch_options(
         given.transform, given.max_samples, calibration=given.calibration, held_out=given.held_out
     )
-    example_inputs, calibration = _with_example(given.model, given.example_inputs, calibration)
+    example_inputs, batch, calibration = with_example(given.model, given.example_inputs, calibration)
     capturing = partial(
         capture_model,
         given.model,
@@ -436,17 +442,7 @@ def _find_plan(arguments: Mapping[str, Any], options: DecomposeOptions) -> tuple
     )
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=given.likelihood)
     bound = budget if isinstance(budget, Loss | Metric) else None
-    return captured, search(captured, strategy, scope, data, options=options, bound=bound)
-
-
-def _with_example(
-    model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None, calibration: Batches | Statistics | None
-) -> tuple[ExampleInputs | None, Batches | Statistics | None]:
-    """Return the example inputs, by default the first sample of the data, and the data. Raises CalibrationError."""
-    is_needed = example_inputs is None and isinstance(model, nn.Module)
-    if not is_needed or calibration is None or isinstance(calibration, Statistics):
-        return example_inputs, calibration
-    return first_sample(cast(nn.Module, model), calibration)
+    return captured, search(captured, strategy, scope, data, options=options, bound=bound), batch
 
 
 def _default_budget(budget: _Budget | None, rank: object, calibration: object) -> _Budget | None:

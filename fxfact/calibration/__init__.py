@@ -1,12 +1,13 @@
 """Calibration: turns data into statistics that say which errors the loss of a network tolerates."""
 
-from fxfact.calibration.batch_options import with_batch_options
+from fxfact.calibration.batch_options import MAX_SAMPLES, with_batch_options, with_example
 from fxfact.calibration.batches import (
     Batches,
     BatchReader,
     Transform,
     batch_call,
-    first_sample,
+    cut_batch,
+    first_batch,
     iter_batches,
     run_batch,
     split_held_out,
@@ -32,6 +33,7 @@ from fxfact.calibration.processes import rank_and_world_size, samples_of_all_pro
 from fxfact.calibration.statistics import Statistics
 
 __all__ = [
+    "MAX_SAMPLES",
     "MAX_SEED",
     "READING_SAMPLES",
     "BatchReader",
@@ -45,7 +47,8 @@ __all__ = [
     "Window",
     "batch_call",
     "collect_statistics",
-    "first_sample",
+    "cut_batch",
+    "first_batch",
     "generator_seed",
     "iter_batches",
     "mean_and_error",
@@ -59,4 +62,5 @@ __all__ = [
     "split_held_out",
     "take_samples",
     "with_batch_options",
+    "with_example",
 ]

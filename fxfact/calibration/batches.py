@@ -129,8 +129,8 @@ def iter_batches(network: nn.Module, batches: Batches, example_inputs: ExampleIn
         raise CalibrationError(f"{reader.name}: there are no batches. Pass a few hundred samples.")
 
 
-def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, BatchReader]:
-    """Return the first sample as arguments of the model, and all batches, the first one included.
+def first_batch(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, BatchReader]:
+    """Return the first batch as arguments of the model, and all batches, the first one included.
 
     Use the returned batches instead of ``batches``, because some loaders can be iterated only once.
     Raises CalibrationError.
@@ -140,7 +140,7 @@ def first_sample(network: nn.Module, batches: Batches) -> tuple[ExampleInputs, B
     first_batches = list(islice(iterator, 1))
     first = next(iter_batches(network, replace(reader, batches=first_batches, transform=None), None))
     rest = replace(reader, batches=chain(first_batches, iterator), transform=None, length=reader.count_batches(first))
-    return cut_batch(first, 1), rest
+    return first, rest
 
 
 def peek_batches(batches: Iterator[ExampleInputs], samples: int) -> tuple[list[ExampleInputs], Iterator[ExampleInputs]]:
@@ -200,11 +200,11 @@ def split_held_out(batches: Sequence[ExampleInputs]) -> tuple[list[ExampleInputs
     return [b for k, b in enumerate(batches) if k not in held_out], [b for k, b in enumerate(batches) if k in held_out]
 
 
-def take_samples(batches: Iterable[Tensor], max_samples: int) -> Iterator[Tensor]:
-    """Yield tensors until they have ``max_samples`` samples together. The last one is cut."""
+def take_samples(batches: Iterable[ExampleInputs], max_samples: int) -> Iterator[ExampleInputs]:
+    """Yield batches until they have ``max_samples`` samples together. The last one is cut."""
     for batch in batches:
-        yield batch[:max_samples]
-        max_samples -= len(batch)
+        yield cut_batch(batch, max_samples)
+        max_samples -= _sample_count(batch)
         if max_samples <= 0:
             return
 

@@ -161,7 +161,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive_int, default=64, metavar="N", help="samples in a batch (default: %(default)s)"
     )
     group.add_argument(
-        "--max-samples", type=positive_int, metavar="N", help="take only the first N samples (default: all)"
+        "--max-samples", type=positive_int, metavar="N", help="take only the first N samples (default: 1024)"
     )
     group.add_argument(
         "--likelihood",

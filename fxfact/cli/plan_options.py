@@ -6,10 +6,8 @@ import os
 from concurrent.futures import Executor
 from typing import Any
 
-from torch.export import ExportedProgram
-
 from fxfact import api
-from fxfact.calibration import Statistics, first_sample, split_held_out, take_samples
+from fxfact.calibration import MAX_SAMPLES, Statistics, split_held_out, take_samples, with_example
 from fxfact.cli.inputs import (
     LoadedModel,
     example_inputs_of,
@@ -111,7 +109,7 @@ def read_data(
         raise ArgumentError("--max-samples is only used with data. Pass --calibration as well, or remove it.")
     dtype = model_dtype(loaded.model)
     batches: list[Any] = read_batches(args.calibration, args.batch, dtype) if args.calibration else []
-    batches = list(take_samples(batches, args.max_samples)) if args.max_samples else batches
+    batches = list(take_samples(batches, args.max_samples or MAX_SAMPLES)) if batches else []
     if args.statistics:
         return Statistics.load(args.statistics), batches
     return split_held_out(batches) if held_out and batches else (batches or None, [])
@@ -119,10 +117,10 @@ def read_data(
 
 def with_first_sample(args: Arguments, loaded: LoadedModel) -> LoadedModel:
     """Return a module that has no example inputs with the first sample of the data, if there are any, as those."""
-    if loaded.inputs is not None or not args.calibration or isinstance(loaded.model, ExportedProgram):
+    if loaded.inputs is not None or not args.calibration:
         return loaded
-    example, _ = first_sample(loaded.model, read_batches(args.calibration, args.batch, model_dtype(loaded.model)))
-    return loaded._replace(inputs=example)
+    batches = read_batches(args.calibration, args.batch, model_dtype(loaded.model))
+    return loaded._replace(inputs=with_example(loaded.model, None, batches)[0])
 
 
 def load_error_curves(args: Arguments) -> ErrorCurveCache | None:

@@ -66,6 +66,7 @@ class Plan(PrintsTable):
             ``fxfact.for_inference``).
         measured_ms: milliseconds of the dense network and of the result, measured in turns, if measured. For a budget
             of milliseconds, the dense network is measured in its fastest exact variant.
+        samples: the number of samples that it was learnt from which errors the loss can bear, if there were data.
         outputs: the outputs of the network and what they mean, if the plan was made with data.
         call: the arguments of ``fxfact.plan`` that are not the defaults, among them the budget, as plain data. Plans
             made by different calls can be equal.
@@ -87,6 +88,7 @@ class Plan(PrintsTable):
     measured_on_held_out: bool = False
     inference_passes: tuple[str, ...] = ()
     measured_ms: tuple[float, float] | None = field(default=None, compare=False)
+    samples: int | None = None
     outputs: tuple[OutputPart, ...] = ()
     call: Mapping[str, Any] = field(default_factory=dict, compare=False)
     versions: Mapping[str, str] = field(default_factory=installed_versions, compare=False)
@@ -237,7 +239,8 @@ class Plan(PrintsTable):
         if self.inference_passes:
             yield f"for inference: {', '.join(self.inference_passes)}"
         if self.outputs:
-            yield f"outputs: {'; '.join(map(str, self.outputs))}"
+            learnt = "" if self.samples is None else f", learnt from {self.samples:,} samples"
+            yield f"outputs: {'; '.join(map(str, self.outputs))}{learnt}"
         if self.measured_loss_increase is not None:
             where = "held-out data" if self.measured_on_held_out else "a part of the data"
             predicted = self.predicted_loss_increase

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from fxfact.calibration import cut_batch
 from fxfact.capture import Captured, ExampleInputs, capture, copy_arguments, run_model, seeded_rng
 from fxfact.conv import supports_onednn
 from fxfact.errors import ArgumentError, ArgumentTypeError, BudgetError, SpeedWarning, TimingError
@@ -201,31 +202,52 @@ def fall_back_if_slower(
 
 
 @seeded_rng()
-def warn_if_slower(captured: Captured, result: nn.Module, timer: Timer | None = None) -> None:
-    """Warn if a factorized network is clearly slower than the original on the example inputs, and note it in its plan.
+def warn_if_slower(
+    captured: Captured, result: nn.Module, batch: ExampleInputs | None = None, timer: Timer | None = None
+) -> None:
+    """Warn if a factorized network is clearly slower than the original, and note it in its plan.
 
-    Both run in evaluation mode, for a second at most, or three times if that takes longer. A network that cannot be
-    timed is left alone.
+    Both run in evaluation mode, on the example inputs and on as much of ``batch`` as takes about a second. A network
+    that cannot be timed is left alone.
     """
     if captured.example_inputs is None or not last_plan(result).rewrites:
         return
     networks = [to_eval(alias_copy(network)) for network in (captured.network, result)]
-    calls = [_as_call(network, captured.example_inputs, compiled=False) for network in networks]
+    timer, compared = timer or Timer(), []
     with suppress(TimingError):
-        timer = timer or Timer()
-        dense, factorized = timer.turns(calls, repeats=_CHECK_TURNS, number=1, within=_CHECK_SECONDS)
-        before, after = summarize_turns([dense, factorized])
-        if min(after, *factorized) > _CLEARLY_SLOWER * before:
-            update_plan(result, measured_ms=(before, after))
-            shapes = ", ".join(
-                str(tuple(t.shape)) for t in tree_leaves(captured.example_inputs) if isinstance(t, Tensor)
-            )
-            warn_caller(
-                f"the factorized network is slower than the original, although it computes less: {before:.3g} → "
-                f"{after:.3g} ms for inputs of shape {shapes}. Pass example_inputs of the batch size that you will "
-                "use. If it is slower there too, pass budget=fxfact.Latency(0.5), which chooses ranks by the clock.",
-                SpeedWarning,
-            )
+        compared.append(_compare_times(networks, captured.example_inputs, timer))
+        samples = int(1000 * _CHECK_SECONDS / (2 * _CHECK_TURNS * compared[0].before))
+        if batch is not None and samples > 1:
+            compared.append(_compare_times(networks, cut_batch(batch, samples), timer))
+    slower = [times for times in compared if times.is_slower]
+    if slower:
+        update_plan(result, measured_ms=(slower[-1].before, slower[-1].after))
+        warn_caller(
+            f"the factorized network is slower than the original, although it computes less: "
+            f"{' and '.join(map(str, slower))}. Pass example_inputs of the batch size that you will use. If it is "
+            "slower there too, pass budget=fxfact.Latency(0.5), which chooses ranks by the clock.",
+            SpeedWarning,
+        )
+
+
+class _Times(NamedTuple):
+    """Milliseconds of two networks on the same inputs, and whether the second is slower by more than chance."""
+
+    inputs: ExampleInputs
+    before: float
+    after: float
+    is_slower: bool
+
+    def __str__(self) -> str:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor))
+        return f"{self.before:.3g} → {self.after:.3g} ms for inputs of shape {shapes}"
+
+
+def _compare_times(networks: Sequence[nn.Module], inputs: ExampleInputs, timer: Timer) -> _Times:
+    calls = [_as_call(network, inputs, compiled=False) for network in networks]
+    turns = timer.turns(calls, repeats=_CHECK_TURNS, number=1, within=_CHECK_SECONDS)
+    before, after = summarize_turns(turns)
+    return _Times(inputs, before, after, min(after, *turns[1]) > _CLEARLY_SLOWER * before)
 
 
 def _fastest(

@@ -136,7 +136,7 @@ def search(
     else:
         plan = _plan_by_data(draft, strategy, latency_planner, plan_loss, loss)
         warn_if_contradicted(plan)
-    return SearchResult(_with_outputs(plan, statistics), statistics, decompositions)
+    return SearchResult(_with_data(plan, statistics), statistics, decompositions)
 
 
 def _evaluator(network: nn.Module, data: CalibrationData, batches: _SplitBatches) -> DivergenceEvaluator:
@@ -146,9 +146,9 @@ def _evaluator(network: nn.Module, data: CalibrationData, batches: _SplitBatches
     return DivergenceEvaluator(network, batches.measuring, resolve_likelihood(_likelihood(data), network, first))
 
 
-def _with_outputs(plan: Plan, statistics: Statistics | None) -> Plan:
-    """Return the plan with what the statistics know about the outputs."""
-    return plan if statistics is None else replace(plan, outputs=statistics.outputs)
+def _with_data(plan: Plan, statistics: Statistics | None) -> Plan:
+    """Return the plan with what the statistics know about the data and the outputs."""
+    return plan if statistics is None else replace(plan, samples=statistics.samples, outputs=statistics.outputs)
 
 
 def _latency_planner(

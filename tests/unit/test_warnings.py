@@ -88,11 +88,40 @@ def test_a_network_that_became_slower_is_named_with_its_times(network: nn.Module
     small = fxfact.factorize(network, rank=0.5)
     captured = capture(network, images)
     with pytest.warns(fxfact.SpeedWarning, match=r"2 → 3 ms for inputs of shape \(16, 3, 9, 9\).*fxfact.Latency"):
-        warn_if_slower(captured, small, Turns([2.0, 4.0], [3.0, 6.0]))
+        warn_if_slower(captured, small, timer=Turns([2.0, 4.0], [3.0, 6.0]))
     plan = fxfact.plan_of(small)
     assert plan.measured_ms == (2.0, 3.0)
     assert "2 → 3 ms, SLOWER than the original" in str(plan)
     assert "measured_ms" not in plan.to_json()
+
+
+@pytest.mark.parametrize(
+    ("slow", "shapes"), [({1}, r"\(1, 3, 9, 9\)"), ({8}, r"\(8, 3, 9, 9\)"), ({1, 8}, r"\(1, .* and .*\(8, ")]
+)
+def test_a_whole_batch_of_the_data_is_timed_besides_the_first_sample(
+    slow: set[int], shapes: str, network: nn.Module, images: Tensor
+) -> None:
+    class SlowAt(Timer):
+        def turns(self, calls: Sequence[Callable[[], Any]], **_: Any) -> list[list[float]]:
+            return [[2.0], [3.0 if len(calls[0]()) in slow else 1.0]]
+
+    small = fxfact.factorize(network, rank=0.5)
+    with pytest.warns(fxfact.SpeedWarning, match=f"for inputs of shape {shapes}"):
+        warn_if_slower(capture(network, images[:1]), small, images[:8], SlowAt())
+    assert fxfact.plan_of(small).measured_ms == (2.0, 3.0)
+
+
+def test_a_slow_network_is_timed_on_a_part_of_the_batch(network: nn.Module, images: Tensor) -> None:
+    sizes = []
+
+    class Slow(Timer):
+        def turns(self, calls: Sequence[Callable[[], Any]], **_: Any) -> list[list[float]]:
+            sizes.append(len(calls[0]()))
+            return [[25.0 * sizes[-1]], [1.0]]
+
+    warn_if_slower(capture(network, images[:1]), fxfact.factorize(network, rank=0.5), images, Slow())
+    assert sizes[0] == 1
+    assert 1 < sizes[1] < len(images)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +135,7 @@ def test_a_network_that_is_not_clearly_slower_does_not_warn(
     small = fxfact.factorize(network, rank=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_slower(capture(network, images), small, Turns(original, factorized))
+        warn_if_slower(capture(network, images), small, timer=Turns(original, factorized))
     assert fxfact.plan_of(small).measured_ms is None
 
 
@@ -116,7 +145,7 @@ def test_a_network_that_cannot_be_timed_is_left_alone(network: nn.Module, images
             raise TimingError("no clock")
 
     small = fxfact.factorize(network, rank=0.5)
-    warn_if_slower(capture(network, images), small, Broken())
+    warn_if_slower(capture(network, images), small, timer=Broken())
     assert fxfact.plan_of(small).measured_ms is None
 
 

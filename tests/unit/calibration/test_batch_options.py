@@ -145,6 +145,17 @@ def test_no_batch_is_read_after_the_limit(classifier: nn.Module, x: Tensor) -> N
     assert fxfact.calibrate(classifier, x.split(6), max_samples=999).samples == len(x)
 
 
+def test_of_a_long_loader_the_first_1024_samples_are_read(x: Tensor) -> None:
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    images = torch.randn(1100, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert fxfact.calibrate(tiny, endless(images, 100)).samples == 1024
+    assert fxfact.calibrate(tiny, images.split(100), max_samples=None).samples == 1100
+    plan = fxfact.plan(tiny, rank=0.5, calibration=endless(images, 100))
+    assert plan.samples == 1024
+    assert "learnt from 1,024 samples" in str(plan)
+    assert fxfact.Plan.from_json(plan.to_json()) == plan
+
+
 def test_what_is_behind_the_limit_does_not_matter(classifier: nn.Module, x: Tensor) -> None:
     broken = x.clone()
     broken[7:] = float("nan")

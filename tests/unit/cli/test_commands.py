@@ -125,6 +125,10 @@ def test_max_samples_limits_the_data(workspace: Path, capsys: pytest.CaptureFixt
     assert fxfact.Statistics.load("kept.npz").samples == 19
     run_json("plan", "net.pt2", "--macs", "0.6", *data, "--max-samples", "999")
     assert fxfact.Statistics.load("kept.npz").samples == 48
+    np.savez("data.npz", input=np.load("data.npy"), labels=np.zeros(48))
+    data = ["--calibration", "data.npz", "--batch", "8", "--keep-statistics", "kept.npz"]
+    run_json("plan", "shop:small", "--rank", "0.5", *data, "--max-samples", "19")
+    assert fxfact.Statistics.load("kept.npz").samples == 19
     assert main(["plan", "net.pt2", "--rank", "0.5", "--max-samples", "19"]) == 1
     assert "--max-samples is only used with data" in capsys.readouterr().err
 
