@@ -51,8 +51,8 @@ class Explanation(PrintsTable):
             measure = "loss increase" if self.plan.uses_statistics else "energy lost"
             reasons.append(
                 f"The budget chose for all layers together: this network has the least {measure} that it allows. "
-                "Increases are divided by the square root of the loss without the layer, so that no layer is "
-                "sacrificed."
+                "The increase of a layer is weighed by what the network would lose without it, so that no layer is "
+                "sacrificed for the others."
             )
         elif decision.factorization is not None:
             reasons.append(f"The rank was asked for{f', but {decision.note}' if decision.note else ''}.")

@@ -102,7 +102,10 @@ class Macs(Budget):
             BudgetError: if they are not known.
         """
         if cost.macs is None:
-            raise BudgetError("a budget of MACs needs example_inputs, which give the sizes")
+            raise BudgetError(
+                "a budget of MACs needs example_inputs, which give the sizes. Pass a batch, such as "
+                "example_inputs=torch.randn(1, 3, 224, 224), or calibration=batches."
+            )
         return cost.macs
 
 
