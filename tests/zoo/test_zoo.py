@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,8 @@ def counted(entry: ZooModel, model: nn.Module, plan: fxfact.Plan, verified: fxfa
     kernels = {d.path: kernel_of(model, d) for d in plan}
     depthwise = [path for path, (size, groups, channels) in kernels.items() if groups > 1 and groups == channels]
     pointwise = [path for path, (size, groups, channels) in kernels.items() if set(size) == {1}]
-    wide = [d for d in plan if d.path not in (*depthwise, *pointwise)]
+    linear = [d for d in plan if kernels[d.path][0] == ()]
+    wide = [d for d in plan if d.path not in (*depthwise, *pointwise) and d not in linear]
     return {
         "model": entry.name,
         "library": entry.library,
@@ -163,14 +164,23 @@ def counted(entry: ZooModel, model: nn.Module, plan: fxfact.Plan, verified: fxfa
         "refused": dict(refused),
         "wide": len(wide),
         "wide_rewritten": sum(d.factorization is not None for d in wide),
+        "linear": len(linear),
+        "linear_rewritten": sum(d.factorization is not None for d in linear),
+        "reached_by_convolutions": reached([d for d in plan.rewrites if d not in linear], plan),
+        "reached": reached(plan.rewrites, plan),
         "depthwise": len(depthwise),
         "error": verified.graph,
         "why": list(plan.refused),
     }
 
 
+def reached(rewrites: Sequence[fxfact.Decision], plan: fxfact.Plan) -> float:
+    """The share of the network's MACs that are in these layers before."""
+    return sum(d.before.macs or 0 for d in rewrites) / (plan.network.macs or 1)
+
+
 def kernel_of(model: nn.Module, decision: fxfact.Decision) -> tuple[tuple[int, ...], int, int]:
-    """Kernel size, groups and input channels, of what is listed without them from the module at its path."""
+    """Kernel size (that of a linear layer is empty), groups and input channels, if need be from the module itself."""
     try:
         found: Any = decision.spec or model.get_submodule(decision.path)
         return found.kernel_size, found.groups, found.in_channels
@@ -186,13 +196,20 @@ def table(found: list[dict[str, Any]]) -> str:
     def line(row: dict[str, Any]) -> list[Any]:
         refused = ", ".join(f"{count} {kind}" for kind, count in row["refused"].items())
         marks = ["yes" if row[key] else "neither" for key in ("compiles", "exports")]
-        return [row["model"], row["frontend"], row["found"], row["rewritten"], refused, f"{row['error']:.0e}", *marks]
+        shares = [f"{row[key]:.0%}" for key in ("reached_by_convolutions", "reached")]
+        start = [row["model"], row["frontend"], row["found"], row["rewritten"]]
+        return [*start, *shares, refused, f"{row['error']:.0e}", *marks]
 
-    headers = ["model", "frontend", "found", "rewritten", "left as they are", "graph error", "compiles", "exports"]
-    wide, done = (sum(row[key] for row in found) for key in ("wide", "wide_rewritten"))
+    headers = ["model", "capture", "found", "rewritten", "MACs reached by convolutions", "and linear layers"]
+    headers += ["left dense", "graph error", "compiles", "exports"]
+    sums = {key: sum(row[key] for row in found) for key in ("found", "wide", "wide_rewritten")}
+    sums |= {key: sum(row[key] for row in found) for key in ("linear", "linear_rewritten")}
+    means = [sum(row[key] for row in found) / len(found) for key in ("reached_by_convolutions", "reached")]
     total = (
-        f"{len(found)} models; {sum(r['found'] for r in found)} convolutions, of them {wide} with a kernel above 1 "
-        f"that are not depthwise: {done} rewritten ({done / max(1, wide):.1%})."
+        f"{len(found)} models; {sums['found']} layers. {sums['wide']} convolutions have a kernel above 1 and are not "
+        f"depthwise: {sums['wide_rewritten']} are rewritten ({sums['wide_rewritten'] / sums['wide']:.1%}). "
+        f"{sums['linear']} are linear: {sums['linear_rewritten']} are rewritten. The convolutions that are rewritten "
+        f"have {means[0]:.1%} of a model's MACs in the mean, and with linear layers {means[1]:.1%}."
     )
     return f"{tabulate(map(line, found), headers, tablefmt='github')}\n\n{total}\n"
 
