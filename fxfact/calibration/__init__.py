@@ -29,7 +29,7 @@ from fxfact.calibration.likelihood import (
 from fxfact.calibration.moments import Window
 from fxfact.calibration.output_parts import OutputPart
 from fxfact.calibration.output_samples import READING_SAMPLES
-from fxfact.calibration.processes import rank_and_world_size, samples_of_all_processes
+from fxfact.calibration.processes import gather_objects, rank_and_world_size, samples_of_all_processes
 from fxfact.calibration.statistics import Statistics
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "collect_statistics",
     "cut_batch",
     "first_batch",
+    "gather_objects",
     "generator_seed",
     "iter_batches",
     "mean_and_error",

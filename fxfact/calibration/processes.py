@@ -1,4 +1,4 @@
-"""What several processes of ``torch.distributed`` do together: sums, and the first samples of all of them."""
+"""What several processes of ``torch.distributed`` do together: they sum, and they share objects and samples."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def samples_of_all_processes(batches: Sequence[ExampleInputs], count: int) -> Se
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return batches
-    own = list(islice(_single_samples(batches), -(-count // world_size)))
-    gathered: list[list[Any]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(gathered, own)
+    gathered: list[list[Any]] = gather_objects(list(islice(_single_samples(batches), -(-count // world_size))))
     longest = max(map(len, gathered))
     ordered = [samples[k] for k in range(longest) for samples in gathered if k < len(samples)][:count]
     device = next((leaf.device for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)), None)
@@ -56,6 +54,16 @@ def rank_and_world_size() -> tuple[int, int]:
     """Return the rank of this process and the number of processes; (0, 1) without ``torch.distributed``."""
     initialized = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """Return the objects of all processes by rank, with this one's itself. Every process must call this."""
+    rank, world_size = rank_and_world_size()
+    gathered = [own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(gathered, own)
+        gathered[rank] = own
+    return gathered
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> None:

@@ -249,7 +249,9 @@ class Metric:
 
     If ``evaluate`` returns one score for each sample, the bound is meant to hold for other samples of the same kind
     too. A network then meets it if the upper confidence limit of its mean drop is within the bound. If ``evaluate``
-    returns one number, the drop of this number is within the bound, and on other samples it may be larger.
+    returns one number, the drop of this number is within the bound, and on other samples it may be larger. If
+    ``torch.distributed`` is initialised, every process scores its own samples: their scores are taken together, and
+    the mean of their numbers.
 
     Args:
         evaluate: a function that measures a network. It gets a module in evaluation mode, without gradients, which it

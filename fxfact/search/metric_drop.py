@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfact.calibration import Statistics, mean_and_error
+from fxfact.calibration import Statistics, gather_objects, mean_and_error
 from fxfact.capture import Captured
 from fxfact.errors import BudgetError, MetricError
 from fxfact.passes import DecomposeJob, DecomposeOptions, Decomposition, apply_plan, decompose_sites
@@ -112,7 +112,19 @@ class MetricDrop:
         return to_eval(network.module() if isinstance(network, ExportedProgram) else network)
 
     def _evaluate(self, network: nn.Module, role: str) -> Tensor:
-        """Return the caller's scores (n,) of a network, or (1,) of a single number. Higher is better."""
+        """Return the scores (n,) of a network, or (1,) of a single number, from all processes. Higher is better."""
+        try:
+            own: Tensor | MetricError = self._evaluate_here(network, role)
+        except MetricError as error:  # the other processes must know, or they would wait for this one
+            own = error
+        found = gather_objects(own)
+        for each in (own, *found):
+            if isinstance(each, MetricError):
+                raise each
+        scores = torch.cat(found)
+        return scores.mean(0, keepdim=True) if len(scores) == len(found) else scores
+
+    def _evaluate_here(self, network: nn.Module, role: str) -> Tensor:
         tensors = {"the network": network, "the original model": self._captured.network}
         before = {owner: _digests(each) for owner, each in tensors.items()}
         try:

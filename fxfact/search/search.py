@@ -100,7 +100,7 @@ def search(
         ArgumentError, BudgetError, CalibrationError, CaptureError, MetricError, RankError, TimingError, WeightError.
     """
     loss = bound if isinstance(bound, Loss) else None
-    _check_requests(strategy, data)
+    _check_requests(strategy, data, has_metric=isinstance(bound, Metric))
     if data.calibration is not None or data.held_out is not None:
         captured.check_sites()
 
@@ -215,7 +215,7 @@ def _cheapest_plan(limit: Limit, proposer: PlanProposer, unit: type[Budget], pla
     return replace(found, measured_points=tuple(points))
 
 
-def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData) -> None:
+def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData, *, has_metric: bool) -> None:
     """Raise ArgumentError or CalibrationError for arguments that would have no effect or cannot work together."""
     own_likelihood(data.likelihood)  # refuses what is none
     if data.likelihood is not None and data.held_out is None and isinstance(data.calibration, Statistics | None):
@@ -225,7 +225,7 @@ def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationDat
         )
     has_batches = data.held_out is not None or not isinstance(data.calibration, Statistics | None)
     has_latency = isinstance(strategy, BudgetAllocator) and isinstance(strategy.budget, Latency)
-    if has_latency and has_batches and rank_and_world_size()[1] > 1:
+    if has_latency and (has_batches or has_metric) and rank_and_world_size()[1] > 1:
         raise ArgumentError(
             "each process measures times of its own, and would plan another network. Plan in one process, from "
             "fxfact.Statistics that all processes have calibrated, and load its plan in the others."

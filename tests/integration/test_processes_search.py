@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 
 import fxfact
+from fxfact.errors import ArgumentError, MetricError
 from tests.support import Classifier
 
 pytestmark = pytest.mark.integration
@@ -35,7 +37,23 @@ def plan_in_one_of_two_processes(rank: int, folder: str) -> None:
             example_inputs=images(0)[:1],
         )
         plan.save(f"{folder}/{name}{rank}.json")
+    given = {"calibration": images(0)[rank::2].split(2), "example_inputs": images(0)[:1]}
+    metrics = {"scores": score, "number": lambda network, rank: float(score(network, rank).mean())}
+    for name, measure in metrics.items():
+        metric = fxfact.Metric(partial(measure, rank=rank), at_most_drop=10.0)
+        fxfact.plan(model, "tucker", budget=metric, **given).save(f"{folder}/{name}{rank}.json")
+    fails_in_one = fxfact.Metric(lambda network: score(network, rank) / (rank or 1 // rank), at_most_drop=1.0)
+    with pytest.raises(MetricError, match="evaluate raised on the dense network: ZeroDivisionError"):
+        fxfact.plan(model, "tucker", budget=fails_in_one, **given)
+    timed = fxfact.Metric(partial(score, rank=rank), at_most_drop=1.0, minimise=fxfact.Latency)
+    with pytest.raises(ArgumentError, match="each process measures times of its own"):
+        fxfact.plan(model, "tucker", budget=timed, example_inputs=images(0)[:1])
     dist.destroy_process_group()
+
+
+def score(network: nn.Module, rank: int) -> Tensor:
+    """The scores of a process's samples, of which the first process has more."""
+    return -network(images(2 + rank)[: 16 - 4 * rank]).square().mean(1)
 
 
 def test_two_processes_measure_on_the_data_of_both(tmp_path: Path) -> None:
@@ -45,3 +63,12 @@ def test_two_processes_measure_on_the_data_of_both(tmp_path: Path) -> None:
         assert one == other
         assert one.measured_loss_increase is not None
         assert one.measured_on_held_out == (name == "beside")
+    torch.manual_seed(0)
+    model = Classifier().eval()
+    scores = [score(model, rank).detach().double() for rank in range(2)]
+    means = {"scores": torch.cat(scores).mean(), "number": torch.stack([part.mean() for part in scores]).mean()}
+    for name, mean in means.items():
+        one, other = (fxfact.Plan.load(tmp_path / f"{name}{rank}.json") for rank in range(2))
+        assert one == other
+        assert one.rewrites
+        assert one.measured_points[0].metric == pytest.approx(float(mean), rel=1e-5)
