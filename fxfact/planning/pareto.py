@@ -137,7 +137,7 @@ class ParetoFront(PrintsTable):
         predicted = [MeasuredPoint(point.cost, point.predicted_loss_increase) for point in self.points]
         points: list[MeasuredPoint] = []
         for point in (*measured, *predicted):
-            same = next((k for k, other in enumerate(points) if _same_network(point, other)), None)
+            same = next((k for k, other in enumerate(points) if _same_network(point.cost, other.cost)), None)
             if same is None:
                 points.append(point)
             else:
@@ -146,7 +146,7 @@ class ParetoFront(PrintsTable):
 
     def is_chosen(self, point: MeasuredPoint) -> bool:
         """Return whether a point is the network that the plan makes."""
-        return self.chosen is not None and _same_network(point, self.chosen)
+        return self.chosen is not None and _same_network(point.cost, self.chosen.cost)
 
     def amount(self, point: MeasuredPoint, unit: str | None = None) -> float | None:
         """Return the cost of a point in the unit of the budget, or in another one, if it is known."""
@@ -194,8 +194,8 @@ def format_value(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _same_network(one: MeasuredPoint, other: MeasuredPoint) -> bool:
-    return (one.cost.params, one.cost.macs) == (other.cost.params, other.cost.macs)
+def _same_network(one: Cost, other: Cost) -> bool:
+    return (one.params, one.macs) == (other.params, other.macs)
 
 
 def _merged(point: MeasuredPoint, other: MeasuredPoint) -> MeasuredPoint:
@@ -211,7 +211,7 @@ def _was_measured(point: MeasuredPoint) -> bool:
 def describe_metric(points: Sequence[MeasuredPoint], cost: Cost) -> list[str]:
     """Return a sentence on the caller's metric before and after, or none if it was not measured at this cost."""
     measured = [point for point in points if point.metric is not None]
-    own = next((point for point in measured if point.cost == cost), None)
+    own = next((point for point in measured if _same_network(point.cost, cost)), None)
     if own is None:
         return []
     change = f"{measured[0].metric:.4g} → {own.metric:.4g}, worse by at most {own.drop_at_most:.3g}"

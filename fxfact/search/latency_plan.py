@@ -81,6 +81,10 @@ class LatencyPlanner:
         self._model.save()
         return self._proposer(layers, allocator)
 
+    def as_measured(self, plan: Plan, allocator: BudgetAllocator) -> Plan:
+        """Return a plan with milliseconds that agree with those of its network."""
+        return self._search(self._proposer((), allocator)).as_measured(plan)
+
     def _plan_by_macs(self, allocator: BudgetAllocator, plan_loss: PlanLoss | None, why: str) -> Plan:
         share = min(1.0, self._budget.allowed(self._network()) / self._network_ms)
         warn_caller(

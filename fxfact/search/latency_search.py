@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ _EARLY_TOLERANCE = 0.1  # the share of the budget by which the smallest ranks mu
 _TOLERANCE = 0.03  # a plan may measure this share of the budget below it, or by chance above it
 _MIN_TIME_SHARE = 0.05  # the least share of a layer's time that its chain usually takes, and of predicted savings
 _MARGIN = 0.2  # of the search interval, at both ends, where no plan is asked for
+
+
+_Point = TypeVar("_Point", ParetoPoint, MeasuredPoint)
 
 
 class LatencyTrial(NamedTuple):
@@ -128,6 +131,10 @@ class LatencySearch:
             least = error.least * (1 + 1e-9)
             return self._propose(Latency(at_most_ms=least), normalization, factors), least, True
 
+    def as_measured(self, plan: Plan) -> Plan:
+        """Return a plan, its front and its measured points with milliseconds that agree with its network's."""
+        return _with_measured(plan, self._measure(plan))
+
     def _measure(self, plan: Plan) -> float:
         """Return the milliseconds of the plan's network, holding random weights."""
         if not plan.rewrites:
@@ -182,7 +189,7 @@ def _savings_factor(latencies: Sequence[tuple[float, float]], saved: float) -> f
 
 
 def _scale_savings(plan: Plan, factor: float) -> Plan:
-    """Return the plan with the predicted savings of its chains, and of its Pareto front, multiplied."""
+    """Return the plan with the predicted savings of its chains and of other networks multiplied."""
 
     def scaled(dense: float, chain: float) -> float:
         return dense - min(factor * (dense - chain), _most_saved(dense, chain))
@@ -193,11 +200,15 @@ def _scale_savings(plan: Plan, factor: float) -> Plan:
         dense, chain = decision.latencies_ms
         return replace(decision, latencies_ms=(dense, scaled(dense, chain)))
 
-    def scaled_point(point: ParetoPoint) -> ParetoPoint:
+    def scaled_point(point: _Point) -> _Point:
         return replace(point, cost=replace(point.cost, ms=scaled(plan.network.ms or 0.0, point.cost.ms or 0.0)))
 
-    decisions, points = map(scaled_decision, plan), map(scaled_point, plan.pareto_points)
-    return replace(plan, decisions=tuple(decisions), pareto_points=tuple(points))
+    return replace(
+        plan,
+        decisions=tuple(map(scaled_decision, plan)),
+        pareto_points=tuple(map(scaled_point, plan.pareto_points)),
+        measured_points=tuple(map(scaled_point, plan.measured_points)),
+    )
 
 
 def _best_trial(trials: list[LatencyTrial], target: float, refused: Budget | None) -> LatencyTrial:

@@ -132,7 +132,9 @@ def search(
         proposer = _proposer(draft, strategy) if latency_planner is None else latency_planner.proposer(strategy)
         limit = metric_drop.limit(statistics, decompositions)
         plan = _cheapest_plan(limit, proposer, type(strategy.budget), plan_loss)
-        plan = replace(plan, measured_points=tuple(metric_drop.points))
+        dense, *others = metric_drop.points
+        plan = replace(plan, measured_points=(replace(dense, cost=plan.network), *others))
+        plan = plan if latency_planner is None else latency_planner.as_measured(plan, strategy)
     else:
         plan = _plan_by_data(draft, strategy, latency_planner, plan_loss, loss)
         warn_if_contradicted(plan)

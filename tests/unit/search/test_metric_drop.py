@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from fxfact.passes import DecomposeOptions
 from fxfact.planning import BudgetAllocator, ByPath, MeasuredPoint, SearchScope, parse_factorizations
 from fxfact.search import CalibrationData, search
 from fxfact.search.metric_drop import largest_mean
-from tests.support import FakeTimer, copied_state, has_state
+from tests.support import FakeTimer, copied_state, has_state, millions_of_macs
 
 X = F.avg_pool2d(torch.randn(64, 3, 11, 11, generator=torch.Generator().manual_seed(0)), 3, 1, 1)
 Evaluate = Callable[[nn.Module], Any]
@@ -129,6 +129,30 @@ def test_milliseconds_are_minimised_if_asked_for(model: nn.Module, error_curves:
     chosen = next(point for point in plan.measured_points if point.cost == plan.after)
     assert chosen.drop_at_most is not None
     assert chosen.drop_at_most <= 1e-3
+    assert plan.measured_points[0].cost == plan.network
+
+
+def test_milliseconds_of_a_network_for_a_metric_are_measured(
+    model: nn.Module, error_curves: fxfact.ErrorCurveCache
+) -> None:
+    def side_by_side(calls: Sequence[Callable[[], Any]]) -> list[float]:
+        dense, *others = map(millions_of_macs, calls)
+        return [dense, *(dense - (dense - other) / 4 for other in others)]  # networks save less than layers alone
+
+    metric = fxfact.Metric(Agreement(model, mean=True), at_most_drop=1e-3, minimise=fxfact.Latency)
+    allocator = BudgetAllocator(
+        budget=fxfact.Latency(1.0, timer=FakeTimer(side_by_side=side_by_side)),
+        factorizations=ByPath.parse("channel_svd", parse_factorizations),
+        error_curves=error_curves,
+    )
+    captured = capture(model, X[:16])
+    found = search(captured, allocator, SearchScope(), CalibrationData(), options=DecomposeOptions(), bound=metric)
+    plan = found.plan
+    assert plan.network.ms is not None
+    assert plan.after.ms is not None
+    saved = 16 * (plan.network.macs - plan.after.macs) / 1e6  # of 16 samples, for layers alone
+    assert plan.network.ms - plan.after.ms == pytest.approx(saved / 4, rel=1e-3)
+    assert f"{len(plan.measured_points)} networks were measured" in str(plan)
 
 
 def test_metric_that_allows_nothing_leaves_the_network_dense(
