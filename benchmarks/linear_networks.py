@@ -1,4 +1,7 @@
-"""Networks that consist of linear layers for the most part: a transformer, a ConvNeXt and a VGG for 28×28 images."""
+"""Networks that consist of linear layers for the most part: transformers, a ConvNeXt, a VGG, a block of attention.
+
+Their defaults are for images of 28×28, and trained weights exist for them.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +42,18 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer (Dosovitskiy et al. 2021) on patches of 4×4."""
+    """A vision transformer (Dosovitskiy et al. 2021) for images with these channels and ``patches`` patches."""
 
-    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4) -> None:
+    def __init__(
+        self, width: int = 96, depth: int = 4, heads: int = 4, *, channels: int = 1, patch: int = 4,
+        patches: int = 49, classes: int = 10,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.embed = nn.Conv2d(1, width, 4, 4)
+        self.embed = nn.Conv2d(channels, width, patch, patch)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos = nn.Parameter(0.02 * torch.randn(1, 50, width))
+        self.pos = nn.Parameter(0.02 * torch.randn(1, patches + 1, width))
         self.blocks = nn.Sequential(*(EncoderBlock(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.embed(x).flatten(2).transpose(1, 2)
@@ -86,6 +92,48 @@ class ConvNext(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = self.stage2(self.down(self.stage1(self.stem(x))))
         return self.head(self.norm(maps.mean((2, 3))))
+
+
+class ConvNextTiny(nn.Sequential):
+    """A network of the shape of ConvNeXt-T (Liu et al. 2022), without the norms between its stages."""
+
+    def __init__(self) -> None:
+        stages = ((96, 3), (192, 3), (384, 9), (768, 3))
+        layers: list[nn.Module] = [nn.Conv2d(3, 96, 4, 4)]
+        into = 96
+        for width, depth in stages:
+            layers += [] if width == into else [nn.Conv2d(into, width, 2, 2)]
+            layers += [NextBlock(width) for _ in range(depth)]
+            into = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(into), nn.Linear(into, 1000))
+
+
+class AttentionBlock(nn.Module):
+    """A block of attention as in diffusion models: over itself, over a text of 77 tokens, then a gated linear unit."""
+
+    def __init__(self, width: int = 1280, heads: int = 20, text: int = 768) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+        self.own = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(3)])
+        self.cross = nn.ModuleList([nn.Linear(into, width, bias=False) for into in (width, text, text)])
+        self.outs = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+        self.gated, self.last = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+        self.register_buffer("text", torch.randn(1, 77, text))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.norms
+        y = first(x)
+        x = x + self.outs[0](self._attention(*(layer(y) for layer in self.own)))
+        queries, keys, values = self.cross
+        text = self.text.expand(x.shape[0], -1, -1)
+        x = x + self.outs[1](self._attention(queries(second(x)), keys(text), values(text)))
+        hidden, gate = self.gated(third(x)).chunk(2, dim=-1)
+        return x + self.last(hidden * F.gelu(gate))
+
+    def _attention(self, *projected: Tensor) -> Tensor:
+        split = [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in projected]
+        return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
 
 
 class SmallVGG(nn.Module):

@@ -1,7 +1,7 @@
 """Seconds and memory of calibrating a network, and of planning and carrying out a budget, at first and again.
 
     python -m benchmarks.planning                                  # ResNet-18 at 224², 512 images: a few minutes
-    python -m benchmarks.planning --network vgg16                  # or resnet50, unet
+    python -m benchmarks.planning --network vgg16                  # or resnet50, unet, vit_b16
     python -m benchmarks.planning --factorizations cp channel_svd  # some of the factorizations
     python -m benchmarks.planning --workers 2                      # errors and kernels in two processes
 
@@ -28,7 +28,7 @@ from fxfact.utils import processes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=["resnet18", "resnet50", "vgg16", "unet"], default="resnet18")
+    parser.add_argument("--network", choices=["resnet18", "resnet50", "vgg16", "unet", "vit_b16"], default="resnet18")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.5, help="as a share of the MACs")

@@ -94,4 +94,7 @@ TIMED: dict[str, Network] = {
     "dncnn": NETWORKS["dncnn"],
     "unet3d": Network(lambda: UNet(3, 1, (16, 32, 64)), (1, 32, 32, 32)),
     "vocoder": Network(Vocoder, (80, 32)),
+    "vit_b16": NETWORKS["vit_b16"],
+    "convnext_t": NETWORKS["convnext_t"],
+    "attention_block": NETWORKS["attention_block"],
 }
