@@ -142,6 +142,8 @@ def factorize(
     known = found.decompositions if generator is None else {}  # the caller's generator draws new random factors
     apply_to = partial(apply_plan, captured=captured, options=options, statistics=found.statistics, known=known)
     result = apply_to(found.plan)
+    if found.refit is not None and found.plan.rewrites:
+        result = found.refit(cast(nn.Module, result))
     if isinstance(result, nn.Module):
         if isinstance(cost := _cost_budget(budget), Latency):
             result = fall_back_if_slower(captured, found.plan, result, apply_to, cost)

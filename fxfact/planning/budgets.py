@@ -264,6 +264,8 @@ class Metric:
             network, which shows whether its result is random.
         confidence: the probability that the drop is within the bound in the mean of all possible samples. Only for
             scores of samples.
+        refit: whether networks are measured after ``fxfact.refit`` with the batches of ``calibration``, which costs
+            time and allows smaller networks. ``fxfact.factorize`` then returns a refitted network.
 
     Raises:
         ArgumentError, ArgumentTypeError: for an argument out of range, or of another type.
@@ -277,6 +279,7 @@ class Metric:
     minimise: type[Budget] = Macs
     evaluations: int = 8
     confidence: float = 0.95
+    refit: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.evaluate):
@@ -286,8 +289,9 @@ class Metric:
                 f"Metric: at_most_drop must be a number of at least 0, in the unit of the metric, got "
                 f"{self.at_most_drop!r}"
             )
-        if not isinstance(self.lower_is_better, bool):
-            raise ArgumentTypeError(f"Metric: lower_is_better is True or False, got {self.lower_is_better!r}")
+        for name in ("lower_is_better", "refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentTypeError(f"Metric: {name} is True or False, got {getattr(self, name)!r}")
         if self.minimise not in (Macs, Params, Latency):
             raise ArgumentTypeError(
                 f"Metric: minimise must be the class fxfact.Macs, fxfact.Params or fxfact.Latency, got "

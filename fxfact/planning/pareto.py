@@ -40,6 +40,7 @@ class MeasuredPoint:
         milliseconds: milliseconds of one call, if they were measured.
         drop_at_most: by how much the metric is worse than that of the dense network, if it was measured; if there is
             one score for each sample, the upper confidence limit of the mean.
+        refitted: whether the metric is that of the network after ``fxfact.refit``.
     """
 
     cost: Cost
@@ -48,6 +49,7 @@ class MeasuredPoint:
     metric: float | None = None
     milliseconds: float | None = None
     drop_at_most: float | None = None
+    refitted: bool = False
 
     def __post_init__(self) -> None:
         for name in ("predicted_loss_increase", "measured_loss_increase", "metric", "drop_at_most"):
@@ -215,7 +217,8 @@ def describe_metric(points: Sequence[MeasuredPoint], cost: Cost) -> list[str]:
     if own is None:
         return []
     change = f"{measured[0].metric:.4g} → {own.metric:.4g}, worse by at most {own.drop_at_most:.3g}"
-    return [f"metric: {change}; {len(measured)} networks were measured"]
+    after = ", after fxfact.refit, which the network needs to be as good" if own.refitted else ""
+    return [f"metric: {change}; {len(measured)} networks were measured{after}"]
 
 
 _Point = TypeVar("_Point", bound=ParetoPoint | MeasuredPoint)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
@@ -12,6 +13,7 @@ from torch.export import ExportedProgram
 
 from fxfact.calibration import Statistics, gather_objects, mean_and_error
 from fxfact.capture import Captured
+from fxfact.conv import Cost
 from fxfact.errors import BudgetError, MetricError
 from fxfact.passes import DecomposeJob, DecomposeOptions, Decomposition, apply_plan, decompose_sites
 from fxfact.planning import MeasuredPoint, Metric, Plan
@@ -19,6 +21,7 @@ from fxfact.search.cheapest import Limit
 from fxfact.search.plan_loss import leader_decision
 from fxfact.utils import tensor_digest, to_eval, warn_caller
 
+Refit = Callable[[nn.Module], nn.Module]
 _DENSE_CALLS = 2  # on the dense network
 _SLOPE = 0.5  # the power of the predicted loss increase that the drop usually is
 
@@ -34,17 +37,21 @@ class MetricDrop:
         captured: the network that the plans are for.
         dense: its plan without rewrites.
         options: how kernels are decomposed.
+        refit: refits a factorized network before it is measured. None: it is measured as it is.
 
     Attributes:
         points: every network that was measured, the dense one first.
+        refit: as passed.
 
     Raises:
         MetricError: if the metric cannot be measured on the dense network.
         BudgetError: if there are too few scores to bound any drop by what is asked for.
     """
 
-    def __init__(self, metric: Metric, captured: Captured, dense: Plan, options: DecomposeOptions) -> None:
-        self._metric, self._captured, self._options = metric, captured, options
+    def __init__(
+        self, metric: Metric, captured: Captured, dense: Plan, options: DecomposeOptions, refit: Refit | None = None
+    ) -> None:
+        self._metric, self._captured, self._options, self.refit = metric, captured, options, refit
         self._sites = {site.path: site for site in captured.sites}
         self._drops: dict[frozenset[str], float] = {frozenset(): 0.0}
         self._count: int | None = None  # of scores
@@ -59,6 +66,11 @@ class MetricDrop:
         self._dense = (first + second) / 2
         check_enough_scores(metric, self._dense)
         self.points = [MeasuredPoint(dense.network, 0.0, 0.0, self._mean(self._dense), drop_at_most=0.0)]
+
+    def points_beside(self, network: Cost) -> tuple[MeasuredPoint, ...]:
+        """Return every network that was measured, with the cost of the dense one, whose time is measured later."""
+        dense, *others = self.points
+        return (replace(dense, cost=network), *others)
 
     def limit(self, statistics: Statistics | None, decompositions: dict[str, Decomposition]) -> Limit:
         """Return how much worse networks may be.
@@ -88,7 +100,8 @@ class MetricDrop:
             scores = self._evaluate(self._network(plan, statistics, decompositions), role)
             drop = self._drops[rewrites] = largest_drop(self._metric, self._dense, scores)
             predicted, measured = plan.predicted_loss_increase, plan.measured_loss_increase
-            self.points.append(MeasuredPoint(after, predicted, measured, self._mean(scores), drop_at_most=drop))
+            point = MeasuredPoint(after, predicted, measured, self._mean(scores), drop_at_most=drop)
+            self.points.append(replace(point, refitted=self.refit is not None and bool(rewrites)))
         return self._drops[rewrites]
 
     def _mean(self, scores: Tensor) -> float:
@@ -109,7 +122,9 @@ class MetricDrop:
         results = decompose_sites(jobs, self._options, statistics, label="decomposing")
         decompositions.update(zip(missing, results, strict=True))
         network = apply_plan(plan, self._captured, self._options, statistics=statistics, known=decompositions)
-        return to_eval(network.module() if isinstance(network, ExportedProgram) else network)
+        if isinstance(network, ExportedProgram):
+            return to_eval(network.module())
+        return to_eval(self.refit(network) if self.refit is not None and plan.rewrites else network)
 
     def _evaluate(self, network: nn.Module, role: str) -> Tensor:
         """Return the scores (n,) of a network, or (1,) of a single number, from all processes. Higher is better."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from fxfact.calibration import (
 )
 from fxfact.capture import Captured, ExampleInputs
 from fxfact.errors import ArgumentError, CalibrationError
+from fxfact.finetune import refit as refit_network
 from fxfact.passes import DecomposeOptions, Decomposition
 from fxfact.planning import (
     Budget,
@@ -44,7 +45,7 @@ from fxfact.planning import (
 )
 from fxfact.search.cheapest import CostOfIncrease, Limit, cheapest_within
 from fxfact.search.latency_plan import LatencyPlanner
-from fxfact.search.metric_drop import MetricDrop
+from fxfact.search.metric_drop import MetricDrop, Refit
 from fxfact.search.plan_loss import PlanLoss
 from fxfact.search.propose import PlanProposer, best_plan, measured, warn_if_contradicted
 from fxfact.utils import alias_copy, to_eval
@@ -68,11 +69,15 @@ class CalibrationData:
 
 
 class SearchResult(NamedTuple):
-    """The plan, the statistics that it uses, and the kernels that were decomposed to measure it."""
+    """The plan, the statistics that it uses, and the kernels that were decomposed to measure it.
+
+    ``refit`` refits its network, if the networks that were measured had been refitted.
+    """
 
     plan: Plan
     statistics: Statistics | None
     decompositions: Mapping[str, Decomposition]
+    refit: Refit | None = None
 
 
 @torch.inference_mode(False)  # nothing can be fitted in inference mode
@@ -113,8 +118,8 @@ def search(
 
     # Statistics: given by the caller, or collected from the caller's batches. The original is measured first, so that
     # metrics that fail, and outputs that cannot be measured, are refused before the expensive part.
-    metric_drop = MetricDrop(bound, captured, draft.dense_plan(), options) if isinstance(bound, Metric) else None
     batches = _split_batches(captured, data, has_budget=bool(budget or loss), needs_held_out=loss is not None)
+    metric_drop = _metric_drop(bound, captured, draft, data, batches, options) if isinstance(bound, Metric) else None
     plan_network = to_eval(alias_copy(captured.network)) if batches.measuring else None
     evaluator = None if plan_network is None else _evaluator(plan_network, data, batches)
     latency_planner = _latency_planner(captured, draft, strategy)
@@ -132,13 +137,13 @@ def search(
         proposer = _proposer(draft, strategy) if latency_planner is None else latency_planner.proposer(strategy)
         limit = metric_drop.limit(statistics, decompositions)
         plan = _cheapest_plan(limit, proposer, type(strategy.budget), plan_loss)
-        dense, *others = metric_drop.points
-        plan = replace(plan, measured_points=(replace(dense, cost=plan.network), *others))
+        plan = replace(plan, measured_points=metric_drop.points_beside(plan.network))
         plan = plan if latency_planner is None else latency_planner.as_measured(plan, strategy)
     else:
         plan = _plan_by_data(draft, strategy, latency_planner, plan_loss, loss)
         warn_if_contradicted(plan)
-    return SearchResult(_with_data(plan, statistics), statistics, decompositions)
+    refit = None if metric_drop is None else metric_drop.refit
+    return SearchResult(_with_data(plan, statistics), statistics, decompositions, refit)
 
 
 def _evaluator(network: nn.Module, data: CalibrationData, batches: _SplitBatches) -> DivergenceEvaluator:
@@ -280,6 +285,29 @@ def _split_batches(
 def _is_loss(request: object) -> bool:
     """Return whether a likelihood cannot measure: a function of one output."""
     return isinstance(own_likelihood(request), CustomLoss)
+
+
+def _metric_drop(  # noqa: PLR0917 (each is another part of the call)
+    metric: Metric,
+    captured: Captured,
+    draft: PlanDraft,
+    data: CalibrationData,
+    batches: _SplitBatches,
+    options: DecomposeOptions,
+) -> MetricDrop:
+    """Measure the dense network by a metric. Raises what ``MetricDrop`` raises, and ArgumentError."""
+    refit = _refit_of(captured, data, batches) if metric.refit else None
+    return MetricDrop(metric, captured, draft.dense_plan(), options, refit)
+
+
+def _refit_of(captured: Captured, data: CalibrationData, batches: _SplitBatches) -> Refit:
+    """Return what refits networks with the batches to learn from. Raises ArgumentError."""
+    if captured.program is not None:
+        raise ArgumentError("Metric: refit=True takes a module. Export the network after it was factorized.")
+    if batches.learning is None:
+        raise ArgumentError("Metric: refit=True needs batches. Pass them as calibration, instead of statistics.")
+    options: dict[str, Any] = {"likelihood": data.likelihood, "progress": False}
+    return lambda network: refit_network(network, captured.network, cast(Batches, batches.learning), **options)[0]
 
 
 def _as_list(captured: Captured, batches: Batches) -> list[ExampleInputs]:

@@ -155,6 +155,41 @@ def test_milliseconds_of_a_network_for_a_metric_are_measured(
     assert f"{len(plan.measured_points)} networks were measured" in str(plan)
 
 
+@pytest.mark.parametrize("mean", [True, False])
+def test_refitted_networks_are_measured_and_returned(
+    model: nn.Module, planned: Callable[..., fxfact.Plan], mean: bool
+) -> None:
+    evaluate = Agreement(model, mean=mean)
+    before, plain = copied_state(model), planned(Agreement(model, mean=mean), 3e-5)
+    small = planned(evaluate, 3e-5, call=fxfact.factorize, refit=True, example_inputs=X[:1])
+    plan = fxfact.plan_of(small)
+    chosen = next(point for point in plan.measured_points if point.cost == plan.after)
+    assert [point.refitted for point in plan.measured_points] == [False, *[True] * (len(plan.measured_points) - 1)]
+    assert chosen.metric == pytest.approx(float(torch.as_tensor(evaluate(small)).mean()), rel=1e-3)
+    unrefitted = fxfact.apply(plan, model, calibration=X.split(16), likelihood="categorical")
+    assert chosen.metric > float(torch.as_tensor(evaluate(unrefitted)).mean())
+    assert plan.after.macs is not None
+    assert plain.after.macs is not None
+    assert plan.after.macs <= plain.after.macs
+    assert "after fxfact.refit" in str(plan)
+    assert fxfact.Plan.from_json(plan.to_json()) == plan
+    assert has_state(model, before)
+
+
+def test_refitting_without_a_module_or_batches_is_refused(
+    model: nn.Module, planned: Callable[..., fxfact.Plan]
+) -> None:
+    program = torch.export.export(model, (X,))
+    metric = fxfact.Metric(Agreement(model), 1e-4, refit=True)
+    with pytest.raises(ArgumentError, match=r"refit=True takes a module\. Export the network after"):
+        fxfact.plan(program, "channel_svd", budget=metric, calibration=[X, X])
+    for data in (None, fxfact.calibrate(model, X.split(16), likelihood="categorical")):
+        with pytest.raises(ArgumentError, match=r"refit=True needs batches\. Pass them as calibration"):
+            fxfact.plan(model, "channel_svd", budget=metric, calibration=data, example_inputs=X)
+    with pytest.raises(ArgumentTypeError, match="refit is True or False, got 'yes'"):
+        fxfact.Metric(Agreement(model), 1e-4, refit="yes")  # type: ignore[arg-type]
+
+
 def test_metric_that_allows_nothing_leaves_the_network_dense(
     model: nn.Module, planned: Callable[..., fxfact.Plan]
 ) -> None:
