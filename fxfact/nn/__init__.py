@@ -4,6 +4,7 @@ A layer holds the stages of a factorization, as ``nn.Conv`` modules, instead of 
 """
 
 from fxfact.conv import ConvNd
+from fxfact.nn.attention import MultiheadAttention, split_attention
 from fxfact.nn.joint import JointConv, SharedConv
 from fxfact.nn.layers import CPConv, FactorizedConv, TTConv, TuckerConv
 from fxfact.nn.rank_regularizers import (
@@ -24,6 +25,7 @@ __all__ = [
     "FactorizedConv",
     "Implementation",
     "JointConv",
+    "MultiheadAttention",
     "SharedConv",
     "TTConv",
     "TuckerConv",
@@ -33,6 +35,7 @@ __all__ = [
     "prune_ranks",
     "remove_tensor_dropout",
     "remove_tensor_lasso",
+    "split_attention",
     "tensor_dropout",
     "tensor_lasso",
     "transduct_conv",

@@ -36,7 +36,7 @@ _NO_COST = Cost(0, 0, 0.0)
 _MAX_TIME_SHARE = 0.97  # of the dense layer's time; a chain must be at least this much faster
 _MIN_MS = 1000 * CLOCK_RESOLUTION_MS  # layers that take less cannot be compared by this machine's clock
 _MIN_KEPT = 1e-6  # of the energy of a layer's output; below it the energy loss is not a logarithm any more
-_DENSE = Skip("the budget is met at less loss if it stays as it is")
+_DENSE = Skip("best left as it is for this budget")
 
 
 def allocate(layers: Sequence[LayerOptions], network: Cost, budget: Budget, normalization: float = 0.5) -> Allocation:

@@ -62,14 +62,17 @@ class Budget(ABC):
             least,
         )
 
-    def out_of_reach_error(self, least: float, network: Cost) -> BudgetError:
-        """Return the error to raise if the part of a network that no factorization can reach costs ``least``."""
+    def out_of_reach_error(self, least: float, network: Cost, reasons: str) -> BudgetError:
+        """Return the error to raise if the part of a network that no factorization can reach costs ``least``.
+
+        ``reasons`` says why layers have to stay, if some do.
+        """
         whole = self.amount(network)
         return BudgetError(
             f"the budget is {_format(self.allowed(network))} {self.unit}, but no factorization can reach "
             f"{_format(least)} of {_format(whole)} ({least / whole:.3f}): that is what everything else but "
-            "convolutions and linear layers takes, and those that have to stay (fxfact.plan without a budget lists "
-            "them with the reason). Raise the budget.",
+            f"convolutions and linear layers takes{f', and those that have to stay ({reasons})' if reasons else ''}. "
+            "Raise the budget. fxfact.plan without a budget lists every layer that has to stay.",
             least,
         )
 

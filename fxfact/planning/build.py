@@ -11,7 +11,7 @@ from fxfact.capture import Captured
 from fxfact.conv import ConvSite, ConvSpec, Cost, Skip, path_of
 from fxfact.errors import AccuracyWarning, ArgumentError, ArgumentTypeError
 from fxfact.planning.budgets import Budget
-from fxfact.planning.decision import Decision, unreached_cost
+from fxfact.planning.decision import Decision, summarize_reasons, unreached_cost
 from fxfact.planning.plan import Plan
 from fxfact.planning.strategy import Allocation, Candidate, Choice, RankStrategy
 from fxfact.utils import warn_caller
@@ -73,7 +73,8 @@ class PlanDraft:
         """Raise BudgetError if what no factorization can reach costs more than the budget."""
         least, allowed = budget.amount(unreached_cost(self.network, self.decisions)), budget.allowed(self.network)
         if least > allowed:
-            raise budget.out_of_reach_error(least, self.network)
+            unread = [decision for decision in self.decisions if decision.spec is None]
+            raise budget.out_of_reach_error(least, self.network, summarize_reasons(unread))
 
     def dense_plan(self, reason: str = "") -> Plan:
         """Return the plan without rewrites, with a reason for the candidates."""
