@@ -60,7 +60,7 @@ class _MatrixSVD(Factorization):
         left, right = kernel.outer_roots.inverse @ leading, leading.T @ kernel.target
         smallest = torch.finfo(right.dtype).tiny ** 0.5
         balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt().clamp_min(smallest)
-        return _stage_weights(kernel.block, left * balance, right / balance[:, None])
+        return _stage_weights(kernel.block, left * balance, right.div_(balance[:, None]))
 
     def _unfoldings(self, block: ConvSpec, weight: Tensor) -> Sequence[Tensor]:
         return (as_matrix(block, weight),)

@@ -100,22 +100,23 @@ class WeightedKernel:
         """Whether the kernel's norm in the metric is zero, so that every chain is as good as any other."""
         return not float(self.metric.quadratic_form(self.block, self.weight)) > 0
 
-    @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor]:
+    def _gram(self) -> Tensor:
+        """Return T Q Tᵀ (outer, outer) in double precision."""
         # The kernels of linear layers may be very large, and nothing else asks for their T Q.
         gram = self.columns.gram(self.target) if self.positions == 1 else self.weighted_target @ self.target.T
-        values, vectors = torch.linalg.eigh(gram.double())
-        return values.clamp_min(0).flip(0), vectors.flip(1)
+        return gram.double()
 
-    @property
+    @cached_property
     def spectrum(self) -> Tensor:
         """The eigenvalues (outer,) of T Q Tᵀ, descending, in double precision."""
-        return self._eigen[0]
+        values: Tensor = torch.linalg.eigvalsh(self._gram())
+        return values.clamp_min(0).flip(0)
 
-    @property
+    @cached_property
     def directions(self) -> Tensor:
         """The eigenvectors (outer, outer) of T Q Tᵀ, as columns in the order of ``spectrum``, in double precision."""
-        return self._eigen[1]
+        vectors: Tensor = torch.linalg.eigh(self._gram())[1]
+        return vectors.flip(1)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """Multiply by the moment of the columns.
@@ -304,7 +305,8 @@ class WeightedLayer:
     def __init__(self, layer: ConvLayer, metric: KroneckerFisher) -> None:
         metric.check(layer.spec)
         self.scale, self.metric = weight_scale(layer.weight), metric
-        self.layer = replace(layer, weight=layer.weight.detach().float() / self.scale)
+        weight = layer.weight.detach().float()
+        self.layer = replace(layer, weight=weight if self.scale == 1 else weight / self.scale)  # it may be very large
 
     @cached_property
     def kernels(self) -> tuple[WeightedKernel, ...]:

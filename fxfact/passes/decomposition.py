@@ -230,11 +230,16 @@ def decompose_layer(  # noqa: PLR0917 (an executor takes positional arguments)
         )
     wide = torch.promote_types(dense.dtype, torch.float32)
     with no_reduced_precision(dense.device):
-        scale = weight_scale(dense)
-        norm = float((dense.to(wide) / scale).norm())
-        error = float(((compose(chain).to(wide) - dense.to(wide)) / scale).norm())
+        norm = _norm(dense.to(wide), dense)
+        error = _norm(compose(chain).to(wide).sub_(dense.to(wide)), dense)  # in place, because it may be very large
     is_quick = quick and fisher is not None and decision.factorization.is_fitted
     return Decomposition([stage.weight for stage in chain.layers], error / norm if norm else 0.0, is_quick)
+
+
+def _norm(values: Tensor, like: Tensor) -> float:
+    """Return the norm of values, as a multiple of the scale of ``like``, so that their squares do not overflow."""
+    scale = weight_scale(like)
+    return float((values if scale == 1 else values / scale).norm())
 
 
 def _draw_seed(generator: torch.Generator) -> int:

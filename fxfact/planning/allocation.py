@@ -220,7 +220,7 @@ class BudgetAllocator(RankStrategy):
         with error_context(candidate.path):
             layer = candidate.checked_layer()
         fisher = self._fisher(candidate)
-        return 1.0 if fisher is None else fisher.loss_increase(layer.spec, -layer.weight.float())
+        return 1.0 if fisher is None else fisher.loss_increase(layer.spec, layer.weight.float())
 
     def _fisher(self, candidate: Candidate) -> KroneckerFisher | None:
         return None if self.statistics is None else self.statistics.fisher(candidate.path, candidate.spec)
