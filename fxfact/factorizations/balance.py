@@ -38,21 +38,50 @@ def balance_stages(stages: Sequence[ConvSpec], weights: Sequence[Tensor]) -> lis
     Returns:
         The weights in their shapes. Rows and columns are multiplied by powers of two.
     """
-    parts = [weight.reshape(stage.weight_shape) for stage, weight in zip(stages, weights, strict=True)]
-    kernel = compose_weights(stages, parts)
-    limits = _gains(composed_spec(stages), kernel).amax(dim=1)
-    limits = limits.maximum(limits[0]) * _SHARE
-    cap = max(_LARGEST, float(kernel.abs().max()) / 4)
+    return balance_together(stages, [weights])[0]
+
+
+def balance_together(stages: Sequence[ConvSpec], chains: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Return the weights of chains with the same stages, balanced by common factors, so that equal weights stay equal.
+
+    Args:
+        stages: the stages of one group of every chain.
+        chains: the elements of the weights of every chain, as for ``balance_stages``.
+
+    Returns:
+        The weights of every chain. A channel gets the factor of the chain that needs the smallest.
+    """
+    parts = [[weight.reshape(stage.weight_shape) for stage, weight in zip(stages, c, strict=True)] for c in chains]
+    kernels = [compose_weights(stages, own) for own in parts]
+    limits = [_limits(stages, kernel) for kernel in kernels]
+    caps = [max(_LARGEST, float(kernel.abs().max()) / 4) for kernel in kernels]
     for k in range(len(stages) - 1):
-        head, rows = stages[: k + 1], parts[k].abs().flatten(1).amax(dim=1)
-        gains = _gains(composed_spec(head), compose_weights(head, parts[: k + 1]))
-        scale = (limits[:, None] / gains).amin(dim=0).maximum(_SMALLEST / rows).minimum(cap / rows)
-        _scale_channels(stages, parts, k, _power_of_two(scale))
+        scales = [_row_scale(stages, *each, k) for each in zip(parts, limits, caps, strict=True)]
+        _scale_channels(stages, parts, k, _power_of_two(torch.stack(scales).amin(dim=0)))
     for k in reversed(range(len(stages) - 1)):
-        largest = parts[k + 1].abs().reshape(*parts[k + 1].shape[:2], -1).amax(dim=2)
-        columns = largest.reshape(stages[k + 1].groups, -1, largest.shape[1]).amax(dim=1).flatten()
-        _scale_channels(stages, parts, k, 1 / _power_of_two(cap / columns))
+        peaks = [_column_peaks(stages[k + 1], own[k + 1]) for own in parts]
+        scales = [_power_of_two(cap / peak) for cap, peak in zip(caps, peaks, strict=True)]
+        _scale_channels(stages, parts, k, 1 / torch.stack(scales).amin(dim=0))
     return parts
+
+
+def _limits(stages: Sequence[ConvSpec], kernel: Tensor) -> Tensor:
+    """Return the largest gain that a channel between the stages may have, for each kind of inputs."""
+    limits = _gains(composed_spec(stages), kernel).amax(dim=1)
+    return limits.maximum(limits[0]) * _SHARE
+
+
+def _row_scale(stages: Sequence[ConvSpec], parts: Sequence[Tensor], limits: Tensor, cap: float, k: int) -> Tensor:
+    """Return the factor for every output channel of stage k that keeps its gain within the limits."""
+    head, rows = stages[: k + 1], parts[k].abs().flatten(1).amax(dim=1)
+    gains = _gains(composed_spec(head), compose_weights(head, parts[: k + 1]))
+    return (limits[:, None] / gains).amin(dim=0).maximum(_SMALLEST / rows).minimum(cap / rows)
+
+
+def _column_peaks(stage: ConvSpec, weight: Tensor) -> Tensor:
+    """Return the largest absolute value of every input channel of a stage."""
+    largest = weight.abs().reshape(*weight.shape[:2], -1).amax(dim=2)
+    return largest.reshape(stage.groups, -1, largest.shape[1]).amax(dim=1).flatten()
 
 
 def _gains(spec: ConvSpec, kernel: Tensor) -> Tensor:
@@ -90,9 +119,11 @@ def _power_of_two(scale: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(scale), exponents - 1)
 
 
-def _scale_channels(stages: Sequence[ConvSpec], parts: list[Tensor], k: int, scale: Tensor) -> None:
-    """Multiply the rows of stage k by ``scale``, and divide the columns of the next stage by it."""
-    rows, after = [1] * (parts[k].ndim - 1), stages[k + 1]
-    parts[k] = parts[k] * scale.reshape(-1, *rows)
+def _scale_channels(stages: Sequence[ConvSpec], chains: Sequence[list[Tensor]], k: int, scale: Tensor) -> None:
+    """Multiply the rows of stage k of every chain by ``scale``, and divide the columns of the next stage by it."""
+    after = stages[k + 1]
     by_group = scale.reshape(after.groups, 1, -1).expand(-1, after.out_channels // after.groups, -1)
-    parts[k + 1] = parts[k + 1] / by_group.reshape(after.out_channels, -1, *rows[1:])
+    for parts in chains:
+        rows = [1] * (parts[k].ndim - 1)
+        parts[k] = parts[k] * scale.reshape(-1, *rows)
+        parts[k + 1] = parts[k + 1] / by_group.reshape(after.out_channels, -1, *rows[1:])

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fxfact.conv import ConvChain, ConvLayer, ConvSpec, KroneckerFisher, compose
-from fxfact.errors import ArgumentTypeError, WeightError
-from fxfact.factorizations.balance import balance_stages
+from fxfact.errors import ArgumentTypeError, RefusedError, WeightError
+from fxfact.factorizations.balance import balance_stages, balance_together
 from fxfact.factorizations.fit import fit_chain, start_in_metric
 from fxfact.factorizations.linalg import squared_singular_values, weight_scale
+from fxfact.factorizations.shared_stages import joint_kernel, joint_weights
 from fxfact.factorizations.stages import ChainLayout, Rank, one_group
 from fxfact.factorizations.weighted_kernel import WeightedKernel, WeightedLayer
 from fxfact.utils import no_reduced_precision
@@ -51,6 +52,7 @@ class Factorization(ChainLayout):
     - ``_weights_in_metric`` if there is a closed form, ``_loss_increases`` if there is one for the error alone,
     - ``_unfoldings`` if each entry of the rank bounds the rank of a matrix, or ``_spectra`` if other values bound the
       error,
+    - ``_shared_stages`` and ``_shared_weights`` if layers of equal shape can share all stages but one,
     - ``_feasible_rank`` if the entries of a rank bound each other,
     - ``_tensorly_rank`` if TensorLy has a rule for a fraction of the parameters.
 
@@ -91,6 +93,13 @@ class Factorization(ChainLayout):
         if start is None:
             start = start_in_metric(kernel, stages, lambda weight: self._weights(block, weight, rank, generator))
         return fit_chain(kernel, stages, start, iterations=iterations)
+
+    def _shared_weights(self, kernels: Sequence[WeightedKernel], rank: Rank) -> Sequence[Tensor]:
+        """Return the weights of the shared stages, in order, for the kernels of a joint set in double precision.
+
+        Each tensor holds the elements of one stage's weight (out, in, *kernel) in order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has shared stages, but no _shared_weights")
 
     def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float] | None:
         """Return the loss increase in nats at each of the ranks, or None if it takes a fit to know it."""
@@ -175,6 +184,55 @@ class Factorization(ChainLayout):
         ]
         biases = [None] * (len(specs) - 1) + [layer.bias]
         return ConvChain(tuple(ConvLayer(*stage) for stage in zip(specs, weights, biases, strict=True)))
+
+    @final
+    def decompose_jointly(
+        self, layers: Sequence[ConvLayer], rank: Rank, metrics: Sequence[KroneckerFisher | None]
+    ) -> list[ConvChain]:
+        """Return chains of a given rank that approximate several convolutions, with equal weights in ``shared_stages``.
+
+        The shared stages are found for all layers together, in the mean of their metrics. The other stage of each chain
+        is the best one for its own layer, in the layer's own metric.
+
+        Args:
+            layers: convolutions with weights of one shape (out, in, *kernel), dtype and device.
+            rank: the rank.
+            metrics: for each layer the Fisher metric in which its chain is close. None, and a metric that is zero,
+                mean the Frobenius norm relative to the layer's.
+
+        Returns:
+            The chain of each layer. At full rank it is exact if the shared stages can hold all channels: those of
+            Tucker always, the first stage of a matrix SVD if the layers do not have more inputs than outputs.
+
+        Raises:
+            RefusedError: if such layers share no stages, or ``rejects`` returns a reason.
+            RankError: if the convolutions cannot have this rank.
+            WeightError: if a weight has no finite values, or the weights of a chain overflow its dtype.
+            SpecError: if a metric belongs to another convolution.
+        """
+        chains = [self.layout(layer.spec, rank) for layer in layers]
+        shared = self.shared_stages(layers[0].spec, rank)
+        if not shared:
+            raise RefusedError(f"{self.name} of rank {rank} has no stages that layers can share ({layers[0].spec})")
+        for layer, metric in zip(layers, metrics, strict=True):
+            check_weight(layer.weight)
+            if metric is not None:
+                metric.check(layer.spec)
+        with no_reduced_precision(layers[0].weight.device):
+            kernels = [joint_kernel(layer, metric) for layer, metric in zip(layers, metrics, strict=True)]
+            stages = self._stages(kernels[0].block, rank)
+            weights = joint_weights(kernels, stages, shared, self._shared_weights(kernels, rank))
+            if layers[0].weight.dtype in _HALF:
+                weights = balance_together(stages, weights)
+        return [
+            ConvChain(
+                tuple(
+                    ConvLayer(spec, _cast(part, layer.weight.dtype), layer.bias if spec is specs[-1] else None)
+                    for spec, part in zip(specs, parts, strict=True)
+                )
+            )
+            for layer, specs, parts in zip(layers, chains, weights, strict=True)
+        ]
 
     @final
     def loss_increases(self, weighted: WeightedLayer, ranks: Sequence[Rank]) -> list[float]:

@@ -68,15 +68,15 @@ def _is_grouped_at_an_end(stages: Sequence[ConvSpec]) -> bool:
 
 def _fit(kernel: WeightedKernel, stages: Sequence[ConvSpec], start: Weights, *, iterations: int) -> list[Tensor]:
     into, last = kernel.inner_roots, LastStage(kernel)
-    inner_kernels = _inner_kernels(stages, start[0])
-    parameters = [part.detach().contiguous() for part in _balance([_on_inputs(start[0], into.root), *start[1:-1]])]
+    kernels_for = inner_kernels(stages, start[0])
+    parameters = [part.detach().contiguous() for part in balance_norms([_on_inputs(start[0], into.root), *start[1:-1]])]
     iterations = last.affordable(iterations, stages[-1].in_channels * prod(stages[-1].kernel_size))
 
     def weights() -> list[Tensor]:
         return [_on_inputs(parameters[0], into.inverse), *parameters[1:]]
 
     def error() -> Tensor:
-        kernels = inner_kernels(weights())
+        kernels = kernels_for(weights())
         value, gradient, _ = last.error(kernels.detach().flatten(1))
         torch.autograd.backward(kernels, gradient.reshape(kernels.shape))
         return value
@@ -84,8 +84,8 @@ def _fit(kernel: WeightedKernel, stages: Sequence[ConvSpec], start: Weights, *, 
     minimise(parameters, error, iterations)
     with torch.no_grad():
         fitted = [part.detach() for part in weights()]
-        solved = kernel.outer_roots.inverse @ last.solve(inner_kernels(fitted).flatten(1))[0]
-    fitted = _balance([*fitted, solved.reshape(start[-1].shape)])
+        solved = kernel.outer_roots.inverse @ last.solve(kernels_for(fitted).flatten(1))[0]
+    fitted = balance_norms([*fitted, solved.reshape(start[-1].shape)])
     before, after = (float(kernel.missed_by(compose_weights(stages, found).flatten(1))) for found in (start, fitted))
     return fitted if after < before else list(start)
 
@@ -173,7 +173,7 @@ class LastStage:
         return (missed * weighted_missed).sum() / total, 2 / total * (matrix.T @ weighted_missed), matrix
 
 
-def _inner_kernels(stages: Sequence[ConvSpec], like: Tensor) -> Callable[[Weights], Tensor]:
+def inner_kernels(stages: Sequence[ConvSpec], like: Tensor) -> Callable[[Weights], Tensor]:
     """Return a function from the weights of all stages but the last to the kernels that the last stage's inputs see.
 
     The kernels are (r · k, in, *kernel) for r input channels and k kernel positions of the last stage.
@@ -207,7 +207,7 @@ def _on_outputs(matrix: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-def _balance(weights: Weights) -> list[Tensor]:
+def balance_norms(weights: Weights) -> list[Tensor]:
     """Return the same chain with equal norms of all weights."""
     norms = [float(part.norm()) for part in weights]
     if not min(norms) > 0:

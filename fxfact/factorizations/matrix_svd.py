@@ -19,6 +19,7 @@ from torch import Tensor
 from fxfact.conv import ConvSpec, as_matrix
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.linalg import truncated_svd
+from fxfact.factorizations.shared_stages import loss_weighted_mean, mean_diagonal
 from fxfact.factorizations.stages import Rank, pointwise
 from fxfact.factorizations.weighted_kernel import WeightedKernel
 
@@ -39,6 +40,22 @@ class _MatrixSVD(Factorization):
             last = replace(block, in_channels=r) if block.order else pointwise(block, r, block.out_channels)
             return (pointwise(block, block.in_channels, r), last)
         return (replace(block, out_channels=r), pointwise(block, r, block.out_channels))
+
+    def _shared_stages(self, block: ConvSpec, rank: Rank) -> Sequence[int]:
+        return (0,)
+
+    def _shared_weights(self, kernels: Sequence[WeightedKernel], rank: Rank) -> Sequence[Tensor]:
+        # Let T = R^½ W. The best last stages keep tr(T Q Sᵀ (S Q Sᵀ)⁻¹ S Q Tᵀ), summed over the layers. If all layers
+        # have the moment Q, the best S is Uᵀ T, where T has the rows of all layers, and U the leading eigenvectors of
+        # T Q Tᵀ. Here Q is the mean of the layers' moments.
+        sizes = [mean_diagonal(kernel.columns) for kernel in kernels]
+        targets = [kernel.target * size**0.5 for kernel, size in zip(kernels, sizes, strict=True)]
+        rows = torch.linalg.qr(torch.cat(targets), mode="r").R  # fewer rows, with the same Tᵀ T
+        grams = [kernel.columns.gram(rows) / size for kernel, size in zip(kernels, sizes, strict=True)]
+        _, vectors = torch.linalg.eigh(loss_weighted_mean(kernels, grams))
+        right = vectors[:, -rank[0] :].T @ rows
+        scale = right.norm(dim=1).sqrt().clamp_min(torch.finfo(right.dtype).tiny ** 0.5)
+        return (right / scale[:, None],)
 
     def _weights(
         self, block: ConvSpec, weight: Tensor, rank: Rank, generator: torch.Generator | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,6 +47,10 @@ class ChainLayout(ABC):
     def _feasible_rank(self, block: ConvSpec, rank: Rank) -> Rank:
         """Return a rank, which is within ``_max_rank``, lowered if its entries bound each other."""
         return rank
+
+    def _shared_stages(self, block: ConvSpec, rank: Rank) -> Sequence[int]:
+        """Return the indices of the stages that the layers of a joint set share: all stages but one, or none."""
+        return ()
 
     def _tensorly_rank(self, block: ConvSpec, fraction: float) -> Rank:
         """Return TensorLy's rank for a fraction of the parameters. Here ``block`` has the bias of the convolution."""
@@ -186,6 +191,39 @@ class ChainLayout(ABC):
         """
         stages = tuple(self._stages(one_group(spec), rank))
         return (*stages[:-1], replace(stages[-1], bias=spec.bias))
+
+    @final
+    def shared_stages(self, spec: ConvSpec, rank: Rank) -> tuple[int, ...]:
+        """Return which stages the convolutions of a joint set share, if this is the spec of one of them.
+
+        Args:
+            spec: the convolution.
+            rank: the rank.
+
+        Returns:
+            The indices of the stages: all but one, or none if the factorization shares none, if there is one stage
+            only, and for convolutions with groups and transposed ones.
+        """
+        if spec.groups > 1 or (spec.transposed and spec.order):
+            return ()
+        return tuple(self._shared_stages(one_group(spec), rank))
+
+    @final
+    def shared_params(self, spec: ConvSpec, rank: Rank) -> int:
+        """Return how many parameters the ``shared_stages`` have.
+
+        Args:
+            spec: the convolution.
+            rank: the rank.
+
+        Returns:
+            The number of elements of their weights.
+
+        Raises:
+            RefusedError, RankError: as ``layout``.
+        """
+        stages = self.layout(spec, rank)
+        return sum(math.prod(stages[k].weight_shape) for k in self.shared_stages(spec, rank))
 
     @final
     def ranks(self, spec: ConvSpec) -> tuple[Rank, ...]:

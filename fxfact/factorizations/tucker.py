@@ -14,13 +14,14 @@ import torch
 from tensorly.tucker_tensor import validate_tucker_rank
 from torch import Tensor
 
-from fxfact.conv import ConvSpec
+from fxfact.conv import ConvSpec, sqrt_and_inverse
 from fxfact.errors import check_int
 from fxfact.factorizations.base import Factorization
 from fxfact.factorizations.cp_als import check_tolerance, descend
 from fxfact.factorizations.linalg import leading_basis
+from fxfact.factorizations.shared_stages import loss_weighted_mean
 from fxfact.factorizations.stages import Rank, pointwise, why_no_channel_modes
-from fxfact.factorizations.weighted_kernel import WeightedKernel, largest_eigenvalues, principal_directions
+from fxfact.factorizations.weighted_kernel import Roots, WeightedKernel, largest_eigenvalues, principal_directions
 
 
 def partial_tucker(
@@ -131,6 +132,29 @@ class Tucker(Factorization):
         if not into:
             core = torch.einsum("iq,pq...->pi...", second, core)
         return (*((second.T,) if into else ()), core, *((first,) if out else ()))
+
+    def _shared_stages(self, block: ConvSpec, rank: Rank) -> Sequence[int]:
+        out, into = self._has_pointwise(block, rank)
+        return (*((0,) if into else ()), *((1 + into,) if out else ()))
+
+    def _shared_weights(self, kernels: Sequence[WeightedKernel], rank: Rank) -> Sequence[Tensor]:
+        # The kernels of all layers are one tensor with more positions, in the mean metric of their channels.
+        block = kernels[0].block
+        inputs = [kernel.columns.channel_moment(kernel.inner) for kernel in kernels]
+        outputs = [kernel.outer_roots.root @ kernel.outer_roots.root for kernel in kernels]
+        roots = [
+            Roots(*sqrt_and_inverse(loss_weighted_mean(kernels, [moment / moment.trace() for moment in moments])))
+            for moments in (outputs, inputs)
+        ]
+        whitened = [torch.einsum("op,pi...,ij->oj...", roots[0].root, k.weight, roots[1].root) for k in kernels]
+        scaled = [
+            tensor.flatten(2) * (kernel.total**0.5 / tensor.norm().clamp_min(torch.finfo(tensor.dtype).tiny))
+            for tensor, kernel in zip(whitened, kernels, strict=True)
+        ]
+        ranks = (rank[0], rank[1])
+        first, second, _ = partial_tucker(torch.cat(scaled, 2), ranks, sweeps=self.sweeps, tolerance=self.tolerance)
+        out, into = self._has_pointwise(block, rank)
+        return (*((second.T @ roots[1].inverse,) if into else ()), *((roots[0].inverse @ first,) if out else ()))
 
     def _loss_increases(self, kernel: WeightedKernel, ranks: Sequence[Rank]) -> Sequence[float]:
         inner_outer = [rank if kernel.block.transposed else rank[::-1] for rank in ranks]

@@ -61,6 +61,7 @@ class WeightedKernel:
         block: the convolution of one group.
         weight: its kernel (out, in, *kernel).
         metric: its Fisher metric.
+        keep_sides: whether the outer channels are the outputs in any case.
 
     Attributes:
         outer: the number of outer channels.
@@ -72,8 +73,8 @@ class WeightedKernel:
         target: T = R^½ W (outer, inner · positions).
     """
 
-    def __init__(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher) -> None:
-        if block.is_pointwise and len(as_matrix(block, weight)) > as_matrix(block, weight).shape[1]:
+    def __init__(self, block: ConvSpec, weight: Tensor, metric: KroneckerFisher, *, keep_sides: bool = False) -> None:
+        if not keep_sides and block.is_pointwise and len(as_matrix(block, weight)) > as_matrix(block, weight).shape[1]:
             block = replace(block, transposed=not block.transposed, padding_mode="zeros")
         rows, self.columns = metric.row_and_column_moments(block)
         matrix = as_matrix(block, weight)

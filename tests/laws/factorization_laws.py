@@ -11,8 +11,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, KroneckerMoment, Skip, compose, composed_spec, run
+from fxfact.conv import (
+    ConvChain,
+    ConvLayer,
+    ConvSpec,
+    KroneckerFisher,
+    KroneckerMoment,
+    Skip,
+    compose,
+    composed_spec,
+    run,
+)
 from fxfact.errors import RefusedError
 from fxfact.factorizations import Factorization, WeightedLayer, resolve_rank
 from tests.support import SPECS, apart, random_fisher, random_input, random_layer
@@ -249,3 +260,40 @@ class FactorizationLaws:
         first, second = compose(found).chunk(2)
         torch.testing.assert_close(first, compose(whole).chunk(2)[0])
         torch.testing.assert_close(second, compose(plain).chunk(2)[1])
+
+    def test_joint_chains_hold_equal_shared_stages_and_the_best_own_one(self, accepted: ConvSpec) -> None:
+        factorization, metric = self.make(), random_fisher(accepted)
+        layers, ranks = [random_layer(accepted, seed=seed) for seed in range(3)], factorization.ranks(accepted)
+        rank = ranks[len(ranks) // 2]
+        shared = factorization.shared_stages(accepted, rank)
+        assert len(shared) in (0, len(factorization.layout(accepted, rank)) - 1)
+        metrics = [metric, metric, None]
+        if not shared:
+            with pytest.raises(RefusedError, match="no stages that layers can share"):
+                factorization.decompose_jointly(layers, rank, metrics)
+            return
+        chains = factorization.decompose_jointly(layers, rank, metrics)
+        own = next(k for k in range(len(chains[0].layers)) if k not in shared)
+        for chain, layer, own_metric in zip(chains, layers, metrics, strict=True):
+            assert chain.specs == factorization.layout(accepted, rank)
+            assert chain.bias is layer.bias
+            assert all(torch.equal(chain.layers[k].weight, chains[0].layers[k].weight) for k in shared)
+            least = _distance(layer, compose(chain), own_metric)
+            for seed in range(3):  # own stages of other values are worse
+                stages = list(chain.layers)
+                noise = random_layer(stages[own].spec, seed=seed).weight
+                stages[own] = replace(stages[own], weight=stages[own].weight + 0.02 * noise)
+                assert _distance(layer, compose(ConvChain(tuple(stages))), own_metric) > least
+
+    def test_shared_stages_save_their_parameters(self, accepted: ConvSpec) -> None:
+        factorization = self.make()
+        for rank in factorization.ranks(accepted):
+            stages = factorization.layout(accepted, rank)
+            shared = factorization.shared_stages(accepted, rank)
+            held = sum(math.prod(stages[k].weight_shape) for k in shared)
+            assert factorization.shared_params(accepted, rank) == held
+
+
+def _distance(layer: ConvLayer, kernel: Tensor, metric: KroneckerFisher | None) -> float:
+    difference = kernel - layer.weight
+    return float(difference.norm()) if metric is None else metric.loss_increase(layer.spec, difference)
