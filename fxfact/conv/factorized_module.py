@@ -93,8 +93,8 @@ class FactorizedModule(ComposedLayer):
         conv, bias = copy.deepcopy(self), self.bias
         for name in self._stage_names:
             del conv._modules[name]
-        for name in ("_dense", "_specs", "_stage_names", "_path"):
-            vars(conv).pop(name)
+        for name in ("_dense", "_specs", "_stage_names", "_path", "_shared_names"):
+            vars(conv).pop(name, None)
         vars(conv)["_parameters"] = dict(conv._parameters)
         cast(Any, conv).__class__ = _original_class(self)
         trained = any(stage.weight.requires_grad for stage in convs)
@@ -190,7 +190,13 @@ class _RedirectConv(TorchFunctionMode):
 
 
 def factorize_module(
-    module: nn.Module, dense: ConvSpec, specs: Sequence[ConvSpec], stages: Sequence[nn.Module], path: str = ""
+    module: nn.Module,
+    dense: ConvSpec,
+    specs: Sequence[ConvSpec],
+    stages: Sequence[nn.Module],
+    path: str = "",
+    *,
+    shared: Sequence[int] = (),
 ) -> None:
     """Turn a convolution module in place into a FactorizedModule that runs ``stages``.
 
@@ -202,6 +208,7 @@ def factorize_module(
         specs: The specs of the stages, without pad modules.
         stages: The modules of the stages, as ``write_chain`` returns them.
         path: The path of the module in its network, for messages.
+        shared: The indices of the stages whose weights other layers hold too.
     """
     kind: Any = type(module)
     module.__class__ = _factorized_class(kind)
@@ -210,7 +217,9 @@ def factorize_module(
             module._parameters.pop(name, None)
     first = 1 + max((int(name) for name in module._modules if name.isdecimal()), default=-1)  # no name is taken twice
     names = tuple(str(first + index) for index in range(len(stages)))
+    convs = [name for name, stage in zip(names, stages, strict=True) if is_conv(stage)]
     vars(module).update(_dense=dense, _specs=tuple(specs), _stage_names=names, _path=path)
+    vars(module).update(_shared_names=tuple(convs[k] for k in shared))
     vars(module)["_parameters"] = OwnParameters(cast(ComposedLayer, module), module._parameters)
     for name, stage in zip(names, stages, strict=True):
         module.add_module(name, stage.train(module.training))

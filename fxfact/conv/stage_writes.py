@@ -46,6 +46,7 @@ class StagedLayer(nn.Module):
     """Base of a layer that holds the stages of a chain in place of a dense weight."""
 
     _weight_in_torch_layout = True
+    _shared_names: tuple[str, ...] = ()  # of stages whose weights other layers hold too
 
     def _chain(self) -> ComposedChain:
         raise NotImplementedError
@@ -86,6 +87,10 @@ def write_weight(layer: StagedLayer, values: Any, *, keep_parameters: bool) -> N
         raise refusal(layer, f"its weight must be a tensor, got {type(values).__name__}")
     with as_parameters(layer), torch._C.DisableTorchFunctionSubclass():
         weights = _stage_weights(layer, chain, values)
+        if keep_parameters:
+            _check_unshared(layer, dict(zip(chain.convs, weights, strict=True)))
+        else:
+            layer._shared_names = ()
         for conv, weight in zip(chain.convs.values(), weights, strict=True):
             old = conv.weight
             if isinstance(conv, StagedLayer):
@@ -96,6 +101,13 @@ def write_weight(layer: StagedLayer, values: Any, *, keep_parameters: bool) -> N
                 old.data = weight
             elif not old.equal(weight):
                 old.copy_(weight)
+
+
+def _check_unshared(layer: StagedLayer, weights: Mapping[str, Tensor]) -> None:
+    """Raise WeightError if the weight of a stage would change that other layers hold too."""
+    for name in layer._shared_names:
+        if not layer._chain().convs[name].weight.to(weights[name]).equal(weights[name]):
+            raise refusal(layer, f"the other layers of its joint set hold the weight of its stage {name} too")
 
 
 def _stage_weights(layer: StagedLayer, chain: ComposedChain, values: Tensor) -> list[Tensor]:
