@@ -37,6 +37,7 @@ from fxfact.planning import (
     ErrorCurveCache,
     FactorizationRequest,
     FixedRanks,
+    Joint,
     Kinds,
     Latency,
     Loss,
@@ -84,6 +85,7 @@ def factorize(
     include: Selection | None = None,
     exclude: Selection | None = None,
     kinds: Kinds = KINDS,
+    joint: Joint = (),
     allow_growth: bool = False,
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
@@ -111,6 +113,7 @@ def factorize(
         include: see ``plan``.
         exclude: see ``plan``.
         kinds: see ``plan``.
+        joint: see ``plan``.
         allow_growth: see ``plan``.
         capture: see ``plan``.
         fold_weights: see ``plan``.
@@ -172,6 +175,7 @@ def plan(
     include: Selection | None = None,
     exclude: Selection | None = None,
     kinds: Kinds = KINDS,
+    joint: Joint = (),
     allow_growth: bool = False,
     capture: CaptureMode = "auto",
     fold_weights: bool = False,
@@ -232,6 +236,12 @@ def plan(
         include: globs on the path, or a predicate on (path, ConvSpec). Default: every layer.
         exclude: the same, for layers to leave alone.
         kinds: the kinds of layers to consider: 'conv', 'linear' or both.
+        joint: globs on the path, such as ``["layer3.*conv2"]``, each for a set of layers with weights of one shape, no
+            groups, and not transposed. The chains of a set may share parameters: the pointwise stages of Tucker, the
+            first stage of an SVD. Under a budget that counts parameters, a set does so if less loss is predicted than
+            for chains of their own. With ``rank``, it does so if all its layers get one factorization and rank that
+            allow it. Sharing saves parameters only, so it is refused for a budget of milliseconds, and chosen for none
+            of MACs.
         allow_growth: also rewrite layers that would have more parameters or (if known) more MACs.
         capture: 'trace' makes the model one torch.fx graph; 'modules' keeps the model's own class and Python and
             replaces its modules of convolutions and linear layers; 'export' is for an ExportedProgram. 'auto' takes the
@@ -435,13 +445,8 @@ def _find_plan(
         leaf_modules=given.leaf_modules,
     )
     captured = with_phase(capturing, "capturing", options.progress)
-    scope = SearchScope(
-        include=given.include,
-        exclude=given.exclude,
-        kinds=given.kinds,
-        allow_growth=given.allow_growth,
-        call=describe_call(plan, arguments),
-    )
+    limits = {name: arguments[name] for name in ("include", "exclude", "kinds", "joint", "allow_growth")}
+    scope = SearchScope(**limits, call=describe_call(plan, arguments))
     data = CalibrationData(calibration=calibration, held_out=held_out, likelihood=given.likelihood)
     bound = budget if isinstance(budget, Loss | Metric) else None
     return captured, search(captured, strategy, scope, data, options=options, bound=bound), batch

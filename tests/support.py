@@ -170,6 +170,50 @@ class Small(nn.Module):
         return self.head(torch.relu(self.second(x)).mean((2, 3)))
 
 
+class EqualLayers(nn.Module):
+    """Convolutions of equal shape, unlike in all else, and linear layers; ``others`` adds layers of other kinds."""
+
+    def __init__(self, *, others: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(4, 8, 3, padding=1)
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.Conv2d(8, 8, 3, padding=2, dilation=2, bias=False),
+                nn.Conv2d(8, 8, 3, stride=2, padding=1),
+            ]
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in self.convs)
+        self.heads = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8, bias=False)])
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.running_mean)
+        kinds = (
+            {
+                "left": lambda: nn.Conv2d(8, 8, 3),
+                "grouped": lambda: nn.Conv2d(8, 8, 3, groups=2),
+                "up": lambda: nn.ConvTranspose2d(8, 8, 3),
+                "tied": lambda: nn.Conv2d(8, 8, 3),
+            }
+            if others
+            else {}
+        )
+        self.others = list(kinds)
+        for name, make in kinds.items():
+            self.add_module(name, nn.ModuleList([make(), make()]))
+        if others:
+            self.tied[1].weight = self.tied[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = sum(layer(x).mean((2, 3), keepdim=True) for name in self.others for layer in self.get_submodule(name)) + x
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.relu(norm(conv(x)))
+        x = x.mean((2, 3))
+        return self.heads[0](x) * self.heads[1](x)
+
+
 ENTRIES = [(8, 1), (10, 14), (10, 12), (10, 8), (10, 99)]  # encrypted; LZMA, bzip2, deflate, and what there is not
 
 

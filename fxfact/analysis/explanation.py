@@ -45,6 +45,10 @@ class Explanation(PrintsTable):
     def _why(self) -> str:
         decision = self.decision
         reasons = [f"It shares the weight of {decision.tied_to}."] if decision.tied_to else []
+        if decision.shares_with is not None:
+            members = [other.path for other in self.plan if other.shares_with == decision.shares_with]
+            numbers = " and ".join(f"stage {1 + k}" for k in decision.shared_stages)
+            reasons.append(f"{', '.join(members)} hold the same parameters in {numbers}; {members[0]} counts them.")
         if decision.reason:
             reasons.append(f"Reason: {decision.reason}.")
         elif decision.alternatives:
@@ -94,7 +98,8 @@ class Explanation(PrintsTable):
             return ""
         name, rank = self._others[0].factorization.name, self._others[0].rank
         arguments = f"{self.decision.path!r}, factorization={name!r}, rank={rank}"
-        return f"To change it: plan.edited({arguments}), then fxfact.apply."
+        subject = "it" if self.decision.shares_with is None else "all layers of the joint set"
+        return f"To change {subject}: plan.edited({arguments}), then fxfact.apply."
 
 
 def explain(plan: Plan, path: str) -> Explanation:

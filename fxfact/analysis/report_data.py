@@ -94,7 +94,7 @@ class ConvReport:
         predicted_loss_increase: Increase of the loss that the plan predicted, before any refitting or training, in nats
             per sample (1 nat of KL divergence is log₂ e = 1.44 bits).
         reason: Why the convolution was left dense.
-        note: A remark on the rank.
+        note: What it shares with other layers, and a remark on the rank.
         spectra: Singular values of the unfoldings that the ranks belong to.
     """
 

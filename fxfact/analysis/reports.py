@@ -136,10 +136,10 @@ def _with_input_sizes(plan: Plan, captured: Captured) -> Plan:
 def _conv_report(
     decision: Decision, site: ConvSite | None, factorized: nn.Module, errors: SiteErrors | None
 ) -> ConvReport:
-    method = decision.factorization
+    method, note = decision.factorization, "" if decision.reason else decision.remark
     conv = ConvReport(
         path=decision.path, convolution=str(decision.spec or ""), before=decision.before, after=decision.after,
-        reason=decision.reason, note=decision.note, predicted_loss_increase=decision.predicted_loss_increase,
+        reason=decision.reason, note=note, predicted_loss_increase=decision.predicted_loss_increase,
     )  # fmt: skip
     if method is None or decision.rank is None or site is None:
         return conv

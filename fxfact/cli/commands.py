@@ -60,7 +60,7 @@ from fxfact.utils import (
 
 _DECIDED_BY_PLAN = (
     *("rank", "macs", "params", "latency", "loss", "metric", "at_most_drop", "lower_is_better", "minimise"),
-    *("factorization", "multiple_of", "include", "exclude", "kinds", "fold_weights", "error_curves"),
+    *("factorization", "multiple_of", "include", "exclude", "kinds", "joint", "fold_weights", "error_curves"),
 )
 
 

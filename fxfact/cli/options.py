@@ -77,6 +77,12 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--include", action="append", metavar="GLOB", help="only the layers at these paths; repeatable")
     group.add_argument("--exclude", action="append", metavar="GLOB", help="no layers at these paths; repeatable")
+    group.add_argument(
+        "--joint",
+        action="append",
+        metavar="GLOB",
+        help="the layers of equal shape at these paths may share parameters; one set for each GLOB, repeatable",
+    )
     group.add_argument("--kinds", type=parse_names, metavar="KINDS", help="conv or linear, if not both")
     group.add_argument(
         "--multiple-of",

@@ -51,7 +51,8 @@ _IN_SHELL: tuple[tuple[str, str, str | Callable[[re.Match[str]], str]], ...] = (
     ("progress", r"\bprogress=True\b", "--progress"),
     ("multiple_of", r"\bmultiple_of\b", "--multiple-of"),
     ("max_samples", r"\bmax_samples\b", "--max-samples"),
-    ("include", r"^(include|exclude|kinds|factorization|likelihood|rank)(?=:| must)", r"--\1"),
+    ("include", r"\bleave joint out\b", "remove --joint"),
+    ("include", r"^(include|exclude|kinds|joint|factorization|likelihood|rank)(?=:| must)", r"--\1"),
 )  # the option of a command, how a message names it in Python, and how it is written in the shell
 _ONLY_IN_PYTHON = ("capture=", "leaf_modules", "transform=", "weights='empty'", "generator=", "allow_growth")
 

@@ -39,6 +39,7 @@ def plan_options(args: Arguments, loaded: LoadedModel, executor: Executor | None
         "include": args.include or None,
         "exclude": args.exclude or None,
         "kinds": args.kinds or KINDS,
+        "joint": args.joint or (),
         "multiple_of": args.multiple_of,
         "fold_weights": bool(args.fold_weights),
         "example_inputs": example_inputs_of(loaded),

@@ -81,11 +81,11 @@ def refit(
     that few samples are enough. Every fourth batch is held out for measuring. If the network got worse there, by more
     than two standard errors, an unchanged copy is returned.
 
-    Convolutions that are no modules, and convolutions that share their weights, are not refitted. The original runs
-    once over the batches. The factorized network runs once as well if it is a graph module and the intermediate values
-    of all batches fit into 1 GiB; otherwise it runs up to each chain. In addition, the outputs of all convolutions are
-    stored at 32 positions of every sample. With ``torch.distributed``, each process works alone on its own batches:
-    refit in one process and send the result to the others.
+    Convolutions that are no modules, and those that share their weights or their last stages, are not refitted. The
+    original runs once over the batches. The factorized network runs once as well if it is a graph module and the
+    intermediate values of all batches fit into 1 GiB; otherwise it runs up to each chain. In addition, the outputs of
+    all convolutions are stored at 32 positions of every sample. With ``torch.distributed``, each process works alone on
+    its own batches: refit in one process and send the result to the others.
 
     Args:
         factorized: A network that a plan made. It is not changed.
@@ -157,8 +157,9 @@ class RefitTarget:
 
 def record_targets(networks: TeacherStudent, seed: int) -> list[RefitTarget]:
     """Run the original, and return the targets in the order in which the run reaches the convolutions."""
-    tied = {path for d in networks.plan if d.tied_to for path in (d.path, d.tied_to)}
-    convs = {module: RefitTarget(path) for path, module in networks.rewritten.items() if path not in tied}
+    shared = {path for d in networks.plan if d.tied_to for path in (d.path, d.tied_to)}
+    shared |= {d.path for d in networks.plan.rewrites if len(d.stages) - 1 in d.shared_stages}
+    convs = {module: RefitTarget(path) for path, module in networks.rewritten.items() if path not in shared}
     norms: dict[nn.Module, str] = {
         module: name for name, module in networks.original.named_modules() if isinstance(module, _BatchNorm)
     }

@@ -22,7 +22,8 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> int:
     """Fold batch norms in evaluation mode into the convolutions before them, in place.
 
     The new weight is W' = s W and the new bias b' = s (b − mean) + shift, with s = scale / √(variance + eps). A batch
-    norm stays if another node uses the output or the weight of the convolution. Recompile the graph module afterwards.
+    norm stays if another node uses the output or the module of the convolution. A weight that other modules hold too
+    stays as it is for them. Recompile the graph module afterwards.
 
     Args:
         graph_module: a private copy of the network.

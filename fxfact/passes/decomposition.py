@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.calibration import Statistics
-from fxfact.conv import ConvLayer, ConvSite, KroneckerFisher, compose, is_conv, write_chain
+from fxfact.conv import ConvChain, ConvLayer, ConvSite, KroneckerFisher, compose, is_conv, write_chain
 from fxfact.errors import ArgumentError, PlanError, error_context
 from fxfact.factorizations import check_generator, weight_scale
 from fxfact.planning import Decision, Plan
@@ -116,7 +116,8 @@ def planned_chains(
 
     Args:
         plan: the plan.
-        sites: the convolutions by path. Those that share a weight share the weights of the stages.
+        sites: the convolutions by path. Those that share a weight share the weights of the stages, and those of a joint
+            set share the parameters of its shared stages.
         options: how the chains get their weights.
         statistics: the calibration statistics, if the plan uses them.
         known: earlier results, by ``Decision.rewrite``.
@@ -142,7 +143,10 @@ def planned_chains(
         if site.tied_to is None:
             finished[decision.path] = next(decompositions)
         found = finished[site.tied_to or site.path]
-        stages = write_chain(decision.stages, found.weights, site.bias, like=site.weight)
+        weights = list(found.weights)
+        for k in decision.shared_stages:  # the first layer's parameters
+            weights[k] = finished[decision.shares_with or site.path].weights[k]
+        stages = write_chain(decision.stages, weights, site.bias, like=site.weight)
         finished[site.path] = Decomposition(_weights_of(stages), found.relative_error)
         yield PlannedChain(site.path, stages, found.relative_error)
 
@@ -183,20 +187,31 @@ def decompose_sites(
 ) -> Iterator[Decomposition]:
     """Yield the decomposition of each job, in order. Large kernels go first, so that all workers finish together.
 
-    ``label`` names the progress bar. ``quick`` fits end early: see ``Factorization.decompose``.
+    The layers of a joint set are decomposed together: all of them must be among the jobs. ``label`` names the progress
+    bar. ``quick`` fits end early: see ``Factorization.decompose``.
     """
-    by_size = sorted(range(len(jobs)), key=lambda k: jobs[k].site.weight.numel(), reverse=True)
+    together: dict[str, list[int]] = {}
+    for k, job in enumerate(jobs):
+        together.setdefault(job.decision.shares_with or job.decision.path, []).append(k)
+    by_size = sorted(together.values(), key=lambda own: sum(jobs[k].site.weight.numel() for k in own), reverse=True)
     arguments = (
-        (job.site.layer, job.decision, job.seed, _fisher(job.site, statistics), job.start, quick)
-        for job in (jobs[k] for k in by_size)
+        (
+            [jobs[k].site.layer for k in own],
+            [jobs[k].decision for k in own],
+            [_fisher(jobs[k].site, statistics) for k in own],
+            jobs[own[0]].seed,
+            jobs[own[0]].start,
+            quick,
+        )
+        for own in by_size
     )
-    results = ordered_map(decompose_layer, arguments, options.executor)
-    work = [_work(jobs[k]) for k in by_size]
-    results = iter(with_progress(results, len(jobs), label, options.progress, work=work))
+    results = ordered_map(_decompose_together, arguments, options.executor)
+    work = [sum(_work(jobs[k]) for k in own) for own in by_size]
+    results = iter(with_progress(results, len(by_size), label, options.progress, work=work))
     finished: dict[int, Decomposition] = {}
     yielded = 0
-    for k, result in zip(by_size, results, strict=True):
-        finished[k] = result
+    for own, found in zip(by_size, results, strict=True):
+        finished |= zip(own, found, strict=True)
         while yielded in finished:
             yield finished.pop(yielded)
             yielded += 1
@@ -205,6 +220,25 @@ def decompose_sites(
 def _work(job: DecomposeJob) -> float:
     """Return about how long a decomposition takes, compared with others."""
     return float(job.site.weight.numel() * max(job.decision.rank or (1,)))
+
+
+def _decompose_together(  # noqa: PLR0917 (an executor takes positional arguments)
+    layers: Sequence[ConvLayer],
+    decisions: Sequence[Decision],
+    fishers: Sequence[KroneckerFisher | None],
+    seed: int | None,
+    start: Sequence[Tensor] | None,
+    quick: bool,
+) -> list[Decomposition]:
+    """Decompose one kernel, or those of a joint set."""
+    decision = decisions[0]
+    if decision.shares_with is None:
+        return [decompose_layer(layers[0], decision, seed, fishers[0], start, quick)]
+    assert decision.factorization is not None
+    assert decision.rank is not None
+    with error_context(f"the joint set of {decision.path}"):
+        chains = decision.factorization.decompose_jointly(layers, decision.rank, fishers)
+    return [_decomposition(chain, layer.weight) for chain, layer in zip(chains, layers, strict=True)]
 
 
 def _fisher(site: ConvSite, statistics: Statistics | None) -> KroneckerFisher | None:
@@ -222,18 +256,20 @@ def decompose_layer(  # noqa: PLR0917 (an executor takes positional arguments)
     """Decompose one kernel as decided. Takes and returns values only, so that it can run in another process."""
     assert decision.factorization is not None
     assert decision.rank is not None
-    dense = layer.weight
-    generator = None if seed is None else torch.Generator(dense.device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(layer.weight.device).manual_seed(seed)
     with error_context(decision.path):
         chain = decision.factorization.decompose(
             layer, decision.rank, metric=fisher, generator=generator, start=start, quick=quick
         )
+    return _decomposition(chain, layer.weight, quick and fisher is not None and decision.factorization.is_fitted)
+
+
+def _decomposition(chain: ConvChain, dense: Tensor, quick: bool = False) -> Decomposition:
     wide = torch.promote_types(dense.dtype, torch.float32)
     with no_reduced_precision(dense.device):
         norm = _norm(dense.to(wide), dense)
         error = _norm(compose(chain).to(wide).sub_(dense.to(wide)), dense)  # in place, because it may be very large
-    is_quick = quick and fisher is not None and decision.factorization.is_fitted
-    return Decomposition([stage.weight for stage in chain.layers], error / norm if norm else 0.0, is_quick)
+    return Decomposition([stage.weight for stage in chain.layers], error / norm if norm else 0.0, quick)
 
 
 def _norm(values: Tensor, like: Tensor) -> float:

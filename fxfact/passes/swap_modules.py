@@ -35,8 +35,9 @@ def swap_modules(
     copied_sites = {path: _site_in_copy(result, site) for path, site in sites.items()}
     errors, digests = {}, {}
     for chain in planned_chains(plan, copied_sites, options, statistics=statistics, known=known):
-        dense, stages = sites[chain.path].spec, plan[chain.path].stages
-        factorize_module(result.get_submodule(chain.path), dense, stages, chain.stages, chain.path)
+        dense, decision = sites[chain.path].spec, plan[chain.path]
+        module, shared = result.get_submodule(chain.path), decision.shared_stages
+        factorize_module(module, dense, decision.stages, chain.stages, chain.path, shared=shared)
         errors[chain.path], digests[chain.path] = chain.relative_error, chain.weight_digest()
     _leave_fast_paths(result)
     add_record(result, PassRecord(plan, errors, digests))

@@ -17,6 +17,7 @@ from fxfact.planning.call import describe_call, format_call
 from fxfact.planning.decision import Decision, summarize_reasons
 from fxfact.planning.error_curves import ErrorCurveCache
 from fxfact.planning.fixed_ranks import FactorizationRequest, FixedRanks, parse_factorizations
+from fxfact.planning.joint_sets import Joint
 from fxfact.planning.layer_options import LayerOptions
 from fxfact.planning.pareto import MeasuredPoint, ParetoFront
 from fxfact.planning.pareto_plot import check_plot_path
@@ -50,6 +51,7 @@ __all__ = [
     "ErrorCurveCache",
     "FactorizationRequest",
     "FixedRanks",
+    "Joint",
     "Kinds",
     "LargestThatPays",
     "Latency",

@@ -16,8 +16,15 @@ from fxfact.factorizations import Factorization, Rank
 from fxfact.planning.budgets import Budget
 from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curves, interpolate
 from fxfact.planning.hardware_ranks import chain_latencies, hardware_friendly, multiples
-from fxfact.planning.knapsack import Class, Knapsack
-from fxfact.planning.layer_options import LayerOptions, Option
+from fxfact.planning.joint_options import (
+    JointFamily,
+    compute_joint_curves,
+    interpolated,
+    joint_families,
+    with_joint_options,
+)
+from fxfact.planning.layer_options import LayerOptions, Option, thinned
+from fxfact.planning.network_knapsack import NetworkKnapsack, joint_sets
 from fxfact.planning.strategy import (
     Allocation,
     ByPath,
@@ -29,7 +36,6 @@ from fxfact.planning.strategy import (
 )
 from fxfact.utils import CLOCK_RESOLUTION_MS, Progress, ordered_map, with_progress
 
-_MAX_RANKS = 40  # candidates of one factorization
 _PARETO_POINTS = 40
 _SMALLEST_RANKS = 2  # of each factorization, to find out what can be reached
 _NO_COST = Cost(0, 0, 0.0)
@@ -60,20 +66,31 @@ def allocate(layers: Sequence[LayerOptions], network: Cost, budget: Budget, norm
     Raises:
         BudgetError: if not even the cheapest options meet the budget.
     """
-    knapsack = Knapsack([_knapsack_class(layer, budget, normalization) for layer in layers])
-    picked = knapsack.at(budget.allowed(network) - _fixed_amount(layers, network, budget))
+    knapsack = NetworkKnapsack(layers, budget, normalization)
+    bound = budget.allowed(network) - _fixed_amount(layers, network, budget)
+    picked = knapsack.at(bound)
     if picked is None:
         raise budget.unmet_error(least_amount(layers, network, budget), network)
+    if any(layer.joint for layer in layers):  # choices of each layer alone are tried on a finer scale without them
+        alone = NetworkKnapsack([replace(layer, joint=()) for layer in layers], budget, normalization)
+        others = alone.at(bound)
+        is_joint = any(k >= len(layer.options) for layer, k in zip(layers, picked, strict=True))
+        if others is not None and not (is_joint and knapsack.value(picked) < knapsack.value(others)):
+            picked = others
     chosen = list(zip(layers, picked, strict=True))
-    choices = tuple(layer.options[k].choice for layer, k in chosen)
+    choices = tuple(layer.every[k].choice for layer, k in chosen)
     alternatives = tuple(layer.alternatives(k, budget) for layer, k in chosen)
     return Allocation(choices, _pareto_points(layers, knapsack, network, budget), alternatives)
 
 
 def least_amount(layers: Sequence[LayerOptions], network: Cost, budget: Budget) -> float:
     """Return the least that the network costs, in the budget's unit: with the cheapest option of every layer."""
-    cheapest = (min(budget.amount(option.cost) for option in layer.options) for layer in layers)
-    return _fixed_amount(layers, network, budget) + sum(cheapest)
+    cheapest = [min(budget.amount(option.cost) for option in layer.options) for layer in layers]
+    total = _fixed_amount(layers, network, budget) + sum(cheapest)
+    for own in joint_sets(layers):
+        together = zip(*([budget.amount(option.cost) for option in layers[k].joint] for k in own), strict=True)
+        total += min(0.0, min(map(sum, together)) - sum(cheapest[k] for k in own))
+    return total
 
 
 def _fixed_amount(layers: Sequence[LayerOptions], network: Cost, budget: Budget) -> float:
@@ -104,14 +121,8 @@ def _work(layer: ConvLayer) -> float:
     return float(layer.weight.numel() * min(layer.spec.in_channels, layer.spec.out_channels))
 
 
-def _knapsack_class(layer: LayerOptions, budget: Budget, normalization: float) -> Class:
-    divisor = max(layer.loss_without_layer, 1e-30) ** normalization
-    amounts = [budget.amount(option.cost) for option in layer.options]
-    return Class(amounts, [option.predicted_loss_increase / divisor for option in layer.options])
-
-
 def _pareto_points(
-    layers: Sequence[LayerOptions], knapsack: Knapsack, network: Cost, budget: Budget
+    layers: Sequence[LayerOptions], knapsack: NetworkKnapsack, network: Cost, budget: Budget
 ) -> tuple[ParetoPoint, ...]:
     """Return the networks for budgets spread evenly between the cheapest network and the dense one.
 
@@ -125,7 +136,7 @@ def _pareto_points(
     for k in range(_PARETO_POINTS + 1):
         picked = knapsack.at(knapsack.least + (largest - knapsack.least) * k / _PARETO_POINTS)
         if picked is not None:
-            taken = [layer.options[p] for layer, p in zip(layers, picked, strict=True)]
+            taken = [layer.every[p] for layer, p in zip(layers, picked, strict=True)]
             cost = network - dense + sum((option.cost for option in taken), _NO_COST)
             points[cost] = ParetoPoint(cost, sum(option.predicted_loss_increase for option in taken))
     increases = [point.predicted_loss_increase for point in points.values()]
@@ -198,7 +209,9 @@ class BudgetAllocator(RankStrategy):
                 smallest = dict(islice(costs.items(), _SMALLEST_RANKS))
                 ranked.append(_RankedChains(factorization, smallest, [0.0] * len(smallest)))
             layers.append(LayerOptions(tuple(self._options(candidate, ranked)), 1.0))
-        return tuple(layers)
+        joint = [family.smallest(_SMALLEST_RANKS) for family in self._joint_families(candidates)]
+        no_losses = [(family, [[0.0] * len(family.costs)] * len(family.members)) for family in joint]
+        return with_joint_options(layers, candidates, no_losses, in_nats=False)
 
     def layer_options(self, candidates: Sequence[Candidate]) -> tuple[LayerOptions, ...]:
         """Return what could become of each candidate. Errors are computed first, then latencies are measured.
@@ -211,10 +224,22 @@ class BudgetAllocator(RankStrategy):
         self._compute_curves([family for own in families for family in own])
         rows = zip(candidates, families, losses, strict=True)
         shown = self.progress if self.latency_model is not None else False
-        return tuple(
+        layers = [
             LayerOptions(tuple(self._options(candidate, [self._with_increases(family) for family in own])), loss)
             for candidate, own, loss in with_progress(rows, len(candidates), "timing", shown)
-        )
+        ]
+        joint = self._joint_families(candidates)
+        known, statistics = self.error_curves, self.statistics
+        compute_joint_curves(joint, statistics, known, executor=self.executor, progress=self.progress)
+        options = [(f, [self._as_losses(own) for own in interpolated(f, statistics, known)]) for f in joint]
+        return with_joint_options(layers, candidates, options, in_nats=self.uses_statistics)
+
+    def _joint_families(self, candidates: Sequence[Candidate]) -> list[JointFamily]:
+        """Return the factorizations of the joint sets, if the budget counts parameters: nothing else is saved."""
+        if not self.budget.amount(Cost(1, 0, 0.0)):
+            return []
+        reached = [candidate for candidate in candidates if self._has_gradients(candidate)]
+        return joint_families(reached, lambda path: self.factorizations.get(path)[0] or (), self.multiple)
 
     def _loss_without(self, candidate: Candidate) -> float:
         with error_context(candidate.path):
@@ -252,12 +277,12 @@ class BudgetAllocator(RankStrategy):
     def _ranks(self, factorization: Factorization, candidate: Candidate) -> tuple[Sequence[Rank], Mapping[Rank, Cost]]:
         """Return the ranks of the error curve, and the ranks to choose from with their costs, both ascending."""
         fitting = factorization.ranks_within(candidate.spec, 1.0)  # no more parameters than the dense layer
-        costs = _affordable(candidate, factorization, _thinned(fitting))
+        costs = _affordable(candidate, factorization, thinned(fitting))
         curve_ranks = list(costs)
         if self.latency_model is not None or self.multiple > 1:
             full = factorization.max_rank(candidate.spec)
             allowed = multiples(fitting, self.multiple, full)
-            chosen = _thinned(allowed) if self.latency_model is None else hardware_friendly(allowed, full)
+            chosen = thinned(allowed) if self.latency_model is None else hardware_friendly(allowed, full)
             costs = _affordable(candidate, factorization, chosen)
         return curve_ranks or list(costs), costs
 
@@ -299,10 +324,12 @@ class BudgetAllocator(RankStrategy):
 
     def _with_increases(self, family: _Family) -> _RankedChains:
         """Return the chains of a family with their expected loss increases."""
-        increases = interpolate(self.error_curves[family.key], list(family.costs))
-        if self.statistics is None:
-            increases = [energy_loss(error) for error in increases]
-        return _RankedChains(family.factorization, family.costs, increases)
+        errors = interpolate(self.error_curves[family.key], list(family.costs))
+        return _RankedChains(family.factorization, family.costs, self._as_losses(errors))
+
+    def _as_losses(self, errors: list[float]) -> list[float]:
+        """Return the values of an error curve as loss increases."""
+        return [energy_loss(error) for error in errors] if self.statistics is None else errors
 
     def _options(self, candidate: Candidate, families: Sequence[_RankedChains]) -> list[Option]:
         """Return the dense layer, then the chains. With a latency model, only those that are faster."""
@@ -348,12 +375,6 @@ def _affordable(candidate: Candidate, factorization: Factorization, ranks: Seque
     """Return the ranks whose chains cost no more than the dense layer, with their costs."""
     costs = zip(ranks, candidate.costs(factorization, ranks), strict=True)
     return {rank: cost for rank, cost in costs if not cost.exceeds(candidate.dense_cost)}
-
-
-def _thinned(ranks: Sequence[Rank]) -> list[Rank]:
-    """Return at most ``_MAX_RANKS`` ranks, evenly spread, including the largest."""
-    step = max(1, -(-len(ranks) // _MAX_RANKS))
-    return list(ranks[::-1][::step][::-1])
 
 
 def _faster_options(options: Sequence[Option], dense_ms: float) -> list[Option]:

@@ -12,6 +12,7 @@ from fxfact.conv import ConvSite, ConvSpec, Cost, Skip, path_of
 from fxfact.errors import AccuracyWarning, ArgumentError, ArgumentTypeError
 from fxfact.planning.budgets import Budget
 from fxfact.planning.decision import Decision, summarize_reasons, unreached_cost
+from fxfact.planning.joint_sets import Joint, parse_joint, with_joint_sets
 from fxfact.planning.plan import Plan
 from fxfact.planning.strategy import Allocation, Candidate, Choice, RankStrategy
 from fxfact.utils import warn_caller
@@ -30,6 +31,7 @@ class SearchScope:
         include: globs on the path, or a predicate on (path, spec). None includes every layer.
         exclude: the same, for layers to leave alone.
         kinds: the kinds of layers that may change: 'conv', 'linear' or both.
+        joint: globs on the path, each for a set of layers that may share stages.
         allow_growth: also rewrite layers that would have more parameters or MACs.
         partial: the captured network is a part of a larger one, so a glob may fit nothing.
         call: what ``Plan.call`` is to be.
@@ -38,6 +40,7 @@ class SearchScope:
     include: Selection | None = None
     exclude: Selection | None = None
     kinds: Kinds = KINDS
+    joint: Joint = ()
     allow_growth: bool = False
     partial: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class SearchScope:
         if not isinstance(kinds, Sequence) or not kinds or not {*kinds} <= {*KINDS}:
             raise ArgumentError(f"kinds must be 'conv', 'linear' or a list of these, got {self.kinds!r}")
         object.__setattr__(self, "kinds", tuple(kinds))
+        object.__setattr__(self, "joint", parse_joint(self.joint))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +92,9 @@ class PlanDraft:
         for group, choice, alternatives in zip(self.groups, allocation.choices, others, strict=True):
             decided = [_decide(decisions[path], choice) for path in group]
             decided[0] = replace(decided[0], alternatives=alternatives)
-            if not self.scope.allow_growth and (skip := _why_larger(decided)):
-                decided = [_decide(decision, skip) for decision in decided]
             decisions |= {decision.path: decision for decision in decided}
+        if not self.scope.allow_growth:
+            decisions = _without_growth(decisions.values())
         return Plan(
             model=self.captured.model,
             network=self.network,
@@ -110,7 +114,7 @@ def draft_plan(captured: Captured, scope: SearchScope) -> PlanDraft:
     """Find the candidates of a captured network.
 
     Raises:
-        ArgumentError: for a glob that fits no layer, and a predicate that fails.
+        ArgumentError: for a glob that fits no layer, a predicate that fails, and a joint set that cannot share stages.
         ArgumentTypeError: for a selection of another type.
     """
     included, excluded = _parse_selection("include", scope.include), _parse_selection("exclude", scope.exclude)
@@ -133,7 +137,8 @@ def draft_plan(captured: Captured, scope: SearchScope) -> PlanDraft:
         groups.append(tuple(decision.path for decision in group))
         candidates.append(Candidate(leader.path, layers[leader.path], calls))
     network = _network_cost(captured, decisions.values())
-    return PlanDraft(captured, scope, tuple(decisions.values()), tuple(groups), tuple(candidates), network)
+    joint = with_joint_sets(parse_joint(scope.joint), list(decisions.values()), candidates)
+    return PlanDraft(captured, scope, tuple(decisions.values()), tuple(groups), joint, network)
 
 
 def build_plan(captured: Captured, strategy: RankStrategy, scope: SearchScope) -> Plan:
@@ -180,8 +185,9 @@ def _undecided(item: ConvSite | Skip, samples: int) -> Decision:
 
 def _decide(decision: Decision, choice: Choice | Skip) -> Decision:
     if isinstance(choice, Skip):
-        return replace(decision, factorization=None, rank=None, reason=choice.reason, note="")
-    decided = replace(decision, factorization=choice.factorization, rank=choice.rank, note=choice.note)
+        return replace(decision, factorization=None, rank=None, shares_with=None, reason=choice.reason, note="")
+    method, shares_with = choice.factorization, choice.shares_with
+    decided = replace(decision, factorization=method, rank=choice.rank, shares_with=shares_with, note=choice.note)
     if not decision.tied_to:
         increase, latencies = choice.predicted_loss_increase, choice.latencies_ms
         decided = replace(decided, predicted_loss_increase=increase, latencies_ms=latencies)
@@ -190,6 +196,15 @@ def _decide(decision: Decision, choice: Choice | Skip) -> Decision:
     if len(decided.stages) > 1:
         return decided
     return _decide(decision, Skip("at full rank the chain is the convolution itself"))
+
+
+def _without_growth(decisions: Iterable[Decision]) -> dict[str, Decision]:
+    """Return decisions by path. Layers that share a weight or stages, and would grow together, stay dense."""
+    groups: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        groups.setdefault(decision.shares_with or decision.tied_to or decision.path, []).append(decision)
+    grown = {each.path: skip for group in groups.values() if (skip := _why_larger(group)) for each in group}
+    return {each.path: _decide(each, grown[each.path]) if each.path in grown else each for each in decisions}
 
 
 def _why_larger(group: Sequence[Decision]) -> Skip | None:

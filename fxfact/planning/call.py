@@ -73,8 +73,8 @@ def _described(value: Any) -> Any:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return {str(key): _described(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_described(item) for item in value]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_described(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
     return _described_object(value)
 
 

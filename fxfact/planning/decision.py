@@ -26,6 +26,8 @@ class Decision:
         tied_to: the path of the convolution that holds the same weight and counts its parameters, if there is one.
         factorization: the factorization, or None if the convolution stays dense.
         rank: the rank, or None if the convolution stays dense.
+        shares_with: the path of the first layer of a joint set, this one or another, if the chains of its layers share
+            stages. The first layer counts their parameters.
         reason: why the convolution stays dense.
         note: how the decision differs from the request, if it does.
         predicted_loss_increase: the expected increase of the loss in nats for one sample. None without data.
@@ -43,6 +45,7 @@ class Decision:
     tied_to: str | None = None
     factorization: Factorization | None = None
     rank: Rank | None = None
+    shares_with: str | None = None
     reason: str = ""
     note: str = ""
     predicted_loss_increase: float | None = None
@@ -53,11 +56,13 @@ class Decision:
         object.__setattr__(self, "predicted_loss_increase", significant(self.predicted_loss_increase))
         if (self.factorization is None) != (self.rank is None) or (self.rank is not None and self.spec is None):
             raise PlanError(f"{self.path}: a rewrite needs a convolution, a factorization and a rank, got {self.rank}")
+        if self.shares_with is not None and not self.shared_stages:
+            raise PlanError(f"{self.path}: there are no stages to share with {self.shares_with}")
 
     @property
     def rewrite(self) -> str:
-        """Identifies the rewrite: path, factorization and rank. Equal for decisions that do the same."""
-        return f"{self.path} {self.factorization} {self.rank}"
+        """Identifies the rewrite: path, factorization, rank and joint set. Equal for decisions that do the same."""
+        return f"{self.path} {self.factorization} {self.rank} {self.shares_with or ''}".rstrip()
 
     @property
     def stages(self) -> tuple[ConvSpec, ...]:
@@ -69,6 +74,24 @@ class Decision:
         return self.factorization.layout(self.spec, self.rank)
 
     @property
+    def shared_stages(self) -> tuple[int, ...]:
+        """The indices of the stages that the layers of its joint set share; empty without one."""
+        if self.shares_with is None or self.spec is None or self.factorization is None or self.rank is None:
+            return ()
+        return self.factorization.shared_stages(self.spec, self.rank)
+
+    @property
+    def remark(self) -> str:
+        """What is to say about the layer: what it shares with others, and its note or reason."""
+        count = len(self.shared_stages)
+        stages = f"{count} stage{'s' if count > 1 else ''}"
+        shared = f"shares {stages} with {self.shares_with}" if count else ""
+        if self.shares_with == self.path:
+            shared = f"its joint set shares {stages}"
+        tied = f"shares the weight of {self.tied_to}" if self.tied_to else ""
+        return "; ".join(filter(None, (tied, shared, self.note or self.reason)))
+
+    @property
     def before(self) -> Cost:
         """The cost of the convolution as it is."""
         dense_ms, _ = self.latencies_ms or (None, None)
@@ -78,7 +101,10 @@ class Decision:
     def after(self) -> Cost:
         """The cost of the convolution after the plan is applied: of its chain, or as it is."""
         _, chain_ms = self.latencies_ms or (None, None)
-        return replace(self._cost_of(self.stages), ms=chain_ms)
+        cost = replace(self._cost_of(self.stages), ms=chain_ms)
+        if self.shares_with in (None, self.path) or self.spec is None or not self.factorization or not self.rank:
+            return cost
+        return replace(cost, params=cost.params - self.factorization.shared_params(self.spec, self.rank))
 
     def _cost_of(self, stages: Sequence[ConvSpec]) -> Cost:
         return chain_cost(stages, self.input_sizes, tied=self.tied_to is not None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fxfact.conv import ConvLayer, ConvSpec, KroneckerFisher, compose
 from fxfact.errors import PlanError
@@ -127,17 +128,48 @@ def error_curves(
 def _error_curve(
     layer: ConvLayer, factorization: Factorization, ranks: Sequence[Rank], weighted: WeightedLayer | None
 ) -> ErrorCurve:
-    """Return one curve: at all ranks if that is cheap, else at a few, closer to each other among the small ones."""
+    """Return one curve: at all ranks if that is cheap, else at a few."""
     with no_reduced_precision(layer.weight.device):
         if weighted is None and (estimates := factorization.error_estimates(layer, ranks)) is not None:
             return list(zip(ranks, estimates, strict=True))
         if weighted is not None and not factorization.is_fitted:
             return list(zip(ranks, factorization.loss_increases(weighted, ranks), strict=True))
-        positions = np.linspace(0, _LARGEST_COMPUTED, _MAX_COMPUTED_RANKS) ** 1.5 * (len(ranks) - 1)
-        computed = [ranks[k] for k in np.unique(positions.round().astype(int))]
+        computed = _computed_ranks(ranks)
         if weighted is not None:
             return list(zip(computed, factorization.loss_increases(weighted, computed), strict=True))
         return [(rank, relative_square_error(layer, factorization, rank)) for rank in computed]
+
+
+def joint_error_curves(
+    layers: Sequence[ConvLayer],
+    factorization: Factorization,
+    ranks: Sequence[Rank],
+    fishers: Sequence[KroneckerFisher | None],
+) -> list[ErrorCurve]:
+    """Return the curve of every layer of a joint set, whose chains share stages, as ``error_curves`` for single layers.
+
+    The increases are those of the chains that ``Factorization.decompose_jointly`` returns.
+    """
+    curves: list[ErrorCurve] = [[] for _ in layers]
+    for rank in _computed_ranks(ranks):
+        chains = factorization.decompose_jointly(layers, rank, fishers)
+        for curve, layer, chain, fisher in zip(curves, layers, chains, fishers, strict=True):
+            curve.append((rank, _error_of(layer, compose(chain), fisher)))
+    return curves
+
+
+def _error_of(layer: ConvLayer, kernel: Tensor, fisher: KroneckerFisher | None) -> float:
+    """Return the loss increase of another kernel in nats, or without ``fisher`` the relative square error."""
+    difference = kernel.double() - layer.weight.double()
+    if fisher is not None:
+        return fisher.loss_increase(layer.spec, difference)
+    return float(difference.square().sum() / layer.weight.double().square().sum().clamp_min(1e-300))
+
+
+def _computed_ranks(ranks: Sequence[Rank]) -> list[Rank]:
+    """Return the ranks at which a curve is computed, closer to each other among the small ones."""
+    positions = np.linspace(0, _LARGEST_COMPUTED, _MAX_COMPUTED_RANKS) ** 1.5 * (len(ranks) - 1)
+    return [ranks[k] for k in np.unique(positions.round().astype(int))]
 
 
 def relative_square_error(layer: ConvLayer, factorization: Factorization, rank: Rank) -> float:

@@ -17,6 +17,7 @@ from fxfact.factorizations import (
     parse_rank_spec,
     resolve_rank,
 )
+from fxfact.planning.joint_sets import share_stages
 from fxfact.planning.rank_rules import RankRule
 from fxfact.planning.strategy import Allocation, ByPath, Candidate, Choice, RankStrategy
 
@@ -61,12 +62,12 @@ class FixedRanks(RankStrategy):
         return self.statistics is not None
 
     def choose(self, candidates: Sequence[Candidate], network: Cost) -> Allocation:
-        """Choose for each layer on its own."""
+        """Choose for each layer on its own. The layers of a joint set then share stages if their choices are equal."""
         paths = [candidate.path for candidate in candidates]
         if not self.partial:
             self.factorizations.check(paths, "factorization")
             self.ranks.check(paths, "rank")
-        return Allocation(tuple(self._choose_one(candidate) for candidate in candidates))
+        return Allocation(share_stages(candidates, [self._choose_one(candidate) for candidate in candidates]))
 
     def _choose_one(self, candidate: Candidate) -> Choice | Skip:
         factorizations, _ = self.factorizations.get(candidate.path)

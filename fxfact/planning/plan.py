@@ -23,6 +23,7 @@ from fxfact.factorizations import (
 )
 from fxfact.planning.call import installed_versions
 from fxfact.planning.decision import Decision, decision_from_json, decision_to_json, fields_to_json, unreached_cost
+from fxfact.planning.joint_sets import check_shared
 from fxfact.planning.pareto import MeasuredPoint, ParetoFront, describe_metric, point_from_json, point_to_json
 from fxfact.planning.plan_file import plan_text
 from fxfact.planning.plan_table import decision_table, format_decisions, format_unreached
@@ -95,6 +96,7 @@ class Plan(PrintsTable):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measured_loss_increase", significant(self.measured_loss_increase))
+        check_shared(self.decisions)
 
     @property
     def predicted_loss_increase(self) -> float | None:
@@ -163,7 +165,9 @@ class Plan(PrintsTable):
         factorization: str | Factorization | None = None,
         skip: str | None = None,
     ) -> Plan:
-        """Return the plan with another decision for one convolution and those that share its weight.
+        """Return the plan with another decision for one convolution and those that share its weight or stages.
+
+        The layers of a joint set share stages of the new rank too, if the factorization has stages to share.
 
         Args:
             path: the path of the convolution.
@@ -187,8 +191,8 @@ class Plan(PrintsTable):
             with error_context(path):
                 new = {**_edited_choice(old, rank, factorization), "reason": ""}
         new |= {"note": "", "predicted_loss_increase": None, "latencies_ms": None}
-        together = {path, old.tied_to or path}
-        changed = [replace(d, **new) if together & {d.path, d.tied_to} else d for d in self.decisions]
+        together = {path, old.tied_to or path} if old.shares_with is None else {old.shares_with}
+        changed = [_edited(d, new) if together & {d.path, d.tied_to, d.shares_with} else d for d in self.decisions]
         return replace(
             self, decisions=tuple(changed), measured_loss_increase=None, measured_on_held_out=False, measured_ms=None
         )
@@ -246,6 +250,8 @@ class Plan(PrintsTable):
             predicted = self.predicted_loss_increase
             expected = "" if predicted is None else f"predicted {predicted:.3g} nats, "
             yield f"loss increase: {expected}measured {self.measured_loss_increase:.3g} nats on {where}"
+        if self.call.get("joint") and self.pareto_points and not any(d.shares_with for d in self.decisions):
+            yield "joint: no set shares stages, because chains of their own lose less within this budget"
         yield from describe_metric(self.measured_points, self.after)
         if self.measured_ms is not None:
             before, after = self.measured_ms
@@ -358,6 +364,15 @@ def _check_format(data: Any) -> None:
 
 def _last(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: data[key] for key in _LAST if key in data}
+
+
+def _edited(decision: Decision, changes: Mapping[str, Any]) -> Decision:
+    """Return the changed decision, without a joint set if it has no stages to share."""
+    alone = replace(decision, shares_with=None, **changes)
+    if decision.shares_with is None or alone.spec is None or alone.factorization is None or alone.rank is None:
+        return alone
+    shared = alone.factorization.shared_stages(alone.spec, alone.rank)
+    return replace(alone, shares_with=decision.shares_with) if shared else alone
 
 
 def _edited_choice(

@@ -57,9 +57,6 @@ def format_nats(increase: float | None) -> str:
 
 def _row(decision: Decision) -> list[Cell]:
     method = decision.factorization
-    remark = decision.note or decision.reason
-    if decision.tied_to:
-        remark = f"shares the weight of {decision.tied_to}" + (f"; {remark}" if remark else "")
     return [
         decision.path,
         format_spec_forms(decision.spec),
@@ -67,7 +64,7 @@ def _row(decision: Decision) -> list[Cell]:
         format_rank(decision.rank),
         *(["", "", ""] if decision.spec is None else _changes(decision.before, decision.after)),
         format_nats(decision.predicted_loss_increase),
-        remark,
+        decision.remark,
     ]
 
 

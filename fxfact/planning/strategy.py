@@ -29,11 +29,13 @@ class Candidate:
         layer: the convolution and its weight, for strategies that look at the values.
         calls: one entry for each convolution that shares the weight, this one first: its spec, and the spatial size of
             its input at every call, or None if sizes are unknown.
+        joint_set: the path of the first layer of the joint set that this one belongs to, or None.
     """
 
     path: str
     layer: ConvLayer
     calls: tuple[tuple[ConvSpec, tuple[Sizes, ...] | None], ...]
+    joint_set: str | None = None
 
     @property
     def spec(self) -> ConvSpec:
@@ -81,6 +83,7 @@ class Choice:
         note: how the choice differs from the request, if it does.
         predicted_loss_increase: the expected increase of the loss in nats for one sample, if known.
         latencies_ms: milliseconds of the layer and of its chain in one call of the network, if measured.
+        shares_with: the path of the first layer of a joint set whose chains share stages, this one among them.
     """
 
     factorization: Factorization
@@ -88,6 +91,7 @@ class Choice:
     note: str = ""
     predicted_loss_increase: float | None = None
     latencies_ms: tuple[float, float] | None = None
+    shares_with: str | None = None
 
 
 @dataclass(frozen=True)

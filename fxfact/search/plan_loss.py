@@ -58,6 +58,7 @@ class PlanLoss:
 
     def mean_alone(self, plan: Plan, path: str) -> float:
         """Return the mean increase if only the layer at ``path`` is rewritten, with those that share its weight."""
+        self._decompose_quickly(plan.rewrites)  # those of a joint set only together
         rewrites = [decision for decision in plan.rewrites if path in (decision.path, decision.tied_to)]
         return mean_and_error(self._divergences_of(rewrites), everywhere=True)[0]
 
@@ -86,12 +87,17 @@ class PlanLoss:
     def _divergences_of(self, rewrites: Sequence[Decision]) -> Tensor:
         key = frozenset(decision.rewrite for decision in rewrites)
         if key not in self._divergences:
-            leaders = {decision.path: leader_decision(decision) for decision in rewrites}
-            self._decompose([d for d in leaders.values() if d.rewrite not in self.decompositions], quick=True)
+            leaders = self._decompose_quickly(rewrites)
             kernels = {path: self._composed_kernel(decision) for path, decision in leaders.items()}
             network = with_kernels(self._fresh_network(), {**self._dense_kernels, **kernels})
             self._divergences[key] = self._evaluator.divergences(network)
         return self._divergences[key]
+
+    def _decompose_quickly(self, rewrites: Iterable[Decision]) -> dict[str, Decision]:
+        """Decompose the kernels that have not been yet, and return for every path the decision that has its kernel."""
+        leaders = {decision.path: leader_decision(decision) for decision in rewrites}
+        self._decompose([d for d in leaders.values() if d.rewrite not in self.decompositions], quick=True)
+        return leaders
 
     def _fresh_network(self) -> nn.Module:
         """Return a network whose buffers and other state are those of the captured one.

@@ -105,7 +105,7 @@ def search(
         ArgumentError, BudgetError, CalibrationError, CaptureError, MetricError, RankError, TimingError, WeightError.
     """
     loss = bound if isinstance(bound, Loss) else None
-    _check_requests(strategy, data, has_metric=isinstance(bound, Metric))
+    _check_requests(strategy, data, scope, has_metric=isinstance(bound, Metric))
     if data.calibration is not None or data.held_out is not None:
         captured.check_sites()
 
@@ -222,7 +222,9 @@ def _cheapest_plan(limit: Limit, proposer: PlanProposer, unit: type[Budget], pla
     return replace(found, measured_points=tuple(points))
 
 
-def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationData, *, has_metric: bool) -> None:
+def _check_requests(
+    strategy: FixedRanks | BudgetAllocator, data: CalibrationData, scope: SearchScope, *, has_metric: bool
+) -> None:
     """Raise ArgumentError or CalibrationError for arguments that would have no effect or cannot work together."""
     own_likelihood(data.likelihood)  # refuses what is none
     if data.likelihood is not None and data.held_out is None and isinstance(data.calibration, Statistics | None):
@@ -232,6 +234,11 @@ def _check_requests(strategy: FixedRanks | BudgetAllocator, data: CalibrationDat
         )
     has_batches = data.held_out is not None or not isinstance(data.calibration, Statistics | None)
     has_latency = isinstance(strategy, BudgetAllocator) and isinstance(strategy.budget, Latency)
+    if has_latency and scope.joint:
+        raise ArgumentError(
+            "joint: layers that share stages save parameters, but no time. Pass a budget of parameters, such as "
+            "fxfact.Params(0.5), or leave joint out."
+        )
     if has_latency and (has_batches or has_metric) and rank_and_world_size()[1] > 1:
         raise ArgumentError(
             "each process measures times of its own, and would plan another network. Plan in one process, from "

@@ -33,6 +33,7 @@ from fxfact.errors import (
 from fxfact.factorizations import CPMobilenet
 from fxfact.nn import TuckerConv
 from fxfact.passes import DecomposeOptions, FactorizeConvs, FoldBatchNorms, PassManager
+from tests.support import EqualLayers
 
 _Call = Callable[[], Any]
 X = torch.randn(24, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -324,6 +325,15 @@ def program() -> torch.export.ExportedProgram:
     return torch.export.export(net(), (X,))
 
 
+def equal_layers(*, others: bool = False) -> nn.Module:
+    return EqualLayers(others=others).eval()
+
+
+def sharing() -> nn.Module:
+    return fxfact.factorize(equal_layers(), rank=4, joint="convs.*", include="convs.*", capture="modules")
+
+
+MAPS = torch.zeros(1, 4, 10, 10)
 EMPTY = DecomposeOptions(weights="empty")
 CASES: dict[str, Case] = {
     "a pass needs statistics": Case(
@@ -397,6 +407,42 @@ CASES: dict[str, Case] = {
         torch._dynamo.exc.BackendCompilerFailed,
         "take init='svd'",
         lambda: compiled({"factorization": CPMobilenet(init="svd"), "inner": "eager"}),
+    ),
+    "unlike layers cannot share stages": Case(
+        lambda: fxfact.plan(equal_layers(), rank=4, joint="[sc]*"),
+        ArgumentError,
+        "Name one set for each kind",
+        lambda: fxfact.plan(equal_layers(), rank=4, joint=["convs.*", "heads.*"]),
+    ),
+    "a layer belongs to one joint set": Case(
+        lambda: fxfact.plan(equal_layers(), rank=4, joint=["convs.*", "convs.[12]"]),
+        ArgumentError,
+        "A layer belongs to one set: narrow one of the globs",
+        lambda: fxfact.plan(equal_layers(), rank=4, joint=["convs.[12]"]),
+    ),
+    "tied layers are left out of joint sets": Case(
+        lambda: fxfact.plan(equal_layers(others=True), rank=4, joint="[ct]*.?"),
+        ArgumentError,
+        "Leave them out of the set",
+        lambda: fxfact.plan(equal_layers(others=True), rank=4, joint="c*.?"),
+    ),
+    "layers with groups are left out of joint sets": Case(
+        lambda: fxfact.plan(equal_layers(others=True), rank=4, joint="[cg]*.?"),
+        ArgumentError,
+        "Leave it out of the set",
+        lambda: fxfact.plan(equal_layers(others=True), rank=4, joint="c*.?"),
+    ),
+    "joint sets save no time": Case(
+        lambda: fxfact.plan(equal_layers(), budget=fxfact.Latency(0.9), example_inputs=MAPS, joint="convs.*"),
+        ArgumentError,
+        "Pass a budget of parameters, such as fxfact.Params(0.5), or leave joint out",
+        lambda: fxfact.plan(equal_layers(), budget=fxfact.Params(0.5), example_inputs=MAPS, joint="convs.*"),
+    ),
+    "a shared stage is not scaled for one layer": Case(
+        lambda: sharing().convs[1].weight.detach().mul_(2),
+        WeightError,
+        "Put layer.to_conv(), an ordinary convolution, in its place first",
+        lambda: sharing().convs[1].to_conv().weight.detach().mul_(2),
     ),
     "a function without gradient": Case(
         lambda: fxfact.calibrate(net(), BATCHES, likelihood=lambda y: y.detach().sum()),

@@ -14,6 +14,7 @@ import torch
 
 import fxfact
 from fxfact.cli import main
+from tests.support import EqualLayers
 
 RunJson = Callable[..., Any]
 SHAPE = ["--input", "2,3,10,10"]
@@ -112,6 +113,20 @@ def test_kinds_of_layers_can_be_chosen(workspace: Path, run_json: RunJson, kinds
     arguments = ["--rank", "0.5", "--factorization", "tucker,svd", "--kinds", kinds]
     plan = run_json("plan", "net.pt2", *arguments)["plan"]
     assert [each["path"] for each in plan["decisions"] if "factorization" in each] == list(map(str, rewritten))
+
+
+def test_layers_may_share_parameters(workspace: Path, run_json: RunJson, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.zeros(2, 4, 10, 10)
+    torch.export.save(torch.export.export(EqualLayers().eval(), (x,)), "equal.pt2")
+    arguments = ["--rank", "3", "--factorization", "tucker,svd", "--joint", "convs.*", "--joint", "heads.?"]
+    plan = run_json("plan", "equal.pt2", *arguments)["plan"]
+    shared = {each["path"]: each.get("shares_with") for each in plan["decisions"]}
+    assert {*shared.items()} >= {("convs.2", "convs.0"), ("heads.1", "heads.0"), ("stem", None)}
+    assert plan["call"]["joint"] == ["convs.*", "heads.?"]
+    assert main(["plan", "equal.pt2", "--rank", "3", "--joint", "[sc]*"]) == 1
+    assert "--joint: '[sc]*' fits stem with a weight (8, 4, 3, 3)" in capsys.readouterr().err
+    assert main(["plan", "equal.pt2", "--latency", "0.5", "--joint", "convs.*"]) == 1
+    assert "Pass a budget of parameters, such as --params 0.5, or remove --joint." in capsys.readouterr().err
 
 
 def test_kinds_that_do_not_exist_are_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,20 @@ def test_decision_knows_its_stages_and_costs() -> None:
 def test_decision_for_a_shared_weight_does_not_count_its_parameters_again() -> None:
     tied = Decision(path="b", spec=SPEC, tied_to="a", factorization=ChannelSVD(), rank=(4,))
     assert (tied.before.params, tied.after.params) == (12, 12)  # the bias
+
+
+def test_decision_counts_shared_stages_once() -> None:
+    first, other = (
+        Decision(path=path, spec=SPEC, shares_with="a", factorization=ChannelSVD(), rank=(4,)) for path in ("a", "b")
+    )
+    alone = replace(first, shares_with=None)
+    assert first.after == alone.after
+    assert other.after.params == alone.after.params - 4 * 8 * 9  # the first stage
+    assert other.before == alone.before
+    assert len({first.rewrite, other.rewrite, alone.rewrite}) == 3
+    assert (first.remark, other.remark) == ("its joint set shares 1 stage", "shares 1 stage with a")
+    with pytest.raises(PlanError, match="b: there are no stages to share with a"):
+        replace(other, factorization=Tucker(), rank=(12, 8))
 
 
 def test_decision_has_latencies_in_its_costs() -> None:

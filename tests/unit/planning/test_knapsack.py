@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -53,3 +56,24 @@ def test_knapsack_spends_what_rounding_to_steps_leaves() -> None:
 def test_knapsack_without_classes_costs_nothing() -> None:
     knapsack = Knapsack([])
     assert (knapsack.at(0.0), knapsack.at(-1.0)) == ([], None)
+
+
+def test_front_has_the_best_choice_of_every_class_at_many_bounds() -> None:
+    generator = np.random.default_rng(0)
+    classes = [Class([0.0, *generator.integers(1, 50, 6)], [9.0, *generator.uniform(0, 9, 6)]) for _ in range(3)]
+    knapsack = Knapsack(classes)
+
+    def cost_and_value(picked: Sequence[int]) -> tuple[float, float]:
+        pairs = list(zip(classes, picked, strict=True))
+        return sum(each.costs[k] for each, k in pairs), sum(each.values[k] for each, k in pairs)
+
+    costs_and_values = [cost_and_value(picked) for picked in knapsack.front(1000)]
+    every = [cost_and_value(picked) for picked in itertools.product(range(7), repeat=3)]
+    for cost, value in costs_and_values:
+        assert value >= min(v for c, v in every if c <= cost) - 1e-9
+        assert value <= min((v for c, v in every if c <= cost - 0.1), default=np.inf) + 1e-9  # costs are rounded
+    best = min(value for _, value in every)
+    assert min(value for _, value in costs_and_values) == pytest.approx(best)
+    assert len(knapsack.front(3)) in (3, 4)
+    assert knapsack.front(3)[0] == knapsack.front(1000)[0]
+    assert knapsack.front(3)[-1] == knapsack.front(1000)[-1]
