@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fxfact.conv import ConvLayer, compose_weights
-from fxfact.errors import ArgumentError, ArgumentTypeError
+from fxfact.errors import ArgumentError, ArgumentTypeError, RefusedError
 from fxfact.factorizations import Rank, Tucker
+from fxfact.nn.joint import JointConv, SharedConv
 from fxfact.nn.rank_gains import RankDropout, RankLasso, rank_stages
 from fxfact.nn.staged_conv import StagedConv
 from fxfact.nn.structure import Structure
@@ -40,8 +41,9 @@ def tensor_dropout(
     Raises:
         ArgumentError: if an argument is out of its range.
         ArgumentTypeError: if there is no factorized layer.
+        RefusedError: if there is a joint layer.
     """
-    layers = _layers_of(layer_or_model)
+    layers = _layers_with_own_ranks(layer_or_model)
     dropouts = [RankDropout(p, min_dim, min_values, drop_test).train(layer.training) for layer in layers]
     for layer, dropout in zip(layers, dropouts, strict=True):
         layer.rank_dropout = dropout
@@ -82,8 +84,9 @@ def tensor_lasso(layer_or_model: M, *, clamp_weights: bool = True, threshold: fl
     Raises:
         ArgumentError: if the threshold is not between 0 and 1, or a layer has a lasso already.
         ArgumentTypeError: if there is no factorized layer.
+        RefusedError: if there is a joint layer.
     """
-    layers = _layers_of(layer_or_model)
+    layers = _layers_with_own_ranks(layer_or_model)
     if any(layer.rank_lasso is not None for layer in layers):
         raise ArgumentError("a layer has a lasso already. Call remove_tensor_lasso first, which keeps its effect.")
     made = []
@@ -150,6 +153,17 @@ def prune_ranks(layer_or_model: M) -> M:
     """
     memo: dict[int, object] = {id(layer): _pruned(layer) for layer in _layers_of(layer_or_model)}
     return copy.deepcopy(layer_or_model, memo)
+
+
+def _layers_with_own_ranks(layer_or_model: nn.Module) -> list[StagedConv]:
+    """Return the factorized layers. Raises RefusedError for a joint layer, whose convolutions have one rank."""
+    modules = layer_or_model.named_modules() if isinstance(layer_or_model, nn.Module) else ()
+    if name := next((name or "it" for name, module in modules if isinstance(module, JointConv | SharedConv)), None):
+        raise RefusedError(
+            f"{name} is a joint layer, whose convolutions share their ranks. Pass the other layers one by one, or put "
+            "fxfact.nn.TuckerConv.from_conv(joint[i].to_conv(), rank) in the place of joint[i]."
+        )
+    return _layers_of(layer_or_model)
 
 
 def _layers_of(layer_or_model: nn.Module) -> list[StagedConv]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from fxfact.conv import is_conv
 from fxfact.errors import ArgumentTypeError, CaptureError, VerificationError, check_int
 from fxfact.graph import record_shapes
-from fxfact.nn import FactorizedConv
+from fxfact.nn import FactorizedConv, SharedConv
 from fxfact.transduction.calls import change_call
 from fxfact.transduction.modules import TimeKernel, module_3d
 from fxfact.utils import relative_error, to_eval, tolerance_for
@@ -54,8 +55,9 @@ def transduct(
     problems = _rewrite(video, time)
     if problems:
         raise CaptureError(
-            f"these have no counterpart with frames: {'; '.join(problems)}. Replace them, or add the axis by hand: "
-            "fxfact.nn.FactorizedConv.transduct and fxfact.nn.transduct_conv do it for single layers."
+            f"these have no counterpart with frames: {'; '.join(problems)}. Replace them (a SharedConv by its "
+            "to_conv()), or add the axis by hand: fxfact.nn.FactorizedConv.transduct and fxfact.nn.transduct_conv do "
+            "it for single layers."
         )
     video.graph.lint()
     video.recompile()
@@ -66,7 +68,7 @@ def transduct(
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
-        return isinstance(m, FactorizedConv) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, FactorizedConv | SharedConv) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(model: nn.Module) -> fx.GraphModule:
@@ -96,10 +98,21 @@ def _rewrite(video: fx.GraphModule, time: TimeKernel) -> list[str]:
                 problems.append(f"{node.target} ({type(video.get_submodule(node.target)).__name__})")
         elif node.op in ("call_function", "call_method") and not _change(node, sizes):
             problems.append(f"{node.name} (a call of {_name(node)})")
+    weights: dict[int, nn.Parameter] = {}
     for path, module in done.items():
         if module is not None:
+            _share_weight(video.get_submodule(path), module, weights)
             video.set_submodule(path, module)
     return list(dict.fromkeys(problems))
+
+
+def _share_weight(old: nn.Module, new: nn.Module, weights: dict[int, nn.Parameter]) -> None:
+    """Let convolutions that held one weight hold one again. ``weights`` has the new ones by the ``id`` of the old."""
+    convs: list[Any] = [module for module in new.modules() if is_conv(module)]
+    weight = old._parameters.get("weight")
+    if weight is not None and len(convs) == 1:
+        kept = weights.setdefault(id(weight), convs[0].weight)
+        convs[0].weight = kept if kept.shape == convs[0].weight.shape else convs[0].weight
 
 
 def _change(node: fx.Node, sizes: set[fx.Node]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfact.nn as fnn
-from fxfact.errors import ArgumentError, ArgumentTypeError, FxfactError
+from fxfact.errors import ArgumentError, ArgumentTypeError, FxfactError, RefusedError
 from tests.support import apart
 
 VARIANTS = [
@@ -253,3 +254,17 @@ def test_pruning_a_model_replaces_its_layers_in_a_copy() -> None:
 def test_invalid_arguments_of_regularizers_are_refused(call: Any, error: type[FxfactError], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("regularize", [partial(fnn.tensor_dropout, p=0.5), fnn.tensor_lasso])
+def test_joint_layers_are_refused_by_name(regularize: Any) -> None:
+    """They would be left out in silence beside other layers."""
+    convs = [nn.Conv2d(6, 6, 3, padding=1) for _ in range(2)]
+    joint = fnn.JointConv.from_conv_list(convs, 0.5, factorization="tucker")
+    other = fnn.TuckerConv(6, 6, (3, 3), rank=3)
+    with pytest.raises(RefusedError, match="1 is a joint layer"):
+        regularize(nn.Sequential(other, joint[0], joint[1]))
+    with pytest.raises(RefusedError, match="it is a joint layer, whose convolutions share their ranks"):
+        regularize(joint)
+    regularize(nn.Sequential(*(fnn.TuckerConv.from_conv(joint[k].to_conv(), 0.5) for k in range(2))))
+    regularize(other)

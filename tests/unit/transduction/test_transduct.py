@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxfact
 import fxfact.nn as fnn
 from fxfact.errors import ArgumentError, ArgumentTypeError, CaptureError, FxfactError, VerificationError
-from tests.support import apart, copied_state, has_state
+from tests.support import EqualLayers, apart, copied_state, has_state
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -157,3 +157,26 @@ def test_what_has_no_counterpart_is_named(model: nn.Module, error: type[FxfactEr
 def test_invalid_arguments_of_transduct_are_refused(options: Any, error: type[FxfactError], words: str) -> None:
     with pytest.raises(error, match=words):
         fxfact.transduct(NETWORKS["functional"], **options)
+
+
+def test_layers_that_share_stages_share_them_with_frames(image: Tensor) -> None:
+    model = EqualLayers().eval()
+    model.heads = nn.ModuleList(nn.Identity() for _ in model.heads)
+    for method, rank in (("tucker", (5, 4)), ("channel_svd", 5)):
+        small = fxfact.factorize(model, method, rank=rank, example_inputs=image, joint="convs.*", include="convs.*")
+        video = fxfact.transduct(small, image)
+        first, *others = (video.get_submodule(f"convs.{k}.0").weight for k in range(3))
+        assert all(other is first for other in others)
+        own = [video.get_submodule(f"convs.{k}.1").weight for k in range(3)]
+        assert own[0] is not own[1]
+
+
+def test_convolutions_of_joint_layers_are_named_and_may_be_made_dense(image: Tensor) -> None:
+    model = EqualLayers().eval()
+    model.heads = nn.ModuleList(nn.Identity() for _ in model.heads)
+    joint = fnn.JointConv.from_conv_list(list(model.convs), 0.5, factorization="tucker")
+    model.convs = nn.ModuleList(joint)
+    with pytest.raises(CaptureError, match=r"convs\.0 \(SharedConv\).*Replace them \(a SharedConv by"):
+        fxfact.transduct(model, image)
+    model.convs = nn.ModuleList(conv.to_conv() for conv in joint)
+    fxfact.transduct(model, image)
