@@ -16,13 +16,7 @@ from fxfact.factorizations import Factorization, Rank
 from fxfact.planning.budgets import Budget
 from fxfact.planning.error_curves import ErrorCurveCache, cache_key, error_curves, interpolate
 from fxfact.planning.hardware_ranks import chain_latencies, hardware_friendly, multiples
-from fxfact.planning.joint_options import (
-    JointFamily,
-    compute_joint_curves,
-    interpolated,
-    joint_families,
-    with_joint_options,
-)
+from fxfact.planning.joint_options import JointFamily, joint_errors, joint_families, with_joint_options
 from fxfact.planning.layer_options import LayerOptions, Option, thinned
 from fxfact.planning.network_knapsack import NetworkKnapsack, joint_sets
 from fxfact.planning.strategy import (
@@ -150,7 +144,8 @@ class BudgetAllocator(RankStrategy):
     """Chooses factorizations and ranks for all layers together, within a budget.
 
     Options that cost more than the dense layer, in parameters or in MACs, are left out. With a latency model, options
-    that are not faster are left out as well.
+    that are not faster are left out as well. The layers of a joint set can also share stages, if the budget counts
+    parameters.
 
     Attributes:
         budget: the bound for the whole network.
@@ -228,11 +223,10 @@ class BudgetAllocator(RankStrategy):
             LayerOptions(tuple(self._options(candidate, [self._with_increases(family) for family in own])), loss)
             for candidate, own, loss in with_progress(rows, len(candidates), "timing", shown)
         ]
-        joint = self._joint_families(candidates)
-        known, statistics = self.error_curves, self.statistics
-        compute_joint_curves(joint, statistics, known, executor=self.executor, progress=self.progress)
-        options = [(f, [self._as_losses(own) for own in interpolated(f, statistics, known)]) for f in joint]
-        return with_joint_options(layers, candidates, options, in_nats=self.uses_statistics)
+        joint, curves = self._joint_families(candidates), self.error_curves
+        errors = joint_errors(joint, self.statistics, curves, executor=self.executor, progress=self.progress)
+        options = zip(joint, ([self._as_losses(own) for own in each] for each in errors), strict=True)
+        return with_joint_options(layers, candidates, list(options), in_nats=self.uses_statistics)
 
     def _joint_families(self, candidates: Sequence[Candidate]) -> list[JointFamily]:
         """Return the factorizations of the joint sets, if the budget counts parameters: nothing else is saved."""

@@ -37,17 +37,6 @@ class JointFamily:
         """Return the family with its smallest ranks alone."""
         return replace(self, costs=dict(islice(self.costs.items(), count)))
 
-    def keys(self, statistics: Statistics | None) -> list[str]:
-        """Return the cache key of every layer's error curve."""
-        digests = [
-            (each.weight_digest(), "no statistics" if statistics is None else statistics.digest(each.path))
-            for each in self.members
-        ]
-        others = " ".join(f"{weight} {digest}" for weight, digest in digests)
-        pairs = zip(self.members, digests, strict=True)
-        own = (cache_key(self.factorization, each.spec, list(self.costs), *digest) for each, digest in pairs)
-        return [f"{key} of joint {others}" for key in own]
-
 
 def joint_families(
     candidates: Sequence[Candidate], factorizations_of: Callable[[str], Sequence[Factorization]], multiple: int
@@ -94,16 +83,20 @@ def _total(costs: Sequence[Cost]) -> Cost:
     return sum(costs[1:], costs[0])
 
 
-def compute_joint_curves(
+def joint_errors(
     families: Sequence[JointFamily],
     statistics: Statistics | None,
     known: ErrorCurveCache,
     *,
     executor: Executor | None,
     progress: Progress,
-) -> None:
-    """Add the error curves of the families that are not known yet, one job for each family."""
-    missing = [family for family in families if any(key not in known for key in family.keys(statistics))]
+) -> list[list[list[float]]]:
+    """Return for each family the loss increase of every layer at every rank, or without statistics the squared error.
+
+    Curves that are not known yet are computed, one job for each family, and added to ``known``.
+    """
+    keys = [_keys(family, statistics) for family in families]
+    missing = [k for k, own in enumerate(keys) if any(key not in known for key in own)]
     jobs = (
         (
             [member.layer for member in family.members],
@@ -111,17 +104,26 @@ def compute_joint_curves(
             list(family.costs),
             [None if statistics is None else statistics.fisher(m.path, m.spec) for m in family.members],
         )
-        for family in missing
+        for family in (families[k] for k in missing)
     )
-    results = ordered_map(joint_error_curves, jobs, executor)
-    for family, curves in zip(missing, with_progress(results, len(missing), "planning", progress), strict=True):
-        for key, curve in zip(family.keys(statistics), curves, strict=True):
+    results = with_progress(ordered_map(joint_error_curves, jobs, executor), len(missing), "planning", progress)
+    for k, curves in zip(missing, results, strict=True):
+        for key, curve in zip(keys[k], curves, strict=True):
             known[key] = curve
+    pairs = zip(families, keys, strict=True)
+    return [[interpolate(known[key], list(family.costs)) for key in own] for family, own in pairs]
 
 
-def interpolated(family: JointFamily, statistics: Statistics | None, known: ErrorCurveCache) -> list[list[float]]:
-    """Return the loss increase, or without statistics the squared error, of every layer at every rank."""
-    return [interpolate(known[key], list(family.costs)) for key in family.keys(statistics)]
+def _keys(family: JointFamily, statistics: Statistics | None) -> list[str]:
+    """Return the cache key of every layer's error curve. It names all layers of the set."""
+    digests = [
+        (each.weight_digest(), "no statistics" if statistics is None else statistics.digest(each.path))
+        for each in family.members
+    ]
+    together = " ".join(f"{weight} {digest}" for weight, digest in digests)
+    ranks, pairs = list(family.costs), zip(family.members, digests, strict=True)
+    own = (cache_key(family.factorization, each.spec, ranks, *digest) for each, digest in pairs)
+    return [f"{key} of joint {together}" for key in own]
 
 
 def with_joint_options(
