@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfact.analysis.inspection import capture_for_display
+from fxfact.capture import Captured
 from fxfact.conv import ConvLayer, is_conv, read_conv
 from fxfact.errors import check_int
 from fxfact.utils import PrintsTable, as_json, write_by_suffix
@@ -101,9 +102,9 @@ def diff(before: nn.Module | ExportedProgram, after: nn.Module | ExportedProgram
         CaptureError: A network cannot be copied.
     """
     context = check_int("context", context, 0)
-    networks = [capture_for_display(before).network, capture_for_display(after).network]
-    graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
-    left, right = map(_graph_lines, graphs) if len(graphs) == 2 else map(_module_lines, networks)
+    networks = [capture_for_display(before), capture_for_display(after)]
+    have_graphs = all(isinstance(captured.network, fx.GraphModule) for captured in networks)
+    left, right = map(_graph_lines if have_graphs else _module_lines, networks)
     groups = SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context)
     return Diff(tuple(tuple(_lines(group, left, right)) for group in groups if group))
 
@@ -125,20 +126,21 @@ def _column(text: str, mark: str, room: int) -> str:
     return shown.ljust(room) if len(shown) <= room else f"{shown[: room - 1]}…"
 
 
-def _module_lines(network: nn.Module) -> list[str]:
+def _module_lines(captured: Captured) -> list[str]:
     """Return one line for every module without children."""
-    leaves = [(path, module) for path, module in network.named_modules() if not list(module.children())]
-    return [f"{path}: {_module_text(module)}" for path, module in leaves]
+    leaves = [(path, module) for path, module in captured.network.named_modules() if not list(module.children())]
+    return [f"{path}: {_module_text(captured, path, module)}" for path, module in leaves]
 
 
-def _graph_lines(graph_module: fx.GraphModule) -> list[str]:
+def _graph_lines(captured: Captured) -> list[str]:
     """Return one line for every node.
 
     A node that replaced another is called by that node's name, so that the lines of its users do not change.
     """
+    graph_module = cast(fx.GraphModule, captured.network)
     names = {node: node.name for node in graph_module.graph.nodes}
     names |= {node: name for name, node in _replacements(graph_module).items()}
-    return [_node_line(graph_module, node, names) for node in graph_module.graph.nodes]
+    return [_node_line(captured, node, names) for node in graph_module.graph.nodes]
 
 
 def _replacements(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
@@ -147,7 +149,7 @@ def _replacements(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     return {source[-1].name: node for source, node in sources if source and source[-1].pass_name.startswith("fxfact")}
 
 
-def _node_line(root: fx.GraphModule, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+def _node_line(captured: Captured, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
     """Return a line such as ``y = conv(x): Conv2d(…)``; shorter than ``Node.format_node``, and with other names."""
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     values = [*node.args, *(f"{key}={value}" for key, value in node.kwargs.items())]
@@ -157,10 +159,14 @@ def _node_line(root: fx.GraphModule, node: fx.Node, names: Mapping[fx.Node, str]
     line = f"{names[node]} = {target}({arguments})"
     if node.op != "call_module":
         return line
-    return f"{line}: {_module_text(root.get_submodule(str(node.target)))}"
+    path = str(node.target)
+    return f"{line}: {_module_text(captured, path, captured.network.get_submodule(path))}"
 
 
-def _module_text(module: nn.Module) -> str:
-    """Return a convolution's sizes, or the class of another module."""
+def _module_text(captured: Captured, path: str, module: nn.Module) -> str:
+    """Return a convolution's sizes and whose weight it shares, or the class of another module."""
     layer = read_conv(module) if is_conv(module) else None
-    return str(layer.spec) if isinstance(layer, ConvLayer) else type(module).__name__
+    if not isinstance(layer, ConvLayer):
+        return type(module).__name__
+    shared = next((site.tied_to for site in captured.sites if site.path == path and site.tied_to), None)
+    return f"{layer.spec}, the weight of {shared}" if shared else str(layer.spec)

@@ -45,7 +45,7 @@ class ConvRow:
         relative_error: ‖Ŵ − W‖_F / ‖W‖_F of the kernel as it is now, or None if it is unknown: the weights changed
             since ``recorded_error``, or a stage was factorized again.
         recorded_error: The error when the kernel was decomposed, or after ``refit`` or ``distill``; None if unknown.
-        remark: Why it cannot be rewritten.
+        remark: Whose weight it shares, so that only its other parameters count, and why it cannot be rewritten.
     """
 
     path: str
@@ -162,7 +162,8 @@ def _conv_row(path: str, items: list[ConvSite | Skip], record: PassRecord | None
     """Make one row of the sites and skips that are the convolution at a path, or the stages of its chain."""
     decision = record.plan[path] if record else None
     sites = [item for item in items if isinstance(item, ConvSite)]
-    costs = [chain_cost([site.spec], site.input_sizes(captured.samples)) for site in sites]
+    costs = [chain_cost([s.spec], s.input_sizes(captured.samples), tied=s.tied_to is not None) for s in sites]
+    shared = ", ".join(dict.fromkeys(site.tied_to for site in sites if site.tied_to is not None))
     if not costs and decision:  # parts of a factorized module, which composes its kernel where the model reads it
         costs = [chain_cost([stage], None) for stage in decision.stages]
     method = decision.factorization if decision else None
@@ -176,7 +177,12 @@ def _conv_row(path: str, items: list[ConvSite | Skip], record: PassRecord | None
         cost=sum(costs[1:], costs[0]) if costs else Cost(0, None),
         relative_error=None,
         recorded_error=None,
-        remark="; ".join(item.reason for item in items if isinstance(item, Skip)),
+        remark="; ".join(
+            [
+                *([f"shares the weight of {shared}"] if shared else []),
+                *(item.reason for item in items if isinstance(item, Skip)),
+            ]
+        ),
     )
 
 

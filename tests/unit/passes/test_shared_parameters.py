@@ -198,7 +198,13 @@ def test_reports_and_differences_show_sets(layers: EqualLayers, image: Tensor, t
     assert notes["convs.2"] == "shares 2 stages with convs.0"
     assert "shares 2 stages with convs.0" in report.to_html()
     assert sum(conv.after.params for conv in report.convolutions) + 48 == report.after.params == count(network)
-    assert "convs.1" in str(fxfact.diff(layers, network))
+    difference = fxfact.diff(layers, network).table()
+    assert "Conv2d(8→4, 1×1), the weight of convs.0.0" in difference
+    assert difference.count("the weight of heads.0.0") == 1
+    rows = {row.path: row for row in fxfact.inspect(network, example_inputs=image).rows}
+    assert rows["convs.1"].remark == "shares the weight of convs.0.0, convs.0.2"
+    assert rows["convs.0"].remark == ""
+    assert sum(row.cost.params for row in rows.values()) + 48 == count(network)
 
 
 def test_a_factorized_network_is_factorized_again(layers: EqualLayers, image: Tensor) -> None:
