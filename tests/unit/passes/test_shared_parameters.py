@@ -214,3 +214,16 @@ def test_a_factorized_network_is_factorized_again(layers: EqualLayers, image: Te
     assert again.network.params == count(network)
     assert again["convs.2.0"].tied_to == "convs.0.0"
     assert count(fxfact.apply(again, network)) == again.after.params
+
+
+def test_queries_keys_and_values_share_what_they_read() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    split = fxfact.nn.split_attention(encoder)
+    network = fxfact.factorize(split, "svd", rank=8, joint="self_attn.[qkv]_proj", example_inputs=x, verify=True)
+    plan = fxfact.plan_of(network)
+    assert [d.path for d in plan if d.shares_with] == [f"self_attn.{name}_proj" for name in "qkv"]
+    assert count(network) == plan.after.params
+    alone = fxfact.factorize(split, "svd", rank=8, example_inputs=x)
+    assert count(alone) - count(network) == 2 * 32 * 8
