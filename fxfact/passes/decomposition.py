@@ -267,8 +267,9 @@ def decompose_layer(  # noqa: PLR0917 (an executor takes positional arguments)
 def _decomposition(chain: ConvChain, dense: Tensor, quick: bool = False) -> Decomposition:
     wide = torch.promote_types(dense.dtype, torch.float32)
     with no_reduced_precision(dense.device):
-        norm = _norm(dense.to(wide), dense)
-        error = _norm(compose(chain).to(wide).sub_(dense.to(wide)), dense)  # in place, because it may be very large
+        norm, composed = _norm(dense.to(wide), dense), compose(chain).to(wide)
+        composed = composed.clone() if len(chain.layers) == 1 else composed  # the weight of its only stage
+        error = _norm(composed.sub_(dense.to(wide)), dense)  # in place, because it may be very large
     return Decomposition([stage.weight for stage in chain.layers], error / norm if norm else 0.0, quick)
 
 

@@ -300,3 +300,10 @@ def test_plan_made_with_data_needs_statistics_unless_weights_are_empty(
     chains = list(planned_chains(plan, sites, DecomposeOptions(weights="empty")))
     assert [chain.path for chain in chains] == [decision.path for decision in plan.rewrites]
     assert all(chain.relative_error is None for chain in chains)
+
+
+def test_chain_of_one_stage_is_the_convolution(small: nn.Module, image: Tensor) -> None:
+    plan = fxfact.plan(small, "tucker", rank=2, include="second", example_inputs=image).edited("second", rank=(12, 8))
+    network = fxfact.apply(plan, small)
+    assert len(plan["second"].stages) == 1
+    torch.testing.assert_close(network(image), small(image), rtol=1e-4, atol=1e-5)
