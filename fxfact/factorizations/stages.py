@@ -20,7 +20,14 @@ _LEAST_SAVING = 0.05  # of the parameters, for a factorization that restricts an
 
 
 def format_rank(rank: Rank | None) -> str:
-    """Return a rank as short text: "8" or "(8,9)", and "" for a layer that stays dense."""
+    """Write a rank as short text.
+
+    Args:
+        rank: a rank, or None for a layer that stays dense.
+
+    Returns:
+        "8", "(8,9)", or "" for None.
+    """
     return "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
 
 
