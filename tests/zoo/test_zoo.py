@@ -152,7 +152,7 @@ def counted(entry: ZooModel, model: nn.Module, plan: fxfact.Plan, verified: fxfa
     kernels = {d.path: kernel_of(model, d) for d in plan}
     depthwise = [path for path, (size, groups, channels) in kernels.items() if groups > 1 and groups == channels]
     pointwise = [path for path, (size, groups, channels) in kernels.items() if set(size) == {1}]
-    linear = [d for d in plan if kernels[d.path][0] == ()]
+    linear = [d for d in plan if kernels[d.path][0] == () and kind_of(d.reason) != "function"]
     wide = [d for d in plan if d.path not in (*depthwise, *pointwise) and d not in linear]
     return {
         "model": entry.name,
