@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.linear_networks import AttentionBlock, ConvNext, ConvNextTiny, SmallVGG, VisionTransformer
+from benchmarks.linear_networks import ConvNext, SmallVGG, VisionTransformer
 
 
 def data_folder() -> Path | None:
@@ -320,10 +320,6 @@ def _double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
     )
 
 
-def vit_b16() -> nn.Module:
-    return VisionTransformer(768, 12, 12, channels=3, patch=16, patches=196, classes=1000)
-
-
 @dataclass(frozen=True)
 class Network:
     """A network: how to build it, the shape of one input, and the name of its trained weights, if it has any."""
@@ -360,7 +356,4 @@ NETWORKS: dict[str, Network] = {
     "resnet50": Network(lambda: ResNet(Bottleneck, (3, 4, 6, 3)), (3, 224, 224)),
     "vgg16": Network(VGG16, (3, 224, 224)),
     "unet": Network(UNet, (3, 224, 224)),
-    "vit_b16": Network(vit_b16, (3, 224, 224)),
-    "convnext_t": Network(ConvNextTiny, (3, 224, 224)),
-    "attention_block": Network(AttentionBlock, (256, 1280)),
 }

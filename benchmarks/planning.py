@@ -23,6 +23,7 @@ import fxfact
 from benchmarks.memory import reset_peak, resident
 from benchmarks.networks import NETWORKS
 from benchmarks.report import save, show
+from benchmarks.untrained import TIMED
 from fxfact.utils import processes
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="worker processes, each with one thread; default: none")
     given = parser.parse_args()
     torch.manual_seed(0)
-    model = NETWORKS[given.network].build().eval()
+    model = {**TIMED, **NETWORKS}[given.network].build().eval()
     images = torch.randn(given.samples, 3, 224, 224)
     known: dict[str, Any] = {"example_inputs": images[:1], "budget": fxfact.Macs(given.budget)}
     rows: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from benchmarks.linear_networks import AttentionBlock, ConvNextTiny, VisionTransformer
 from benchmarks.networks import NETWORKS, Network
 
 # Widths; 0 is a pooling.
@@ -85,6 +86,10 @@ class Vocoder(nn.Module):
         return torch.tanh(self.last(nn.functional.leaky_relu(x, 0.1)))
 
 
+def vit_b16() -> nn.Module:
+    return VisionTransformer(768, 12, 12, channels=3, patch=16, patches=196, classes=1000)
+
+
 TIMED: dict[str, Network] = {
     "resnet18": NETWORKS["resnet18"],
     "resnet50": NETWORKS["resnet50"],
@@ -94,7 +99,7 @@ TIMED: dict[str, Network] = {
     "dncnn": NETWORKS["dncnn"],
     "unet3d": Network(lambda: UNet(3, 1, (16, 32, 64)), (1, 32, 32, 32)),
     "vocoder": Network(Vocoder, (80, 32)),
-    "vit_b16": NETWORKS["vit_b16"],
-    "convnext_t": NETWORKS["convnext_t"],
-    "attention_block": NETWORKS["attention_block"],
+    "vit_b16": Network(vit_b16, (3, 224, 224)),
+    "convnext_t": Network(ConvNextTiny, (3, 224, 224)),
+    "attention_block": Network(AttentionBlock, (256, 1280)),
 }
