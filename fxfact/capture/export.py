@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from fxfact.capture.base import Arguments, Captured, ExampleInputs, arguments_of, reason_of, samples_of
+from fxfact.capture.base import Arguments, Captured, ExampleInputs, arguments_of, copy_arguments, reason_of, samples_of
 from fxfact.capture.trace_checks import check_parameters
 from fxfact.errors import CaptureError
 from fxfact.graph import checked_match, fold_computed_weights, record_macs, record_shapes
@@ -91,7 +91,7 @@ def reexport(program: ExportedProgram, graph_module: fx.GraphModule) -> Exported
     Raises:
         CaptureError: if ``torch.export.export`` fails.
     """
-    args, kwargs = inputs_of(program)
+    args, kwargs = copy_arguments(inputs_of(program))  # a view would be saved with all data that it is a part of
     shapes = _dynamic_shapes(program)
     try:
         exported = torch.export.export(graph_module, args, kwargs, dynamic_shapes=shapes)

@@ -218,7 +218,8 @@ def bench(args: Arguments) -> int:
     first_ms, second_ms = summarize_turns(times)
     speedup = first_ms / second_ms
     threads = torch.get_num_threads()
-    sentence = f"B is {speedup:.2f}× as fast as A (median ratio of the turns), on {analysis.format_threads(threads)}"
+    where = analysis.format_threads(threads)
+    sentence = f"{args.other} is {speedup:.2f}× as fast as {args.model} (median ratio of the turns), on {where}"
     text = f"{format_times(rows)}\n\n{wrap_lines(sentence, terminal_width())}"
     print_result(args, text, {"networks": rows, "speedup": speedup, "threads": threads})
     return 0

@@ -10,7 +10,7 @@ from torch import nn, onnx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from fxfact.capture import ExampleInputs, arguments_of
+from fxfact.capture import ExampleInputs, copy_arguments
 from fxfact.errors import ArgumentError, FileError
 from fxfact.passes import pass_history, set_history
 from fxfact.utils import atomic_write
@@ -18,7 +18,7 @@ from fxfact.utils import atomic_write
 
 def export_module(network: nn.Module, example_inputs: ExampleInputs, *, dynamic: bool) -> ExportedProgram:
     """Export the factorized module to a program that contains its plan."""
-    (inputs, keywords), shapes = arguments_of(example_inputs), None
+    (inputs, keywords), shapes = copy_arguments(example_inputs), None  # the program keeps them, and views whole data
     if dynamic:
         batch = torch.export.Dim("batch", min=1)
         inputs, keywords = tree_map(_at_least_two_samples, (inputs, dict(keywords)))

@@ -75,8 +75,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 _HAS_HOOKS = "it has hooks, which a factorized convolution would lose"
 ATTENTION_ADVICE = (
-    "nn.MultiheadAttention computes its projections by a function: factorize fxfact.nn.split_attention(model), where "
-    "they are linear layers"
+    "nn.MultiheadAttention computes its projections by a function: factorize the copy that split_attention of "
+    "fxfact.nn makes"
 )
 FOLD_ADVICE = ": fold_weights=True folds those of torch.nn.utils"  # in reasons, while it was not passed
 

@@ -23,12 +23,12 @@ def format_rank(rank: Rank | None) -> str:
     """Write a rank as short text.
 
     Args:
-        rank: a rank, or None for a layer that stays dense.
+        rank: a rank, or None or an empty one for a layer that stays dense.
 
     Returns:
-        "8", "(8,9)", or "" for None.
+        "8", "(8,9)", or "" for a layer that stays dense.
     """
-    return "" if rank is None else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
+    return "" if not rank else str(rank[0]) if len(rank) == 1 else str(rank).replace(" ", "")
 
 
 class ChainLayout(ABC):

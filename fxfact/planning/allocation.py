@@ -184,12 +184,15 @@ class BudgetAllocator(RankStrategy):
         self.check_budget(candidates, network)
         return allocate(self.layer_options(candidates), network, self.budget, self.normalization)
 
-    def check_budget(self, candidates: Sequence[Candidate], network: Cost) -> None:
-        """Raise BudgetError if the smallest ranks do not meet the budget. Computes no errors."""
+    def check_budget(self, candidates: Sequence[Candidate], network: Cost, reasons: str = "") -> None:
+        """Raise BudgetError if the smallest ranks do not meet the budget. Computes no errors.
+
+        ``reasons`` says why layers have to stay, if some do.
+        """
         self.budget.amount(network)  # refuses unknown MACs
         least = least_amount(self.smallest_options(candidates), network, self.budget)
         if least > self.budget.allowed(network):
-            raise self.budget.unmet_error(least, network)
+            raise self.budget.unmet_error(least, network, reasons)
 
     def smallest_options(self, candidates: Sequence[Candidate]) -> tuple[LayerOptions, ...]:
         """Return for each candidate the dense layer and the smallest ranks of each factorization, without errors.

@@ -52,13 +52,16 @@ class Budget(ABC):
         """Return the bound for a network of this cost."""
         return self.at_most if self.at_most is not None else (self.fraction or 0) * self.amount(network)
 
-    def unmet_error(self, least: float, network: Cost) -> BudgetError:
-        """Return the error to raise if a network of this cost cannot be brought below ``least``."""
-        whole = self.amount(network)
+    def unmet_error(self, least: float, network: Cost, reasons: str = "") -> BudgetError:
+        """Return the error to raise if a network of this cost cannot be brought below ``least``.
+
+        ``reasons`` says why layers have to stay, if some do.
+        """
+        whole, about = self.amount(network), "about " if self.unit == "ms" else ""
         return BudgetError(
             f"the budget is {_format(self.allowed(network))} {self.unit}, and these factorizations can go down to "
-            f"{_format(least)} ({least / whole:.3f} of {_format(whole)}). Raise the budget, or allow more layers "
-            "and factorizations.",
+            f"{about}{_format(least)} ({least / whole:.3f} of {_format(whole)}). Raise the budget, or allow more "
+            f"layers and factorizations{f' (some layers have to stay: {reasons})' if reasons else ''}.",
             least,
         )
 

@@ -77,8 +77,12 @@ class PlanDraft:
         """Raise BudgetError if what no factorization can reach costs more than the budget."""
         least, allowed = budget.amount(unreached_cost(self.network, self.decisions)), budget.allowed(self.network)
         if least > allowed:
-            unread = [decision for decision in self.decisions if decision.spec is None]
-            raise budget.out_of_reach_error(least, self.network, summarize_reasons(unread))
+            raise budget.out_of_reach_error(least, self.network, self.why_unread)
+
+    @property
+    def why_unread(self) -> str:
+        """The most frequent reasons of layers that could not be read."""
+        return summarize_reasons(decision for decision in self.decisions if decision.spec is None)
 
     def dense_plan(self, reason: str = "") -> Plan:
         """Return the plan without rewrites, with a reason for the candidates."""

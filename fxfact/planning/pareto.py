@@ -86,7 +86,7 @@ class ParetoFront(PrintsTable):
             [
                 "*" if self.is_chosen(point) else "",
                 *(self._cost_cell(unit, point) for unit in units),
-                *(format_value(self.value(name, point)) for name in values),
+                *(format_value(self.value(name, point), 4 if name == "metric" else 3) for name in values),
             ]
             for point in points
         ]
@@ -191,9 +191,9 @@ class ParetoFront(PrintsTable):
         return (f"{format_amount(amount)} ({share:.2f})", f"{format_short(amount)} ({share:.2f})", f"{share:.2f}")
 
 
-def format_value(value: float | None) -> str:
-    """Return a number with three digits, or "" if it is not known."""
-    return "" if value is None else f"{value:.3g}"
+def format_value(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many digits, or "" if it is not known."""
+    return "" if value is None else f"{value:.{digits}g}"
 
 
 def _same_network(one: Cost, other: Cost) -> bool:
@@ -217,8 +217,8 @@ def describe_metric(points: Sequence[MeasuredPoint], cost: Cost) -> list[str]:
     if own is None:
         return []
     change = f"{measured[0].metric:.4g} → {own.metric:.4g}, worse by at most {own.drop_at_most:.3g}"
-    after = ", after fxfact.refit, which the network needs to be as good" if own.refitted else ""
-    return [f"metric: {change}; {len(measured)} networks were measured{after}"]
+    after = ". They were refitted: after fxfact.apply, call fxfact.refit as well" if own.refitted else ""
+    return [f"metric: {change}; {len(measured)} networks were measured, with the dense one{after}"]
 
 
 _Point = TypeVar("_Point", bound=ParetoPoint | MeasuredPoint)

@@ -114,7 +114,7 @@ def search(
     budget = strategy.budget if isinstance(strategy, BudgetAllocator) and loss is None else None
     if isinstance(strategy, BudgetAllocator) and budget is not None and not isinstance(budget, Latency):
         draft.check_reach(budget)
-        strategy.check_budget(draft.candidates, draft.network)
+        strategy.check_budget(draft.candidates, draft.network, draft.why_unread)
 
     # Statistics: given by the caller, or collected from the caller's batches. The original is measured first, so that
     # metrics that fail, and outputs that cannot be measured, are refused before the expensive part.

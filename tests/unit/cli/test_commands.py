@@ -305,6 +305,16 @@ def test_compress_exports_a_module_on_the_first_sample_of_the_data(
     assert fxfact.load("small.pt2").module()(torch.from_numpy(x[:1])).shape == (1, 4)
 
 
+@pytest.mark.parametrize("model", ["net.pt2", "shop:small"])
+def test_written_program_does_not_hold_the_data(model: str, workspace: Path, run_json: RunJson) -> None:
+    program, images = fxfact.load("net.pt2"), torch.zeros(4000, 3, 10, 10)
+    program.example_inputs = ((images[:2],), {})
+    fxfact.save(program, "net.pt2")
+    np.save("data.npy", images.numpy() + np.load("data.npy")[:1])
+    run_json("compress", model, "-o", "small.pt2", "--rank", "0.5", "--calibration", "data.npy", "--max-samples", "8")
+    assert Path("small.pt2").stat().st_size < images.numel()
+
+
 @pytest.mark.integration
 def test_network_for_a_latency_budget_is_written(
     workspace: Path, run_json: RunJson, monkeypatch: pytest.MonkeyPatch

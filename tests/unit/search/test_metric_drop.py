@@ -171,7 +171,7 @@ def test_refitted_networks_are_measured_and_returned(
     assert plan.after.macs is not None
     assert plain.after.macs is not None
     assert plan.after.macs <= plain.after.macs
-    assert "after fxfact.refit" in str(plan)
+    assert "call fxfact.refit as well" in str(plan)
     assert fxfact.Plan.from_json(plan.to_json()) == plan
     assert has_state(model, before)
 
