@@ -264,6 +264,10 @@ class FactorizationLaws:
     def test_joint_chains_hold_equal_shared_stages_and_the_best_own_one(self, accepted: ConvSpec) -> None:
         factorization, metric = self.make(), random_fisher(accepted)
         layers, ranks = [random_layer(accepted, seed=seed) for seed in range(3)], factorization.ranks(accepted)
+        for each in ranks:
+            stages, shared = factorization.layout(accepted, each), factorization.shared_stages(accepted, each)
+            held = sum(math.prod(stages[k].weight_shape) for k in shared)
+            assert factorization.shared_params(accepted, each) == held
         rank = ranks[len(ranks) // 2]
         shared = factorization.shared_stages(accepted, rank)
         assert len(shared) in (0, len(factorization.layout(accepted, rank)) - 1)
@@ -284,14 +288,6 @@ class FactorizationLaws:
                 noise = random_layer(stages[own].spec, seed=seed).weight
                 stages[own] = replace(stages[own], weight=stages[own].weight + 0.02 * noise)
                 assert _distance(layer, compose(ConvChain(tuple(stages))), own_metric) > least
-
-    def test_shared_stages_save_their_parameters(self, accepted: ConvSpec) -> None:
-        factorization = self.make()
-        for rank in factorization.ranks(accepted):
-            stages = factorization.layout(accepted, rank)
-            shared = factorization.shared_stages(accepted, rank)
-            held = sum(math.prod(stages[k].weight_shape) for k in shared)
-            assert factorization.shared_params(accepted, rank) == held
 
 
 def _distance(layer: ConvLayer, kernel: Tensor, metric: KroneckerFisher | None) -> float:

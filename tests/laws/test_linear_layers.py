@@ -20,13 +20,17 @@ SIZES = {"narrow": (12, 5), "wide": (5, 12), "square": (8, 8)}
 LEADING = {"one axis": (6,), "tokens": (6, 7), "maps": (6, 3, 2)}
 
 
+DECOMPOSED_BY_DEFAULT = ("Linear", "F.linear", "matmul")
+
+
 def cases() -> Iterator[Any]:
-    """Spellings, front ends and sizes. Exports take seconds, so by default they have one size."""
+    """Spellings, front ends and sizes. Exports take long: by default they have one size, and few are decomposed."""
     for kind, spellings in (("modules", MODULES), ("functions", FUNCTIONS)):
         for name in spellings:
             for front_end in ("trace", "export", "decomposed", *(("modules",) if kind == "modules" else ())):
                 for size in SIZES:
                     is_slow = front_end in ("export", "decomposed") and size != "narrow"
+                    is_slow |= front_end == "decomposed" and name not in DECOMPOSED_BY_DEFAULT
                     marks = [pytest.mark.integration] if is_slow else []
                     yield pytest.param(spellings[name], front_end, size, id=f"{name}, {front_end}, {size}", marks=marks)
 

@@ -72,10 +72,11 @@ def test_joint_layer_is_closer_than_separate_ones_where_kernels_are_alike(factor
     joint = fnn.JointConv.from_conv_list(convs, 0.2, factorization=factorization)
     params = sum(p.numel() for p in joint.parameters())
     kind = {"cp": fnn.CPConv, "tucker": fnn.TuckerConv, "tt": fnn.TTConv}[factorization]
-    for rank in range(40, 0, -1):
-        apart_layers = [kind.from_conv(conv, min(rank, 16) if kind is fnn.TuckerConv else rank) for conv in convs]
-        if sum(p.numel() for layer in apart_layers for p in layer.parameters()) <= params:
+    for rank in range(16 if kind is fnn.TuckerConv else 40, 0, -1):
+        empty = kind.from_conv(convs[0], rank, decompose_weights=False)
+        if len(convs) * sum(p.numel() for p in empty.parameters()) <= params:
             break
+    apart_layers = [kind.from_conv(conv, rank) for conv in convs]
 
     def error(layers: Any) -> float:
         return sum(

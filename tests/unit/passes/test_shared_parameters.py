@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxfact
 from fxfact.errors import WeightError
-from tests.support import EqualLayers, apart
+from tests.support import EqualLayers, FakeTimer, apart
 
 METHODS = {"tucker": (5, 4), "channel_svd": (5,)}
 FRONTENDS = ("trace", "modules", "export")
@@ -113,7 +113,7 @@ def test_decomposition_does_not_depend_on_the_executor(layers: EqualLayers, imag
 def test_folding_norms_changes_no_output(layers: EqualLayers, image: Tensor, method: str) -> None:
     """A norm after a shared last stage gives its layer a last stage of its own."""
     network = jointly(layers, image, method)
-    fast = fxfact.for_inference(network, image)
+    fast = fxfact.for_inference(network, image, timer=FakeTimer())
     torch.testing.assert_close(fast(image), network(image), rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     torch.testing.assert_close(network(image), jointly(layers, image, method)(image))
