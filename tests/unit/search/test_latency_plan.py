@@ -134,7 +134,7 @@ def test_budget_that_cannot_be_met_is_refused_before_data_are_read(
     budget: Budget, data: bool, planned: Callable[..., fxfact.Plan]
 ) -> None:
     curves = fxfact.ErrorCurveCache()
-    with pytest.raises(BudgetError, match=r"can go down to [\d.,]+ \(0\.\d+ of [\d.,]+\)") as caught:
+    with pytest.raises(BudgetError, match=r"can go down to (?:about )?[\d.,]+ \(0\.\d+ of [\d.,]+\)") as caught:
         planned(budget, error_curves=curves, calibration=never_read() if data else None)
     assert caught.value.least is not None
     assert caught.value.least > 0
@@ -149,7 +149,7 @@ def test_milliseconds_that_cannot_be_met_are_refused_before_errors_are_computed(
     curves, timer = fxfact.ErrorCurveCache(), FakeTimer()
     three_convs.second.weight.data[0] = float("nan")  # would be refused when errors are computed
     given = {"calibration": fxfact.calibrate(ThreeConvs().eval(), [x])} if data else {}
-    with pytest.raises(BudgetError, match=r"the budget is 0\.0\d+ ms.*can go down to 0\.867 \(0\.122 of 7\.095"):
+    with pytest.raises(BudgetError, match=r"the budget is 0\.0\d+ ms.*can go down to about 0\.867 \(0\.122 of 7\.095"):
         planned(fxfact.Latency(**bound, timer=timer), error_curves=curves, **given)
     assert not len(curves)
     assert timer.calls_timed[-3:] == [2, 2, 2]  # the network of the fastest chains, three times
