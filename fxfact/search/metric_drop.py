@@ -65,6 +65,7 @@ class MetricDrop:
             )
         self._dense = (first + second) / 2
         check_enough_scores(metric, self._dense)
+        _warn_if_loose(metric, self._mean(self._dense))
         self.points = [MeasuredPoint(dense.network, 0.0, 0.0, self._mean(self._dense), drop_at_most=0.0)]
 
     def points_beside(self, network: Cost) -> tuple[MeasuredPoint, ...]:
@@ -179,6 +180,16 @@ class MetricDrop:
             )
         self._count = scores.numel()
         return -scores.flatten() if self._metric.lower_is_better else scores.flatten()
+
+
+def _warn_if_loose(metric: Metric, dense: float) -> None:
+    """Warn if a score that has no negative values could fall to zero within the bound."""
+    if not metric.lower_is_better and 0 < dense <= metric.at_most_drop:
+        warn_caller(
+            f"at_most_drop={metric.at_most_drop:g} is not less than the metric of the dense network, {dense:.4g}, so "
+            "it may be lost altogether. at_most_drop is in the unit of the metric: pass 0.01 for a point of accuracy "
+            "between 0 and 1."
+        )
 
 
 def check_enough_scores(metric: Metric, dense: Tensor) -> None:

@@ -190,6 +190,16 @@ def test_refitting_without_a_module_or_batches_is_refused(
         fxfact.Metric(Agreement(model), 1e-4, refit="yes")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("dense", "bound", "warned"), [(0.87, 1.0, True), (0.87, 0.01, False), (-3.0, 1.0, False)])
+def test_bound_that_allows_a_metric_to_be_lost_warns(
+    model: nn.Module, planned: Callable[..., fxfact.Plan], dense: float, bound: float, warned: bool
+) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        planned(lambda network: dense, bound)
+    assert any("not less than the metric of the dense network" in str(each.message) for each in found) is warned
+
+
 def test_metric_that_allows_nothing_leaves_the_network_dense(
     model: nn.Module, planned: Callable[..., fxfact.Plan]
 ) -> None:
