@@ -7,8 +7,8 @@ not know each other:
     cli              the shell: commands, their arguments, the demo
     serialization    networks and programs in files: written whole or not at all, read without executing anything
     api              the functions that a user calls: factorize, plan, apply, calibrate, plan_of
-    finetune         brings a factorized network nearer to its original: refit (closed form), distill (training)
     search           plans that must be measured, on data or by the clock: propose a plan, measure it, decide
+    finetune         brings a factorized network nearer to its original: refit (closed form), distill (training)
     analysis         verification, inspection, reports
     compile_backend  torch.compile(model, backend="fxfact")
     passes           applies a plan: to a graph, or by swapping modules
@@ -16,7 +16,7 @@ not know each other:
     calibration      from unlabelled data to statistics: the Fisher information of every layer
     capture          makes a model rewritable: traced, by its modules, or exported; each is compared with the model
     transduction     a network for images becomes one for videos
-    nn               factorized layers: CPConv, TuckerConv, TTConv
+    nn               layers to build models with: CPConv, TuckerConv, TTConv, JointConv, attention of linear layers
     graph            torch.fx only: recognises convolutions and linear layers (graph/match.py), splices chains, folds
     factorizations   (convolution, rank) -> chain of convolutions; linear algebra; knows no graph
     conv             convolutions as values, modules and functions; chains, costs, the Fisher metric of a layer
